@@ -1,0 +1,85 @@
+"""Several language models write one text together, routed token by token.
+
+    >>> import multicolm
+    >>> ensemble = multicolm.load("tiny")
+    >>> [answer] = ensemble.generate(["What is Dulerex made from?"], policy="cosd-rule")
+    >>> print(answer.text)
+
+Importing this package imports no torch; the names below are fetched when they are first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from multicolm.ensemble import Ensemble, Stream, load
+    from multicolm.errors import MulticolmError
+    from multicolm.policy.base import (
+        MixPolicy,
+        Needs,
+        Policy,
+        SelectPolicy,
+        VerifyPolicy,
+        policy,
+    )
+    from multicolm.types import Answer, Message, Piece, Trace, TracedToken, Usage
+    from multicolm.views import ModelNames, View, Views
+
+_HOME = {
+    "Answer": "multicolm.types",
+    "Ensemble": "multicolm.ensemble",
+    "Message": "multicolm.types",
+    "MixPolicy": "multicolm.policy.base",
+    "ModelNames": "multicolm.views",
+    "MulticolmError": "multicolm.errors",
+    "Needs": "multicolm.policy.base",
+    "Piece": "multicolm.types",
+    "Policy": "multicolm.policy.base",
+    "SelectPolicy": "multicolm.policy.base",
+    "Stream": "multicolm.ensemble",
+    "Trace": "multicolm.types",
+    "TracedToken": "multicolm.types",
+    "Usage": "multicolm.types",
+    "VerifyPolicy": "multicolm.policy.base",
+    "View": "multicolm.views",
+    "Views": "multicolm.views",
+    "load": "multicolm.ensemble",
+    "policy": "multicolm.policy.base",
+}
+
+__all__ = [
+    "Answer",
+    "Ensemble",
+    "Message",
+    "MixPolicy",
+    "ModelNames",
+    "MulticolmError",
+    "Needs",
+    "Piece",
+    "Policy",
+    "SelectPolicy",
+    "Stream",
+    "Trace",
+    "TracedToken",
+    "Usage",
+    "VerifyPolicy",
+    "View",
+    "Views",
+    "__version__",
+    "load",
+    "policy",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'multicolm' has no attribute '{name}'")
+    return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

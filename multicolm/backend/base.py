@@ -1,0 +1,110 @@
+"""The seam between the loop and whatever runs a model.
+
+A :class:`Model` opens a :class:`Session` of some rows. A session is fed tokens of the model's own
+vocabulary, row by row, and says what the model predicts after them; a row can be cut back at any
+time. Everything else (which rows, catching up, translating tokens) is the loop's business.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from jaxtyping import Float
+
+from multicolm.types import Signal, Tensor
+
+if TYPE_CHECKING:
+    from multicolm.config import ModelConfig
+    from multicolm.tokenizer.base import TokenizerAdapter
+
+__all__ = ["Look", "Model", "Session"]
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What a model predicts at some positions, in its own vocabulary.
+
+    Attributes:
+        logits: unnormalised log-probabilities of the next token.
+        hidden: last hidden state after the final norm, if it was asked for.
+        n_passes: forward passes that it took.
+    """
+
+    logits: Float[Tensor, "positions vocab"]
+    hidden: Float[Tensor, "positions hidden"] | None = None
+    n_passes: int = 1
+
+
+class Session(ABC):
+    """Some texts that one model follows, each at its own length.
+
+    Attributes:
+        lengths: per row, how many tokens have been fed and not cut.
+    """
+
+    lengths: list[int]
+
+    @abstractmethod
+    def feed(
+        self,
+        rows: Sequence[int],
+        tokens: Sequence[Sequence[int]],
+        n_last: Sequence[int],
+        *,
+        hidden: bool = False,
+    ) -> Look:
+        """Append tokens to rows and look at the predictions after the last of them.
+
+        Args:
+            rows: distinct row numbers, ascending.
+            tokens: per row, at least one token of the model's own vocabulary.
+            n_last: per row, after how many of its last fed tokens to look (1 up to all).
+            hidden: whether hidden states are wanted too.
+
+        Returns:
+            The predictions, row after row, within a row in the order of the text.
+        """
+
+    @abstractmethod
+    def truncate(self, row: int, length: int) -> None:
+        """Cut a row back to its first ``length`` tokens; what follows is as if never fed."""
+
+
+class Model(ABC):
+    """One model of an ensemble.
+
+    Attributes:
+        name: its name in the ensemble, for messages.
+        tokenizer: its tokenizer adapter.
+        signals: what it can show.
+        context_length: the most tokens a row may hold; ``None`` if there is no limit.
+        n_parameters: number of weights, 0 if it has none.
+        on_cpu: whether it runs on this process's CPU threads.
+    """
+
+    name: str
+    tokenizer: TokenizerAdapter
+    signals: ClassVar[frozenset[Signal]] = frozenset({"top1", "topk", "logprobs", "hidden"})
+    context_length: int | None = None
+    n_parameters: int = 0
+    on_cpu: bool = True
+
+    @classmethod
+    def from_config(cls, name: str, config: ModelConfig) -> Model:
+        """Load the model that ``config`` describes.
+
+        Raises:
+            ModelError: if it cannot be loaded, or not be served rightly.
+        """
+        raise NotImplementedError(f"backend {cls.__name__} cannot be loaded from an ensemble file")
+
+    def wait(self) -> None:
+        """Return when all work that was asked of the device is done, so that clocks are right."""
+        return
+
+    @abstractmethod
+    def open(self, n_rows: int) -> Session:
+        """A session of ``n_rows`` empty rows."""

@@ -1,0 +1,162 @@
+"""A key-value cache for transformers whose rows have lengths of their own.
+
+Each layer keeps zero-filled storage ``[rows, heads, slots + 1, width]``. Keys and values are
+written at (row, position), so rows of one batch may stand at different lengths, and cutting a row
+back is a change of one number: stale slots are masked and overwritten later. The last slot takes
+the padding of ragged calls and is never read.
+
+The model is told where everything is by ``position_ids`` and by an explicit additive mask; nothing
+in transformers is patched. Sliding-window layers get the window in the mask and full storage, so
+that a cut across the window is as cheap as any other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+__all__ = ["Plan", "RowCache", "additive_mask"]
+
+_FIRST_SLOTS = 128
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Where one forward pass writes and reads.
+
+    Attributes:
+        rows: the rows that are fed, ascending.
+        slots: per fed row and column, where its key goes; padding goes to the last slot.
+        n_visible: how many slots are read.
+        first_row: the first row, when the fed rows are consecutive and can be read as a view;
+            ``None`` otherwise.
+    """
+
+    rows: Int[Tensor, "rows"]
+    slots: Int[Tensor, "rows time"]
+    n_visible: int
+    first_row: int | None
+
+
+class RowLayer(CacheLayerMixin):
+    """Keys and values of one attention layer."""
+
+    is_sliding = False
+    is_croppable = False
+    is_compileable = False
+
+    def __init__(self, cache: RowCache) -> None:
+        super().__init__()
+        self._cache = cache
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Make storage of the right width, type and device for what the layer produces."""
+        n_rows, slots = self._cache.n_rows, self._cache.n_slots
+        # Zeros, never empty memory: a NaN in a masked slot would leak through 0 * NaN.
+        self.keys = key_states.new_zeros(
+            n_rows, key_states.shape[1], slots + 1, key_states.shape[3]
+        )
+        self.values = value_states.new_zeros(
+            n_rows, value_states.shape[1], slots + 1, value_states.shape[3]
+        )
+        self.is_initialized = True
+
+    def grow(self, n_slots: int) -> None:
+        """Make room for ``n_slots`` tokens per row."""
+        if self.keys is None or self.values is None:
+            return
+        for name in ("keys", "values"):
+            old = getattr(self, name)
+            new = old.new_zeros(old.shape[0], old.shape[1], n_slots + 1, old.shape[3])
+            new[:, :, : old.shape[2] - 1] = old[:, :, :-1]
+            setattr(self, name, new)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Write new keys and values where the plan says; return what the fed rows may see."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        assert self.keys is not None and self.values is not None
+        plan = self._cache.plan
+        assert plan is not None, "a forward pass began without a plan"
+        return (
+            _write_and_read(self.keys, key_states, plan),
+            _write_and_read(self.values, value_states, plan),
+        )
+
+    # With an explicit mask transformers asks none of these; they are abstract in its base class.
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Number of visible slots, and the offset of the first."""
+        assert self._cache.plan is not None
+        return self._cache.plan.n_visible, 0
+
+    def get_seq_length(self) -> int:
+        """Zero: there is no one length, positions are always given."""
+        return 0
+
+    def get_max_length(self) -> int:
+        """No maximum."""
+        return -1
+
+
+def _write_and_read(storage: Tensor, states: Tensor, plan: Plan) -> Tensor:
+    rows, slots = plan.rows.to(storage.device), plan.slots.to(storage.device)
+    storage[rows[:, None], :, slots] = states.transpose(1, 2).to(storage.dtype)
+    if plan.first_row is not None:
+        last = plan.first_row + len(rows)
+        return storage[plan.first_row : last, :, : plan.n_visible]
+    # index_select of the view: indexing by a tensor would copy several times slower.
+    return storage[:, :, : plan.n_visible].index_select(0, rows)
+
+
+class RowCache(Cache):
+    """The cache that a model is called with; :attr:`plan` is set before each forward pass."""
+
+    def __init__(self, n_layers: int, n_rows: int) -> None:
+        self.n_rows = n_rows
+        self.n_slots = _FIRST_SLOTS
+        self.plan: Plan | None = None
+        super().__init__(layers=[RowLayer(self) for _ in range(n_layers)])
+
+    def reserve(self, n_slots: int) -> None:
+        """Make room for ``n_slots`` tokens per row; grows by doubling."""
+        if n_slots <= self.n_slots:
+            return
+        while self.n_slots < n_slots:
+            self.n_slots *= 2
+        for layer in self.layers:
+            layer.grow(self.n_slots)
+
+
+def additive_mask(
+    positions: Int[Tensor, "rows time"],
+    real: Bool[Tensor, "rows time"],
+    n_visible: int,
+    dtype: torch.dtype,
+    window: int | None = None,
+) -> Float[Tensor, "rows 1 time slots"]:
+    """0 where a token may look, the lowest finite number where it may not.
+
+    Additive and not boolean: models whose attention adds its mask take a boolean one for numbers
+    and go wrong silently. Finite and not -inf: a padding column sees nothing at all, and its
+    softmax must not become NaN.
+
+    Args:
+        positions: of the fed tokens within their rows.
+        real: false for padding.
+        n_visible: number of slots that are read.
+        dtype: the model's own.
+        window: how many tokens back a token sees, itself included; ``None`` for all.
+    """
+    slot = torch.arange(n_visible, device=positions.device)
+    seen = (slot <= positions[:, :, None]) & real[:, :, None]
+    if window is not None:
+        seen &= slot > positions[:, :, None] - window
+    mask = torch.full(seen.shape, torch.finfo(dtype).min, dtype=dtype, device=positions.device)
+    return mask.masked_fill_(seen, 0.0)[:, None]

@@ -1,0 +1,100 @@
+"""From what a user asks to what every model reads."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import cast
+
+from multicolm.backend.base import Model
+from multicolm.errors import InputError
+from multicolm.tokenizer.shared import SharedVocabulary
+from multicolm.types import Message, Prompt
+
+__all__ = ["prompt_ids"]
+
+
+def prompt_ids(
+    prompt: Prompt,
+    number: int,
+    models: Sequence[Model],
+    vocabulary: SharedVocabulary,
+    used: Collection[int],
+) -> list[list[int]]:
+    """What each model reads before the text, in its own tokens; nothing for models not in use.
+
+    Args:
+        prompt: text, a chat, or token ids of the shared vocabulary. A chat goes through each
+            model's own template.
+        number: its place among the prompts, for messages.
+        models: the ensemble's models.
+        vocabulary: what they share.
+        used: indices of the models in use.
+
+    Raises:
+        InputError: if the prompt is empty, of another type, or longer than a model's context.
+    """
+    where = f"prompt {number + 1}"
+    _check_type(prompt, where)
+    ids: list[list[int]] = []
+    for k, model in enumerate(models):
+        own = _encode(prompt, k, model, vocabulary) if k in used else []
+        if k in used and not own:
+            raise InputError(f"{where} is empty for model '{model.name}'; write at least a word.")
+        limit = model.context_length
+        if limit is not None and len(own) > limit:
+            raise InputError(
+                f"{where} has {len(own)} tokens, and the context of model '{model.name}' holds "
+                f"{limit}; shorten it."
+            )
+        ids.append(own)
+    for shared_id in prompt if ids and _is_ids(prompt) else ():
+        if not 0 <= cast("int", shared_id) < vocabulary.size:
+            raise InputError(
+                f"{where} holds token id {shared_id}; the vocabulary has 0 to "
+                f"{vocabulary.size - 1}."
+            )
+    return ids
+
+
+def _is_ids(prompt: Prompt) -> bool:
+    return not isinstance(prompt, str) and all(isinstance(part, int) for part in prompt)
+
+
+def _check_type(prompt: Prompt, where: str) -> None:
+    if isinstance(prompt, str):
+        if not prompt:
+            raise InputError(f"{where} is empty; write at least a word.")
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(
+                f"{where} is not valid Unicode at character {error.start}; "
+                "read it as UTF-8 before passing it on."
+            ) from error
+        return
+    if isinstance(prompt, Mapping) or not isinstance(prompt, Sequence):
+        raise InputError(
+            f"{where} is a {type(prompt).__name__}; allowed are a text, a chat (a list of "
+            "messages with role and content), or a list of token ids."
+        )
+    if not prompt:
+        raise InputError(f"{where} is empty; write at least a word.")
+    for message in prompt if not _is_ids(prompt) else ():
+        if not (
+            isinstance(message, Mapping)
+            and isinstance(message.get("role"), str)
+            and isinstance(message.get("content"), str)
+        ):
+            raise InputError(
+                f"{where}: {message!r} is no message; one is "
+                '{"role": "user", "content": "..."}.'
+            )
+
+
+def _encode(prompt: Prompt, k: int, model: Model, vocabulary: SharedVocabulary) -> list[int]:
+    if isinstance(prompt, str):
+        return model.tokenizer.encode(prompt)
+    if _is_ids(prompt):
+        known = [i for i in cast("Sequence[int]", prompt) if 0 <= i < vocabulary.size]
+        return vocabulary.read(k, known)
+    return model.tokenizer.encode_chat(cast("Sequence[Message]", prompt))

@@ -1,0 +1,296 @@
+"""The decode loop.
+
+One round: the base model drafts a few tokens, the policy is asked about all of them, each row
+keeps its tokens up to the first one that another writer changed, and every cache is cut back to
+what was kept. ``stepwise`` is the same round with a draft of one token. A draft changes when models
+are run and never what is written.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+
+from multicolm.backend.base import Model
+from multicolm.decoding.draft import Draft, Positions, Shown
+from multicolm.decoding.reader import Reader
+from multicolm.decoding.row import Row, Written
+from multicolm.decoding.sampling import Noise, Sampling
+from multicolm.decoding.settle import PolicyDesk, Verdict
+from multicolm.policy.base import Policy, VerifyPolicy
+from multicolm.tokenizer.shared import SharedVocabulary
+from multicolm.types import MIXTURE, Piece
+from multicolm.views import ModelNames
+
+__all__ = ["Router"]
+
+
+class Router:
+    """Writes the texts of some rows, token by token.
+
+    Args:
+        models: the models, the base model first.
+        vocabulary: what they share.
+        policy: decides who writes.
+        sampling: how tokens are drawn.
+        block_size: the most tokens that the base model drafts in one round; 1 is ``stepwise``.
+        n_slots: how many rows are written at a time; others wait until one is done.
+        clock: current time in seconds.
+
+    Raises:
+        CapabilityError: if the policy speaks of a model that is not there.
+    """
+
+    def __init__(
+        self,
+        models: Sequence[Model],
+        vocabulary: SharedVocabulary,
+        policy: Policy,
+        sampling: Sampling,
+        *,
+        block_size: int,
+        n_slots: int,
+        clock: Callable[[], float],
+    ) -> None:
+        self._models = list(models)
+        self._names = ModelNames(model.name for model in models)
+        self._vocabulary = vocabulary
+        self._desk = PolicyDesk(policy, self._names, sampling, vocabulary.starts_word)
+        self._policy = policy
+        self._sampling = sampling
+        self._noise = Noise()
+        self._block_size = block_size
+        self._n_slots = n_slots
+        self._clock = clock
+        self._readers: dict[int, Reader] = {}
+        # A base model that the policy does not look at always has nothing to draft with.
+        self._drafts = 0 in self._desk.needs.always or isinstance(policy, VerifyPolicy)
+        self._ends = [vocabulary.end_ids(k) for k in range(len(models))]
+        self._ends.append(vocabulary.end_ids(None))  # of a mixture: any model's
+        # Models that the policy cannot use have no say in where a text must end.
+        self._used = sorted(policy.uses(self._names))
+
+    @property
+    def readers(self) -> dict[int, Reader]:
+        """Per model index, its reader; models that were never looked at have none."""
+        return self._readers
+
+    @property
+    def noise_used(self) -> bool:
+        """Whether anything random has had a part in the texts."""
+        return self._noise.used
+
+    def run(self, rows: Sequence[Row]) -> Iterator[Piece]:
+        """Write all rows to their ends, and let out text as it becomes certain.
+
+        Rows are finished in place. A row that is done makes room for the next that waits.
+        """
+        waiting = deque(rows)
+        free = list(range(self._n_slots))
+        active: list[Row] = []
+        while waiting or active:
+            while waiting and free:
+                row = waiting.popleft()
+                row.slot = free.pop(0)
+                for reader in self._readers.values():
+                    reader.start(row)
+                active.append(row)
+            yield from self._round(active)
+            for row in [row for row in active if row.finish_reason is not None]:
+                active.remove(row)
+                free.append(row.slot)
+            active.sort(key=lambda row: row.slot)
+            free.sort()
+
+    def _reader(self, k: int, active: Sequence[Row]) -> Reader:
+        """The reader of model ``k``; a model that nobody looks at costs no memory."""
+        if k not in self._readers:
+            reader = Reader(self._models[k], k, self._vocabulary, self._n_slots, self._clock)
+            for row in active:
+                reader.start(row)
+            self._readers[k] = reader
+        return self._readers[k]
+
+    def _round(self, rows: list[Row]) -> Iterator[Piece]:
+        draft = self._draft(rows) if self._drafts else self._blank(rows)
+        verdict = self._settle(draft, rows)
+        for row in rows:
+            yield from self._commit(row, draft, verdict)
+
+    def _blank(self, rows: Sequence[Row]) -> Draft:
+        positions = self._positions(rows, [len(row.written) for row in rows])
+        return Draft(positions, deferring=[True] * len(rows), scores=[None] * len(rows))
+
+    def _positions(self, rows: Sequence[Row], places: Sequence[int]) -> Positions:
+        return Positions(rows, places, self._noise, self._sampling, len(self._models))
+
+    def _draft(self, rows: list[Row]) -> Draft:
+        """Let the base model write ahead, in every row as far as it may."""
+        steps: list[Draft] = []
+        writing = rows
+        while writing:
+            step = self._step(writing, rows)
+            steps.append(step)
+            going_on: list[Row] = []
+            for row, token, deferring in zip(writing, step.tokens, step.deferring, strict=True):
+                handed_over = deferring and self._policy.certain
+                if not handed_over and token not in self._ends[0] and self._may_draft(row):
+                    row.ids.append(token)
+                    going_on.append(row)
+            writing = going_on
+        return steps[0] if len(steps) == 1 else _joined(steps)
+
+    def _may_draft(self, row: Row) -> bool:
+        n_next = row.n_drafted + 1
+        n_left = row.max_new_tokens - len(row.written)
+        return n_next < min(row.draft_length, n_left) and n_next <= self._room(row)
+
+    def _room(self, row: Row) -> int:
+        """How many more tokens every model in use can read in this row."""
+        room = row.max_new_tokens
+        for k in self._used:
+            limit = self._models[k].context_length
+            if limit is not None:
+                room = min(room, limit - row.lengths[k])
+        return room
+
+    def _step(self, rows: Sequence[Row], active: Sequence[Row]) -> Draft:
+        """One token of the base model in every row, and whether the policy defers there."""
+        places = [len(row.ids) for row in rows]
+        wanted = "hidden" in self._desk.needs.of(0)
+        look = self._reader(0, active).look(rows, places, places, hidden=wanted)
+        positions = self._positions(rows, places)
+        every = range(len(rows))
+        step = Draft(positions, {0: Shown(look, {i: i for i in every})})
+        step.tokens = positions.draw(look.logits).tolist()
+        step.deferring = [True] * len(rows)
+        step.scores = [None] * len(rows)
+        if self._policy.can_defer:
+            views = self._desk.views(positions, every, step.shown)
+            step.deferring = self._desk.defers(views)
+            if self._policy.assistants == "deferred":
+                step.scores = self._desk.scores(views)
+        return step
+
+    def _settle(self, draft: Draft, rows: Sequence[Row]) -> Verdict:
+        """Decide writers and tokens at the drafted positions, as far as they can matter."""
+        verdict = Verdict()
+        every = range(len(draft.positions))
+        lazily = self._policy.assistants == "deferred"
+        asked = [i for i in every if draft.deferring[i]] if lazily else list(every)
+        if lazily and (kept := [i for i in every if not draft.deferring[i]]):
+            self._desk.write(draft, 0, kept, verdict)
+        if not asked:
+            return verdict
+        needs = self._desk.needs
+        for k in range(1, len(self._models)):
+            if k in needs.always or k in needs.deferred:
+                self._look(k, draft, asked, rows)
+        waiting = self._desk.decide(draft, asked, verdict)
+        self._hear_late_writers(draft, waiting, verdict, rows)
+        return verdict
+
+    def _hear_late_writers(
+        self, draft: Draft, waiting: dict[int, int], verdict: Verdict, rows: Sequence[Row]
+    ) -> None:
+        """Run writers that were chosen without having been looked at.
+
+        Only at the first such position of each row: behind it the draft is not known to hold.
+        """
+        first = [next(i for i in numbers if i in waiting) for numbers in draft.by_row.values()
+                 if any(i in waiting for i in numbers)]
+        for k in sorted({waiting[i] for i in first}):
+            theirs = [i for i in first if waiting[i] == k]
+            self._look(k, draft, theirs, rows)
+            self._desk.write(draft, k, theirs, verdict)
+
+    def _look(self, k: int, draft: Draft, which: Sequence[int], active: Sequence[Row]) -> None:
+        """Run model ``k`` once so that it shows the positions numbered ``which``."""
+        places = draft.positions.places
+        wanted: dict[Row, list[int]] = {}
+        for i in which:
+            wanted.setdefault(draft.positions.rows[i], []).append(places[i])
+        rows = list(wanted)
+        firsts, lasts = [min(wanted[row]) for row in rows], [max(wanted[row]) for row in rows]
+        hidden = "hidden" in self._desk.needs.of(k)
+        look = self._reader(k, active).look(rows, firsts, lasts, hidden=hidden)
+        start: dict[Row, int] = {}
+        line = 0
+        for row, first, last in zip(rows, firsts, lasts, strict=True):
+            start[row] = line - first
+            line += last - first + 1
+        line_of = {i: start[draft.positions.rows[i]] + places[i] for i in which}
+        draft.shown[k] = Shown(look, line_of)
+
+    def _commit(self, row: Row, draft: Draft, verdict: Verdict) -> Iterator[Piece]:
+        """Write the row's tokens up to the first one that the draft does not foresee."""
+        numbers = draft.by_row[row]
+        n_before = n_foreseen = len(row.written)
+        for i in numbers:
+            if i not in verdict.tokens:
+                break
+            token, writer = verdict.tokens[i], verdict.writers[i]
+            foreseen = bool(draft.tokens) and token == draft.tokens[i]
+            if not foreseen:
+                row.drop_draft()
+            row.write(Written(token, writer, verdict.logprobs[i], draft.scores[i]))
+            n_foreseen += foreseen
+            yield from self._show(row)
+            # A policy that looks back was told that the base model wrote the whole draft.
+            as_told = writer == 0 or not self._policy.history
+            if row.finish_reason is not None or not foreseen or not as_told:
+                break
+        row.drop_draft()
+        for reader in self._readers.values():
+            reader.rollback(row, n_foreseen)
+        # Draft less where drafts are thrown away: about what was kept, twice that if all was.
+        n_kept = len(row.written) - n_before
+        longer = 2 * n_kept if n_kept == len(numbers) else n_kept + 1
+        row.draft_length = min(self._block_size, longer)
+
+    def _show(self, row: Row) -> Iterator[Piece]:
+        """Let out the text of the token just written, and see whether the row is done."""
+        new = row.written[-1]
+        at_end = new.token in self._ends[new.writer]
+        if not at_end:
+            for text, writer in row.text.push(self._vocabulary.token_bytes(new.token), new.writer):
+                yield Piece(row.number, text, self._name(writer))
+        for k in self._used:
+            row.lengths[k] += self._vocabulary.n_read(k, new.token)
+        if row.text.stopped:
+            row.finish_reason = "stop"
+        elif at_end:
+            row.finish_reason = "eos"
+        elif len(row.written) >= row.max_new_tokens:
+            row.finish_reason = "length"
+        elif self._room(row) < 0:
+            row.finish_reason = "context"
+        if row.finish_reason is not None:
+            for text, writer in row.text.finish():
+                yield Piece(row.number, text, self._name(writer))
+
+    def _name(self, writer: int) -> str:
+        return self._names[writer] if writer < len(self._names) else MIXTURE
+
+
+def _joined(steps: Sequence[Draft]) -> Draft:
+    """The steps of one draft as one."""
+    import torch
+
+    from multicolm.backend.base import Look
+
+    first = steps[0].positions
+    rows = [row for step in steps for row in step.positions.rows]
+    places = [place for step in steps for place in step.positions.places]
+    looks = [step.shown[0].look for step in steps]
+    states = [look.hidden for look in looks if look.hidden is not None]
+    look = Look(
+        torch.cat([look.logits for look in looks]), torch.cat(states) if states else None
+    )
+    return Draft(
+        Positions(rows, places, first.noise, first.sampling, first.n_models),
+        {0: Shown(look, {i: i for i in range(len(rows))})},
+        [token for step in steps for token in step.tokens],
+        [flag for step in steps for flag in step.deferring],
+        [score for step in steps for score in step.scores],
+    )

@@ -1,0 +1,94 @@
+"""One text while it is being written."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from multicolm.decoding.text import TextStream
+from multicolm.types import FinishReason, Prompt, Usage
+
+__all__ = ["Row", "Written"]
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """One written token.
+
+    Attributes:
+        token: its id in the shared vocabulary.
+        writer: index of its model; the number of models for a mixture.
+        logprob: in nats, under the writer's distribution.
+        score: the number the policy decided on, if it gives one.
+    """
+
+    token: int
+    writer: int
+    logprob: float
+    score: float | None
+
+
+@dataclass(eq=False, slots=True)
+class Row:
+    """One text while it is being written.
+
+    Attributes:
+        number: which prompt of the call it answers.
+        prompt: what was asked, as given.
+        prompt_ids: per model, what it reads before the text.
+        key: what its randomness hangs on.
+        seed: what the user seeded it with; ``None`` when nothing is random.
+        max_new_tokens: the most tokens that it may get.
+        text: the text as it is shown.
+        draft_length: how many tokens the base model drafts at a time.
+        slot: its place in every session.
+        ids: written tokens and, behind them, drafted ones.
+        written: the written tokens.
+        lengths: per model, prompt and written tokens in its own tokens.
+        usage: per model, what it did.
+        finish_reason: why it ended; ``None`` while it goes on.
+    """
+
+    number: int
+    prompt: Prompt
+    prompt_ids: Sequence[Sequence[int]]
+    key: int
+    seed: int | None
+    max_new_tokens: int
+    text: TextStream
+    draft_length: int
+    slot: int = -1
+    ids: list[int] = field(default_factory=list)
+    written: list[Written] = field(default_factory=list)
+    base_run: int = 0
+    lengths: list[int] = field(default_factory=list)
+    usage: list[Usage] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+
+    def __post_init__(self) -> None:
+        self.lengths = [len(ids) for ids in self.prompt_ids]
+        self.usage = [Usage() for _ in self.prompt_ids]
+
+    @property
+    def previous(self) -> int:
+        """Who wrote the last token; -1 if there is none."""
+        return self.written[-1].writer if self.written else -1
+
+    @property
+    def n_drafted(self) -> int:
+        """How many drafted tokens stand behind the written ones."""
+        return len(self.ids) - len(self.written)
+
+    def write(self, new: Written) -> None:
+        """Add a token behind the written ones; the draft must agree or be gone."""
+        place = len(self.written)
+        if place < len(self.ids):
+            assert self.ids[place] == new.token, "a written token contradicts the draft"
+        else:
+            self.ids.append(new.token)
+        self.written.append(new)
+        self.base_run = self.base_run + 1 if new.writer == 0 else 0
+
+    def drop_draft(self) -> None:
+        """Forget the drafted tokens."""
+        del self.ids[len(self.written) :]

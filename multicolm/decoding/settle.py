@@ -1,0 +1,226 @@
+"""From what the models show to who writes which token: the one place where policies are asked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from multicolm.decoding.draft import Draft, Positions, Shown
+from multicolm.decoding.sampling import Sampling
+from multicolm.errors import PolicyError
+from multicolm.policy.base import MixPolicy, Needs, Policy, SelectPolicy, VerifyPolicy
+from multicolm.views import ModelNames, View, Views
+
+__all__ = ["PolicyDesk", "Verdict"]
+
+
+@dataclass
+class Verdict:
+    """What was decided at the positions of a draft; absent where it must be asked later.
+
+    Attributes:
+        writers: per position number, the index of the writer.
+        tokens: per position number, the token.
+        logprobs: per position number, its log-probability in nats.
+    """
+
+    writers: dict[int, int] = field(default_factory=dict)
+    tokens: dict[int, int] = field(default_factory=dict)
+    logprobs: dict[int, float] = field(default_factory=dict)
+
+    def enter(
+        self, which: Sequence[int], writers: Sequence[int], tokens: Tensor, logits: Tensor
+    ) -> None:
+        """Note tokens and their log-probabilities under ``logits``."""
+        logits = logits.float()
+        logprobs = logits.gather(-1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
+        self.writers.update(zip(which, writers, strict=True))
+        self.tokens.update(zip(which, tokens.tolist(), strict=True))
+        self.logprobs.update(zip(which, logprobs.tolist(), strict=True))
+
+
+class PolicyDesk:
+    """Asks one policy, hands it the right views, and checks what it answers.
+
+    Args:
+        policy: the policy.
+        models: names of the ensemble's models.
+        sampling: how tokens are drawn.
+        starts_word: per shared token, whether it begins a word.
+
+    Raises:
+        CapabilityError: if the policy speaks of a model that is not there.
+    """
+
+    def __init__(
+        self, policy: Policy, models: ModelNames, sampling: Sampling, starts_word: Tensor
+    ) -> None:
+        self.policy = policy
+        self.models = models
+        self.needs: Needs = policy.needs(models)
+        self._sampling = sampling
+        self._starts_word = starts_word
+        self._scores = type(policy).score is not Policy.score
+
+    def views(self, positions: Positions, which: Sequence[int], shown: dict[int, Shown]) -> Views:
+        """Views of the positions numbered ``which`` from all models that were looked at there."""
+        device = torch.device("cpu")
+        views: dict[int, View] = {}
+        for k, model in shown.items():
+            if not all(i in model.line_of for i in which):
+                continue
+            logits = model.logits(which)
+            device = logits.device
+            views[k] = View(
+                logits, model.hidden(which), signals=self.needs.of(k), name=self.models[k]
+            )
+        context = positions.at(which).context(device)
+        if not self.policy.history:
+            del context["previous"], context["base_run"]
+        return Views(
+            self.models,
+            views,
+            n_positions=len(which),
+            context=context,
+            drawn=self._sampling.probs,
+            starts_word=self._starts_word,
+        )
+
+    def defers(self, views: Views) -> list[bool]:
+        """Where the base model may hand over, judged by its own view."""
+        answer = self.policy.defers(views)
+        self._check(answer, views, "defers", {torch.bool})
+        return [bool(flag) for flag in answer.tolist()]
+
+    def scores(self, views: Views) -> list[float | None]:
+        """The numbers the policy decides on; ``None`` where it gives none."""
+        answer = self.policy.score(views) if self._scores else None
+        if answer is None:
+            return [None] * views.n_positions
+        return [float(number) for number in answer.tolist()]
+
+    def decide(self, draft: Draft, which: Sequence[int], verdict: Verdict) -> dict[int, int]:
+        """Ask the policy about the positions numbered ``which``.
+
+        Decided positions are entered into ``verdict``.
+
+        Returns:
+            Per position number, the writer that still has to be looked at before it can write.
+        """
+        views = self.views(draft.positions, which, draft.shown)
+        if self.policy.assistants == "always" and self._scores:
+            for i, score in zip(which, self.scores(views), strict=True):
+                draft.scores[i] = score
+        if isinstance(self.policy, SelectPolicy):
+            return self._select(self.policy, views, draft, which, verdict)
+        if isinstance(self.policy, MixPolicy):
+            self._mix(self.policy, views, draft, which, verdict)
+        elif isinstance(self.policy, VerifyPolicy):
+            self._verify(self.policy, views, draft, which, verdict)
+        else:
+            raise PolicyError(
+                f"policy '{self.policy.name}' is a {type(self.policy).__name__}; a policy derives "
+                "from SelectPolicy, MixPolicy or VerifyPolicy."
+            )
+        return {}
+
+    def write(self, draft: Draft, writer: int, which: Sequence[int], verdict: Verdict) -> None:
+        """Let a model that was looked at write the positions numbered ``which``."""
+        logits = draft.shown[writer].logits(which)
+        if writer == 0 and draft.tokens:
+            tokens = torch.tensor([draft.tokens[i] for i in which], device=logits.device)
+        else:
+            tokens = draft.positions.draw(logits, which)
+        verdict.enter(which, [writer] * len(which), tokens, logits)
+
+    def _select(
+        self,
+        policy: SelectPolicy,
+        views: Views,
+        draft: Draft,
+        which: Sequence[int],
+        verdict: Verdict,
+    ) -> dict[int, int]:
+        answer = policy.select(views)
+        self._check(answer, views, "select", {torch.int64, torch.int32})
+        writers = answer.tolist()
+        if writers and not 0 <= min(writers) <= max(writers) < len(self.models):
+            wrong = next(w for w in writers if not 0 <= w < len(self.models))
+            raise PolicyError(
+                f"policy '{policy.name}' chose model {wrong}; allowed are 0 to "
+                f"{len(self.models) - 1} ({', '.join(self.models)})."
+            )
+        waiting: dict[int, int] = {}
+        for k in sorted(set(writers)):
+            theirs = [i for i, writer in zip(which, writers, strict=True) if writer == k]
+            known = k in draft.shown and all(i in draft.shown[k].line_of for i in theirs)
+            if known:
+                self.write(draft, k, theirs, verdict)
+            else:
+                waiting.update(dict.fromkeys(theirs, k))
+        return waiting
+
+    def _mix(
+        self, policy: MixPolicy, views: Views, draft: Draft, which: Sequence[int], verdict: Verdict
+    ) -> None:
+        mixed = policy.mix(views)
+        self._check(mixed, views, "mix", {torch.float32, torch.float64})
+        if bool((mixed.max(-1).values == float("-inf")).any()) or bool(mixed.isnan().any()):
+            raise PolicyError(
+                f"policy '{policy.name}' returned a distribution without any possible token, "
+                "or with NaN."
+            )
+        tokens = draft.positions.draw(mixed, which)
+        verdict.enter(which, [len(self.models)] * len(which), tokens, mixed)
+
+    def _verify(
+        self,
+        policy: VerifyPolicy,
+        views: Views,
+        draft: Draft,
+        which: Sequence[int],
+        verdict: Verdict,
+    ) -> None:
+        target = policy.target_probs(views)
+        self._check(target, views, "target_probs", {torch.float32, torch.float64})
+        if bool((target < 0).any()) or bool(((target.sum(-1) - 1).abs() > 1e-3).any()):
+            raise PolicyError(
+                f"policy '{policy.name}' returned target_probs whose rows are no probabilities."
+            )
+        positions = draft.positions.at(which)
+        drafted = torch.tensor([draft.tokens[i] for i in which], device=target.device)[:, None]
+        proposal = (1 - policy.lenience) * views.drawn_probs(0)
+        accept = target.gather(-1, drafted)[:, 0] / proposal.gather(-1, drafted)[:, 0]
+        uniform = positions.noise.uniform(positions.keys, positions.places, "accept")
+        kept = uniform.to(target.device) < accept
+        residual = (target - proposal).clamp_min(0)
+        # Rounding may leave nothing where target and proposal are equal; nothing is rejected there.
+        residual = torch.where(residual.sum(-1, keepdim=True) > 0, residual, target)
+        replaced = residual.log()
+        if not self._sampling.greedy:
+            replaced = replaced + positions.noise.gumbel(
+                positions.keys, positions.places, target.shape[-1], "residual"
+            ).to(target.device)
+        tokens = torch.where(kept, drafted[:, 0], replaced.argmax(-1))
+        writer = policy.replaces(self.models)
+        for k, chosen in ((0, kept), (writer, ~kept)):
+            lines = chosen.nonzero()[:, 0]
+            theirs = [which[line] for line in lines.tolist()]
+            if theirs:
+                logits = draft.shown[k].logits(theirs)
+                verdict.enter(theirs, [k] * len(theirs), tokens[lines], logits)
+
+    def _check(self, answer: object, views: Views, method: str, dtypes: set[torch.dtype]) -> None:
+        got: object = type(answer).__name__
+        if isinstance(answer, Tensor):
+            if answer.dtype in dtypes and answer.shape[:1] == (views.n_positions,):
+                return
+            got = f"a {answer.dtype} tensor of shape {list(answer.shape)}"
+        allowed = " or ".join(sorted(str(dtype) for dtype in dtypes))
+        raise PolicyError(
+            f"policy '{self.policy.name}': {method}() must return a {allowed} tensor with "
+            f"{views.n_positions} entries, one per position, and returned {got}."
+        )

@@ -1,0 +1,340 @@
+"""An ensemble: models that share a vocabulary, and a policy that says who writes."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+from multicolm.backend.base import Model
+from multicolm.config import EnsembleConfig, GenerationConfig, load_ensemble
+from multicolm.decoding.prompts import prompt_ids
+from multicolm.decoding.router import Router
+from multicolm.decoding.row import Row
+from multicolm.decoding.sampling import Sampling, row_key
+from multicolm.decoding.text import TextStream
+from multicolm.decoding.threads import torch_threads
+from multicolm.errors import CapabilityError, ConfigError, InputError
+from multicolm.plugins import backends
+from multicolm.policy.base import Policy
+from multicolm.policy.resolve import resolve_policy
+from multicolm.tokenizer.shared import SharedVocabulary
+from multicolm.types import MIXTURE, Answer, Piece, Prompt, Trace, TracedToken, Usage
+from multicolm.views import ModelNames, implied
+
+__all__ = ["Answers", "Ensemble", "Stream", "load"]
+
+PolicySource = str | Path | Policy | Mapping[str, Any]
+
+
+class Answers(list[Answer]):
+    """Finished texts, in the order of their prompts.
+
+    Attributes:
+        usage: per model name, what it did for all of them together; forward passes are counted
+            once each, however many rows they served.
+        seconds: wall-clock time of the whole call.
+    """
+
+    usage: Mapping[str, Usage]
+    seconds: float
+
+
+class Stream:
+    """Text while it is being written: iterate over it for :class:`~multicolm.types.Piece`.
+
+    Attributes:
+        answers: the finished texts; complete when the iteration has ended. If it is broken off,
+            the texts that were finished by then.
+    """
+
+    def __init__(self, pieces: Iterator[Piece], answers: Answers) -> None:
+        self._pieces = pieces
+        self.answers = answers
+
+    def __iter__(self) -> Iterator[Piece]:
+        return self._pieces
+
+    def __next__(self) -> Piece:
+        return next(self._pieces)
+
+
+class Ensemble:
+    """Models that write one text together.
+
+    Args:
+        models: the base model first; their names are the ensemble's names.
+        policy: who writes if a call does not say: whatever :meth:`generate` takes. The base
+            model alone if not given.
+        generation: settings of calls that do not give their own.
+        config: the file it was made from, if any.
+        base_dir: the folder that relative paths in ``policy`` start from.
+
+    Raises:
+        VocabularyError: if the models do not share one vocabulary.
+        ConfigError: if two models have the same name, or the policy is not known.
+    """
+
+    def __init__(
+        self,
+        models: Sequence[Model],
+        *,
+        policy: PolicySource | None = None,
+        generation: GenerationConfig | None = None,
+        config: EnsembleConfig | None = None,
+        base_dir: Path | None = None,
+    ) -> None:
+        names = [model.name for model in models]
+        if not names or len(set(names)) != len(names) or MIXTURE in names:
+            raise ConfigError(
+                f"an ensemble needs one model or more, with different names other than "
+                f"'{MIXTURE}'; got {', '.join(names) or 'none'}."
+            )
+        self.models = ModelNames(names)
+        self.config = config
+        self.generation = generation or GenerationConfig()
+        self.backends = tuple(models)
+        self.vocabulary = SharedVocabulary(self.models, [model.tokenizer for model in models])
+        self.policy = resolve_policy(policy or {"kind": "single"}, base_dir=base_dir)
+        self._check(self.policy)
+
+    @classmethod
+    def from_config(cls, config: EnsembleConfig) -> Ensemble:
+        """Load the models that a configuration declares.
+
+        Raises:
+            MulticolmError: if a policy, a model or a tokenizer cannot be used.
+        """
+        # The policy first: a misspelt param should not cost the loading of weights.
+        resolve_policy(config.policy, base_dir=config.base_dir)
+        models = []
+        for name in config.names:
+            settings = config.models[name]
+            backend = cast("type[Model]", backends.get(settings.backend))
+            models.append(backend.from_config(name, settings))
+        return cls(
+            models,
+            policy=config.policy,
+            generation=config.generation,
+            config=config,
+            base_dir=config.base_dir,
+        )
+
+    def _check(self, policy: Policy) -> None:
+        """Refuse a policy that needs what a model cannot show.
+
+        Raises:
+            CapabilityError: naming the policy, the model and the signal.
+        """
+        needs = policy.needs(self.models)
+        for k, model in enumerate(self.backends):
+            missing = needs.of(k) - implied(frozenset(model.signals))
+            if missing:
+                raise CapabilityError(
+                    f"policy '{policy.name}' needs {' and '.join(sorted(missing))} of model "
+                    f"'{model.name}', which shows only {', '.join(sorted(model.signals))}; "
+                    "choose another policy or another backend for that model."
+                )
+
+    def generate(
+        self,
+        prompts: str | Sequence[Prompt],
+        policy: PolicySource | None = None,
+        *,
+        params: Mapping[str, Any] | None = None,
+        seed: int | Sequence[int] | None = None,
+        batch_size: int = 16,
+        **settings: Any,
+    ) -> Answers:
+        """Write a text for each prompt.
+
+        Args:
+            prompts: texts, chats or lists of shared token ids; one text may stand alone.
+            policy: a preset's name, a path, ``file.py:Class``, ``{"kind": ..., "params": ...}``,
+                a policy, or ``None`` for the ensemble's own.
+            params: params that replace those of the policy.
+            seed: of everything random; one number, or one per prompt. Equal seeds give equal
+                texts for the same prompt, whatever the batch and the schedule. ``None`` draws a
+                fresh one, which the answers report.
+            batch_size: how many texts are written at a time.
+            **settings: ``max_new_tokens``, ``temperature``, ``top_k``, ``top_p``, ``stop``,
+                ``schedule``, ``block_size``, ``threads``, as in an ensemble file; ``None`` or
+                absent means the ensemble's own.
+
+        Returns:
+            One answer per prompt, in the same order.
+
+        Raises:
+            InputError: if a prompt is empty or longer than a context, or a setting is out of
+                range.
+            ConfigError: if the policy or a param is not known.
+            CapabilityError: if the policy needs what these models cannot show.
+        """
+        stream = self.stream(
+            prompts, policy, params=params, seed=seed, batch_size=batch_size, **settings
+        )
+        for _ in stream:
+            pass
+        return stream.answers
+
+    def stream(
+        self,
+        prompts: str | Sequence[Prompt],
+        policy: PolicySource | None = None,
+        *,
+        params: Mapping[str, Any] | None = None,
+        seed: int | Sequence[int] | None = None,
+        batch_size: int = 16,
+        clock: Callable[[], float] = time.perf_counter,
+        **settings: Any,
+    ) -> Stream:
+        """Like :meth:`generate`, letting the text out while it is written.
+
+        Prompts and settings are checked at once, before the first piece is asked for.
+
+        Args:
+            prompts: see :meth:`generate`.
+            policy: see :meth:`generate`.
+            params: see :meth:`generate`.
+            seed: see :meth:`generate`.
+            batch_size: see :meth:`generate`.
+            clock: current time in seconds.
+            **settings: see :meth:`generate`.
+
+        Returns:
+            An iterator over pieces of text, which holds the answers when it has ended.
+
+        Raises:
+            MulticolmError: see :meth:`generate`.
+        """
+        chosen = self.policy if policy is None and not params else self.resolve(policy, params)
+        self._check(chosen)
+        wanted = self.generation.updated(settings)
+        if batch_size < 1:
+            raise InputError(f"batch_size must be 1 or more, got {batch_size}.")
+        rows = self._rows(prompts, chosen, wanted, seed if seed is not None else wanted.seed)
+        schedule = wanted.schedule or chosen.schedule
+        router = Router(
+            self.backends,
+            self.vocabulary,
+            chosen,
+            Sampling(wanted.temperature, wanted.top_k, wanted.top_p),
+            block_size=wanted.block_size if schedule == "block" else 1,
+            n_slots=max(1, min(batch_size, len(rows))),
+            clock=clock,
+        )
+        answers = Answers()
+        return Stream(self._run(router, rows, chosen, answers, wanted.threads, clock), answers)
+
+    def resolve(
+        self, policy: PolicySource | None, params: Mapping[str, Any] | None = None
+    ) -> Policy:
+        """The policy that :meth:`generate` would use for these arguments.
+
+        Raises:
+            ConfigError: if it is not known, or a param is not.
+        """
+        return resolve_policy(self.policy if policy is None else policy, params)
+
+    def _rows(
+        self,
+        prompts: str | Sequence[Prompt],
+        policy: Policy,
+        wanted: GenerationConfig,
+        seed: int | Sequence[int] | None,
+    ) -> list[Row]:
+        asked: Sequence[Prompt] = [prompts] if isinstance(prompts, str) else list(prompts)
+        if seed is None:
+            seeds = [secrets.randbits(32)] * len(asked)
+        else:
+            seeds = [seed] * len(asked) if isinstance(seed, int) else list(seed)
+        if len(seeds) != len(asked):
+            raise InputError(f"got {len(seeds)} seeds for {len(asked)} prompts; give one for each.")
+        used = policy.uses(self.models)
+        rows = []
+        for number, prompt in enumerate(asked):
+            ids = prompt_ids(prompt, number, self.backends, self.vocabulary, used)
+            rows.append(
+                Row(
+                    number=number,
+                    prompt=prompt,
+                    prompt_ids=ids,
+                    key=row_key(seeds[number], ids[min(used)]),
+                    seed=seeds[number],
+                    max_new_tokens=wanted.max_new_tokens,
+                    text=TextStream(wanted.stop),
+                    draft_length=wanted.block_size if wanted.schedule != "stepwise" else 1,
+                )
+            )
+        return rows
+
+    def _run(
+        self,
+        router: Router,
+        rows: Sequence[Row],
+        policy: Policy,
+        answers: Answers,
+        threads: int | None,
+        clock: Callable[[], float],
+    ) -> Iterator[Piece]:
+        start = clock()
+        try:
+            with torch_threads(self.backends, threads):
+                yield from router.run(rows)
+        finally:
+            done = [row for row in rows if row.finish_reason is not None]
+            answers.extend(self._answer(row, policy, router.noise_used) for row in done)
+            answers.seconds = clock() - start
+            answers.usage = self._usage(router, answers)
+
+    def _answer(self, row: Row, policy: Policy, random: bool) -> Answer:
+        assert row.finish_reason is not None
+        names = [*self.models, MIXTURE]
+        n_written = [0] * len(names)
+        tokens = []
+        for new in row.written:
+            n_written[new.writer] += 1
+            name = self.vocabulary.name(new.token)
+            tokens.append(
+                TracedToken(new.token, name, names[new.writer], new.logprob, new.score)
+            )
+        usage = {
+            name: replace(row.usage[k], tokens_written=n_written[k])
+            for k, name in enumerate(self.models)
+        }
+        return Answer(
+            prompt=row.prompt,
+            text=row.text.text,
+            trace=Trace(tuple(tokens)),
+            usage=usage,
+            finish_reason=row.finish_reason,
+            policy=policy.name,
+            seed=row.seed if random else None,
+        )
+
+    def _usage(self, router: Router, answers: Sequence[Answer]) -> dict[str, Usage]:
+        usage = {}
+        for k, name in enumerate(self.models):
+            read = router.readers[k].usage if k in router.readers else Usage()
+            n_written = sum(answer.usage[name].tokens_written for answer in answers)
+            usage[name] = replace(read, tokens_written=n_written)
+        return usage
+
+
+def load(source: str | Path | EnsembleConfig) -> Ensemble:
+    """Load an ensemble with its models.
+
+    Args:
+        source: a name in ``registry/ensembles/``, a YAML file, a folder that holds an
+            ``ensemble.yaml``, or a configuration.
+
+    Raises:
+        ConfigError: if the file is missing or not right; it names line and column.
+        ModelError: if a model cannot be loaded.
+        VocabularyError: if the models have different tokenizers.
+    """
+    config = source if isinstance(source, EnsembleConfig) else load_ensemble(source)
+    return Ensemble.from_config(config)

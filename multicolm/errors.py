@@ -1,0 +1,81 @@
+"""What can go wrong, as one tree. Every message says where, what, what was allowed, what to do next.
+
+    MulticolmError                 anything a user can mend; the command line prints one sentence
+    ├── ConfigError                a file or a value that the user wrote (file, line, column)
+    │   └── UnknownNameError       a name that no catalogue or registry holds
+    ├── ModelError                 weights that are missing, unsafe to load, or of a kind not served
+    ├── CapabilityError            a policy asks for what a model or a schedule cannot give
+    ├── VocabularyError            tokenizers that cannot be joined, or not be turned into bytes
+    ├── InputError                 a prompt or a setting of one call (empty, too long, out of range)
+    └── PolicyError                a policy broke its contract while the text was being written
+
+Bugs of multicolm itself are not in this tree: they keep their traceback.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+__all__ = [
+    "CapabilityError",
+    "ConfigError",
+    "InputError",
+    "ModelError",
+    "MulticolmError",
+    "PolicyError",
+    "UnknownNameError",
+    "VocabularyError",
+    "unknown",
+]
+
+
+class MulticolmError(Exception):
+    """Something that the user can mend. ``exit_code`` is what the command line returns for it."""
+
+    exit_code = 1
+
+
+class ConfigError(MulticolmError):
+    """A file or a value that the user wrote is not what it should be."""
+
+    exit_code = 2
+
+
+class UnknownNameError(ConfigError):
+    """A name that no catalogue or registry holds; the message offers the nearest known one."""
+
+
+class ModelError(MulticolmError):
+    """A model cannot be loaded, or cannot be served rightly and is refused by name."""
+
+
+class CapabilityError(MulticolmError):
+    """A policy needs a signal, a model or a schedule that this ensemble cannot give."""
+
+
+class VocabularyError(MulticolmError):
+    """The tokenizers of an ensemble do not fit together, or one cannot be turned into bytes."""
+
+
+class InputError(MulticolmError):
+    """A prompt or a setting of one call cannot be used."""
+
+    exit_code = 2
+
+
+class PolicyError(MulticolmError):
+    """A policy broke its contract: wrong shape, a model that does not exist, an undeclared signal."""
+
+
+def unknown(noun: str, name: str, known: Iterable[str]) -> str:
+    """The sentence for a name that is not known: the nearest known name, then all of them.
+
+    >>> unknown("policy", "entrpy", ["entropy", "single"])
+    "unknown policy 'entrpy'. Did you mean 'entropy'? Known: entropy, single."
+    """
+    names = sorted(known)
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    hint = f" Did you mean '{near[0]}'?" if near else ""
+    listing = ", ".join(names) if names else "none"
+    return f"unknown {noun} '{name}'.{hint} Known: {listing}."

@@ -1,0 +1,104 @@
+"""One registry class for everything that has a name: policies and backends.
+
+A plug-in is known by a decorator, by an entry point of an installed package, or, for the parts of
+multicolm that are heavy to import, by a ``"module:Class"`` string that is imported on first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator
+from importlib.metadata import entry_points
+from typing import Generic, TypeVar
+
+from multicolm.errors import ConfigError, UnknownNameError, unknown
+
+__all__ = ["Registry", "backends", "policies"]
+
+T = TypeVar("T")
+
+
+class Registry(Generic[T]):
+    """Names to classes.
+
+    Args:
+        noun: what one entry is called in messages, such as ``"policy"``.
+        group: the entry-point group that other packages use to add theirs.
+    """
+
+    def __init__(self, noun: str, group: str) -> None:
+        self.noun = noun
+        self.group = group
+        self._classes: dict[str, type[T]] = {}
+        self._addresses: dict[str, str] = {}
+        self._searched = False
+
+    def register(self, name: str) -> Callable[[type[T]], type[T]]:
+        """Decorator that makes a class known under ``name``.
+
+        Raises:
+            ConfigError: if another class already has that name.
+        """
+
+        def add(cls: type[T]) -> type[T]:
+            known = self._classes.get(name)
+            same = known is not None and known.__qualname__ == cls.__qualname__
+            # A module that is executed twice (a notebook cell, a reload) brings the same class anew.
+            if known is not None and not same:
+                raise ConfigError(
+                    f"{self.noun} '{name}' is already registered by "
+                    f"{known.__module__}.{known.__qualname__}; choose another name."
+                )
+            address = self._addresses.get(name)
+            if address is not None and address != f"{cls.__module__}:{cls.__name__}":
+                raise ConfigError(
+                    f"{self.noun} '{name}' is already taken by {address}; choose another name."
+                )
+            self._classes[name] = cls
+            return cls
+
+        return add
+
+    def declare(self, name: str, address: str) -> None:
+        """Make ``"module:Class"`` known under ``name`` without importing it."""
+        self._addresses[name] = address
+
+    def get(self, name: str) -> type[T]:
+        """The class called ``name``.
+
+        Raises:
+            UnknownNameError: if nothing has that name; the message offers the nearest one.
+        """
+        self._search()
+        if name not in self._classes and name in self._addresses:
+            module, _, attribute = self._addresses[name].partition(":")
+            self._classes[name] = getattr(importlib.import_module(module), attribute)
+        if name not in self._classes:
+            raise UnknownNameError(unknown(self.noun, name, self.names()))
+        return self._classes[name]
+
+    def names(self) -> list[str]:
+        """Every known name, sorted."""
+        self._search()
+        return sorted({*self._classes, *self._addresses})
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.names()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names())
+
+    def _search(self) -> None:
+        if self._searched:
+            return
+        self._searched = True
+        for point in entry_points(group=self.group):
+            self._addresses.setdefault(point.name, point.value)
+
+
+# `Any` would do here, but the bounds live in modules that import this one.
+policies: Registry[object] = Registry("policy", "multicolm.policies")
+"""Policy kinds; see :mod:`multicolm.policy`."""
+
+backends: Registry[object] = Registry("backend", "multicolm.backends")
+"""Backends; see :mod:`multicolm.backend`."""

@@ -1,0 +1,201 @@
+"""What a policy is: a pure function from views to who writes, and a declaration of what it needs.
+
+Three kinds, and a policy is exactly one of them:
+
+    SelectPolicy   names one model per position; that model draws the token from its distribution
+    MixPolicy      makes one distribution out of several; the token is drawn from it
+    VerifyPolicy   gives the distribution that the text must follow; the base model drafts, and
+                   each draft token is kept or replaced so that exactly that distribution results
+
+All of them see flat positions, so the same method serves one text, a batch, and a drafted block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass as plain_dataclass
+from dataclasses import fields as dataclass_fields
+from dataclasses import is_dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, dataclass_transform
+
+from jaxtyping import Bool, Float, Int
+from pydantic import ConfigDict
+from pydantic.dataclasses import dataclass as pydantic_dataclass
+
+from multicolm.plugins import policies
+from multicolm.types import Signal, Tensor
+from multicolm.views import ModelNames, Views
+
+__all__ = ["MixPolicy", "Needs", "Policy", "SelectPolicy", "VerifyPolicy", "policy"]
+
+
+@plain_dataclass(frozen=True, slots=True)
+class Needs:
+    """Which signals of which models a policy looks at, and when.
+
+    Attributes:
+        always: per model index, the signals wanted at every position.
+        deferred: per model index, the signals wanted only where the policy defers.
+    """
+
+    always: Mapping[int, frozenset[Signal]]
+    deferred: Mapping[int, frozenset[Signal]]
+
+    def of(self, model: int) -> frozenset[Signal]:
+        """All signals that are ever wanted of ``model``."""
+        return self.always.get(model, frozenset()) | self.deferred.get(model, frozenset())
+
+
+class Policy:
+    """What all policies share. Subclass one of the three kinds, not this class.
+
+    The fields of the class are its ``params``; the class variables below declare what it needs.
+    """
+
+    name: ClassVar[str] = "policy"
+    """Set by the :func:`policy` decorator."""
+
+    base_signals: ClassVar[frozenset[Signal] | set[Signal]] = frozenset()
+    """Signals of the base model, wanted at every position."""
+
+    assistant_signals: ClassVar[frozenset[Signal] | set[Signal]] = frozenset()
+    """Signals of every assistant."""
+
+    assistants: ClassVar[Literal["always", "deferred"]] = "always"
+    """When the assistants are looked at: everywhere, or only where :meth:`defers` says so."""
+
+    certain: ClassVar[bool] = False
+    """Whether a position that :meth:`defers` is sure to be handed over, so that a base model that
+    drafts a block need not write past it."""
+
+    history: ClassVar[bool] = False
+    """Whether it reads ``views.previous`` or ``views.base_run``."""
+
+    schedule: ClassVar[Literal["stepwise", "block"]] = "stepwise"
+    """The schedule that suits it when none is asked for. Never changes the text."""
+
+    def needs(self, models: ModelNames) -> Needs:
+        """What to look at in an ensemble of these models; checks the roles among the fields.
+
+        Raises:
+            CapabilityError: if a role names a model that the ensemble does not have.
+        """
+        base = {0: frozenset(self.base_signals)} if self.base_signals else {}
+        signals = frozenset(self.assistant_signals)
+        others = {k: signals for k in range(1, len(models))} if signals else {}
+        if self.assistants == "always":
+            return Needs({**base, **others}, {})
+        return Needs(base, others)
+
+    def uses(self, models: ModelNames) -> frozenset[int]:
+        """Indices of the models that it may look at or let write; all of them if not overridden.
+
+        A model that is not used is never run, and neither its prompt nor its context counts.
+        """
+        return frozenset(range(len(models)))
+
+    def defers(self, views: Views) -> Bool[Tensor, "positions"]:
+        """Where the base model may hand over, judged by the base model's view alone.
+
+        Asked only of policies with ``assistants = "deferred"`` or ``certain = True``. Elsewhere
+        the base model writes and no assistant is run.
+        """
+        raise NotImplementedError(f"{type(self).__name__} declares deferral but has no `defers`")
+
+    def score(self, views: Views) -> Float[Tensor, "positions"] | None:
+        """The number the policy decides on, for the trace; ``None`` if there is no such number.
+
+        Sees the base model's view, and the assistants' where they are looked at always.
+        """
+        return None
+
+    @property
+    def can_defer(self) -> bool:
+        """Whether :meth:`defers` is to be asked."""
+        return self.certain or self.assistants == "deferred"
+
+    def as_config(self) -> dict[str, Any]:
+        """``{"kind": ..., "params": {...}}``, as one writes it in YAML."""
+        params = {}
+        if is_dataclass(self):
+            params = {field.name: getattr(self, field.name) for field in dataclass_fields(self)}
+        return {"kind": self.name, "params": params}
+
+
+class SelectPolicy(Policy):
+    """Names the model that writes."""
+
+    def select(self, views: Views) -> Int[Tensor, "positions"]:
+        """Index of the writing model, 0..M, at every position.
+
+        With ``assistants = "deferred"`` it is asked at deferring positions only.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no `select`")
+
+
+class MixPolicy(Policy):
+    """Makes one distribution out of several."""
+
+    def mix(self, views: Views) -> Float[Tensor, "positions vocab"]:
+        """Unnormalised log-probabilities, in nats; -inf for a token that must not come.
+
+        Temperature, top-k and top-p are applied to what this returns.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no `mix`")
+
+
+class VerifyPolicy(Policy):
+    """Gives the distribution that the text must follow, while the base model drafts.
+
+    A draft token x, drawn from the base model's q, is kept with probability
+    ``min(1, target(x) / ((1 - lenience) q(x)))``, else a token of ``(target - q)_+``, normalised,
+    takes its place. With ``lenience = 0`` the text follows the target exactly.
+
+    Source:
+        Leviathan et al. 2023 (arXiv 2211.17192), algorithm 1; Chen et al. 2023 (arXiv 2302.01318).
+    """
+
+    lenience: float = 0.0
+    schedule: ClassVar[Literal["stepwise", "block"]] = "block"
+
+    def target_probs(self, views: Views) -> Float[Tensor, "positions vocab"]:
+        """Probabilities, each row summing to 1; use ``views.drawn_probs`` for the models' own."""
+        raise NotImplementedError(f"{type(self).__name__} has no `target`")
+
+    def replaces(self, models: ModelNames) -> int:
+        """Index of the model that is named as the writer of a replaced token."""
+        return 1
+
+
+P = TypeVar("P", bound=Policy)
+
+if TYPE_CHECKING:
+
+    @dataclass_transform(frozen_default=True)
+    def policy(name: str) -> Callable[[type[P]], type[P]]:
+        """See below."""
+
+else:
+
+    def policy(name: str) -> Callable[[type[P]], type[P]]:
+        """Decorator: make a class a policy called ``name``, its annotated fields its ``params``.
+
+            @multicolm.policy("unsure")
+            class Unsure(multicolm.SelectPolicy):
+                threshold: float = 0.5
+                ...
+
+        The class becomes a frozen pydantic dataclass, so that params from YAML are checked; a
+        class that is a dataclass already is left as it is.
+
+        Raises:
+            ConfigError: if the name is taken.
+        """
+
+        def make(cls: type[P]) -> type[P]:
+            if "__dataclass_fields__" not in cls.__dict__:
+                cls = pydantic_dataclass(frozen=True, config=ConfigDict(extra="forbid"))(cls)
+            cls.name = name
+            return policies.register(name)(cls)
+
+        return make

@@ -1,0 +1,71 @@
+"""BiLD: a big and a little decoder."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from jaxtyping import Bool, Float, Int
+
+from multicolm.policy.base import Needs, SelectPolicy, policy
+from multicolm.types import Signal, Tensor
+from multicolm.views import ModelNames, Role, Views
+
+__all__ = ["BildPolicy"]
+
+
+@policy("bild")
+class BildPolicy(SelectPolicy):
+    """The small base model writes; the large one takes over where either of them objects.
+
+    Fallback: the small model's top-1 probability is below ``fallback``. Rollback: the large model's
+    most likely token is another than the small one's, to which it gives a negative log-probability
+    above ``rollback``. And the large model writes one token after ``num_small_iters`` of the small
+    one in a row.
+
+    The paper lets the large model check only when it takes over. Here it sees every token, in one
+    pass per drafted block, so the text does not depend on the block size.
+
+    Attributes:
+        fallback: probability; 0 never falls back, above 1 is the large model alone.
+        rollback: nats; 0 is the large model alone, infinity never rolls back.
+        num_small_iters: tokens.
+        large: the large model.
+
+    Source:
+        arXiv 2302.07863 (NeurIPS 2023), section 3; defaults of the authors' code.
+    """
+
+    fallback: float = 0.6
+    rollback: float = 5.0
+    num_small_iters: int = 10
+    large: Role = "assistant"
+
+    base_signals: ClassVar[set[Signal]] = {"top1"}
+    assistant_signals: ClassVar[set[Signal]] = {"logprobs"}
+    certain: ClassVar[bool] = True
+    history: ClassVar[bool] = True
+    schedule: ClassVar = "block"
+
+    def needs(self, models: ModelNames) -> Needs:
+        """Both models always."""
+        large = {models.role(self.large): frozenset(self.assistant_signals)}
+        return Needs({0: frozenset(self.base_signals), **large}, {})
+
+    def uses(self, models: ModelNames) -> frozenset[int]:
+        """The small and the large model."""
+        return frozenset({0, models.role(self.large)})
+
+    def defers(self, views: Views) -> Bool[Tensor, "positions"]:
+        """Fallback, or the small model's turn is over."""
+        unsure = views.base.top1_probs < self.fallback
+        return unsure | (views.base_run >= self.num_small_iters)
+
+    def score(self, views: Views) -> Float[Tensor, "positions"]:
+        """Negative log-probability that the large model gives the small one's token, in nats."""
+        return -views[self.large].logprob_of(views.base.top1_ids)
+
+    def select(self, views: Views) -> Int[Tensor, "positions"]:
+        """The large model at fallback, at rollback, and when the small one's turn is over."""
+        large = views[self.large]
+        objects = (large.top1_ids != views.base.top1_ids) & (self.score(views) > self.rollback)
+        return (self.defers(views) | objects).long() * views.models.role(self.large)

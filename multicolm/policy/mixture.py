@@ -1,0 +1,54 @@
+"""Averages of distributions."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from jaxtyping import Float
+
+from multicolm.policy.base import MixPolicy, Needs, policy
+from multicolm.types import Signal, Tensor
+from multicolm.views import ModelNames, Views
+
+__all__ = ["AveragePolicy"]
+
+
+@policy("average")
+class AveragePolicy(MixPolicy):
+    """Every token is drawn from the weighted average of all models' distributions.
+
+    Attributes:
+        weights: one per model, as a list or by name; equal if not given. A model of weight 0 is
+            never run.
+        mean: ``arithmetic`` averages probabilities, ``geometric`` log-probabilities.
+
+    Source:
+        Linear and log-linear opinion pools (Genest and Zidek 1986); per token in speculative
+        ensembles, arXiv 2502.01662.
+    """
+
+    weights: list[float] | dict[str, float] | None = None
+    mean: Literal["arithmetic", "geometric"] = "arithmetic"
+
+    base_signals: ClassVar[set[Signal]] = {"logprobs"}
+    assistant_signals: ClassVar[set[Signal]] = {"logprobs"}
+    schedule: ClassVar = "block"
+
+    def needs(self, models: ModelNames) -> Needs:
+        """Every model that weighs something."""
+        return Needs({k: frozenset(self.base_signals) for k in self.uses(models)}, {})
+
+    def uses(self, models: ModelNames) -> frozenset[int]:
+        """Every model that weighs something."""
+        return frozenset(k for k, w in enumerate(models.weights(self.weights)) if w > 0)
+
+    def mix(self, views: Views) -> Float[Tensor, "positions vocab"]:
+        """Logarithm of the average (of a geometric one, up to a constant)."""
+        import torch
+
+        weights = views.models.weights(self.weights)
+        logprobs = views.stack(lambda view: view.logprobs)
+        weight = torch.tensor([weights[k] for k in views], device=logprobs.device)[:, None, None]
+        if self.mean == "geometric":
+            return (logprobs * weight).sum(0)
+        return (logprobs + weight.log()).logsumexp(0)

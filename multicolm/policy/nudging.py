@@ -1,0 +1,63 @@
+"""Nudging: a small aligned model supplies words where the base model is unsure."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from jaxtyping import Bool, Float, Int
+
+from multicolm.policy.base import Needs, SelectPolicy, policy
+from multicolm.types import Signal, Tensor
+from multicolm.views import ModelNames, Role, Views
+
+__all__ = ["NudgingPolicy"]
+
+
+@policy("nudging")
+class NudgingPolicy(SelectPolicy):
+    """Where the base model is unsure, the nudger writes, and it finishes the word it began.
+
+    The base model goes on at the next word where it is sure again. This is the method for models
+    of one vocabulary: a word of the nudger ends where its next token would begin with white space.
+
+    Attributes:
+        threshold: top-1 probability below which the base model is unsure (the paper's gamma);
+            0 is the base model alone.
+        nudger: the aligned model.
+
+    Source:
+        arXiv 2410.09300 (ACL 2025), section 2; the authors' code takes 0.4.
+    """
+
+    threshold: float = 0.4
+    nudger: Role = "assistant"
+
+    base_signals: ClassVar[set[Signal]] = {"top1"}
+    assistant_signals: ClassVar[set[Signal]] = {"top1"}
+    assistants: ClassVar = "deferred"
+    history: ClassVar[bool] = True
+
+    def needs(self, models: ModelNames) -> Needs:
+        """The base model always, the nudger where the base model is unsure or a word is open."""
+        signals = frozenset(self.assistant_signals)
+        return Needs({0: frozenset(self.base_signals)}, {models.role(self.nudger): signals})
+
+    def uses(self, models: ModelNames) -> frozenset[int]:
+        """The base model and the nudger."""
+        return frozenset({0, models.role(self.nudger)})
+
+    def score(self, views: Views) -> Float[Tensor, "positions"]:
+        """Probability of the base model's most likely token."""
+        return views.base.top1_probs
+
+    def defers(self, views: Views) -> Bool[Tensor, "positions"]:
+        """Where the base model is unsure, or the nudger may be inside a word."""
+        unsure = views.base.top1_probs < self.threshold
+        return unsure | (views.previous == views.models.role(self.nudger))
+
+    def select(self, views: Views) -> Int[Tensor, "positions"]:
+        """The nudger where the base model is unsure or the nudger's word is not finished."""
+        nudger = views.models.role(self.nudger)
+        unsure = views.base.top1_probs < self.threshold
+        inside = (views.previous == nudger) & ~views.starts_word(views[nudger].top1_ids)
+        return (unsure | inside).long() * nudger

@@ -1,0 +1,83 @@
+"""From whatever a user may write for a policy to the policy itself."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+from multicolm.config import PolicyConfig, check_params, load_policy
+from multicolm.errors import ConfigError, UnknownNameError, unknown
+from multicolm.plugins import policies
+from multicolm.policy.base import MixPolicy, Policy, SelectPolicy, VerifyPolicy
+
+__all__ = ["resolve_policy"]
+
+
+def resolve_policy(
+    source: str | Path | Policy | PolicyConfig | Mapping[str, Any],
+    params: Mapping[str, Any] | None = None,
+    *,
+    base_dir: Path | None = None,
+) -> Policy:
+    """The policy that ``source`` speaks of.
+
+    Args:
+        source: a policy; ``{"kind": ..., "params": {...}}``; the name of a preset or of a kind; a
+            YAML file or a folder with a ``policy.yaml``; or ``file.py:Class``, which runs that
+            file.
+        params: params that replace those of ``source``.
+        base_dir: the folder that relative paths start from; the working folder if not given.
+
+    Raises:
+        ConfigError: if there is no such policy, or a param is unknown or of the wrong type.
+    """
+    if isinstance(source, Policy):
+        if not params:
+            return source
+        config = source.as_config()
+        return _build(type(source), {**config["params"], **params}, type(source).name)
+    if isinstance(source, str) and ".py:" in source:
+        cls = _from_file(source)
+        return _build(cls, dict(params or {}), source)
+    if isinstance(source, PolicyConfig):
+        config_ = source
+    elif isinstance(source, Mapping):
+        config_ = PolicyConfig.model_validate(dict(source))
+    else:
+        config_ = load_policy(source, base_dir or Path.cwd())
+    merged = {**config_.params, **(params or {})}
+    cls = cast("type[Policy]", policies.get(config_.kind))
+    return _build(cls, merged, config_.kind)
+
+
+def _build(cls: type[Policy], params: dict[str, Any], origin: str) -> Policy:
+    check_params(cls, params, origin)
+    return cls(**params)
+
+
+def _from_file(source: str) -> type[Policy]:
+    """The class of ``file.py:Class``; the file is run, as the user asked for it by name."""
+    path_text, _, name = source.rpartition(":")
+    path = Path(path_text)
+    if not path.is_file():
+        raise ConfigError(f"policy {source}: there is no file {path}.")
+    module_name = f"multicolm_policy_{path.stem}"
+    spec = importlib.util.spec_from_file_location(module_name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    # pydantic looks annotations up in the module that a class says it is from.
+    sys.modules[module_name] = module
+    spec.loader.exec_module(module)
+    cls = getattr(module, name, None)
+    kinds = (SelectPolicy, MixPolicy, VerifyPolicy)
+    if not (isinstance(cls, type) and issubclass(cls, kinds)):
+        own = [
+            key
+            for key, value in vars(module).items()
+            if isinstance(value, type) and issubclass(value, kinds) and value not in kinds
+        ]
+        raise UnknownNameError(f"policy {source}: " + unknown("policy class", name, own))
+    return cls

@@ -1,0 +1,176 @@
+"""Several models, one vocabulary: the check that it is one, and the small differences there are.
+
+Models of one family share their text tokens id by id, while heads are padded to other widths and
+added tokens (chat markers, ends of text) differ. The shared vocabulary is the base model's ids,
+followed by the tokens that only assistants have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from multicolm.errors import VocabularyError
+from multicolm.tokenizer.base import TokenizerAdapter
+from multicolm.views import ModelNames
+
+__all__ = ["SharedVocabulary"]
+
+
+@dataclass(frozen=True)
+class _Translation:
+    """One model's ids and the shared ids."""
+
+    own_ids: Int[Tensor, "vocab"]  # per shared id the model's own, -1 where it has no such token
+    reads: dict[int, tuple[int, ...]]  # what it reads for shared ids it has no token for
+    straight: bool  # shared id == own id throughout
+
+
+class SharedVocabulary:
+    """The vocabulary that the models of an ensemble share.
+
+    Attributes:
+        size: number of shared ids.
+    """
+
+    def __init__(self, models: ModelNames, tokenizers: Sequence[TokenizerAdapter]) -> None:
+        """Join the vocabularies, the base model's first.
+
+        Raises:
+            VocabularyError: if the text tokens of two models differ.
+        """
+        self.models = models
+        self._tokenizers = list(tokenizers)
+        base = tokenizers[0]
+        self._owners: list[tuple[int, int]] = [(0, i) for i in range(base.n_tokens)]
+        specials = {
+            name: i for i in range(base.n_tokens) if (name := base.special_name(i)) is not None
+        }
+        shared_of: list[dict[int, int]] = [{i: i for i in range(base.n_tokens)}]
+        for k in range(1, len(tokenizers)):
+            shared_of.append(self._join(k, specials))
+        self.size = len(self._owners)
+        self._translations = [self._translate(k, ids) for k, ids in enumerate(shared_of)]
+        self._end_ids = [
+            frozenset(shared_of[k][i] for i in tokenizer.end_ids if i in shared_of[k])
+            for k, tokenizer in enumerate(tokenizers)
+        ]
+
+    def _join(self, k: int, specials: dict[str, int]) -> dict[int, int]:
+        """Own id -> shared id of model ``k``; tokens that nobody had before are appended."""
+        base, other = self._tokenizers[0], self._tokenizers[k]
+        shared: dict[int, int] = {}
+        differing: list[int] = []
+        for i in range(max(base.n_tokens, other.n_tokens)):
+            name = other.special_name(i) if i < other.n_tokens else None
+            if name is not None:
+                if name not in specials:
+                    specials[name] = len(self._owners)
+                    self._owners.append((k, i))
+                shared[i] = specials[name]
+                continue
+            mine = base.piece(i) if i < base.n_tokens and base.special_name(i) is None else None
+            theirs = other.piece(i) if i < other.n_tokens else None
+            if mine == theirs:
+                shared[i] = i
+            elif theirs is not None and i >= base.n_tokens:
+                shared[i] = len(self._owners)  # an added token of text that the base lacks
+                self._owners.append((k, i))
+            elif mine is None or i < other.n_tokens:
+                differing.append(i)
+        if differing:
+            raise VocabularyError(self._refusal(k, differing))
+        return shared
+
+    def _refusal(self, k: int, differing: list[int]) -> str:
+        base, other, first = self._tokenizers[0], self._tokenizers[k], differing[0]
+        pieces = [t.piece(first) if first < t.n_tokens else None for t in (base, other)]
+        return (
+            f"models '{self.models[0]}' and '{self.models[k]}' have different tokenizers "
+            f"({len(differing)} of {base.n_tokens} tokens differ, the first is id {first}: "
+            f"{pieces[0]!r} and {pieces[1]!r}); all models of an ensemble must share one "
+            "vocabulary, so choose models of one family."
+        )
+
+    def _translate(self, k: int, shared_of: dict[int, int]) -> _Translation:
+        own = torch.full((self.size,), -1, dtype=torch.long)
+        for own_id, shared_id in shared_of.items():
+            own[shared_id] = own_id
+        reads: dict[int, tuple[int, ...]] = {}
+        for shared_id in (own < 0).nonzero().flatten().tolist():
+            # A special token of another model means nothing to this one; text is read as text.
+            content = self.token_bytes(shared_id).decode("utf-8", errors="replace")
+            ids = self._tokenizers[k].encode_continuation(content) if content else []
+            reads[shared_id] = tuple(ids)
+        straight = bool((own == torch.arange(self.size)).all())
+        return _Translation(own, reads, straight)
+
+    def read(self, model: int, shared_ids: Sequence[int]) -> list[int]:
+        """What ``model`` is fed for these tokens of the shared vocabulary."""
+        translation = self._translations[model]
+        if translation.straight:
+            return list(shared_ids)
+        ids: list[int] = []
+        for shared_id in shared_ids:
+            own = int(translation.own_ids[shared_id])
+            ids.extend((own,) if own >= 0 else translation.reads[shared_id])
+        return ids
+
+    def n_read(self, model: int, shared_id: int) -> int:
+        """How many tokens ``model`` is fed for one token of the shared vocabulary."""
+        translation = self._translations[model]
+        if translation.straight or int(translation.own_ids[shared_id]) >= 0:
+            return 1
+        return len(translation.reads[shared_id])
+
+    def is_straight(self, model: int) -> bool:
+        """Whether every shared id is the model's own id, so that texts need no translation."""
+        return self._translations[model].straight
+
+    def logits(
+        self, model: int, own: Float[Tensor, "positions own_vocab"]
+    ) -> Float[Tensor, "positions vocab"]:
+        """A model's logits over the shared vocabulary; -inf for tokens that it does not have.
+
+        Columns of a padded head that belong to no token are dropped.
+        """
+        translation = self._translations[model]
+        width = own.shape[-1]
+        if translation.straight and width >= self.size:
+            return own if width == self.size else own[:, : self.size]
+        index = translation.own_ids.to(own.device)
+        missing = (index < 0) | (index >= width)
+        return own[:, index.clamp(0, width - 1)].masked_fill(missing, float("-inf"))
+
+    def token_bytes(self, shared_id: int) -> bytes:
+        """What a token adds to the text; empty for special tokens."""
+        owner, own = self._owners[shared_id]
+        return self._tokenizers[owner].token_bytes(own)
+
+    def name(self, shared_id: int) -> str:
+        """How a trace shows a token: its text, or its special name."""
+        owner, own = self._owners[shared_id]
+        special = self._tokenizers[owner].special_name(own)
+        if special is not None:
+            return special
+        return self.token_bytes(shared_id).decode("utf-8", errors="backslashreplace")
+
+    def end_ids(self, model: int | None) -> frozenset[int]:
+        """Shared ids with which ``model`` ends a text; ``None``: with which any model does."""
+        if model is None:
+            return frozenset().union(*self._end_ids)
+        return self._end_ids[model]
+
+    @cached_property
+    def starts_word(self) -> Bool[Tensor, "vocab"]:
+        """Per token, whether it begins a new word: white space in front, or a special token."""
+        flags = []
+        for shared_id in range(self.size):
+            content = self.token_bytes(shared_id)
+            flags.append(not content or content[:1].isspace())
+        return torch.tensor(flags)

@@ -1,0 +1,211 @@
+"""What flows along the arrows, and the words and axis names used in every signature.
+
+Axis names
+    rows        the texts of one batch
+    positions   places in those texts, flattened: one entry per (row, place)
+    time        consecutive tokens of one forward pass
+    vocab       entries of the shared vocabulary
+    hidden      width of a model's last hidden state
+    models      the base model (0) and the assistants (1..M)
+
+Units: log-probabilities and entropies are in nats, durations in seconds, lengths in tokens.
+
+This module imports no torch, so that configuration can be checked without it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict
+
+if TYPE_CHECKING:
+    from torch import Tensor
+else:
+    # jaxtyping checks shapes and dtypes of whatever has them; naming the class would import torch.
+    Tensor = Any
+
+__all__ = [
+    "MIXTURE",
+    "Answer",
+    "FinishReason",
+    "Message",
+    "Piece",
+    "Prompt",
+    "Signal",
+    "Tensor",
+    "Trace",
+    "TracedToken",
+    "Usage",
+]
+
+Signal: TypeAlias = Literal["top1", "topk", "logprobs", "hidden"]
+"""What a policy may ask of a model. ``logprobs`` (the whole vocabulary) includes both of the first.
+
+``top1``      the most likely token and its log-probability
+``topk``      a few of the most likely tokens and their log-probabilities
+``logprobs``  the log-probability of every token
+``hidden``    the last hidden state, after the final norm
+"""
+
+FinishReason: TypeAlias = Literal["eos", "stop", "length", "context"]
+"""Why a text ended: the writer's end-of-text token, a stop string, ``max_new_tokens``, or a model
+whose context is full."""
+
+MIXTURE = "mixture"
+"""The writer's name in a trace where several models wrote a token together."""
+
+
+class Message(TypedDict):
+    """One turn of a chat."""
+
+    role: str
+    content: str
+
+
+Prompt: TypeAlias = str | Sequence[Message] | Sequence[int]
+"""Text, a chat, or token ids of the shared vocabulary."""
+
+
+@dataclass(frozen=True, slots=True)
+class TracedToken:
+    """One written token: who wrote it, with what probability, and why.
+
+    Attributes:
+        id: the token in the shared vocabulary.
+        text: its bytes as text; bytes that are no text by themselves show as ``\\xNN``.
+        model: name of the model that wrote it, or ``"mixture"``.
+        logprob: its log-probability in nats under the distribution it was drawn from, before
+            temperature, top-k and top-p.
+        score: the number the policy decided on, if it gives one; its meaning is the policy's.
+    """
+
+    id: int
+    text: str
+    model: str
+    logprob: float
+    score: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """The written tokens of one text, in order."""
+
+    tokens: tuple[TracedToken, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __iter__(self) -> Iterator[TracedToken]:
+        return iter(self.tokens)
+
+    @property
+    def handovers(self) -> int:
+        """How often the writer changed."""
+        return sum(a.model != b.model for a, b in zip(self.tokens, self.tokens[1:], strict=False))
+
+    def share(self, model: str) -> float:
+        """The part of the tokens that ``model`` wrote, 0 to 1 (0 for an empty trace)."""
+        return sum(t.model == model for t in self.tokens) / len(self.tokens) if self.tokens else 0.0
+
+    def spans(self) -> list[tuple[str, str]]:
+        """Runs of one writer as ``(model, text)``, in order."""
+        runs: list[tuple[str, str]] = []
+        for token in self.tokens:
+            if runs and runs[-1][0] == token.model:
+                runs[-1] = (token.model, runs[-1][1] + token.text)
+            else:
+                runs.append((token.model, token.text))
+        return runs
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What one model did.
+
+    For a single answer of a batch, ``forwards`` counts the passes that this row took part in and
+    ``seconds`` is its share of their time, by tokens read; summed over a batch, seconds are exact
+    and forwards count a pass once per row.
+
+    Attributes:
+        forwards: forward passes.
+        tokens_read: tokens fed to the model, the prompt included.
+        tokens_written: tokens that it wrote.
+        seconds: wall-clock time inside its forward passes.
+    """
+
+    forwards: int = 0
+    tokens_read: int = 0
+    tokens_written: int = 0
+    seconds: float = 0.0
+
+    def __add__(self, other: Usage) -> Usage:
+        return Usage(
+            self.forwards + other.forwards,
+            self.tokens_read + other.tokens_read,
+            self.tokens_written + other.tokens_written,
+            self.seconds + other.seconds,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A piece of streamed text that one model wrote.
+
+    Never part of a stop string that was found, never half a UTF-8 character. Joined in order, the
+    pieces of a row are the answer's text.
+
+    Attributes:
+        row: which prompt of the batch it continues.
+        text: the new text, never empty.
+        model: name of its writer, or ``"mixture"``; of the last byte's writer where a character
+            was written by two.
+    """
+
+    row: int
+    text: str
+    model: str
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One finished text, with an account of how it came about.
+
+    Attributes:
+        prompt: what was asked, as given.
+        text: what was written, without the prompt and without the stop string.
+        trace: every written token. The end-of-text token, and tokens of a stop string, are in the
+            trace though not in the text.
+        usage: per model name, what it did for this answer.
+        finish_reason: why it ended.
+        policy: the policy's name.
+        seed: what the random draws of this answer were seeded with; ``None`` when nothing was
+            random.
+    """
+
+    prompt: Prompt
+    text: str
+    trace: Trace
+    usage: Mapping[str, Usage]
+    finish_reason: FinishReason
+    policy: str
+    seed: int | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """A dictionary of plain values; numbers that JSON cannot hold become ``None``."""
+        tokens = [asdict(token) for token in self.trace.tokens]
+        for token in tokens:
+            for key in ("logprob", "score"):
+                value = token[key]
+                if value is not None and not math.isfinite(value):
+                    token[key] = None
+        return {
+            "prompt": self.prompt,
+            "text": self.text,
+            "finish_reason": self.finish_reason,
+            "policy": self.policy,
+            "seed": self.seed,
+            "usage": {name: asdict(usage) for name, usage in self.usage.items()},
+            "trace": tokens,
+        }

@@ -1,0 +1,315 @@
+"""What a policy sees: one :class:`View` per model, bundled in :class:`Views`.
+
+A view works its numbers out when they are first asked for, so a policy that looks at nothing but
+the top-1 probability never pays for a softmax over the vocabulary. A signal that the policy did not
+declare is refused: a declaration that is too small would make multicolm look cheaper than it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
+
+from jaxtyping import Bool, Float, Int
+
+from multicolm.errors import CapabilityError, PolicyError, UnknownNameError, unknown
+from multicolm.types import Signal, Tensor
+
+__all__ = ["ModelNames", "Role", "View", "Views"]
+
+Role = int | str
+"""Which model: its index (0 is the base model), its name, ``"base"``, or ``"assistant"`` (the
+first assistant)."""
+
+_IMPLIED: dict[Signal, frozenset[Signal]] = {
+    "logprobs": frozenset({"logprobs", "topk", "top1"}),
+    "topk": frozenset({"topk", "top1"}),
+    "top1": frozenset({"top1"}),
+    "hidden": frozenset({"hidden"}),
+}
+
+
+def implied(signals: frozenset[Signal]) -> frozenset[Signal]:
+    """``signals`` and those that follow from them."""
+    return frozenset().union(*(_IMPLIED[signal] for signal in signals))
+
+
+class ModelNames(tuple[str, ...]):
+    """The names of an ensemble's models, the base model first."""
+
+    __slots__ = ()
+
+    def role(self, role: Role) -> int:
+        """The index of the model that ``role`` speaks of.
+
+        Raises:
+            UnknownNameError: if no model has that name.
+            CapabilityError: if there are not that many models.
+        """
+        if isinstance(role, str) and role in self:
+            return self.index(role)
+        index = {"base": 0, "assistant": 1}.get(role, None) if isinstance(role, str) else role
+        if index is None:
+            raise UnknownNameError(unknown("model", str(role), [*self, "base", "assistant"]))
+        if not 0 <= index < len(self):
+            raise CapabilityError(
+                f"there is no model {index}: this ensemble has {len(self)} "
+                f"({', '.join(f'{i} {name}' for i, name in enumerate(self))})."
+            )
+        return index
+
+    def weights(self, given: Sequence[float] | Mapping[str, float] | None) -> list[float]:
+        """One weight per model, summing to 1; equal weights for ``None``.
+
+        Args:
+            given: a list in the order of the models, or a mapping from model to weight, in which
+                a model that is not named weighs nothing.
+
+        Raises:
+            CapabilityError: if the list has another length than the ensemble, or a weight is
+                negative, or all are zero.
+            UnknownNameError: if a name in the mapping is no model.
+        """
+        if given is None:
+            return [1.0 / len(self)] * len(self)
+        if isinstance(given, Mapping):
+            weights = [0.0] * len(self)
+            for role, weight in given.items():
+                weights[self.role(role)] = float(weight)
+        else:
+            weights = [float(weight) for weight in given]
+        if len(weights) != len(self) or min(weights) < 0 or sum(weights) <= 0:
+            raise CapabilityError(
+                f"weights {weights} do not fit: allowed is one weight >= 0 for each of "
+                f"{', '.join(self)}, not all zero."
+            )
+        total = sum(weights)
+        return [weight / total for weight in weights]
+
+
+class View:
+    """What one model shows at some positions.
+
+    Args:
+        logits: unnormalised log-probabilities over the shared vocabulary; -inf marks a token
+            that the model does not have.
+        hidden: last hidden state after the final norm, if it was asked for.
+        signals: what the policy declared; ``None`` allows everything.
+        name: the model's name, for messages.
+    """
+
+    def __init__(
+        self,
+        logits: Float[Tensor, "positions vocab"],
+        hidden: Float[Tensor, "positions hidden"] | None = None,
+        *,
+        signals: frozenset[Signal] | None = None,
+        name: str = "model",
+    ) -> None:
+        self._logits = logits
+        self._hidden = hidden
+        self._signals = None if signals is None else implied(signals)
+        self.name = name
+
+    def __len__(self) -> int:
+        return int(self._logits.shape[0])
+
+    def _allow(self, signal: Signal) -> None:
+        if self._signals is not None and signal not in self._signals:
+            raise PolicyError(
+                f"the policy reads '{signal}' of model '{self.name}' but declared only "
+                f"{sorted(self._signals) or 'nothing'}; add '{signal}' to its needs."
+            )
+
+    @cached_property
+    def _logits32(self) -> Float[Tensor, "positions vocab"]:
+        return self._logits.float()
+
+    @cached_property
+    def _log_total(self) -> Float[Tensor, "positions"]:
+        return self._logits32.logsumexp(-1)
+
+    @cached_property
+    def _top1(self) -> tuple[Float[Tensor, "positions"], Int[Tensor, "positions"]]:
+        # argmax gives the first of equal entries, which max does not promise.
+        ids = self._logits.argmax(-1)
+        return self._logits32.gather(-1, ids[:, None])[:, 0] - self._log_total, ids
+
+    @property
+    def logprobs(self) -> Float[Tensor, "positions vocab"]:
+        """Log-probability of every token, in nats."""
+        self._allow("logprobs")
+        return self._logprobs
+
+    @cached_property
+    def _logprobs(self) -> Float[Tensor, "positions vocab"]:
+        return self._logits32 - self._log_total[:, None]
+
+    @property
+    def probs(self) -> Float[Tensor, "positions vocab"]:
+        """Probability of every token."""
+        return self.logprobs.exp()
+
+    @property
+    def logits(self) -> Float[Tensor, "positions vocab"]:
+        """Unnormalised log-probability of every token, as the model gave it."""
+        self._allow("logprobs")
+        return self._logits32
+
+    @property
+    def top1_ids(self) -> Int[Tensor, "positions"]:
+        """The most likely token; the lowest id of equally likely ones."""
+        self._allow("top1")
+        return self._top1[1]
+
+    @property
+    def top1_logprobs(self) -> Float[Tensor, "positions"]:
+        """Log-probability of the most likely token, in nats."""
+        self._allow("top1")
+        return self._top1[0]
+
+    @property
+    def top1_probs(self) -> Float[Tensor, "positions"]:
+        """Probability of the most likely token."""
+        return self.top1_logprobs.exp()
+
+    @property
+    def entropy_nats(self) -> Float[Tensor, "positions"]:
+        """Shannon entropy of the next token, in nats."""
+        logprobs = self.logprobs
+        # 0 * -inf is 0 here: a token that cannot come adds no entropy.
+        return -(logprobs.exp() * logprobs.clamp_min(-1e30)).sum(-1)
+
+    @property
+    def margins(self) -> Float[Tensor, "positions"]:
+        """Probability of the most likely token minus that of the second."""
+        self._allow("topk")
+        best = self._logits32.topk(min(2, self._logits32.shape[-1]), dim=-1).values
+        probs = (best - self._log_total[:, None]).exp()
+        return probs[:, 0] - probs[:, 1:].sum(-1)
+
+    @property
+    def hidden(self) -> Float[Tensor, "positions hidden"]:
+        """Last hidden state after the final norm."""
+        self._allow("hidden")
+        if self._hidden is None:
+            raise PolicyError(f"model '{self.name}' was not asked for hidden states.")
+        return self._hidden
+
+    def logprob_of(self, ids: Int[Tensor, "positions"]) -> Float[Tensor, "positions"]:
+        """Log-probability in nats of one given token per position."""
+        self._allow("logprobs")
+        return self._logits32.gather(-1, ids[:, None])[:, 0] - self._log_total
+
+    def at(self, index: Int[Tensor, "chosen"]) -> View:
+        """The same view at some of its positions."""
+        hidden = None if self._hidden is None else self._hidden[index]
+        view = View(self._logits[index], hidden, name=self.name)
+        view._signals = self._signals
+        return view
+
+
+class Views:
+    """What the models of an ensemble show at some positions.
+
+    Attributes:
+        models: the ensemble's model names, base model first.
+        n_positions: how many positions.
+    """
+
+    def __init__(
+        self,
+        models: ModelNames,
+        views: Mapping[int, View],
+        *,
+        n_positions: int,
+        context: Mapping[str, Callable[[], Tensor]] | None = None,
+        drawn: Callable[[Tensor], Tensor] | None = None,
+        starts_word: Bool[Tensor, "vocab"] | None = None,
+    ) -> None:
+        """Bundle views.
+
+        Args:
+            models: names, base model first.
+            views: per model index, what it shows; models that were not looked at are absent.
+            n_positions: how many positions every view has.
+            context: how to work out ``previous``, ``base_run`` and ``uniform`` when asked.
+            drawn: turns logits into the probabilities that tokens are drawn from.
+            starts_word: per token of the shared vocabulary, whether it begins a new word.
+        """
+        self.models = models
+        self.n_positions = n_positions
+        self._views = views
+        self._context = context or {}
+        self._drawn = drawn
+        self._starts_word = starts_word
+
+    def __getitem__(self, role: Role) -> View:
+        index = self.models.role(role)
+        if index not in self._views:
+            raise PolicyError(
+                f"the policy looks at model '{self.models[index]}', which was not run here; "
+                "declare it in its needs, or do not look at it before the base model deferred."
+            )
+        return self._views[index]
+
+    def __contains__(self, role: Role) -> bool:
+        return self.models.role(role) in self._views
+
+    def __iter__(self) -> Iterator[int]:
+        """Indices of the models that were looked at, ascending."""
+        return iter(sorted(self._views))
+
+    @property
+    def base(self) -> View:
+        """The base model's view."""
+        return self[0]
+
+    @property
+    def assistants(self) -> list[int]:
+        """Indices of the assistants that were looked at, ascending."""
+        return [index for index in self if index > 0]
+
+    def stack(self, number: Callable[[View], Tensor]) -> Tensor:
+        """``number(view)`` of every model that was looked at, by ascending index: [models, ...]."""
+        import torch
+
+        return torch.stack([number(self._views[index]) for index in self])
+
+    def _worked_out(self, what: str) -> Tensor:
+        if what not in self._context:
+            raise PolicyError(
+                f"the policy reads 'views.{what}', which is not there; a policy that looks at "
+                "who wrote before has to say so with `history = True`."
+            )
+        return self._context[what]()
+
+    @property
+    def previous(self) -> Int[Tensor, "positions"]:
+        """Index of the model that wrote the token before; -1 at the start of a text."""
+        return self._worked_out("previous")
+
+    @property
+    def base_run(self) -> Int[Tensor, "positions"]:
+        """How many tokens the base model has written in a row just before."""
+        return self._worked_out("base_run")
+
+    @property
+    def uniform(self) -> Float[Tensor, "positions"]:
+        """One random number in [0, 1) per position, the same for equal seeds in any batch."""
+        return self._worked_out("uniform")
+
+    def drawn_probs(self, role: Role) -> Float[Tensor, "positions vocab"]:
+        """The probabilities that ``role`` would draw its token from.
+
+        After temperature, top-k and top-p; all on one token when decoding is greedy.
+        """
+        if self._drawn is None:
+            raise PolicyError("these views were made without sampling settings.")
+        return self._drawn(self[role].logits)
+
+    def starts_word(self, ids: Int[Tensor, "positions"]) -> Bool[Tensor, "positions"]:
+        """Whether a token begins a new word: leading white space, or the end of the text."""
+        if self._starts_word is None:
+            raise PolicyError("these views were made without a vocabulary.")
+        return self._starts_word.to(ids.device)[ids]
