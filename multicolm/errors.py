@@ -1,4 +1,4 @@
-"""What can go wrong, as one tree. Every message says where, what, what was allowed, what to do next.
+"""What can go wrong, as one tree. A message says where, what, what was allowed, what to do next.
 
     MulticolmError                 anything a user can mend; the command line prints one sentence
     ├── ConfigError                a file or a value that the user wrote (file, line, column)
@@ -65,7 +65,7 @@ class InputError(MulticolmError):
 
 
 class PolicyError(MulticolmError):
-    """A policy broke its contract: wrong shape, a model that does not exist, an undeclared signal."""
+    """A policy broke its contract: a wrong shape, no such model, an undeclared signal."""
 
 
 def unknown(noun: str, name: str, known: Iterable[str]) -> str:

@@ -43,7 +43,7 @@ class Registry(Generic[T]):
         def add(cls: type[T]) -> type[T]:
             known = self._classes.get(name)
             same = known is not None and known.__qualname__ == cls.__qualname__
-            # A module that is executed twice (a notebook cell, a reload) brings the same class anew.
+            # A module that runs twice (a notebook cell, a reload) brings the same class anew.
             if known is not None and not same:
                 raise ConfigError(
                     f"{self.noun} '{name}' is already registered by "

@@ -70,11 +70,11 @@ Prompt: TypeAlias = str | Sequence[Message] | Sequence[int]
 
 @dataclass(frozen=True, slots=True)
 class TracedToken:
-    """One written token: who wrote it, with what probability, and why.
+    r"""One written token: who wrote it, with what probability, and why.
 
     Attributes:
         id: the token in the shared vocabulary.
-        text: its bytes as text; bytes that are no text by themselves show as ``\\xNN``.
+        text: its bytes as text; bytes that are no text by themselves show as ``\xNN``.
         model: name of the model that wrote it, or ``"mixture"``.
         logprob: its log-probability in nats under the distribution it was drawn from, before
             temperature, top-k and top-p.

@@ -48,9 +48,9 @@ class ModelNames(tuple[str, ...]):
         """
         if isinstance(role, str) and role in self:
             return self.index(role)
-        index = {"base": 0, "assistant": 1}.get(role, None) if isinstance(role, str) else role
+        index = {"base": 0, "assistant": 1}.get(role) if isinstance(role, str) else role
         if index is None:
-            raise UnknownNameError(unknown("model", str(role), [*self, "base", "assistant"]))
+            raise UnknownNameError(unknown("model", str(role), {*self, "base", "assistant"}))
         if not 0 <= index < len(self):
             raise CapabilityError(
                 f"there is no model {index}: this ensemble has {len(self)} "
