@@ -298,9 +298,7 @@ class Ensemble:
         for new in row.written:
             n_written[new.writer] += 1
             name = self.vocabulary.name(new.token)
-            tokens.append(
-                TracedToken(new.token, name, names[new.writer], new.logprob, new.score)
-            )
+            tokens.append(TracedToken(new.token, name, names[new.writer], new.logprob, new.score))
         usage = {
             name: replace(row.usage[k], tokens_written=n_written[k])
             for k, name in enumerate(self.models)

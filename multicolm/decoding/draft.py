@@ -144,4 +144,3 @@ class Draft:
         for i, row in enumerate(self.positions.rows):
             numbers.setdefault(row, []).append(i)
         return numbers
-

@@ -86,8 +86,7 @@ def _check_type(prompt: Prompt, where: str) -> None:
             and isinstance(message.get("content"), str)
         ):
             raise InputError(
-                f"{where}: {message!r} is no message; one is "
-                '{"role": "user", "content": "..."}.'
+                f'{where}: {message!r} is no message; one is {{"role": "user", "content": "..."}}.'
             )
 
 

@@ -134,7 +134,9 @@ class Reader:
         for i, row in enumerate(rows):
             ends = self._ends[row.slot]
             start = ends[firsts[i]]
-            index.extend(offset[i] + ends[place] - start for place in range(firsts[i], lasts[i] + 1))
+            index.extend(
+                offset[i] + ends[place] - start for place in range(firsts[i], lasts[i] + 1)
+            )
         chosen = torch.tensor(index, device=look.logits.device)
         hidden = None if look.hidden is None else look.hidden[chosen]
         return replace(look, logits=look.logits[chosen], hidden=hidden)

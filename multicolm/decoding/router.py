@@ -197,8 +197,11 @@ class Router:
 
         Only at the first such position of each row: behind it the draft is not known to hold.
         """
-        first = [next(i for i in numbers if i in waiting) for numbers in draft.by_row.values()
-                 if any(i in waiting for i in numbers)]
+        first = [
+            next(i for i in numbers if i in waiting)
+            for numbers in draft.by_row.values()
+            if any(i in waiting for i in numbers)
+        ]
         for k in sorted({waiting[i] for i in first}):
             theirs = [i for i in first if waiting[i] == k]
             self._look(k, draft, theirs, rows)
@@ -284,9 +287,7 @@ def _joined(steps: Sequence[Draft]) -> Draft:
     places = [place for step in steps for place in step.positions.places]
     looks = [step.shown[0].look for step in steps]
     states = [look.hidden for look in looks if look.hidden is not None]
-    look = Look(
-        torch.cat([look.logits for look in looks]), torch.cat(states) if states else None
-    )
+    look = Look(torch.cat([look.logits for look in looks]), torch.cat(states) if states else None)
     return Draft(
         Positions(rows, places, first.noise, first.sampling, first.n_models),
         {0: Shown(look, {i: i for i in range(len(rows))})},

@@ -99,7 +99,9 @@ class Noise:
 
     def _seed(self, key: int, place: int, stream: Stream) -> torch.Generator:
         self.used = True
-        message = key.to_bytes(8, "little") + place.to_bytes(8, "little") + bytes([_STREAMS[stream]])
+        message = (
+            key.to_bytes(8, "little") + place.to_bytes(8, "little") + bytes([_STREAMS[stream]])
+        )
         digest = hashlib.blake2b(message, digest_size=8).digest()
         # manual_seed takes 64 bits as a signed number.
         return self._generator.manual_seed(int.from_bytes(digest, "little", signed=True))

@@ -37,7 +37,9 @@ class _Unsure(SelectPolicy):
 
         if not views.assistants:  # nobody to hand over to
             return torch.zeros(views.n_positions, dtype=torch.long)
-        return best_assistant(views, torch.stack([self.sureness(views, k) for k in views.assistants]))
+        return best_assistant(
+            views, torch.stack([self.sureness(views, k) for k in views.assistants])
+        )
 
     def sureness(self, views: Views, k: int) -> Float[Tensor, "positions"]:
         """How sure model ``k`` is; greater is surer."""
