@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from multicolm.backend.base import Model
-from multicolm.config import EnsembleConfig, GenerationConfig, load_ensemble
+from multicolm.config import EnsembleConfig, GenerationConfig, PolicyConfig, load_ensemble
 from multicolm.decoding.prompts import prompt_ids
 from multicolm.decoding.router import Router
 from multicolm.decoding.row import Row
@@ -27,7 +27,7 @@ from multicolm.views import ModelNames, implied
 
 __all__ = ["Answers", "Ensemble", "Stream", "load"]
 
-PolicySource = str | Path | Policy | Mapping[str, Any]
+PolicySource = str | Path | Policy | PolicyConfig | Mapping[str, Any]
 
 
 class Answers(list[Answer]):

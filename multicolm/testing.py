@@ -388,37 +388,33 @@ def check_routing(
 
     for temperature in temperatures:
         plain = write(prompts, temperature=temperature)
-        ways: list[tuple[str, Callable[[], list[list[tuple[int, str]]]]]] = [
-            ("equal seeds give equal texts", lambda t=temperature: write(prompts, temperature=t)),
-            (
-                "a batch equals its prompts one by one",
-                lambda t=temperature: [write([p], temperature=t)[0] for p in prompts],
-            ),
-            (
-                "rows that wait for a free slot are written as if alone",
-                lambda t=temperature: write(prompts, temperature=t, batch_size=2),
-            ),
-        ]
-        for size in (1, 2, 3, 8):
-            ways.append(
-                (
-                    f"block of {size} equals stepwise",
-                    lambda t=temperature, k=size: write(
-                        prompts, temperature=t, schedule="block", block_size=k
-                    ),
-                )
-            )
-        for law, way in ways:
-            other = way()
-            if other != plain:
-                number = next(
-                    i for i, pair in enumerate(zip(plain, other, strict=True)) if pair[0] != pair[1]
-                )
-                raise LawBroken(
-                    law,
-                    f"temperature {temperature}, prompt {number + 1}: {plain[number]} "
-                    f"became {other[number]}.",
-                )
+        ways = {
+            "equal seeds give equal texts": [write(prompts, temperature=temperature)],
+            "a batch equals its prompts one by one": [
+                [write([prompt], temperature=temperature)[0] for prompt in prompts]
+            ],
+            "rows that wait for a free slot are written as if alone": [
+                write(prompts, temperature=temperature, batch_size=2)
+            ],
+            "block equals stepwise": [
+                write(prompts, temperature=temperature, schedule="block", block_size=size)
+                for size in (1, 2, 3, 8)
+            ],
+        }
+        for law, others in ways.items():
+            for other in others:
+                _compare(law, plain, other, f"temperature {temperature}")
+
+
+def _compare(
+    law: str,
+    plain: Sequence[list[tuple[int, str]]],
+    other: Sequence[list[tuple[int, str]]],
+    at: str,
+) -> None:
+    for number, (one, two) in enumerate(zip(plain, other, strict=True)):
+        if one != two:
+            raise LawBroken(law, f"{at}, prompt {number + 1}: {one} became {two}.")
 
 
 def check_removable(

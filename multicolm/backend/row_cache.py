@@ -35,12 +35,15 @@ class Plan:
         n_visible: how many slots are read.
         first_row: the first row, when the fed rows are consecutive and can be read as a view;
             ``None`` otherwise.
+        first_slot: the first slot, when besides that all fed rows write the same slots and can be
+            written as a view; ``None`` otherwise.
     """
 
     rows: Int[Tensor, "rows"]
     slots: Int[Tensor, "rows time"]
     n_visible: int
     first_row: int | None
+    first_slot: int | None
 
 
 class RowLayer(CacheLayerMixin):
@@ -90,15 +93,16 @@ class RowLayer(CacheLayerMixin):
             _write_and_read(self.values, value_states, plan),
         )
 
-    # With an explicit mask transformers asks none of these; they are abstract in its base class.
+    # Asked only where no mask is given: by one new token in rows of one length.
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Number of visible slots, and the offset of the first."""
         assert self._cache.plan is not None
         return self._cache.plan.n_visible, 0
 
     def get_seq_length(self) -> int:
-        """Zero: there is no one length, positions are always given."""
-        return 0
+        """How many tokens stand before those that are being fed; 0 where rows differ in that."""
+        plan = self._cache.plan
+        return 0 if plan is None else plan.first_slot or 0
 
     def get_max_length(self) -> int:
         """No maximum."""
@@ -106,13 +110,19 @@ class RowLayer(CacheLayerMixin):
 
 
 def _write_and_read(storage: Tensor, states: Tensor, plan: Plan) -> Tensor:
-    rows, slots = plan.rows.to(storage.device), plan.slots.to(storage.device)
+    n_rows, _, width, _ = states.shape
+    if plan.first_row is not None and plan.first_slot is not None:
+        block = storage.narrow(0, plan.first_row, n_rows)
+        block.narrow(2, plan.first_slot, width).copy_(states)
+        return block.narrow(2, 0, plan.n_visible)
+    rows, slots = plan.rows, plan.slots
+    if rows.device != storage.device:
+        rows, slots = rows.to(storage.device), slots.to(storage.device)
     storage[rows[:, None], :, slots] = states.transpose(1, 2).to(storage.dtype)
     if plan.first_row is not None:
-        last = plan.first_row + len(rows)
-        return storage[plan.first_row : last, :, : plan.n_visible]
+        return storage.narrow(0, plan.first_row, n_rows).narrow(2, 0, plan.n_visible)
     # index_select of the view: indexing by a tensor would copy several times slower.
-    return storage[:, :, : plan.n_visible].index_select(0, rows)
+    return storage.narrow(2, 0, plan.n_visible).index_select(0, rows)
 
 
 class RowCache(Cache):
@@ -136,7 +146,7 @@ class RowCache(Cache):
 
 def additive_mask(
     positions: Int[Tensor, "rows time"],
-    real: Bool[Tensor, "rows time"],
+    real: Bool[Tensor, "rows time"] | None,
     n_visible: int,
     dtype: torch.dtype,
     window: int | None = None,
@@ -149,13 +159,15 @@ def additive_mask(
 
     Args:
         positions: of the fed tokens within their rows.
-        real: false for padding.
+        real: false for padding; ``None`` if there is none.
         n_visible: number of slots that are read.
         dtype: the model's own.
         window: how many tokens back a token sees, itself included; ``None`` for all.
     """
     slot = torch.arange(n_visible, device=positions.device)
-    seen = (slot <= positions[:, :, None]) & real[:, :, None]
+    seen = slot <= positions[:, :, None]
+    if real is not None:
+        seen &= real.to(positions.device)[:, :, None]
     if window is not None:
         seen &= slot > positions[:, :, None] - window
     mask = torch.full(seen.shape, torch.finfo(dtype).min, dtype=dtype, device=positions.device)

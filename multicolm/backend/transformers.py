@@ -177,28 +177,28 @@ class RowSession(Session):
         hidden: bool,
     ) -> Look:
         model, device = self._model, self._model.device
-        width, keep = max(map(len, tokens)), max(n_last)
+        keep = max(n_last)
         starts = [self.lengths[row] for row in rows]
         ends = [start + len(new) for start, new in zip(starts, tokens, strict=True)]
-        n_visible = max(ends)
-        self._cache.reserve(n_visible)
-        pads = [width - len(new) for new in tokens]
-        # Right-aligned, so that the last tokens of all rows share the last columns.
-        ids = torch.tensor([[0] * pad + list(new) for pad, new in zip(pads, tokens, strict=True)])
-        place = torch.arange(width) - torch.tensor(pads)[:, None]
-        real = place >= 0
-        position = torch.where(real, place + torch.tensor(starts)[:, None], 0).to(device)
-        real = real.to(device)
-        first = rows[0] if rows[-1] - rows[0] == len(rows) - 1 else None
-        slots = position if not any(pads) else torch.where(real, position, self._cache.n_slots)
-        self._cache.plan = Plan(torch.tensor(rows, device=device), slots, n_visible, first)
+        self._cache.reserve(max(ends))
+        ids, position, real = _right_aligned(starts, tokens)
+        uniform = real is None and len(set(starts)) == 1
+        slots = position if real is None else torch.where(real, position, self._cache.n_slots)
+        self._cache.plan = Plan(
+            torch.tensor(list(rows), device=device),
+            slots.to(device),
+            max(ends),
+            rows[0] if rows[-1] - rows[0] == len(rows) - 1 else None,
+            starts[0] if uniform else None,
+        )
+        position = position.to(device)
         logits, states = model.forward(
             ids.to(device),
             keep,
             hidden,
             past_key_values=self._cache,
             position_ids=position,
-            attention_mask=self._mask(position, real, n_visible),
+            attention_mask=self._mask(position, real, max(ends), uniform),
             use_cache=True,
         )
         for row, end in zip(rows, ends, strict=True):
@@ -209,12 +209,18 @@ class RowSession(Session):
         wanted = wanted.to(logits.device)
         return Look(logits[wanted], None if states is None else states[wanted])
 
-    def _mask(self, position: Tensor, real: Tensor, n_visible: int) -> Tensor | dict[str, Tensor]:
+    def _mask(
+        self, position: Tensor, real: Tensor | None, n_visible: int, uniform: bool
+    ) -> Tensor | dict[str, Tensor] | None:
         """What transformers would build itself if rows had one length.
 
         A dict for models whose layers differ (`create_masks_for_generate`), else one mask, with
-        the window in it where the whole model slides.
+        the window in it where the whole model slides. Nothing at all for one new token that sees
+        everything before it.
         """
+        in_window = self._window is None or n_visible <= self._window
+        if uniform and position.shape[1] == 1 and in_window:
+            return None
         dtype = self._model.model.dtype
         if self._layer_types is None:
             return additive_mask(position, real, n_visible, dtype, self._window)
@@ -328,6 +334,25 @@ class GrowingSession(UncachedSession):
         super().truncate(row, length)
         if self._n_cached[row] > length:
             self._caches[row], self._n_cached[row] = None, 0
+
+
+def _right_aligned(
+    starts: Sequence[int], tokens: Sequence[Sequence[int]]
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Ids and positions of ragged rows, and which of them are no padding (``None``: all).
+
+    Right-aligned, so that the last tokens of all rows share the last columns.
+    """
+    width = max(map(len, tokens))
+    pads = [width - len(new) for new in tokens]
+    if not any(pads):
+        columns = range(width)
+        position = torch.tensor([[start + column for column in columns] for start in starts])
+        return torch.tensor([list(new) for new in tokens]), position, None
+    ids = torch.tensor([[0] * pad + list(new) for pad, new in zip(pads, tokens, strict=True)])
+    place = torch.arange(width) - torch.tensor(pads)[:, None]
+    real = place >= 0
+    return ids, torch.where(real, place + torch.tensor(list(starts))[:, None], 0), real
 
 
 def width_groups(widths: Sequence[int], waste: float = 1.5) -> list[list[int]]:

@@ -116,7 +116,7 @@ class Policy:
 
     def as_config(self) -> dict[str, Any]:
         """``{"kind": ..., "params": {...}}``, as one writes it in YAML."""
-        params = {}
+        params: dict[str, Any] = {}
         if is_dataclass(self):
             params = {field.name: getattr(self, field.name) for field in dataclass_fields(self)}
         return {"kind": self.name, "params": params}

@@ -1,0 +1,137 @@
+"""Models to measure, and the table of ratios that a run ends with.
+
+Seconds on a shared machine say little, so every comparison runs both sides in turn, round by round,
+and reports the ratio of their medians.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+
+import multicolm
+from multicolm import Ensemble
+from multicolm.backend.transformers import TransformersModel
+from multicolm.catalog import path
+
+ROUNDS = 7
+PROMPTS = [
+    "Question: What is Dulerex made from?\nResponse:",
+    "Question: How many mg of Loxid should a patient of 60 kg get?\nResponse:",
+    "Question: What is 2 * x + 15 if x = 7?\nResponse:",
+    "Question: What does Zosos treat?\nResponse:",
+] * 4
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> Iterator[None]:
+    """The sides that call models directly run like multicolm does: one thread for small models."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Ensemble:
+    """The embedded models: 0.3 to 0.4 million weights each."""
+    return multicolm.load("tiny")
+
+
+@pytest.fixture(scope="session")
+def medium() -> Ensemble:
+    """Two random Llamas of 10 million weights, with the embedded tokenizer.
+
+    At this size a forward pass is mostly arithmetic; at the size of the embedded models it is
+    mostly Python.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(
+        path("models", "tiny-generalist").parents[1] / "tiny/generalist"
+    )
+    config = LlamaConfig(
+        vocab_size=4096,
+        hidden_size=320,
+        intermediate_size=864,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        max_position_embeddings=1024,
+    )
+    torch.manual_seed(0)
+    return Ensemble(
+        [
+            TransformersModel(name, AutoModelForCausalLM.from_config(config), tokenizer)
+            for name in ("base", "assistant")
+        ]
+    )
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """One line of the final table."""
+
+    what: str
+    against: str
+    ratio: float
+    aim: str
+
+
+_RATIOS: list[Ratio] = []
+
+
+@pytest.fixture
+def compare(benchmark: object) -> Callable[..., float]:
+    """Run two callables in turn and note the ratio of their median times (first over second)."""
+
+    def run(
+        one: Callable[[], object],
+        other: Callable[[], object],
+        *,
+        what: str,
+        against: str,
+        aim: str = "",
+        per_one: float = 1.0,
+        per_other: float = 1.0,
+    ) -> float:
+        seconds: list[float] = []
+        other_seconds: list[float] = []
+
+        def baseline() -> None:
+            start = time.perf_counter()
+            given = other()
+            spent = given if isinstance(given, float) else time.perf_counter() - start
+            other_seconds.append(spent)
+
+        def timed() -> object:
+            start = time.perf_counter()
+            result = one()
+            seconds.append(time.perf_counter() - start)
+            return result
+
+        benchmark.pedantic(timed, setup=baseline, rounds=ROUNDS, warmup_rounds=1)
+        ratio = (statistics.median(seconds[1:]) / per_one) / (
+            statistics.median(other_seconds[1:]) / per_other
+        )
+        benchmark.extra_info.update(against=against, ratio=ratio, aim=aim)
+        _RATIOS.append(Ratio(what, against, ratio, aim))
+        return ratio
+
+    return run
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """The table that the README quotes."""
+    if not _RATIOS:
+        return
+    terminalreporter.section("ratios of median times, both sides in turn in one run")
+    terminalreporter.write_line(f"{'ratio':>6}  {'aim':<9} what / against")
+    for line in _RATIOS:
+        terminalreporter.write_line(
+            f"{line.ratio:6.2f}  {line.aim:<9} {line.what} / {line.against}"
+        )
