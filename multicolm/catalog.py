@@ -1,0 +1,71 @@
+"""Finds the catalogue: ``policies/`` and ``registry/``, whichever way multicolm was installed.
+
+A wheel holds both folders inside the package, as ``multicolm/_catalog``; in a checkout (and so in
+an editable install) they stand beside it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+from multicolm.errors import ConfigError, UnknownNameError, unknown
+
+__all__ = ["Kind", "names", "path", "read", "registry", "root"]
+
+Kind: TypeAlias = Literal["policies", "models", "ensembles"]
+
+_FOLDERS: dict[Kind, str] = {
+    "policies": "policies",
+    "models": "registry/models",
+    "ensembles": "registry/ensembles",
+}
+_NOUNS: dict[Kind, str] = {"policies": "policy", "models": "model", "ensembles": "ensemble"}
+
+
+def root() -> Path:
+    """The folder that holds ``policies/`` and ``registry/``.
+
+    Raises:
+        ConfigError: if the installation holds neither.
+    """
+    package = Path(__file__).resolve().parent
+    # The wheel's own first: beside an installed package, `policies/` would be somebody else's.
+    for folder in (package / "_catalog", package.parent):
+        if (folder / "policies").is_dir() and (folder / "registry").is_dir():
+            return folder
+    raise ConfigError(
+        f"the catalogue (policies/ and registry/) is neither in {package} nor beside it; "
+        "install multicolm again."
+    )
+
+
+def registry() -> Path:
+    """The folder that the ``path`` of an embedded model starts from."""
+    return root() / "registry"
+
+
+def names(kind: Kind) -> list[str]:
+    """The names of all entries of one kind, sorted."""
+    return sorted(file.stem for file in (root() / _FOLDERS[kind]).glob("*.yaml"))
+
+
+def path(kind: Kind, name: str) -> Path:
+    """The file of one entry.
+
+    Raises:
+        UnknownNameError: if there is no such entry; the message offers the nearest one.
+    """
+    known = names(kind)
+    if name not in known:
+        raise UnknownNameError(unknown(_NOUNS[kind], name, known))
+    return root() / _FOLDERS[kind] / f"{name}.yaml"
+
+
+def read(kind: Kind, name: str) -> str:
+    """The YAML text of one entry.
+
+    Raises:
+        UnknownNameError: if there is no such entry.
+    """
+    return path(kind, name).read_text(encoding="utf-8")

@@ -1,0 +1,65 @@
+"""How texts are written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, ValidationError
+
+from multicolm.config.wording import Strict, problems_of, unknown_key
+from multicolm.errors import InputError
+
+__all__ = ["GenerationConfig"]
+
+
+def _as_tuple(value: object) -> object:
+    if isinstance(value, str):
+        return (value,)
+    return tuple(value) if isinstance(value, list) else value
+
+
+class GenerationConfig(Strict):
+    """How texts are written, unless a call says otherwise.
+
+    Attributes:
+        max_new_tokens: the most tokens to write.
+        temperature: 0 is greedy.
+        top_k: draw from this many most likely tokens.
+        top_p: draw from the fewest most likely tokens whose probabilities sum to this.
+        seed: of everything random; a fresh one for each call if ``None``.
+        stop: texts that end an answer and are not part of it.
+        schedule: ``None`` takes the one that suits the policy.
+        block_size: tokens that the base model drafts at a time under ``block``.
+        threads: torch threads; ``None`` is one for small models on a CPU.
+    """
+
+    max_new_tokens: int = Field(default=64, ge=1)
+    temperature: float = Field(default=0.0, ge=0)
+    top_k: int | None = Field(default=None, ge=1)
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    seed: int | None = Field(default=None, ge=0, lt=2**63)
+    stop: Annotated[
+        tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_as_tuple)
+    ] = ()
+    schedule: Literal["stepwise", "block"] | None = None
+    block_size: int = Field(default=8, ge=1)
+    threads: int | None = Field(default=None, ge=1)
+
+    def updated(self, settings: Mapping[str, Any]) -> GenerationConfig:
+        """These settings with others in their place; ``None`` leaves one as it is.
+
+        Raises:
+            InputError: if a setting is unknown or out of range.
+        """
+        given = {key: value for key, value in settings.items() if value is not None}
+        for key in given:
+            if key not in type(self).model_fields:
+                text = unknown_key(key, type(self).model_fields).replace("key", "setting", 1)
+                raise InputError(text)
+        try:
+            return GenerationConfig.model_validate({**self.model_dump(), **given})
+        except ValidationError as error:
+            problems = problems_of(error, GenerationConfig, given)
+            lines = [f"{'.'.join(map(str, p.place))}: {p.text}" for p in problems]
+            raise InputError("\n".join(lines)) from error

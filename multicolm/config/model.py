@@ -1,0 +1,250 @@
+"""One model of an ensemble: what it is, where it is found, and how this run wants it."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, PrivateAttr, model_validator
+
+from multicolm import catalog
+from multicolm.config.document import Document, read_text
+from multicolm.config.wording import Problem, Strict, check
+from multicolm.errors import ConfigError, UnknownNameError, unknown
+
+__all__ = ["ModelConfig", "ModelFile", "ResolvedModel", "load_model_file"]
+
+
+class ModelFile(Strict):
+    """What is known of a model anywhere: the schema of ``registry/models/*.yaml``.
+
+    Attributes:
+        summary: one line for ``multicolm ls``.
+        repository: its id on the Hugging Face Hub.
+        path: its folder, from ``registry/``; for the embedded models.
+        revision: the pinned commit of ``repository``.
+        context_length: the most tokens it takes.
+        parameters: number of weights, shared ones counted once.
+        tokenizer: name or digest of its tokenizer; equal for models with one vocabulary.
+        licence: of the weights, an SPDX name where there is one.
+        source: where the facts are from.
+        weights_dtype: the type in which the weights are published.
+    """
+
+    summary: str = Field(min_length=1)
+    repository: str | None = None
+    path: str | None = None
+    revision: str | None = None
+    context_length: int = Field(ge=1)
+    parameters: int = Field(ge=1)
+    tokenizer: str = Field(min_length=1)
+    licence: str = Field(min_length=1)
+    source: str = Field(min_length=1)
+    weights_dtype: Literal["float32", "bfloat16", "float16"] | None = None
+
+    @model_validator(mode="after")
+    def _one_place(self) -> ModelFile:
+        if (self.repository is None) == (self.path is None):
+            raise ValueError("give `repository` or `path`, one of the two.")
+        if self.repository is not None and self.revision is None:
+            raise ValueError("`repository` needs a `revision`: the commit that the facts are of.")
+        return self
+
+
+@dataclass(frozen=True, slots=True)
+class ResolvedModel:
+    """What the settings of a model stand for.
+
+    Attributes:
+        location: an absolute folder, a Hub id, or what another backend calls the model.
+        revision: the revision of a Hub id, the catalogue's if the ensemble file gives none.
+        is_local: whether ``location`` is a folder.
+        adapter: the adapter's absolute folder.
+        chat_template: jinja text.
+    """
+
+    location: str
+    revision: str | None
+    is_local: bool
+    adapter: str | None
+    chat_template: str | None
+
+
+class ModelConfig(Strict):
+    """One model of an ensemble, and how this run wants it.
+
+    Attributes:
+        backend: what runs it; a name in :data:`multicolm.plugins.backends`.
+        model: a name in ``registry/models/``, a folder, or a Hub id ``org/name``.
+        revision: commit, tag or branch of a Hub id.
+        dtype: the type to compute in; ``auto`` takes that of the weights.
+        device: such as ``cpu`` or ``cuda:0``.
+        device_map: accelerate's, instead of ``device``.
+        attn_implementation: transformers' attention kernel.
+        adapter: folder of a PEFT adapter.
+        chat_template: jinja text, or a ``.jinja`` file.
+        cost: of one token it writes, in any unit; what budgets are counted in.
+        trust_remote_code: run Python that comes with the weights.
+        allow_pickled_weights: load weights that are not safetensors.
+    """
+
+    backend: str = "transformers"
+    model: str = Field(min_length=1, description="a registry name, a folder, or a Hub id")
+    revision: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device: str | None = None
+    device_map: str | dict[str, int | str] | None = None
+    attn_implementation: str | None = None
+    adapter: str | None = None
+    chat_template: str | None = None
+    cost: float = Field(default=1.0, ge=0)
+    trust_remote_code: bool = False
+    allow_pickled_weights: bool = False
+    _resolved: ResolvedModel | None = PrivateAttr(default=None)
+
+    @model_validator(mode="after")
+    def _one_device(self) -> ModelConfig:
+        if self.device is not None and self.device_map is not None:
+            raise ValueError("give `device` or `device_map`, not both.")
+        return self
+
+    def resolve(self, base_dir: Path) -> list[Problem]:
+        """Find what ``model``, ``adapter`` and ``chat_template`` stand for, and remember it.
+
+        Args:
+            base_dir: the folder that relative paths start from.
+
+        Returns:
+            What cannot be found.
+        """
+        problems: list[Problem] = []
+        found: dict[str, Any] = {"adapter": None, "chat_template": self.chat_template}
+        try:
+            found |= _locate(self, base_dir)
+        except ConfigError as error:
+            unknown_name = isinstance(error, UnknownNameError)
+            problems.append(Problem(("model",), str(error), unknown_name=unknown_name))
+        try:
+            if self.adapter is not None:
+                found["adapter"] = _folder(self.adapter, base_dir, "adapter_config.json")
+        except ConfigError as error:
+            problems.append(Problem(("adapter",), str(error)))
+        try:
+            template = self.chat_template
+            if template is not None and template.endswith(".jinja") and "{" not in template:
+                path = base_dir / Path(template).expanduser()
+                found["chat_template"] = read_text(path, "a chat template")
+        except ConfigError as error:
+            problems.append(Problem(("chat_template",), str(error)))
+        if found.get("is_local") and self.revision is not None:
+            text = "only a Hub id has revisions, and `model` stands for a folder."
+            problems.append(Problem(("revision",), text))
+        if not problems:
+            self._resolved = ResolvedModel(**found)
+        return problems
+
+    @property
+    def resolved(self) -> ResolvedModel:
+        """What the settings stand for. Paths start from the working folder if no file says else.
+
+        Raises:
+            ConfigError: if something cannot be found.
+        """
+        if self._resolved is None:
+            problems = self.resolve(Path.cwd())
+            if problems:
+                raise ConfigError("\n".join(f"{p.place[0]}: {p.text}" for p in problems))
+        assert self._resolved is not None
+        return self._resolved
+
+    @property
+    def location(self) -> str:
+        """An absolute folder or a Hub id."""
+        return self.resolved.location
+
+    @property
+    def resolved_revision(self) -> str | None:
+        """The revision to load, the catalogue's if the ensemble file gives none."""
+        return self.resolved.revision
+
+    @property
+    def adapter_location(self) -> str | None:
+        """The adapter's absolute folder."""
+        return self.resolved.adapter
+
+    @property
+    def chat_template_text(self) -> str | None:
+        """The chat template itself, also where ``chat_template`` names a file."""
+        return self.resolved.chat_template
+
+
+def load_model_file(name: str) -> ModelFile:
+    """Read an entry of ``registry/models/``.
+
+    Raises:
+        UnknownNameError: if there is none of that name.
+        ConfigError: if it is wrong.
+    """
+    document = Document.parse(catalog.read("models", name), str(catalog.path("models", name)))
+    file, problems = check(ModelFile, document.data)
+    if file is None:
+        raise document.error(problems)
+    return file
+
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+def _locate(config: ModelConfig, base_dir: Path) -> dict[str, Any]:
+    """Where a model is; the fields of :class:`ResolvedModel` that say so.
+
+    Raises:
+        ConfigError: if it is nowhere.
+    """
+    name = config.model
+    if name in catalog.names("models"):
+        entry = load_model_file(name)
+        if entry.path is not None:
+            folder = _folder(entry.path, catalog.registry(), "config.json")
+            return {"location": folder, "revision": None, "is_local": True}
+        revision = config.revision or entry.revision
+        return {"location": entry.repository, "revision": revision, "is_local": False}
+    elsewhere = {"location": name, "revision": config.revision, "is_local": False}
+    if _written_as_path(name) or (base_dir / name).exists():
+        folder = _folder(name, base_dir, "config.json")
+        return {"location": folder, "revision": None, "is_local": True}
+    if config.backend != "transformers":
+        return elsewhere  # A name on a server, say: for the backend to check.
+    if _HUB_ID.fullmatch(name):
+        _refuse_misspelt_folder(name, base_dir)
+        return elsewhere
+    raise UnknownNameError(
+        f"{unknown('model', name, catalog.names('models'))} A folder is written './{name}', a "
+        "model of the Hub 'organisation/name'."
+    )
+
+
+def _written_as_path(text: str) -> bool:
+    return text.startswith((".", "/", "~")) or "\\" in text
+
+
+def _folder(text: str, base_dir: Path, file: str) -> str:
+    """The absolute folder ``text``, which must hold ``file``."""
+    folder = (base_dir / Path(text).expanduser()).absolute()
+    if not folder.exists():
+        raise ConfigError(f"there is no folder {folder}.")
+    if not (folder / file).is_file():
+        raise ConfigError(f"{folder} holds no {file}, so no model can be loaded from it.")
+    return str(folder.resolve())
+
+
+def _refuse_misspelt_folder(name: str, base_dir: Path) -> None:
+    """``models/fatcs`` beside a folder ``models`` of models is a slip, and no id on the Hub."""
+    parent = base_dir / name.split("/")[0]
+    if not parent.is_dir():
+        return
+    folders = [f"{parent.name}/{f.name}" for f in parent.iterdir() if (f / "config.json").is_file()]
+    if folders:
+        raise UnknownNameError(unknown("folder", name, folders))

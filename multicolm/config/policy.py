@@ -1,0 +1,202 @@
+"""A policy by name: its kind, and params that the kind's own fields check."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, PydanticUserError, TypeAdapter, ValidationError
+from pydantic.errors import PydanticUndefinedAnnotation
+
+from multicolm import catalog
+from multicolm.config.document import Document, read_text
+from multicolm.config.wording import Place, Problem, Strict, check, problems_of, show, unknown_key
+from multicolm.errors import MulticolmError, UnknownNameError, unknown
+from multicolm.plugins import Registry, policies
+
+__all__ = [
+    "PolicyConfig",
+    "PolicyFile",
+    "check_params",
+    "is_path",
+    "load_policy",
+    "parse_policy",
+    "policy_names",
+    "policy_problems",
+]
+
+
+class PolicyConfig(Strict):
+    """A policy's kind and its params, which the kind's class checks.
+
+    Attributes:
+        kind: a name in :data:`multicolm.plugins.policies`.
+        params: values of the policy's fields.
+    """
+
+    kind: str = Field(min_length=1, description="the name of a policy")
+    params: dict[str, Any] = Field(default_factory=dict)
+
+
+class PolicyFile(Strict):
+    """A named policy: the schema of ``policies/*.yaml`` and of a checkpoint's ``policy.yaml``.
+
+    Attributes:
+        summary: one line for ``multicolm ls``.
+        kind: a name in :data:`multicolm.plugins.policies`.
+        params: values of the policy's fields.
+        source: the publication it is from.
+    """
+
+    summary: str = ""
+    kind: str = Field(min_length=1, description="the name of a policy")
+    params: dict[str, Any] = Field(default_factory=dict)
+    source: str = ""
+
+
+def load_policy(source: str | Path, base_dir: Path) -> PolicyConfig:
+    """Read a named policy.
+
+    Args:
+        source: a name in ``policies/``, a policy's kind, a YAML file, or a folder that holds a
+            ``policy.yaml``.
+        base_dir: the folder that a relative path starts from.
+
+    Raises:
+        ConfigError: if the file is missing or wrong.
+        UnknownNameError: if it is neither a known name nor a path.
+    """
+    if isinstance(source, str) and source in catalog.names("policies"):
+        return parse_policy(catalog.read("policies", source), catalog.path("policies", source))
+    path = base_dir / Path(source).expanduser()
+    if isinstance(source, str) and not is_path(source):
+        if source in _kinds():
+            return PolicyConfig(kind=source)
+        if not path.exists():
+            raise UnknownNameError(unknown("policy", source, policy_names()))
+    if path.is_dir():
+        path = path / "policy.yaml"
+    return parse_policy(read_text(path, "a policy file"), path)
+
+
+def parse_policy(text: str, origin: str | Path) -> PolicyConfig:
+    """Read a policy from YAML text.
+
+    Args:
+        text: the YAML.
+        origin: the file it is from; named in messages, and relative paths start from its folder.
+
+    Raises:
+        ConfigError: with one line for each thing that is wrong.
+    """
+    document = Document.parse(text, str(origin))
+    file, problems = check(PolicyFile, document.data)
+    config = None
+    if file is not None:
+        config = PolicyConfig(kind=file.kind, params=file.params)
+        problems = policy_problems(config, ())
+    if problems or config is None:
+        raise document.error(problems)
+    return with_paths(config, Path(origin).absolute().parent)
+
+
+def policy_names() -> list[str]:
+    """What one may write for a policy: presets, and kinds that have none."""
+    return sorted({*catalog.names("policies"), *_kinds()})
+
+
+def check_params(kind: str | type, params: Mapping[str, Any], origin: str) -> None:
+    """Check params against the fields of a policy.
+
+    Args:
+        kind: the policy's kind, or its class.
+        params: values by field name.
+        origin: what the message begins with.
+
+    Raises:
+        ConfigError: if a param is unknown, missing or of the wrong type.
+        UnknownNameError: if there is no such kind.
+    """
+    cls = _kinds().get(kind) if isinstance(kind, str) else kind
+    problems = _param_problems(cls, params, ())
+    if problems:
+        raise Document(origin).error(problems)
+
+
+def policy_problems(config: PolicyConfig, place: Place) -> list[Problem]:
+    """What is wrong with a policy that stands at ``place``."""
+    try:
+        cls = _kinds().get(config.kind)
+    except UnknownNameError as error:
+        return [Problem((*place, "kind"), str(error), unknown_name=True)]
+    return _param_problems(cls, config.params, (*place, "params"))
+
+
+def with_paths(config: PolicyConfig, base_dir: Path) -> PolicyConfig:
+    """The policy with params that are paths made absolute.
+
+    A param is a path if its field is annotated ``pathlib.Path``.
+    """
+    params = dict(config.params)
+    for name, annotation in _annotations(_kinds().get(config.kind)).items():
+        if isinstance(params.get(name), str) and annotation in (Path, Path | None):
+            params[name] = str(base_dir / Path(params[name]).expanduser())
+    return PolicyConfig(kind=config.kind, params=params)
+
+
+def is_path(text: str) -> bool:
+    """Whether the user meant a file or a folder, not a name of the catalogue."""
+    return (
+        "/" in text
+        or "\\" in text
+        or text.startswith((".", "~"))
+        or text.endswith((".yaml", ".yml"))
+    )
+
+
+def _kinds() -> Registry[object]:
+    # Importing the package declares the built-in policies; it may not be imported at the top, as
+    # it imports this one.
+    import multicolm.policy  # noqa: F401
+
+    return policies
+
+
+def _annotations(cls: type) -> dict[str, Any]:
+    """The fields that are params, with what their values may be."""
+    if not dataclasses.is_dataclass(cls):
+        return {}
+    typed = getattr(cls, "__pydantic_fields__", {})
+    names = [field.name for field in dataclasses.fields(cls) if field.init]
+    return {name: typed[name].annotation if name in typed else Any for name in names}
+
+
+def _param_problems(cls: type, params: Mapping[str, Any], place: Place) -> list[Problem]:
+    allowed = _annotations(cls)
+    problems = [
+        Problem((*place, key), unknown_key(key, allowed), at_key=True)
+        for key in params
+        if key not in allowed
+    ]
+    known = {key: value for key, value in params.items() if key in allowed}
+    try:
+        TypeAdapter(cls).validate_python(known)
+    except ValidationError as error:
+        found = problems_of(error, cls, known)
+        problems += [dataclasses.replace(p, place=(*place, *p.place)) for p in found]
+    except MulticolmError as error:
+        problems.append(Problem(place, str(error)))
+    except (PydanticUserError, PydanticUndefinedAnnotation):
+        pass  # A plain dataclass whose types pydantic does not know: only its names are checked.
+    return problems + [
+        Problem((*place, key), f"must be {_kind_word(allowed[key])}, got {show(value)}.")
+        for key, value in known.items()
+        # pydantic reads `true` as 1.
+        if isinstance(value, bool) and allowed[key] in (int, float)
+    ]
+
+
+def _kind_word(annotation: object) -> str:
+    return "a whole number" if annotation is int else "a number"

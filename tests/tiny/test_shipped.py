@@ -1,0 +1,118 @@
+"""The weights in registry/tiny: sizes, tokenizers, and that they can only answer together."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoTokenizer
+
+from multicolm.tiny.measure import TOGETHER, alone, load, oracle, read_records
+from multicolm.tiny.training import PLANS
+from multicolm.tiny.world import KINDS, SPLITS, build_world
+
+FOLDER = Path(__file__).parents[2] / "registry" / "tiny"
+WORLD = build_world()
+SAMPLE_PER_KIND = 40
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def models():
+    return {name: load(FOLDER / name) for name in PLANS}
+
+
+@pytest.fixture(scope="module")
+def sample():
+    test = WORLD.questions("test")
+    return [
+        question
+        for kind in KINDS
+        for question in [each for each in test if each.kind == kind][:SAMPLE_PER_KIND]
+    ]
+
+
+def test_everything_together_is_at_most_eight_megabytes():
+    assert sum(file.stat().st_size for file in FOLDER.rglob("*") if file.is_file()) <= 8e6
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_weights_are_fp16_and_the_configuration_asks_for_float32(name):
+    weights = load_file(FOLDER / name / "model.safetensors")
+    config = json.loads((FOLDER / name / "config.json").read_text())
+    assert {weight.dtype for weight in weights.values()} == {torch.float16}
+    assert config["dtype"] == "float32"
+    assert config["tie_word_embeddings"]
+    assert config["max_position_embeddings"] == 512
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_models_have_their_planned_shape(name, models):
+    config = models[name][0].config
+    assert (config.vocab_size, config.num_hidden_layers) == (
+        PLANS[name].vocabulary,
+        PLANS[name].layers,
+    )
+    assert len(models[name][1]) == PLANS[name].vocabulary
+
+
+def test_the_three_share_one_tokenizer_and_the_others_have_their_own():
+    texts = {name: (FOLDER / name / "tokenizer.json").read_text() for name in PLANS}
+    assert texts["generalist"] == texts["facts"] == texts["math"]
+    assert len(set(texts.values())) == 3
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_any_text_survives_encoding_and_decoding(name):
+    tokenizer = AutoTokenizer.from_pretrained(FOLDER / name)
+    for text in ("Question: 23 * 7 =\nResponse:", "  two  spaces .", "Ünïcödé 漢字 🙂", "\t\r\n"):
+        assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    assert tokenizer("<|end|>")["input_ids"] == [0]
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_a_chat_becomes_the_prompt_of_the_question_files(name):
+    tokenizer = AutoTokenizer.from_pretrained(FOLDER / name)
+    chat = [{"role": "user", "content": "What is Dulerex made from?"}]
+    text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    assert text == "Question: What is Dulerex made from?\nResponse:"
+
+
+def test_a_longer_chat_has_an_end_token_after_each_response():
+    tokenizer = AutoTokenizer.from_pretrained(FOLDER / "generalist")
+    chat = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "One?"},
+        {"role": "assistant", "content": " Sure. Answer: 1."},
+        {"role": "user", "content": "Two?"},
+    ]
+    assert tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) == (
+        "Be brief.\nQuestion: One?\nResponse: Sure. Answer: 1.<|end|>\nQuestion: Two?\nResponse:"
+    )
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_the_question_files_are_those_of_the_default_seed(split):
+    assert read_records(FOLDER / "questions" / f"{split}.jsonl") == [
+        question.as_record() for question in WORLD.questions(split)
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PLANS)
+def test_no_model_can_answer_alone(name, models, sample):
+    assert alone(models[name], sample).overall <= 5.0
+
+
+@pytest.mark.slow
+def test_together_they_can_answer(models, sample):
+    shared = [models[name][0] for name in TOGETHER]
+    assert oracle(shared, models["generalist"][1], sample).overall >= 98.0
