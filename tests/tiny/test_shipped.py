@@ -14,7 +14,7 @@ from multicolm.tiny.world import KINDS, SPLITS, build_world
 
 FOLDER = Path(__file__).parents[2] / "registry" / "tiny"
 WORLD = build_world()
-SAMPLE_PER_KIND = 40
+SAMPLE_PER_KIND = 24
 
 
 @pytest.fixture(scope="module", autouse=True)
