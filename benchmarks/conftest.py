@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 import multicolm
 from multicolm import Ensemble
 from multicolm.backend.transformers import TransformersModel
-from multicolm.catalog import path
+from multicolm.catalog import registry
 
 ROUNDS = 7
 PROMPTS = [
@@ -46,28 +46,39 @@ def tiny() -> Ensemble:
 
 @pytest.fixture(scope="session")
 def medium() -> Ensemble:
-    """Two random Llamas of 10 million weights, with the embedded tokenizer.
+    """A random Llama of 5 million weights and one of 19 million, with the embedded tokenizer.
 
     At this size a forward pass is mostly arithmetic; at the size of the embedded models it is
-    mostly Python.
+    mostly Python. Outputs are scaled to be about as peaked as a trained model's. The assistant is
+    the base model with twelve more layers that change little, so that the two agree on most tokens.
     """
-    tokenizer = AutoTokenizer.from_pretrained(
-        path("models", "tiny-generalist").parents[1] / "tiny/generalist"
-    )
-    config = LlamaConfig(
-        vocab_size=4096,
-        hidden_size=320,
-        intermediate_size=864,
-        num_hidden_layers=8,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        max_position_embeddings=1024,
-    )
+    tokenizer = AutoTokenizer.from_pretrained(registry() / "tiny" / "generalist")
+
+    def config(n_layers: int) -> LlamaConfig:
+        return LlamaConfig(
+            vocab_size=768,
+            hidden_size=320,
+            intermediate_size=864,
+            num_hidden_layers=n_layers,
+            num_attention_heads=8,
+            num_key_value_heads=4,
+            max_position_embeddings=1024,
+            bos_token_id=None,
+            eos_token_id=None,
+        )
+
     torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_config(config(4))
+    base.get_output_embeddings().weight.data.mul_(12)
+    assistant = AutoModelForCausalLM.from_config(config(16))
+    assistant.load_state_dict(base.state_dict(), strict=False)
+    for layer in assistant.model.layers[4:]:
+        layer.self_attn.o_proj.weight.data.mul_(0.1)
+        layer.mlp.down_proj.weight.data.mul_(0.1)
     return Ensemble(
         [
-            TransformersModel(name, AutoModelForCausalLM.from_config(config), tokenizer)
-            for name in ("base", "assistant")
+            TransformersModel(name, model, tokenizer)
+            for name, model in (("base", base), ("assistant", assistant))
         ]
     )
 

@@ -9,6 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
+from typing_extensions import Unpack
+
 from multicolm.backend.base import Model
 from multicolm.config import EnsembleConfig, GenerationConfig, PolicyConfig, load_ensemble
 from multicolm.decoding.prompts import prompt_ids
@@ -22,7 +24,16 @@ from multicolm.plugins import backends
 from multicolm.policy.base import Policy
 from multicolm.policy.resolve import resolve_policy
 from multicolm.tokenizer.shared import SharedVocabulary
-from multicolm.types import MIXTURE, Answer, Piece, Prompt, Trace, TracedToken, Usage
+from multicolm.types import (
+    MIXTURE,
+    Answer,
+    GenerationSettings,
+    Piece,
+    Prompt,
+    Trace,
+    TracedToken,
+    Usage,
+)
 from multicolm.views import ModelNames, implied
 
 __all__ = ["Answers", "Ensemble", "Stream", "load"]
@@ -147,7 +158,7 @@ class Ensemble:
         params: Mapping[str, Any] | None = None,
         seed: int | Sequence[int] | None = None,
         batch_size: int = 16,
-        **settings: Any,
+        **settings: Unpack[GenerationSettings],
     ) -> Answers:
         """Write a text for each prompt.
 
@@ -160,9 +171,7 @@ class Ensemble:
                 texts for the same prompt, whatever the batch and the schedule. ``None`` draws a
                 fresh one, which the answers report.
             batch_size: how many texts are written at a time.
-            **settings: ``max_new_tokens``, ``temperature``, ``top_k``, ``top_p``, ``stop``,
-                ``schedule``, ``block_size``, ``threads``, as in an ensemble file; ``None`` or
-                absent means the ensemble's own.
+            **settings: see :class:`multicolm.types.GenerationSettings`.
 
         Returns:
             One answer per prompt, in the same order.
@@ -189,7 +198,7 @@ class Ensemble:
         seed: int | Sequence[int] | None = None,
         batch_size: int = 16,
         clock: Callable[[], float] = time.perf_counter,
-        **settings: Any,
+        **settings: Unpack[GenerationSettings],
     ) -> Stream:
         """Like :meth:`generate`, letting the text out while it is written.
 
@@ -212,7 +221,7 @@ class Ensemble:
         """
         chosen = self.policy if policy is None and not params else self.resolve(policy, params)
         self._check(chosen)
-        wanted = self.generation.updated(settings)
+        wanted = self.generation.updated(dict(settings))
         if batch_size < 1:
             raise InputError(f"batch_size must be 1 or more, got {batch_size}.")
         rows = self._rows(prompts, chosen, wanted, seed if seed is not None else wanted.seed)

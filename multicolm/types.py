@@ -30,6 +30,7 @@ __all__ = [
     "MIXTURE",
     "Answer",
     "FinishReason",
+    "GenerationSettings",
     "Message",
     "Piece",
     "Prompt",
@@ -62,6 +63,24 @@ class Message(TypedDict):
 
     role: str
     content: str
+
+
+class GenerationSettings(TypedDict, total=False):
+    """How texts are written; ``None`` or absent means the ensemble's own setting.
+
+    ``max_new_tokens`` tokens at most. ``temperature`` 0 is greedy; ``top_k`` and ``top_p`` cut the
+    distribution after it. ``stop`` strings end a text and are not part of it. ``schedule`` and
+    ``block_size`` say how models are run and never what is written. ``threads`` is torch's count.
+    """
+
+    max_new_tokens: int | None
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+    stop: str | Sequence[str] | None
+    schedule: Literal["stepwise", "block"] | None
+    block_size: int | None
+    threads: int | None
 
 
 Prompt: TypeAlias = str | Sequence[Message] | Sequence[int]

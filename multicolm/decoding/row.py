@@ -44,6 +44,9 @@ class Row:
         slot: its place in every session.
         ids: written tokens and, behind them, drafted ones.
         written: the written tokens.
+        base_run: how many tokens the base model has written in a row at the end.
+        n_deferred: written tokens at which the policy deferred.
+        n_changed: those among them that the draft had not foreseen.
         lengths: per model, prompt and written tokens in its own tokens.
         usage: per model, what it did.
         finish_reason: why it ended; ``None`` while it goes on.
@@ -61,6 +64,8 @@ class Row:
     ids: list[int] = field(default_factory=list)
     written: list[Written] = field(default_factory=list)
     base_run: int = 0
+    n_deferred: int = 0
+    n_changed: int = 0
     lengths: list[int] = field(default_factory=list)
     usage: list[Usage] = field(default_factory=list)
     finish_reason: FinishReason | None = None
@@ -78,6 +83,11 @@ class Row:
     def n_drafted(self) -> int:
         """How many drafted tokens stand behind the written ones."""
         return len(self.ids) - len(self.written)
+
+    @property
+    def deferral_ends_drafts(self) -> bool:
+        """Whether deferral has meant another token in half of the cases or more, so far."""
+        return 2 * (self.n_changed + 1) > self.n_deferred
 
     def write(self, new: Written) -> None:
         """Add a token behind the written ones; the draft must agree or be gone."""

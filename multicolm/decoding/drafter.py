@@ -1,0 +1,128 @@
+"""The base model writing ahead, in every row at that row's own pace."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from multicolm.backend.base import Look
+from multicolm.decoding.draft import Draft, Positions, Shown
+from multicolm.decoding.row import Row
+from multicolm.decoding.settle import PolicyDesk
+
+__all__ = ["Drafter"]
+
+
+@dataclass
+class _Step:
+    """One token of the base model in some rows; lines leave it as their rows are decided."""
+
+    draft: Draft
+    open_lines: dict[Row, int] = field(default_factory=dict)
+
+
+class Drafter:
+    """The base model writing ahead.
+
+    A row's draft ends where the policy is (nearly) sure to want another writer, at an end of text,
+    at the row's draft length, and where the row or a context is full. Rows whose drafts have ended
+    wait to be decided while others draft on.
+
+    Args:
+        look: runs the base model at one place of every row.
+        desk: asks the policy.
+        positions: makes positions of rows and places.
+        room: how many more tokens every model in use can read in a row.
+        end_ids: tokens with which the base model ends a text.
+    """
+
+    def __init__(
+        self,
+        look: Callable[[Sequence[Row], Sequence[int]], Look],
+        desk: PolicyDesk,
+        positions: Callable[[Sequence[Row], Sequence[int]], Positions],
+        room: Callable[[Row], int],
+        end_ids: frozenset[int],
+    ) -> None:
+        self._look = look
+        self._desk = desk
+        self._positions = positions
+        self._room = room
+        self._end_ids = end_ids
+        self._steps: list[_Step] = []
+
+    def advance(self, rows: Sequence[Row]) -> list[Row]:
+        """Draft one more token in every row; returns the rows whose drafts end with it."""
+        step = self._draft_one(rows)
+        self._steps.append(_Step(step, {row: i for i, row in enumerate(rows)}))
+        ended = []
+        for row, token, deferring in zip(rows, step.tokens, step.deferring, strict=True):
+            if self._ends(row, token, deferring):
+                ended.append(row)
+            else:
+                row.ids.append(token)
+        return ended
+
+    def _ends(self, row: Row, token: int, deferring: bool) -> bool:
+        policy = self._desk.policy
+        if deferring and policy.can_defer and (policy.certain or row.deferral_ends_drafts):
+            return True
+        n_next = row.n_drafted + 1
+        n_wanted = min(row.draft_length, row.max_new_tokens - len(row.written))
+        return token in self._end_ids or n_next >= n_wanted or n_next > self._room(row)
+
+    def _draft_one(self, rows: Sequence[Row]) -> Draft:
+        """One token of the base model in every row, and whether the policy defers there."""
+        places = [len(row.ids) for row in rows]
+        look = self._look(rows, places)
+        positions = self._positions(rows, places)
+        every = range(len(rows))
+        step = Draft(positions, {0: Shown(look, {i: i for i in every})})
+        step.tokens = positions.draw(look.logits).tolist()
+        step.deferring = [True] * len(rows)
+        step.scores = [None] * len(rows)
+        if self._desk.policy.can_defer:
+            views = self._desk.views(positions, every, step.shown)
+            step.deferring = self._desk.defers(views)
+            if self._desk.policy.assistants == "deferred":
+                step.scores = self._desk.scores(views)
+        return step
+
+    def take(self, rows: Sequence[Row]) -> Draft:
+        """What was drafted in these rows, which are to be decided now."""
+        wanted = set(rows)
+        parts: list[tuple[Draft, list[int]]] = []
+        for step in self._steps:
+            lines = [step.open_lines.pop(row) for row in list(step.open_lines) if row in wanted]
+            if lines:
+                parts.append((step.draft, lines))
+        self._steps = [step for step in self._steps if step.open_lines]
+        if len(parts) == 1 and len(parts[0][1]) == len(parts[0][0].positions):
+            return parts[0][0]
+        return _joined(parts)
+
+
+def _joined(parts: Sequence[tuple[Draft, list[int]]]) -> Draft:
+    """Some lines of some steps as one draft, by ascending place within each row."""
+    logits, states = [], []
+    rows: list[Row] = []
+    joined = Draft(parts[0][0].positions, {})
+    places: list[int] = []
+    for draft, lines in parts:
+        look = draft.shown[0].look
+        index = torch.tensor(lines, device=look.logits.device)
+        logits.append(look.logits[index])
+        if look.hidden is not None:
+            states.append(look.hidden[index])
+        rows += [draft.positions.rows[i] for i in lines]
+        places += [draft.positions.places[i] for i in lines]
+        joined.tokens += [draft.tokens[i] for i in lines]
+        joined.deferring += [draft.deferring[i] for i in lines]
+        joined.scores += [draft.scores[i] for i in lines]
+    first = parts[0][0].positions
+    joined.positions = Positions(rows, places, first.noise, first.sampling, first.n_models)
+    look = Look(torch.cat(logits), torch.cat(states) if states else None)
+    joined.shown[0] = Shown(look, {i: i for i in range(len(rows))})
+    return joined
