@@ -7,7 +7,7 @@ multicolm that are heavy to import, by a ``"module:Class"`` string that is impor
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import entry_points
 from typing import Generic, TypeVar
 
@@ -24,13 +24,15 @@ class Registry(Generic[T]):
     Args:
         noun: what one entry is called in messages, such as ``"policy"``.
         group: the entry-point group that other packages use to add theirs.
+        built_in: name -> ``"module:Class"``, imported on first use.
     """
 
-    def __init__(self, noun: str, group: str) -> None:
+    def __init__(self, noun: str, group: str, built_in: Mapping[str, str] | None = None) -> None:
         self.noun = noun
         self.group = group
         self._classes: dict[str, type[T]] = {}
-        self._addresses: dict[str, str] = {}
+        self.built_in = frozenset(built_in or {})
+        self._addresses: dict[str, str] = dict(built_in or {})
         self._searched = False
 
     def register(self, name: str) -> Callable[[type[T]], type[T]]:
@@ -96,9 +98,34 @@ class Registry(Generic[T]):
             self._addresses.setdefault(point.name, point.value)
 
 
-# `Any` would do here, but the bounds live in modules that import this one.
-policies: Registry[object] = Registry("policy", "multicolm.policies")
+# The bounds of these two live in modules that import this one.
+policies: Registry[object] = Registry(
+    "policy",
+    "multicolm.policies",
+    {
+        "average": "multicolm.policy.mixture:AveragePolicy",
+        "bild": "multicolm.policy.bild:BildPolicy",
+        "confidence": "multicolm.policy.threshold:ConfidencePolicy",
+        "contrastive": "multicolm.policy.logit_arithmetic:ContrastivePolicy",
+        "cosd-rule": "multicolm.policy.cosd:CosdRulePolicy",
+        "entropy": "multicolm.policy.threshold:EntropyPolicy",
+        "margin": "multicolm.policy.threshold:MarginPolicy",
+        "max-confidence": "multicolm.policy.threshold:MaxConfidencePolicy",
+        "nudging": "multicolm.policy.nudging:NudgingPolicy",
+        "proxy-tuning": "multicolm.policy.logit_arithmetic:ProxyTuningPolicy",
+        "random": "multicolm.policy.fixed:RandomPolicy",
+        "single": "multicolm.policy.fixed:SinglePolicy",
+        "speculative": "multicolm.policy.speculative:SpeculativePolicy",
+    },
+)
 """Policy kinds; see :mod:`multicolm.policy`."""
 
-backends: Registry[object] = Registry("backend", "multicolm.backends")
+backends: Registry[object] = Registry(
+    "backend",
+    "multicolm.backends",
+    {
+        "table": "multicolm.backend.table:TableModel",
+        "transformers": "multicolm.backend.transformers:TransformersModel",
+    },
+)
 """Backends; see :mod:`multicolm.backend`."""

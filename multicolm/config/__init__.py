@@ -19,9 +19,11 @@ from multicolm.config.policy import (
     PolicyFile,
     check_params,
     load_policy,
+    load_policy_file,
     parse_policy,
     policy_names,
 )
+from multicolm.config.validation import Report, validate
 
 __all__ = [
     "EnsembleConfig",
@@ -30,12 +32,15 @@ __all__ = [
     "ModelFile",
     "PolicyConfig",
     "PolicyFile",
+    "Report",
     "ResolvedModel",
     "check_params",
     "load_ensemble",
     "load_model_file",
     "load_policy",
+    "load_policy_file",
     "parse_ensemble",
     "parse_policy",
     "policy_names",
+    "validate",
 ]

@@ -45,8 +45,8 @@ class Document:
             ConfigError: if it is no YAML, no mapping, or uses what is not allowed here.
         """
         document = cls(origin)
-        loader = _Loader(text)
         try:
+            loader = _Loader(text)
             node = loader.get_single_node()
             if node is None:
                 raise ConfigError(f"{origin}: the file is empty.")
@@ -60,8 +60,6 @@ class Document:
             raise ConfigError(f"{origin}: not readable as YAML: {reason}.") from error
         except RecursionError as error:
             raise ConfigError(f"{origin}: nested too deeply.") from error
-        finally:
-            loader.dispose()
         if not isinstance(document.data, dict):
             shown = show(document.data)
             raise ConfigError(f"{origin}:1:1: must be a mapping (`key: value`), got {shown}.")
@@ -134,7 +132,7 @@ class Document:
 class _Loader(yaml.SafeLoader):
     """SafeLoader without aliases; reads ``1e-3`` as a number, as YAML 1.2 does."""
 
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
             event = self.peek_event()  # type: ignore[no-untyped-call]
             raise yaml.MarkedYAMLError(

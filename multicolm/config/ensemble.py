@@ -20,7 +20,7 @@ from multicolm.config.policy import (
     policy_problems,
     with_paths,
 )
-from multicolm.config.wording import Place, Problem, Strict, check
+from multicolm.config.wording import Place, Problem, Strict, check, show
 from multicolm.errors import ConfigError, UnknownNameError, unknown
 from multicolm.plugins import backends
 
@@ -138,8 +138,6 @@ def parse_ensemble(text: str, origin: str | Path) -> EnsembleConfig:
 
 def _read_models(models: object, base_dir: Path) -> tuple[object, list[Problem]]:
     """The models that are right, found where they are, and what can be said only of those."""
-    import multicolm.backend  # noqa: F401  # declares the built-in ones; imports this package
-
     if not isinstance(models, dict):
         return models, []
     read: dict[str, object] = {}
@@ -168,6 +166,9 @@ def _read_policy(policy: object, base_dir: Path) -> tuple[object, list[Problem]]
             unknown_name = isinstance(error, UnknownNameError)
             problem = Problem(("policy",), str(error), unknown_name=unknown_name)
             return _single(), [problem]
+    if not isinstance(policy, dict):
+        text = f"must be a policy's name, a path, or `kind` and `params`, got {show(policy)}."
+        return _single(), [Problem(("policy",), text)]
     config, _ = check(PolicyConfig, policy)
     if config is None:
         return policy, []

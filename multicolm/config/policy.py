@@ -14,7 +14,7 @@ from multicolm import catalog
 from multicolm.config.document import Document, read_text
 from multicolm.config.wording import Place, Problem, Strict, check, problems_of, show, unknown_key
 from multicolm.errors import MulticolmError, UnknownNameError, unknown
-from multicolm.plugins import Registry, policies
+from multicolm.plugins import policies
 
 __all__ = [
     "PolicyConfig",
@@ -22,9 +22,11 @@ __all__ = [
     "check_params",
     "is_path",
     "load_policy",
+    "load_policy_file",
     "parse_policy",
     "policy_names",
     "policy_problems",
+    "with_paths",
 ]
 
 
@@ -72,7 +74,7 @@ def load_policy(source: str | Path, base_dir: Path) -> PolicyConfig:
         return parse_policy(catalog.read("policies", source), catalog.path("policies", source))
     path = base_dir / Path(source).expanduser()
     if isinstance(source, str) and not is_path(source):
-        if source in _kinds():
+        if source in policies:
             return PolicyConfig(kind=source)
         if not path.exists():
             raise UnknownNameError(unknown("policy", source, policy_names()))
@@ -91,20 +93,34 @@ def parse_policy(text: str, origin: str | Path) -> PolicyConfig:
     Raises:
         ConfigError: with one line for each thing that is wrong.
     """
-    document = Document.parse(text, str(origin))
-    file, problems = check(PolicyFile, document.data)
-    config = None
-    if file is not None:
-        config = PolicyConfig(kind=file.kind, params=file.params)
-        problems = policy_problems(config, ())
-    if problems or config is None:
-        raise document.error(problems)
+    file = _parse_file(text, str(origin))
+    config = PolicyConfig(kind=file.kind, params=file.params)
     return with_paths(config, Path(origin).absolute().parent)
+
+
+def load_policy_file(name: str) -> PolicyFile:
+    """Read an entry of ``policies/``.
+
+    Raises:
+        UnknownNameError: if there is none of that name.
+        ConfigError: if it is wrong.
+    """
+    return _parse_file(catalog.read("policies", name), str(catalog.path("policies", name)))
+
+
+def _parse_file(text: str, origin: str) -> PolicyFile:
+    document = Document.parse(text, origin)
+    file, problems = check(PolicyFile, document.data)
+    if file is not None:
+        problems = policy_problems(PolicyConfig(kind=file.kind, params=file.params), ())
+    if problems or file is None:
+        raise document.error(problems)
+    return file
 
 
 def policy_names() -> list[str]:
     """What one may write for a policy: presets, and kinds that have none."""
-    return sorted({*catalog.names("policies"), *_kinds()})
+    return sorted({*catalog.names("policies"), *policies})
 
 
 def check_params(kind: str | type, params: Mapping[str, Any], origin: str) -> None:
@@ -119,7 +135,7 @@ def check_params(kind: str | type, params: Mapping[str, Any], origin: str) -> No
         ConfigError: if a param is unknown, missing or of the wrong type.
         UnknownNameError: if there is no such kind.
     """
-    cls = _kinds().get(kind) if isinstance(kind, str) else kind
+    cls = policies.get(kind) if isinstance(kind, str) else kind
     problems = _param_problems(cls, params, ())
     if problems:
         raise Document(origin).error(problems)
@@ -128,7 +144,7 @@ def check_params(kind: str | type, params: Mapping[str, Any], origin: str) -> No
 def policy_problems(config: PolicyConfig, place: Place) -> list[Problem]:
     """What is wrong with a policy that stands at ``place``."""
     try:
-        cls = _kinds().get(config.kind)
+        cls = policies.get(config.kind)
     except UnknownNameError as error:
         return [Problem((*place, "kind"), str(error), unknown_name=True)]
     return _param_problems(cls, config.params, (*place, "params"))
@@ -140,7 +156,7 @@ def with_paths(config: PolicyConfig, base_dir: Path) -> PolicyConfig:
     A param is a path if its field is annotated ``pathlib.Path``.
     """
     params = dict(config.params)
-    for name, annotation in _annotations(_kinds().get(config.kind)).items():
+    for name, annotation in _annotations(policies.get(config.kind)).items():
         if isinstance(params.get(name), str) and annotation in (Path, Path | None):
             params[name] = str(base_dir / Path(params[name]).expanduser())
     return PolicyConfig(kind=config.kind, params=params)
@@ -154,14 +170,6 @@ def is_path(text: str) -> bool:
         or text.startswith((".", "~"))
         or text.endswith((".yaml", ".yml"))
     )
-
-
-def _kinds() -> Registry[object]:
-    # Importing the package declares the built-in policies; it may not be imported at the top, as
-    # it imports this one.
-    import multicolm.policy  # noqa: F401
-
-    return policies
 
 
 def _annotations(cls: type) -> dict[str, Any]:

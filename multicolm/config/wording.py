@@ -158,7 +158,7 @@ def _inside(place: Sequence[str | int], data: object) -> Place:
     walked: list[str | int] = []
     for step in place:
         reaches = isinstance(data, Mapping) and step in data
-        if isinstance(data, list) and isinstance(step, int):
+        if isinstance(data, list | tuple) and isinstance(step, int):
             reaches = step < len(data)
         if not reaches:
             break

@@ -1,0 +1,164 @@
+"""``multicolm generate``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from multicolm.cli.options import (
+    as_json,
+    json_option,
+    load,
+    policy_options,
+    writing_options,
+)
+from multicolm.errors import InputError
+
+if TYPE_CHECKING:
+    from multicolm.ensemble import Ensemble, Stream
+    from multicolm.types import Piece, Prompt
+
+__all__ = ["command", "read_prompts"]
+
+
+def read_prompts(source: str) -> list[Any]:
+    """The prompts of a file, or of standard input for ``-``.
+
+    One prompt per line, blank lines skipped; where the first line is a JSON object with a
+    ``prompt``, every line must be one. There a prompt may also be a chat or a list of token ids.
+
+    Raises:
+        InputError: if it cannot be read, is not UTF-8, holds no prompt, or a line is not right.
+    """
+    name = "standard input" if source == "-" else source
+    try:
+        data = sys.stdin.buffer.read() if source == "-" else Path(source).read_bytes()
+        lines = data.decode("utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        n_line = error.object[: error.start].count(b"\n") + 1
+        raise InputError(f"{name}:{n_line}: not UTF-8 text; convert it first.") from error
+    except OSError as error:
+        raise InputError(f"{name}: cannot be read: {error.strerror}.") from error
+    numbered = [(n, line) for n, line in enumerate(lines, start=1) if line.strip()]
+    if not numbered:
+        raise InputError(f"{name}: holds no prompt; write one per line.")
+    if source.endswith(".jsonl") or _json_prompt(numbered[0][1]) is not None:
+        return [_checked(line, f"{name}:{n}") for n, line in numbered]
+    return [line for _, line in numbered]
+
+
+def _json_prompt(line: str) -> Any:
+    try:
+        value = json.loads(line)
+    except ValueError:
+        return None
+    return value.get("prompt") if isinstance(value, dict) else None
+
+
+def _checked(line: str, place: str) -> Any:
+    prompt = _json_prompt(line)
+    if prompt is None:
+        raise InputError(f'{place}: must be a JSON object with a "prompt", got {line[:40]!r}.')
+    return prompt
+
+
+@click.command
+@click.argument("ensemble")
+@click.argument("prompts", nargs=-1, metavar="[PROMPT]...")
+@policy_options
+@writing_options
+@click.option("--from", "source", metavar="FILE", help="Prompts by line, or JSONL; - is stdin.")
+@click.option("--chat", is_flag=True, help="Each prompt is a message to answer in a chat.")
+@click.option("--batch-size", type=int, default=16, show_default=True, help="Texts at a time.")
+@click.option("--trace", is_flag=True, help="Show who wrote what.")
+@click.option("--usage", is_flag=True, help="Print what each model did, to stderr.")
+@json_option
+def command(
+    ensemble: str,
+    prompts: tuple[str, ...],
+    policy: str | None,
+    pairs: tuple[str, ...],
+    settings: dict[str, Any],
+    source: str | None,
+    chat: bool,
+    batch_size: int,
+    trace: bool,
+    usage: bool,
+    as_json_: bool,
+) -> None:
+    """Write a text for each PROMPT with ENSEMBLE.
+
+    ENSEMBLE is a name (see `multicolm ls ensembles`), a YAML file, or a folder with an
+    ensemble.yaml.
+    """
+    asked = [*prompts, *(read_prompts(source) if source else [])]
+    if not asked:
+        raise InputError("no prompt; give one as an argument, or a file of them with --from.")
+    if chat:
+        asked = [
+            [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+            for prompt in asked
+        ]
+    loaded, chosen = load(ensemble, policy, pairs)
+    stream = loaded.stream(asked, chosen, batch_size=batch_size, **settings)
+    if as_json_:
+        _print_json(stream)
+    else:
+        _print_text(stream, loaded, asked, trace)
+    if usage:
+        _print_usage(stream)
+
+
+def _print_json(stream: Stream) -> None:
+    try:
+        for _ in stream:
+            pass
+    finally:  # What was finished before Ctrl-C is not lost.
+        for answer in stream.answers:
+            click.echo(as_json(answer.as_json()))
+
+
+def _print_text(stream: Stream, ensemble: Ensemble, prompts: Sequence[Prompt], trace: bool) -> None:
+    from multicolm.cli.console import Screen
+
+    screen = Screen(ensemble.models, trace=trace)
+    if len(prompts) == 1:
+        for piece in stream:
+            screen.show(piece)
+        screen.end(stream.answers[0])
+        return
+    pieces: dict[int, list[Piece]] = {}
+    try:
+        for piece in stream:
+            pieces.setdefault(piece.row, []).append(piece)
+    finally:
+        whole = len(stream.answers) == len(prompts)
+        # After Ctrl-C or an error: what was written by then, so that it is not lost.
+        for row in range(len(prompts)) if whole else sorted(pieces):
+            click.echo(_heading(row + 1, len(prompts), prompts[row]))
+            for piece in pieces.get(row, []):
+                screen.show(piece)
+            screen.end(stream.answers[row] if whole else None)
+            click.echo()
+
+
+def _heading(number: int, n_prompts: int, prompt: Prompt) -> str:
+    from multicolm.cli.console import visible
+
+    last = prompt if isinstance(prompt, str) else prompt[-1]
+    shown = last["content"] if isinstance(last, dict) else str(last)
+    shown = visible(" ".join(shown.split()))
+    return f"[{number}/{n_prompts}] {shown if len(shown) <= 70 else shown[:67] + '...'}"
+
+
+def _print_usage(stream: Stream) -> None:
+    from multicolm.cli.console import print_usage
+    from multicolm.types import MIXTURE
+
+    n_mixed = sum(token.model == MIXTURE for a in stream.answers for token in a.trace)
+    print_usage(stream.answers.usage, n_mixed)

@@ -1,0 +1,137 @@
+"""What several verbs have in common: their options, and how an ensemble is loaded."""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from multicolm.errors import ConfigError
+
+if TYPE_CHECKING:
+    from multicolm.ensemble import Ensemble
+    from multicolm.policy.base import Policy
+
+__all__ = ["as_json", "json_option", "load", "parameters", "policy_options", "writing_options"]
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+json_option = click.option("--json", "as_json_", is_flag=True, help="Print JSON instead of text.")
+
+
+def parameters(pairs: tuple[str, ...]) -> dict[str, Any]:
+    """``("alpha=0.4",)`` as ``{"alpha": 0.4}``; values are read as in YAML.
+
+    Raises:
+        ConfigError: if a pair has no ``=``, or its value is not readable.
+    """
+    from multicolm.config.document import Document
+
+    read: dict[str, Any] = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals or not name:
+            raise ConfigError(f"--set {pair}: write it as name=value, such as alpha=0.4.")
+        try:
+            read[name] = Document.parse(f"value: {value}", "").data["value"]
+        except ConfigError as error:
+            raise ConfigError(f"--set {pair}: the value cannot be read as YAML.") from error
+    return read
+
+
+def policy_options(function: F) -> F:
+    """``--policy`` and ``--set``."""
+    for option in (
+        click.option(
+            "--set",
+            "pairs",
+            metavar="NAME=VALUE",
+            multiple=True,
+            help="A param of the policy, such as alpha=0.4. Repeatable.",
+        ),
+        click.option(
+            "--policy",
+            metavar="POLICY",
+            help="A name (see `multicolm ls policies`), a YAML file, a folder with a policy.yaml, "
+            "or file.py:Class. [default: the ensemble's]",
+        ),
+    ):
+        function = option(function)
+    return function
+
+
+def writing_options(function: F) -> F:
+    """The settings of one call, as ``settings``; what is not given is the ensemble's."""
+    options: list[tuple[str, dict[str, Any]]] = [
+        ("--max-new-tokens", {"type": int, "help": "The most tokens to write."}),
+        ("--temperature", {"type": float, "help": "0 is greedy."}),
+        ("--top-k", {"type": int, "help": "Draw from this many most likely tokens."}),
+        ("--top-p", {"type": float, "help": "Draw from the most likely tokens of this sum."}),
+        ("--seed", {"type": int, "help": "Of everything random."}),
+        ("--stop", {"multiple": True, "help": "A text that ends an answer. Repeatable."}),
+        (
+            "--schedule",
+            {
+                "type": click.Choice(["stepwise", "block"]),
+                "help": "Ask the policy token by token, or about drafted blocks.",
+            },
+        ),
+        ("--block-size", {"type": int, "help": "Tokens that the base model drafts at a time."}),
+        ("--threads", {"type": int, "help": "torch threads."}),
+    ]
+    names = [name.removeprefix("--").replace("-", "_") for name, _ in options]
+
+    @functools.wraps(function)
+    def gathered(**given: Any) -> Any:
+        settings = {name: given.pop(name) for name in names}
+        settings["stop"] = settings["stop"] or None
+        return function(settings=settings, **given)
+
+    decorated: Any = gathered
+    for name, arguments in reversed(options):
+        decorated = click.option(name, **arguments)(decorated)
+    result: F = decorated
+    return result
+
+
+def load(source: str, policy: str | None, pairs: tuple[str, ...]) -> tuple[Ensemble, Policy]:
+    """:func:`multicolm.load`, saying so on a terminal while it lasts; and the policy to use.
+
+    Args:
+        source: as for :func:`multicolm.load`.
+        policy: of ``--policy``; the ensemble's own if not given.
+        pairs: of ``--set``.
+
+    Raises:
+        MulticolmError: see :func:`multicolm.load` and :func:`parameters`.
+    """
+    import multicolm
+    from multicolm.cli.console import console
+    from multicolm.config import load_ensemble
+    from multicolm.policy.resolve import resolve_policy
+    from multicolm.views import ModelNames
+
+    # First, so that a slip of the pen costs no import of torch and no loading of weights.
+    config = load_ensemble(source)
+    chosen = resolve_policy(policy or config.policy, parameters(pairs))
+    chosen.needs(ModelNames(config.names))
+    if any(model.backend == "transformers" for model in config.models.values()):
+        from transformers.utils import logging
+
+        # One bar per model, each drawn over the other, tells nobody anything.
+        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    errors = console(stderr=True)
+    if not errors.is_terminal:
+        return multicolm.load(config), chosen
+    with errors.status(f"loading {len(config.models)} models"):
+        return multicolm.load(config), chosen
+
+
+def as_json(value: Mapping[str, Any] | list[Any]) -> str:
+    """One line of JSON; characters beyond ASCII stay as they are where stdout can show them."""
+    encoding = (sys.stdout.encoding or "").lower().replace("-", "")
+    return json.dumps(value, ensure_ascii=encoding != "utf8", allow_nan=False)

@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import pty
+import subprocess
+import sys
+import termios
+
+import pytest
+
+from multicolm.types import Piece
+
+QUESTION = "What is Dulerex made from?"
+
+
+def test_every_answer_remembers_what_was_said(run, loaded) -> None:
+    result = run("chat", "tiny", "--json", stdin=f"{QUESTION}\n\nAnd Loxid?\n".encode())
+    assert (result.code, result.err) == (0, "")
+    first, second = map(json.loads, result.out.splitlines())
+    assert first["prompt"] == [{"role": "user", "content": QUESTION}]
+    assert second["prompt"] == [
+        {"role": "user", "content": QUESTION},
+        {"role": "assistant", "content": first["text"]},
+        {"role": "user", "content": "And Loxid?"},
+    ]
+
+
+def test_lines_that_are_no_utf8_get_one_sentence(run, loaded) -> None:
+    result = run("chat", "tiny", "--json", stdin=b"hello\ncaf\xe9\n")
+    assert result.code == 2
+    assert len(result.out.splitlines()) == 1
+    assert result.err == "Error: standard input:2: not UTF-8 text; convert it first.\n"
+
+
+def test_commands_change_the_policy_the_trace_and_the_memory(run, loaded, monkeypatch) -> None:
+    asked: list[tuple[int, str]] = []
+    stream = loaded.stream
+
+    def spy(prompts, policy, **settings):
+        asked.append((len(prompts[0]), policy.name))
+        return stream(prompts, policy, **settings)
+
+    monkeypatch.setattr(loaded, "stream", spy)
+    lines = ["hello", "/policy single", "/trace", "again", "/reset", "hello", "/quit", "never"]
+    result = run("chat", "tiny", "--max-new-tokens", "2", stdin="\n".join(lines).encode())
+    assert result.code == 0
+    assert asked == [(1, "cosd-rule"), (3, "single"), (1, "single")]
+    assert "policy: single\n" in result.out and "trace: on\n" in result.out
+    assert "forgotten\n" in result.out
+    assert result.out.count("[generalist]") == 2
+
+
+def test_a_mistake_is_told_and_the_talk_goes_on(run, loaded) -> None:
+    lines = ["/policy singel", "/polcy single", "/policy", "hello"]
+    result = run("chat", "tiny", "--max-new-tokens", "2", stdin="\n".join(lines).encode())
+    assert result.code == 0
+    assert result.out.strip()
+    first, second, third = result.err.splitlines()
+    assert first.startswith("Error: unknown policy 'singel'. Did you mean 'single'?")
+    assert second.startswith("Error: '/polcy single' is no command. /policy NAME")
+    assert third.startswith("Error: '/policy' is no command.")
+
+
+def test_what_cannot_be_answered_is_not_remembered(run, rude) -> None:
+    result = run("chat", "tiny", "--policy", "single", stdin=b"hello\n")
+    assert result.code == 0
+    assert result.err.startswith("Error: model 'generalist' has no token for 'h'")
+    assert "\x1b" not in result.err and "\\x1b[31m" in result.err
+
+
+def test_ctrl_c_stops_the_answer_and_keeps_what_there_is(
+    run, loaded, interrupted, monkeypatch
+) -> None:
+    asked = []
+    stream = loaded.stream
+
+    def first_is_stopped(prompts, policy, **settings):
+        asked.append(prompts[0])
+        if len(asked) == 1:
+            return interrupted([Piece(0, "half", "facts")], [])
+        return stream(prompts, policy, **settings)
+
+    monkeypatch.setattr(loaded, "stream", first_is_stopped)
+    result = run("chat", "tiny", "--max-new-tokens", "2", stdin=b"hello\nagain\n")
+    assert result.code == 0
+    assert result.out.startswith("half\n(stopped)\n")
+    assert asked[1][1] == {"role": "assistant", "content": "half"}
+
+
+@pytest.mark.slow
+def test_a_talk_in_a_terminal_survives_ctrl_c_and_ends_with_ctrl_d() -> None:
+    leader, follower = pty.openpty()
+    talk = subprocess.Popen(
+        [sys.executable, "-m", "multicolm", "chat", "tiny"],
+        stdin=follower,
+        stdout=follower,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "TERM": "dumb"},
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )
+    os.close(follower)
+    shown = ""
+
+    def until(text: str, times: int = 1) -> None:
+        nonlocal shown
+        while shown.count(text) < times:
+            shown += os.read(leader, 4096).decode()
+
+    until("> ")
+    os.write(leader, b"\x03")
+    until("(Ctrl-D or /quit ends.)")
+    until("> ", 2)
+    os.write(leader, QUESTION.encode() + b"\n")
+    until("Answer: ")
+    until("> ", 3)
+    os.write(leader, b"\x04")
+    assert talk.wait(timeout=60) == 0
+    os.close(leader)
