@@ -1,0 +1,126 @@
+"""The laws of tokenizers and of backends."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from multicolm.backend.base import Model
+from multicolm.testing.laws import LawBroken
+from multicolm.tokenizer.base import TokenizerAdapter
+
+__all__ = ["check_model", "check_tokenizer"]
+
+_TEXTS = (
+    "What is 2 * x + 15 if x = 7?",
+    "two  blanks,\ttabs and\nnew lines ",
+    "naïve café, Straße, 你好, 😀👩‍👩‍👧",
+    "<|end|> is only text here",
+)
+
+
+def check_tokenizer(tokenizer: TokenizerAdapter, texts: Sequence[str] = _TEXTS) -> None:
+    """An adapter turns text into tokens and back without loss.
+
+    Laws: ``decode(encode_continuation(text))`` is the text's bytes; decoding in pieces equals
+    decoding at once; special tokens have no bytes; end tokens exist.
+
+    Args:
+        tokenizer: what to check.
+        texts: texts that it claims to cover.
+
+    Raises:
+        LawBroken: naming the law.
+    """
+    for text in texts:
+        ids = tokenizer.encode_continuation(text)
+        if tokenizer.decode(ids) != text.encode():
+            raise LawBroken(
+                "decode(encode(text)) is the text",
+                f"{text!r} became {tokenizer.decode(ids)!r}.",
+            )
+        half = len(ids) // 2
+        if tokenizer.decode(ids[:half]) + tokenizer.decode(ids[half:]) != tokenizer.decode(ids):
+            raise LawBroken("decoding in pieces equals decoding at once", f"for {text!r}.")
+    for token_id in range(tokenizer.n_tokens):
+        if tokenizer.special_name(token_id) is not None and tokenizer.token_bytes(token_id):
+            raise LawBroken(
+                "special tokens leave no text", f"token {token_id} has bytes and a special name."
+            )
+    missing = [i for i in tokenizer.end_ids if not 0 <= i < tokenizer.n_tokens]
+    if missing:
+        raise LawBroken("end tokens exist", f"{missing[0]} is none of {tokenizer.n_tokens} tokens.")
+
+
+def check_model(model: Model, *, seed: int = 0, tolerance: float = 1e-3) -> None:
+    """A model's caches change nothing but the time.
+
+    Laws: predictions are distributions; a cached look equals an uncached one; after any roll-back
+    a row equals a fresh start; a batch equals its rows one by one.
+
+    Args:
+        model: what to check.
+        seed: of the random texts and cuts.
+        tolerance: greatest difference of probabilities that still counts as equal.
+
+    Raises:
+        LawBroken: naming the law.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def number(low: int, high: int) -> int:
+        return int(torch.randint(low, high, (1,), generator=generator))
+
+    n_rows, n_steps = 3, 12
+    longest = model.context_length or 40
+    texts = [[number(0, model.tokenizer.n_tokens)] for _ in range(n_rows)]
+    session = model.open(n_rows)
+    session.feed(range(n_rows), texts, [1] * n_rows)
+    for _ in range(n_steps):
+        rows = [row for row in range(n_rows) if number(0, 3)] or [0]
+        for row in rows:
+            length = number(1, len(texts[row]) + 1)
+            session.truncate(row, length)
+            del texts[row][length:]
+            if session.lengths[row] != length:
+                raise LawBroken(
+                    "a cut row has the length it was cut to",
+                    f"row {row}: {session.lengths[row]} instead of {length}.",
+                )
+        rows = [row for row in rows if len(texts[row]) < min(longest, 40)] or []
+        if not rows:
+            continue
+        new = [
+            [
+                number(0, model.tokenizer.n_tokens)
+                for _ in range(min(number(1, 6), longest - len(texts[row])))
+            ]
+            for row in rows
+        ]
+        n_last = [number(1, len(tokens) + 1) for tokens in new]
+        for row, tokens in zip(rows, new, strict=True):
+            texts[row].extend(tokens)
+        probs = _probs(session.feed(rows, new, n_last).logits, model)
+        fresh = [
+            _probs(model.open(1).feed([0], [texts[row]], [count]).logits, model)
+            for row, count in zip(rows, n_last, strict=True)
+        ]
+        error = float((probs - torch.cat(fresh)).abs().max())
+        if not error <= tolerance:
+            raise LawBroken(
+                "a cached look after roll-backs, in a batch, equals a fresh start of the row alone",
+                f"probabilities differ by {error:.2g} (allowed {tolerance:.2g}).",
+            )
+
+
+def _probs(logits: Tensor, model: Model) -> Tensor:
+    if logits.shape[-1] < model.tokenizer.n_tokens:
+        missing = model.tokenizer.n_tokens - logits.shape[-1]
+        logits = torch.nn.functional.pad(logits, (0, missing), value=float("-inf"))
+    probs = logits.float().softmax(-1)
+    total = probs.sum(-1)
+    if bool(probs.isnan().any()) or bool(((total - 1).abs() > 1e-4).any()):
+        raise LawBroken("predictions are distributions", f"probabilities sum to {total.tolist()}.")
+    return probs

@@ -1,0 +1,120 @@
+"""The laws of the decode loop."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from multicolm.ensemble import Ensemble
+from multicolm.policy.base import Policy
+from multicolm.testing.laws import LawBroken
+from multicolm.types import Prompt
+
+__all__ = ["check_removable", "check_routing"]
+
+
+def check_routing(
+    ensemble: Ensemble,
+    prompts: Sequence[Prompt],
+    policy: Policy | str | None = None,
+    *,
+    max_new_tokens: int = 24,
+    temperatures: Sequence[float] = (0.0, 0.9),
+    seed: int = 0,
+) -> None:
+    """How models are run changes nothing in the text.
+
+    Laws: ``block`` equals ``stepwise`` for every block size; a batch equals its prompts one by one;
+    equal seeds give equal texts; streamed pieces join to the text.
+
+    Args:
+        ensemble: the models.
+        prompts: what to ask.
+        policy: who writes; the ensemble's own if not given.
+        max_new_tokens: length of the texts, in tokens.
+        temperatures: greedy (0) and sampling.
+        seed: of the draws.
+
+    Raises:
+        LawBroken: naming the law.
+    """
+
+    def write(some: Sequence[Prompt], **settings: Any) -> list[list[tuple[int, str]]]:
+        settings = {"schedule": "stepwise", "max_new_tokens": max_new_tokens, **settings}
+        stream = ensemble.stream(some, policy, seed=seed, **settings)
+        shown = [""] * len(some)
+        for piece in stream:
+            shown[piece.row] += piece.text
+        for text, answer in zip(shown, stream.answers, strict=True):
+            if text != answer.text:
+                raise LawBroken(
+                    "streamed pieces join to the text", f"{text!r} and {answer.text!r}."
+                )
+        return [[(token.id, token.model) for token in a.trace] for a in stream.answers]
+
+    for temperature in temperatures:
+        plain = write(prompts, temperature=temperature)
+        ways = {
+            "equal seeds give equal texts": [write(prompts, temperature=temperature)],
+            "a batch equals its prompts one by one": [
+                [write([prompt], temperature=temperature)[0] for prompt in prompts]
+            ],
+            "rows that wait for a free slot are written as if alone": [
+                write(prompts, temperature=temperature, batch_size=2)
+            ],
+            "block equals stepwise": [
+                write(prompts, temperature=temperature, schedule="block", block_size=size)
+                for size in (1, 2, 3, 8)
+            ],
+        }
+        for law, others in ways.items():
+            for other in others:
+                _compare(law, plain, other, f"temperature {temperature}")
+
+
+def _compare(
+    law: str,
+    plain: Sequence[list[tuple[int, str]]],
+    other: Sequence[list[tuple[int, str]]],
+    at: str,
+) -> None:
+    for number, (one, two) in enumerate(zip(plain, other, strict=True)):
+        if one != two:
+            raise LawBroken(law, f"{at}, prompt {number + 1}: {one} became {two}.")
+
+
+def check_removable(
+    ensemble: Ensemble,
+    prompts: Sequence[Prompt],
+    model: str,
+    policy: Policy | str | None = None,
+    *,
+    max_new_tokens: int = 24,
+    seed: int = 0,
+) -> None:
+    """A model that is never chosen can be removed unnoticed.
+
+    Args:
+        ensemble: the models.
+        prompts: what to ask.
+        model: name of an assistant that writes nothing in answer to these prompts.
+        policy: who writes; the ensemble's own if not given. Its roles and weights must go by name.
+        max_new_tokens: length of the texts, in tokens.
+        seed: of the draws.
+
+    Raises:
+        LawBroken: if the model did write, or the text changed without it.
+    """
+    chosen = ensemble.resolve(policy)
+    settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "seed": seed}
+    with_it = ensemble.generate(prompts, chosen, **settings)
+    if any(answer.trace.share(model) > 0 for answer in with_it):
+        raise LawBroken("a model that is never chosen can be removed", f"'{model}' did write.")
+    smaller = Ensemble([m for m in ensemble.backends if m.name != model])
+    without = smaller.generate(prompts, chosen, **settings)
+    for a, b in zip(with_it, without, strict=True):
+        if [(t.id, t.model) for t in a.trace] != [(t.id, t.model) for t in b.trace]:
+            raise LawBroken(
+                "a model that is never chosen can be removed unnoticed",
+                f"{a.text!r} became {b.text!r}.",
+            )

@@ -1,0 +1,61 @@
+"""Every example runs as printed."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import multicolm
+from multicolm.testing import check_policy
+
+ROOT = Path(__file__).parents[2]
+OWN = "examples/own_policy/surer.py:Surer"
+
+
+def run(*command: str) -> str:
+    done = subprocess.run(
+        [sys.executable, *command], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_policy_of_ones_own_takes_at_most_thirty_lines() -> None:
+    lines = (ROOT / "examples/own_policy/surer.py").read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 30
+
+
+def test_a_policy_of_ones_own_runs_from_the_command_line() -> None:
+    shown = run(
+        *("-m", "multicolm", "generate", "tiny", "What is Dulerex made from?", "--trace"),
+        *("--policy", OWN, "--set", "threshold=0.8"),
+    )
+    assert "[generalist]" in shown
+    assert "[facts]" in shown or "[math]" in shown
+
+
+def test_a_policy_of_ones_own_keeps_the_laws(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    ensemble = multicolm.load("tiny")
+    own = ensemble.resolve(OWN, {"threshold": 0.8})
+    check_policy(own)
+    [answer] = ensemble.generate(["What is Dulerex made from?"], own)
+    assert answer.policy == "surer"
+
+
+def test_the_ensemble_file_validates_and_writes() -> None:
+    file = "examples/ensemble_file/duo.yaml"
+    assert "duo.yaml" in run("-m", "multicolm", "validate", file)
+    assert run("-m", "multicolm", "generate", file, "What is Dulerex made from?", "--trace")
+
+
+def test_the_demo_shows_every_policy_and_a_table() -> None:
+    shown = run("examples/demo/demo.py", "--per-kind", "1")
+    from multicolm import catalog
+
+    for name in catalog.names("policies"):
+        assert name in shown
+    assert "tokens/s" in shown

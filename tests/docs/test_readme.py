@@ -1,0 +1,104 @@
+"""Every command and every block of the README does what it says."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from multicolm import catalog
+from multicolm.config import load_ensemble
+from multicolm.plugins import policies
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+COMMANDS = [
+    line.removeprefix("$ ")
+    for kind, text in BLOCKS
+    if kind == "console"
+    for line in text.splitlines()
+]
+
+
+def run(command: list[str], **settings: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, **settings)
+
+
+def test_the_readme_has_blocks_of_four_known_kinds() -> None:
+    assert {kind for kind, _ in BLOCKS} == {"console", "python", "yaml"}
+    assert all(
+        line.startswith("$ ") for k, t in BLOCKS if k == "console" for line in t.splitlines()
+    )
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("multicolm")])
+def test_a_command_of_the_readme_runs(command: str) -> None:
+    done = run([sys.executable, "-m", *shlex.split(command)])
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if not c.startswith("multicolm")])
+def test_a_make_target_of_the_readme_exists_and_runs_what_it_should(command: str) -> None:
+    recipes = {
+        "make demo": ["examples/demo/demo.py"],
+        "make test": ["ruff check", "mypy --strict multicolm", "pytest"],
+        "make bench": ["pytest benchmarks"],
+    }
+    done = run([*shlex.split(command), "-n"])
+    assert done.returncode == 0, done.stderr
+    for recipe in recipes[command]:
+        assert recipe in done.stdout
+
+
+def test_the_python_blocks_run_one_after_another(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    names: dict[str, object] = {"__name__": "readme"}
+    try:
+        for kind, text in BLOCKS:
+            if kind == "python":
+                exec(compile(text, "README.md", "exec"), names)
+    finally:
+        policies._classes.pop("surer-of-itself", None)
+    assert "generalist" in capsys.readouterr().out
+    assert names["answer"].text
+
+
+def test_the_yaml_block_is_an_ensemble(tmp_path: Path) -> None:
+    [text] = [text for kind, text in BLOCKS if kind == "yaml"]
+    file = tmp_path / "duo.yaml"
+    file.write_text(text, encoding="utf-8")
+    config = load_ensemble(file)
+    assert config.names == ("generalist", "facts")
+    assert config.policy.params == {"threshold": 0.6}
+    done = run([sys.executable, "-m", "multicolm", "validate", str(file)])
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_table_of_policies_lists_every_policy_with_its_params() -> None:
+    rows = re.findall(r"^\| `([\w-]+)` \| ([^|]*) \|", README, flags=re.MULTILINE)
+    listed = {name: set(re.findall(r"`(\w+)`", params)) for name, params in rows}
+    wanted = {
+        name: set(getattr(policies.get(name), "__dataclass_fields__", ()))
+        for name in catalog.names("policies")
+    }
+    assert listed == wanted
+
+
+def test_links_to_files_lead_somewhere() -> None:
+    links = re.findall(r"\]\((?!http)([^)#]+)\)", README)
+    assert links
+    for link in links:
+        assert (ROOT / link).exists(), link
+
+
+def test_the_readme_names_the_command_for_its_figures() -> None:
+    assert "make bench" in README
+    assert "python -m multicolm.tiny --only-measure registry/tiny" in README
