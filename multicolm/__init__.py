@@ -24,7 +24,7 @@ if TYPE_CHECKING:
         Policy,
         SelectPolicy,
         VerifyPolicy,
-        policy,
+        register_policy,
     )
     from multicolm.types import Answer, Message, Piece, Trace, TracedToken, Usage
     from multicolm.views import ModelNames, View, Views
@@ -48,7 +48,7 @@ _HOME = {
     "View": "multicolm.views",
     "Views": "multicolm.views",
     "load": "multicolm.ensemble",
-    "policy": "multicolm.policy.base",
+    "register_policy": "multicolm.policy.base",
 }
 
 __all__ = [
@@ -71,7 +71,7 @@ __all__ = [
     "Views",
     "__version__",
     "load",
-    "policy",
+    "register_policy",
 ]
 
 

@@ -54,23 +54,92 @@ class Answers(list[Answer]):
     seconds: float
 
 
-class Stream:
+class Stream(Iterator[Piece]):
     """Text while it is being written: iterate over it for :class:`~multicolm.types.Piece`.
 
-    Attributes:
-        answers: the finished texts; complete when the iteration has ended. If it is broken off,
-            the texts that were finished by then.
+    It may be broken off at any time; what was finished by then is in :attr:`answers`.
     """
 
-    def __init__(self, pieces: Iterator[Piece], answers: Answers) -> None:
+    def __init__(self, run: _Run, pieces: Iterator[Piece]) -> None:
+        self._run = run
         self._pieces = pieces
-        self.answers = answers
 
-    def __iter__(self) -> Iterator[Piece]:
-        return self._pieces
+    def __iter__(self) -> Stream:
+        return self
 
     def __next__(self) -> Piece:
         return next(self._pieces)
+
+    @property
+    def answers(self) -> Answers:
+        """The texts that are finished so far, in the order of their prompts."""
+        return self._run.answers()
+
+
+class _Run:
+    """One call: its rows, the router that writes them, and what came of it."""
+
+    def __init__(
+        self, router: Router, rows: Sequence[Row], ensemble: Ensemble, policy: str
+    ) -> None:
+        self.router = router
+        self.rows = rows
+        self._models = ensemble.models
+        self._vocabulary = ensemble.vocabulary
+        self._policy = policy
+        self._answers: dict[int, Answer] = {}
+        self.seconds = 0.0
+
+    def write(
+        self, models: Sequence[Model], threads: int | None, clock: Callable[[], float]
+    ) -> Iterator[Piece]:
+        start = clock()
+        try:
+            with torch_threads(models, threads):
+                yield from self.router.run(self.rows)
+        finally:
+            self.seconds = clock() - start
+
+    def answers(self) -> Answers:
+        for row in self.rows:
+            if row.finish_reason is not None and row.number not in self._answers:
+                self._answers[row.number] = self._answer(row)
+        answers = Answers(self._answers[number] for number in sorted(self._answers))
+        answers.seconds = self.seconds
+        answers.usage = self._usage(answers)
+        return answers
+
+    def _answer(self, row: Row) -> Answer:
+        assert row.finish_reason is not None
+        names = [*self._models, MIXTURE]
+        n_written = [0] * len(names)
+        tokens = []
+        for new in row.written:
+            n_written[new.writer] += 1
+            name = self._vocabulary.name(new.token)
+            tokens.append(TracedToken(new.token, name, names[new.writer], new.logprob, new.score))
+        usage = {
+            name: replace(row.usage[k], tokens_written=n_written[k])
+            for k, name in enumerate(self._models)
+        }
+        return Answer(
+            prompt=row.prompt,
+            text=row.text.text,
+            trace=Trace(tuple(tokens)),
+            usage=usage,
+            finish_reason=row.finish_reason,
+            policy=self._policy,
+            seed=row.seed if self.router.noise_used else None,
+        )
+
+    def _usage(self, answers: Sequence[Answer]) -> dict[str, Usage]:
+        usage = {}
+        for k, name in enumerate(self._models):
+            readers = self.router.readers
+            read = readers[k].usage if k in readers else Usage()
+            n_written = sum(answer.usage[name].tokens_written for answer in answers)
+            usage[name] = replace(read, tokens_written=n_written)
+        return usage
 
 
 class Ensemble:
@@ -235,8 +304,8 @@ class Ensemble:
             n_slots=max(1, min(batch_size, len(rows))),
             clock=clock,
         )
-        answers = Answers()
-        return Stream(self._run(router, rows, chosen, answers, wanted.threads, clock), answers)
+        run = _Run(router, rows, self, policy if isinstance(policy, str) else chosen.name)
+        return Stream(run, run.write(self.backends, wanted.threads, clock))
 
     def resolve(
         self, policy: PolicySource | None, params: Mapping[str, Any] | None = None
@@ -279,56 +348,6 @@ class Ensemble:
                 )
             )
         return rows
-
-    def _run(
-        self,
-        router: Router,
-        rows: Sequence[Row],
-        policy: Policy,
-        answers: Answers,
-        threads: int | None,
-        clock: Callable[[], float],
-    ) -> Iterator[Piece]:
-        start = clock()
-        try:
-            with torch_threads(self.backends, threads):
-                yield from router.run(rows)
-        finally:
-            done = [row for row in rows if row.finish_reason is not None]
-            answers.extend(self._answer(row, policy, router.noise_used) for row in done)
-            answers.seconds = clock() - start
-            answers.usage = self._usage(router, answers)
-
-    def _answer(self, row: Row, policy: Policy, random: bool) -> Answer:
-        assert row.finish_reason is not None
-        names = [*self.models, MIXTURE]
-        n_written = [0] * len(names)
-        tokens = []
-        for new in row.written:
-            n_written[new.writer] += 1
-            name = self.vocabulary.name(new.token)
-            tokens.append(TracedToken(new.token, name, names[new.writer], new.logprob, new.score))
-        usage = {
-            name: replace(row.usage[k], tokens_written=n_written[k])
-            for k, name in enumerate(self.models)
-        }
-        return Answer(
-            prompt=row.prompt,
-            text=row.text.text,
-            trace=Trace(tuple(tokens)),
-            usage=usage,
-            finish_reason=row.finish_reason,
-            policy=policy.name,
-            seed=row.seed if random else None,
-        )
-
-    def _usage(self, router: Router, answers: Sequence[Answer]) -> dict[str, Usage]:
-        usage = {}
-        for k, name in enumerate(self.models):
-            read = router.readers[k].usage if k in router.readers else Usage()
-            n_written = sum(answer.usage[name].tokens_written for answer in answers)
-            usage[name] = replace(read, tokens_written=n_written)
-        return usage
 
 
 def load(source: str | Path | EnsembleConfig) -> Ensemble:

@@ -198,7 +198,7 @@ class Answer:
             trace though not in the text.
         usage: per model name, what it did for this answer.
         finish_reason: why it ended.
-        policy: the policy's name.
+        policy: the policy's name, as it was asked for.
         seed: what the random draws of this answer were seeded with; ``None`` when nothing was
             random.
     """

@@ -475,9 +475,9 @@ def test_an_unknown_policy_is_told_the_nearest_name(tmp_path: Path) -> None:
 
 def test_a_param_that_is_a_path_starts_from_the_folder_of_the_file(tmp_path: Path) -> None:
     from multicolm.plugins import policies
-    from multicolm.policy import SelectPolicy, policy
+    from multicolm.policy import SelectPolicy, register_policy
 
-    @policy("test-with-a-file")
+    @register_policy("test-with-a-file")
     class WithAFile(SelectPolicy):
         head: Path
         label: str = ""

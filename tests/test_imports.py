@@ -77,7 +77,7 @@ def loaded_after(code: str) -> set[str]:
     "code",
     [
         "import multicolm",
-        "import multicolm; multicolm.SelectPolicy, multicolm.policy, multicolm.Answer",
+        "import multicolm; multicolm.SelectPolicy, multicolm.register_policy, multicolm.Answer",
         "import multicolm.policy, multicolm.backend, multicolm.config, multicolm.cli",
         "from multicolm.plugins import policies; import multicolm.policy\n"
         "[policies.get(name)() for name in policies]",
@@ -98,3 +98,8 @@ def test_every_public_name_is_there_and_documented() -> None:
             assert getattr(multicolm, name).__doc__, name
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         multicolm.nonsense  # noqa: B018  # the access is the test
+
+
+def test_no_public_name_is_also_a_module_which_would_hide_it() -> None:
+    modules = {path.stem for path in PACKAGE.iterdir()}
+    assert modules.isdisjoint(multicolm.__all__)

@@ -14,7 +14,6 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
-from multicolm.cli.console import legend, trace_text
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -23,6 +22,7 @@ from rich.text import Text
 import multicolm
 from multicolm import Answer, Ensemble
 from multicolm.catalog import names, path
+from multicolm.cli.console import legend, trace_text
 
 # Policies of which a preset alone says too little about this ensemble.
 PARAMS: dict[str, dict[str, Any]] = {

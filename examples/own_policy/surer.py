@@ -9,7 +9,7 @@ import torch
 import multicolm
 
 
-@multicolm.policy("surer")
+@multicolm.register_policy("surer")
 class Surer(multicolm.SelectPolicy):
     threshold: float = 0.5  # fields are the policy's params, checked when it is made
 

@@ -63,17 +63,17 @@ def validate(source: str) -> Report:
 
 
 def _kind(source: str) -> Literal["ensemble", "policy"]:
-    ensembles, policies = catalog.names("ensembles"), catalog.names("policies")
+    ensembles, presets = catalog.names("ensembles"), catalog.names("policies")
     if source in ensembles:
         return "ensemble"
-    if source in policies:
+    if source in presets:
         return "policy"
     path = Path(source).expanduser()
     if path.is_dir():
         has_policy = (path / "policy.yaml").is_file()
         return "policy" if has_policy and not (path / "ensemble.yaml").is_file() else "ensemble"
     if not path.exists() and not source.endswith((".yaml", ".yml")) and "/" not in source:
-        raise UnknownNameError(unknown("ensemble or policy", source, [*ensembles, *policies]))
+        raise UnknownNameError(unknown("ensemble or policy", source, [*ensembles, *presets]))
     data = Document.parse(read_text(path, "an ensemble or a policy file"), source).data
     return "policy" if "kind" in data and "models" not in data else "ensemble"
 

@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
-from multicolm.policy.base import MixPolicy, Needs, Policy, SelectPolicy, VerifyPolicy, policy
+from multicolm.policy.base import (
+    MixPolicy,
+    Needs,
+    Policy,
+    SelectPolicy,
+    VerifyPolicy,
+    register_policy,
+)
 
-__all__ = ["MixPolicy", "Needs", "Policy", "SelectPolicy", "VerifyPolicy", "policy"]
+__all__ = ["MixPolicy", "Needs", "Policy", "SelectPolicy", "VerifyPolicy", "register_policy"]

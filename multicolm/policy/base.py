@@ -26,7 +26,7 @@ from multicolm.plugins import policies
 from multicolm.types import Signal, Tensor
 from multicolm.views import ModelNames, Views
 
-__all__ = ["MixPolicy", "Needs", "Policy", "SelectPolicy", "VerifyPolicy", "policy"]
+__all__ = ["MixPolicy", "Needs", "Policy", "SelectPolicy", "VerifyPolicy", "register_policy"]
 
 
 @plain_dataclass(frozen=True, slots=True)
@@ -53,7 +53,7 @@ class Policy:
     """
 
     name: ClassVar[str] = "policy"
-    """Set by the :func:`policy` decorator."""
+    """Set by the :func:`register_policy` decorator."""
 
     base_signals: ClassVar[frozenset[Signal] | set[Signal]] = frozenset()
     """Signals of the base model, wanted at every position."""
@@ -172,15 +172,15 @@ P = TypeVar("P", bound=Policy)
 if TYPE_CHECKING:
 
     @dataclass_transform(frozen_default=True)
-    def policy(name: str) -> Callable[[type[P]], type[P]]:
+    def register_policy(name: str) -> Callable[[type[P]], type[P]]:
         """See below."""
 
 else:
 
-    def policy(name: str) -> Callable[[type[P]], type[P]]:
+    def register_policy(name: str) -> Callable[[type[P]], type[P]]:
         """Decorator: make a class a policy called ``name``, its annotated fields its ``params``.
 
-            @multicolm.policy("unsure")
+            @multicolm.register_policy("unsure")
             class Unsure(multicolm.SelectPolicy):
                 threshold: float = 0.5
                 ...

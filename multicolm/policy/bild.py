@@ -6,14 +6,14 @@ from typing import ClassVar
 
 from jaxtyping import Bool, Float, Int
 
-from multicolm.policy.base import Needs, SelectPolicy, policy
+from multicolm.policy.base import Needs, SelectPolicy, register_policy
 from multicolm.types import Signal, Tensor
 from multicolm.views import ModelNames, Role, Views
 
 __all__ = ["BildPolicy"]
 
 
-@policy("bild")
+@register_policy("bild")
 class BildPolicy(SelectPolicy):
     """The small base model writes; the large one takes over where either of them objects.
 

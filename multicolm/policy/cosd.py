@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from jaxtyping import Bool, Float, Int
 
-from multicolm.policy.base import SelectPolicy, policy
+from multicolm.policy.base import SelectPolicy, register_policy
 from multicolm.policy.threshold import best_assistant
 from multicolm.types import Signal, Tensor
 from multicolm.views import Views
@@ -14,7 +14,7 @@ from multicolm.views import Views
 __all__ = ["CosdRulePolicy"]
 
 
-@policy("cosd-rule")
+@register_policy("cosd-rule")
 class CosdRulePolicy(SelectPolicy):
     """An unsure base model is corrected by an assistant that is sure of something else.
 

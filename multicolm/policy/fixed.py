@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from jaxtyping import Int
 
-from multicolm.policy.base import SelectPolicy, policy
+from multicolm.policy.base import SelectPolicy, register_policy
 from multicolm.types import Tensor
 from multicolm.views import ModelNames, Role, Views
 
 __all__ = ["RandomPolicy", "SinglePolicy"]
 
 
-@policy("single")
+@register_policy("single")
 class SinglePolicy(SelectPolicy):
     """One model alone writes everything; the others are never run.
 
@@ -35,7 +35,7 @@ class SinglePolicy(SelectPolicy):
         return torch.full((views.n_positions,), views.models.role(self.model))
 
 
-@policy("random")
+@register_policy("random")
 class RandomPolicy(SelectPolicy):
     """A lottery at every token.
 

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from jaxtyping import Float
 
-from multicolm.policy.base import MixPolicy, Needs, policy
+from multicolm.policy.base import MixPolicy, Needs, register_policy
 from multicolm.types import Signal, Tensor
 from multicolm.views import ModelNames, Role, Views
 
@@ -36,7 +36,7 @@ class _Arithmetic(MixPolicy):
         return frozenset(models.role(role) for role in self.roles())
 
 
-@policy("proxy-tuning")
+@register_policy("proxy-tuning")
 class ProxyTuningPolicy(_Arithmetic):
     """What tuning changed in a small model is added to a large one.
 
@@ -70,7 +70,7 @@ class ProxyTuningPolicy(_Arithmetic):
         return base + self.alpha * change
 
 
-@policy("contrastive")
+@register_policy("contrastive")
 class ContrastivePolicy(_Arithmetic):
     """What the expert knows and the amateur does not.
 

@@ -6,14 +6,14 @@ from typing import ClassVar, Literal
 
 from jaxtyping import Float
 
-from multicolm.policy.base import MixPolicy, Needs, policy
+from multicolm.policy.base import MixPolicy, Needs, register_policy
 from multicolm.types import Signal, Tensor
 from multicolm.views import ModelNames, Views
 
 __all__ = ["AveragePolicy"]
 
 
-@policy("average")
+@register_policy("average")
 class AveragePolicy(MixPolicy):
     """Every token is drawn from the weighted average of all models' distributions.
 

@@ -6,14 +6,14 @@ from typing import ClassVar
 
 from jaxtyping import Bool, Float, Int
 
-from multicolm.policy.base import Needs, SelectPolicy, policy
+from multicolm.policy.base import Needs, SelectPolicy, register_policy
 from multicolm.types import Signal, Tensor
 from multicolm.views import ModelNames, Role, Views
 
 __all__ = ["NudgingPolicy"]
 
 
-@policy("nudging")
+@register_policy("nudging")
 class NudgingPolicy(SelectPolicy):
     """Where the base model is unsure, the nudger writes, and it finishes the word it began.
 

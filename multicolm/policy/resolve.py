@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
+from pydantic import ValidationError
+
 from multicolm.config import PolicyConfig, check_params, load_policy
 from multicolm.errors import ConfigError, UnknownNameError, unknown
 from multicolm.plugins import policies
@@ -37,20 +39,29 @@ def resolve_policy(
     if isinstance(source, Policy):
         if not params:
             return source
-        config = source.as_config()
-        return _build(type(source), {**config["params"], **params}, type(source).name)
+        own = source.as_config()["params"]
+        return _build(type(source), {**own, **params}, source.name)
     if isinstance(source, str) and ".py:" in source:
         cls = _from_file(source)
         return _build(cls, dict(params or {}), source)
-    if isinstance(source, PolicyConfig):
-        config_ = source
-    elif isinstance(source, Mapping):
-        config_ = PolicyConfig.model_validate(dict(source))
+    if isinstance(source, Mapping):
+        config = _from_mapping(source)
+    elif isinstance(source, PolicyConfig):
+        config = source
     else:
-        config_ = load_policy(source, base_dir or Path.cwd())
-    merged = {**config_.params, **(params or {})}
-    cls = cast("type[Policy]", policies.get(config_.kind))
-    return _build(cls, merged, config_.kind)
+        config = load_policy(source, base_dir or Path.cwd())
+    cls = cast("type[Policy]", policies.get(config.kind))
+    return _build(cls, {**config.params, **(params or {})}, config.kind)
+
+
+def _from_mapping(source: Mapping[str, Any]) -> PolicyConfig:
+    try:
+        return PolicyConfig.model_validate(dict(source))
+    except ValidationError as error:
+        raise ConfigError(
+            f"policy {dict(source)!r}: a policy is a name, a path, or "
+            '{"kind": "confidence", "params": {"threshold": 0.6}}.'
+        ) from error
 
 
 def _build(cls: type[Policy], params: dict[str, Any], origin: str) -> Policy:

@@ -6,14 +6,14 @@ from typing import ClassVar
 
 from jaxtyping import Float
 
-from multicolm.policy.base import Needs, VerifyPolicy, policy
+from multicolm.policy.base import Needs, VerifyPolicy, register_policy
 from multicolm.types import Signal, Tensor
 from multicolm.views import ModelNames, Role, Views
 
 __all__ = ["SpeculativePolicy"]
 
 
-@policy("speculative")
+@register_policy("speculative")
 class SpeculativePolicy(VerifyPolicy):
     """The base model drafts, and the text follows the target model's distribution exactly.
 

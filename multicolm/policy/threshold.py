@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from jaxtyping import Bool, Float, Int
 
-from multicolm.policy.base import SelectPolicy, policy
+from multicolm.policy.base import SelectPolicy, register_policy
 from multicolm.types import Signal, Tensor
 from multicolm.views import Views
 
@@ -46,7 +46,7 @@ class _Unsure(SelectPolicy):
         raise NotImplementedError
 
 
-@policy("confidence")
+@register_policy("confidence")
 class ConfidencePolicy(_Unsure):
     """The base model writes unless its most likely token is less likely than the threshold.
 
@@ -77,7 +77,7 @@ class ConfidencePolicy(_Unsure):
         return views[k].top1_logprobs
 
 
-@policy("entropy")
+@register_policy("entropy")
 class EntropyPolicy(_Unsure):
     """The base model writes unless its entropy exceeds the threshold.
 
@@ -108,7 +108,7 @@ class EntropyPolicy(_Unsure):
         return -views[k].entropy_nats
 
 
-@policy("margin")
+@register_policy("margin")
 class MarginPolicy(_Unsure):
     """The base model writes unless its two most likely tokens are nearly as likely.
 
@@ -140,7 +140,7 @@ class MarginPolicy(_Unsure):
         return views[k].margins
 
 
-@policy("max-confidence")
+@register_policy("max-confidence")
 class MaxConfidencePolicy(SelectPolicy):
     """The model whose most likely token is the most likely writes; all models are always run.
 

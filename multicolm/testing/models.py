@@ -68,43 +68,57 @@ def check_model(model: Model, *, seed: int = 0, tolerance: float = 1e-3) -> None
     Raises:
         LawBroken: naming the law.
     """
-    generator = torch.Generator().manual_seed(seed)
+    trial = _Trial(model, seed)
+    for _ in range(12):
+        trial.cut_some_rows()
+        trial.feed_some_rows(tolerance)
 
-    def number(low: int, high: int) -> int:
-        return int(torch.randint(low, high, (1,), generator=generator))
 
-    n_rows, n_steps = 3, 12
-    longest = model.context_length or 40
-    texts = [[number(0, model.tokenizer.n_tokens)] for _ in range(n_rows)]
-    session = model.open(n_rows)
-    session.feed(range(n_rows), texts, [1] * n_rows)
-    for _ in range(n_steps):
-        rows = [row for row in range(n_rows) if number(0, 3)] or [0]
-        for row in rows:
-            length = number(1, len(texts[row]) + 1)
-            session.truncate(row, length)
-            del texts[row][length:]
-            if session.lengths[row] != length:
+class _Trial:
+    """Some texts in one session of a model, and what they should be."""
+
+    n_rows = 3
+    longest = 40
+
+    def __init__(self, model: Model, seed: int) -> None:
+        self._model = model
+        self._generator = torch.Generator().manual_seed(seed)
+        self._longest = min(self.longest, model.context_length or self.longest)
+        self._texts = [[self._token()] for _ in range(self.n_rows)]
+        self._session = model.open(self.n_rows)
+        self._session.feed(range(self.n_rows), self._texts, [1] * self.n_rows)
+
+    def _number(self, low: int, high: int) -> int:
+        return int(torch.randint(low, high, (1,), generator=self._generator))
+
+    def _token(self) -> int:
+        return self._number(0, self._model.tokenizer.n_tokens)
+
+    def cut_some_rows(self) -> None:
+        for row, text in enumerate(self._texts):
+            length = self._number(1, len(text) + 1)
+            if self._number(0, 3) == 0:
+                continue
+            self._session.truncate(row, length)
+            del text[length:]
+            if self._session.lengths[row] != length:
                 raise LawBroken(
                     "a cut row has the length it was cut to",
-                    f"row {row}: {session.lengths[row]} instead of {length}.",
+                    f"row {row}: {self._session.lengths[row]} instead of {length}.",
                 )
-        rows = [row for row in rows if len(texts[row]) < min(longest, 40)] or []
+
+    def feed_some_rows(self, tolerance: float) -> None:
+        rooms = [self._longest - len(text) for text in self._texts]
+        rows = [row for row, room in enumerate(rooms) if room > 0 and self._number(0, 3)]
         if not rows:
-            continue
-        new = [
-            [
-                number(0, model.tokenizer.n_tokens)
-                for _ in range(min(number(1, 6), longest - len(texts[row])))
-            ]
-            for row in rows
-        ]
-        n_last = [number(1, len(tokens) + 1) for tokens in new]
+            return
+        new = [[self._token() for _ in range(min(self._number(1, 6), rooms[row]))] for row in rows]
+        n_last = [self._number(1, len(tokens) + 1) for tokens in new]
         for row, tokens in zip(rows, new, strict=True):
-            texts[row].extend(tokens)
-        probs = _probs(session.feed(rows, new, n_last).logits, model)
+            self._texts[row].extend(tokens)
+        probs = _probs(self._session.feed(rows, new, n_last).logits, self._model)
         fresh = [
-            _probs(model.open(1).feed([0], [texts[row]], [count]).logits, model)
+            _probs(self._model.open(1).feed([0], [self._texts[row]], [count]).logits, self._model)
             for row, count in zip(rows, n_last, strict=True)
         ]
         error = float((probs - torch.cat(fresh)).abs().max())

@@ -41,16 +41,7 @@ def check_routing(
 
     def write(some: Sequence[Prompt], **settings: Any) -> list[list[tuple[int, str]]]:
         settings = {"schedule": "stepwise", "max_new_tokens": max_new_tokens, **settings}
-        stream = ensemble.stream(some, policy, seed=seed, **settings)
-        shown = [""] * len(some)
-        for piece in stream:
-            shown[piece.row] += piece.text
-        for text, answer in zip(shown, stream.answers, strict=True):
-            if text != answer.text:
-                raise LawBroken(
-                    "streamed pieces join to the text", f"{text!r} and {answer.text!r}."
-                )
-        return [[(token.id, token.model) for token in a.trace] for a in stream.answers]
+        return _write(ensemble, some, policy, seed, settings)
 
     for temperature in temperatures:
         plain = write(prompts, temperature=temperature)
@@ -70,6 +61,23 @@ def check_routing(
         for law, others in ways.items():
             for other in others:
                 _compare(law, plain, other, f"temperature {temperature}")
+
+
+def _write(
+    ensemble: Ensemble,
+    prompts: Sequence[Prompt],
+    policy: Policy | str | None,
+    seed: int,
+    settings: Any,
+) -> list[list[tuple[int, str]]]:
+    stream = ensemble.stream(prompts, policy, seed=seed, **settings)
+    shown = [""] * len(prompts)
+    for piece in stream:
+        shown[piece.row] += piece.text
+    for text, answer in zip(shown, stream.answers, strict=True):
+        if text != answer.text:
+            raise LawBroken("streamed pieces join to the text", f"{text!r} and {answer.text!r}.")
+    return [[(token.id, token.model) for token in answer.trace] for answer in stream.answers]
 
 
 def _compare(

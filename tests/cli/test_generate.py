@@ -66,8 +66,8 @@ def test_a_policy_may_stand_in_a_file_of_python(run, loaded, tmp_path, monkeypat
     monkeypatch.setattr(policies, "_classes", dict(policies._classes))
     file = tmp_path / "mine.py"
     file.write_text(
-        "from multicolm.policy import SelectPolicy, policy\n"
-        "@policy('always-second')\n"
+        "from multicolm.policy import SelectPolicy, register_policy\n"
+        "@register_policy('always-second')\n"
         "class Second(SelectPolicy):\n"
         "    index: int = 1\n"
         "    base_signals = {'top1'}\n"
