@@ -75,6 +75,17 @@ class Stream(Iterator[Piece]):
         """The texts that are finished so far, in the order of their prompts."""
         return self._run.answers()
 
+    def finished(self) -> Iterator[tuple[int, Answer]]:
+        """Write on, and give each answer with its prompt's number (from 0) once it is finished."""
+        done = self._run.router.finished
+        for _ in self._pieces:
+            while done:
+                row = done.popleft()
+                yield row.number, self._run.answer(row)
+        while done:
+            row = done.popleft()
+            yield row.number, self._run.answer(row)
+
 
 class _Run:
     """One call: its rows, the router that writes them, and what came of it."""
@@ -101,13 +112,15 @@ class _Run:
             self.seconds = clock() - start
 
     def answers(self) -> Answers:
-        for row in self.rows:
-            if row.finish_reason is not None and row.number not in self._answers:
-                self._answers[row.number] = self._answer(row)
-        answers = Answers(self._answers[number] for number in sorted(self._answers))
+        answers = Answers(self.answer(row) for row in self.rows if row.finish_reason is not None)
         answers.seconds = self.seconds
         answers.usage = self._usage(answers)
         return answers
+
+    def answer(self, row: Row) -> Answer:
+        if row.number not in self._answers:
+            self._answers[row.number] = self._answer(row)
+        return self._answers[row.number]
 
     def _answer(self, row: Row) -> Answer:
         assert row.finish_reason is not None

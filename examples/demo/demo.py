@@ -2,14 +2,13 @@
 
     make demo
 
-Prints who wrote which token, in colour, and a table: how many held-out questions each policy gets
+Shows who wrote which token, in colour, and a table: how many held-out questions each policy gets
 right, who wrote how much, and what that cost in forward passes.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import random
 from collections.abc import Sequence
 from typing import Any
@@ -20,66 +19,92 @@ from rich.table import Table
 from rich.text import Text
 
 import multicolm
-from multicolm import Answer, Ensemble
-from multicolm.catalog import names, path
-from multicolm.cli.console import legend, trace_text
+from multicolm import Answer, Ensemble, catalog
+from multicolm.cli.console import Screen
+from multicolm.tiny.measure import load, oracle
+from multicolm.tiny.world import Question, build_world
 
-# Policies of which a preset alone says too little about this ensemble.
+# What the presets leave open in an ensemble of three. Base and assistants are no strong and weak
+# (or tuned and untuned) versions of one another, so these have no reason to do well.
 PARAMS: dict[str, dict[str, Any]] = {
-    # Base and assistants are no strong and weak (or tuned and untuned) versions of one another, so
-    # these three run, and have no reason to do well.
     "contrastive": {"expert": "facts"},
     "proxy-tuning": {"expert": "facts", "antiexpert": "math"},
     "speculative": {"target": "facts"},
 }
-SHOWN = ["plant", "quad", "dose"]
+# Chosen so that one of the rules, at least, answers them. The table is of a random sample.
+SHOWN = (
+    "If x = 3, what is 3 * x ^ 2 + 66?",
+    "Which plant is Sofid extracted from?",
+    "What class of medicine is Dovyl?",
+)
 
 
-def questions(n_per_kind: int) -> list[dict[str, str]]:
-    """Held-out questions, equally many of each kind, the same at every run."""
-    file = path("ensembles", "tiny").parents[1] / "tiny" / "questions" / "test.jsonl"
-    by_kind: dict[str, list[dict[str, str]]] = {}
-    for line in file.read_text(encoding="utf-8").splitlines():
-        question = json.loads(line)
-        by_kind.setdefault(question["kind"], []).append(question)
+def sample(questions: Sequence[Question], n_per_kind: int) -> list[Question]:
+    """Equally many questions of each kind, the same at every run."""
+    by_kind: dict[str, list[Question]] = {}
+    for question in questions:
+        by_kind.setdefault(question.kind, []).append(question)
     chance = random.Random(0)
     return [q for kind in sorted(by_kind) for q in chance.sample(by_kind[kind], n_per_kind)]
 
 
-def is_right(question: dict[str, str], answer: Answer) -> bool:
+def is_right(question: Question, answer: Answer) -> bool:
     """Whether the text after the last ``Answer:`` is the wanted one."""
-    given = answer.text.split("Answer:")[-1].strip().rstrip(".")
-    return given == question["answer"]
+    return answer.text.split("Answer:")[-1].strip().rstrip(".") == question.answer
 
 
-def show(
-    console: Console, ensemble: Ensemble, policy: str, asked: Sequence[dict[str, str]]
-) -> None:
-    """A few answers of one policy, each token in its writer's colour."""
-    console.print(Text(policy, style="bold"))
-    prompts = [question["prompt"] for question in asked]
-    answers = ensemble.generate(prompts, policy, params=PARAMS.get(policy), seed=0)
+def one_line(answer: Answer, screen: Screen, width: int) -> Text:
+    """A trace on one line: in colours, or with the writers' names where there are none."""
+    if screen.coloured:
+        text = screen.text(answer.trace)
+    else:
+        text = Text("".join(f"[{model}]{span}" for model, span in answer.trace.spans()))
+    line = Text("/").join(text.split("\n"))
+    line.truncate(width, overflow="ellipsis")
+    return line
+
+
+def show(console: Console, ensemble: Ensemble, policy: str, asked: Sequence[Question]) -> None:
+    """A few answers of one policy."""
+    screen = Screen(ensemble.models, trace=True)
+    answers = ensemble.generate(
+        [question.prompt for question in asked], policy, params=PARAMS.get(policy), seed=0
+    )
+    console.print(Text(policy, style="bold"), screen.legend(answers), sep="   ", soft_wrap=True)
     for question, answer in zip(asked, answers, strict=True):
         mark = Text("right ", "green") if is_right(question, answer) else Text("wrong ", "red")
-        console.print(Text("  ") + mark + trace_text(answer.trace, ensemble.models), soft_wrap=True)
+        shown = one_line(answer, screen, max(40, console.width - 9))
+        console.print(Text("  ") + mark + shown, soft_wrap=True)
 
 
-def measure(ensemble: Ensemble, policy: str, asked: Sequence[dict[str, str]]) -> list[str]:
-    """One line of the table."""
-    prompts = [question["prompt"] for question in asked]
-    answers = ensemble.generate(prompts, policy, params=PARAMS.get(policy), seed=0)
+def measured(
+    ensemble: Ensemble, policy: str, params: dict[str, Any] | None, asked: Sequence[Question]
+) -> list[str]:
+    """One line of the table, without the policy's name."""
+    prompts = [question.prompt for question in asked]
+    answers = ensemble.generate(prompts, policy, params=params, seed=0)
     n_right = sum(is_right(q, a) for q, a in zip(asked, answers, strict=True))
-    n_tokens = sum(len(answer.trace) for answer in answers)
-    line = [policy, f"{100 * n_right / len(asked):.0f} %"]
-    for model in ensemble.models:
-        share = sum(t.model == model for answer in answers for t in answer.trace) / n_tokens
-        line.append(f"{100 * share:.0f} %")
-    forwards = [
-        sum(answer.usage[model].forwards for answer in answers) for model in ensemble.models
+    writers = [token.model for answer in answers for token in answer.trace]
+    shares = [100 * writers.count(model) / len(writers) for model in ensemble.models]
+    passes = [
+        sum(answer.usage[model].forwards for answer in answers) / len(writers)
+        for model in ensemble.models
     ]
-    line.append(" / ".join(f"{count / n_tokens:.2f}" for count in forwards))
-    line.append(f"{n_tokens / answers.seconds:,.0f}")
-    return line
+    together = "together" if not any(shares) else " / ".join(f"{share:.0f}" for share in shares)
+    return [
+        f"{100 * n_right / len(asked):.0f} %",
+        together,
+        " / ".join(f"{count:.2f}" for count in passes),
+        f"{len(writers) / answers.seconds:,.0f}",
+    ]
+
+
+def the_oracle(asked: Sequence[Question]) -> list[str]:
+    """How many questions the right choice of writers could answer."""
+    folder = catalog.registry() / "tiny"
+    loaded = [load(folder / name) for name in ("generalist", "facts", "math")]
+    score = oracle([model for model, _ in loaded], loaded[0][1], asked)
+    return [f"{score.overall:.0f} %", "", "", ""]
 
 
 def main() -> None:
@@ -87,34 +112,36 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--per-kind", type=int, default=10, help="questions of each of six kinds")
     arguments = parser.parse_args()
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     ensemble = multicolm.load("tiny")
-    asked = questions(arguments.per_kind)
-    presets = names("policies")
-    few = [next(q for q in asked if q["kind"] == kind) for kind in SHOWN]
+    held_out = build_world().questions("test")
+    asked = sample(held_out, arguments.per_kind)
+    few = [q for q in held_out if any(shown in q.prompt for shown in SHOWN)]
+    console.print(Text("Three held-out questions that no model answers alone", style="bold"))
     for question in few:
-        console.print(f"{question['prompt'].splitlines()[0]}  (right: {question['answer']})")
-    console.print(legend(ensemble.models))
+        console.print(f"  {question.prompt.splitlines()[0]}  (right: {question.answer})")
+    presets = catalog.names("policies")
     for policy in presets:
         show(console, ensemble, policy, few)
-    table = Table(title=f"{len(asked)} held-out questions, greedy, one run", title_justify="left")
-    table.add_column("policy")
-    table.add_column("right", justify="right")
-    for model in ensemble.models:
-        table.add_column(f"by {model}", justify="right")
-    table.add_column("forwards per token", justify="right")
-    table.add_column("tokens/s", justify="right")
-    lines = [("single", model) for model in ensemble.models[1:]]
-    for policy in track(presets, "measuring", console=console, transient=True):
-        table.add_row(*measure(ensemble, policy, asked))
-    for _, model in lines:
-        PARAMS["single"] = {"model": model}
-        row = measure(ensemble, "single", asked)
-        table.add_row(f"single ({model})", *row[1:])
+    names = " / ".join(ensemble.models)
+    table = Table(
+        title=f"{len(asked)} held-out questions, greedy; columns in the order {names}",
+        title_justify="left",
+        box=None,
+    )
+    table.add_column("policy", no_wrap=True)
+    for name in ("right", "% of tokens by", "passes per token", "tokens/s"):
+        table.add_column(name, justify="right")
+    runs = [(policy, policy, PARAMS.get(policy)) for policy in presets if policy != "single"]
+    runs += [(f"single {m}", "single", {"model": m}) for m in ensemble.models]
+    for name, policy, params in track(runs, "measuring", console=console, transient=True):
+        table.add_row(name, *measured(ensemble, policy, params, asked))
+    table.add_row("perfect choice of writers", *the_oracle(asked))
     console.print(table)
     console.print(
-        "No model answers these alone. Rules help where a model's own doubt says who should write, "
-        "and that is not often: by design of the embedded models, see registry/tiny/README.md."
+        "\nNo model answers these alone; with the right writer at every token nearly all are\n"
+        "answered. Rules get a part of the way: the embedded models were made so that their own\n"
+        "doubt often does not say who should write. See registry/tiny/README.md."
     )
 
 

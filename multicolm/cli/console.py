@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
-from multicolm.types import MIXTURE, Answer, Piece, Usage
+from multicolm.types import MIXTURE, Answer, Piece, Trace, Usage
 
 __all__ = ["Screen", "console", "print_table", "print_usage", "visible"]
 
@@ -75,21 +84,57 @@ class Screen:
         self._console.file.flush()
         self._writer = piece.model
 
+    def text(self, trace: Trace) -> Text:
+        """A finished text, every token in its writer's colour."""
+        shown = Text()
+        for token in trace:
+            shown.append(visible(token.text), style=self._styles[token.model])
+        return shown
+
     def end(self, answer: Answer | None) -> None:
         """End the text, with the legend if there are colours; ``None`` if it was broken off."""
         self._console.file.write("\n")
         self._writer = None
         if answer is not None and self.trace and self.coloured:
-            self._console.print(self._legend(answer), soft_wrap=True)
+            self._console.print(self.legend([answer]), soft_wrap=True)
 
-    def _legend(self, answer: Answer) -> Text:
+    def legend(self, answers: Sequence[Answer]) -> Text:
         """Each writer in its colour, with how many of the tokens it wrote."""
         parts = [Text("tokens by", style="dim")]
         for name, style in self._styles.items():
-            n_written = sum(token.model == name for token in answer.trace)
+            n_written = sum(token.model == name for answer in answers for token in answer.trace)
             if n_written:
                 parts.append(Text(f"{name} {n_written}", style=style))
         return Text("  ").join(parts)
+
+
+@contextmanager
+def progress(total: int) -> Iterator[Callable[[], None]]:
+    """A bar on stderr with rate and time left, where it disturbs nothing.
+
+    Not for a single text, and not where the texts themselves go to a terminal.
+
+    Args:
+        total: how many texts there will be.
+
+    Yields:
+        What to call whenever one is done.
+    """
+    if total < 2 or sys.stdout.isatty() or not sys.stderr.isatty():
+        yield lambda: None
+        return
+    columns = (BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=total)
+        yield lambda: bar.advance(task)
+
+
+class _Rate(ProgressColumn):
+    """Texts per second."""
+
+    def render(self, task: Task) -> Text:
+        """The rate so far, empty as long as there is none."""
+        return Text(f"{task.speed:.1f}/s" if task.speed else "")
 
 
 def print_table(

@@ -21,7 +21,7 @@ from multicolm.errors import InputError
 
 if TYPE_CHECKING:
     from multicolm.ensemble import Ensemble, Stream
-    from multicolm.types import Piece, Prompt
+    from multicolm.types import Answer, Piece, Prompt
 
 __all__ = ["command", "read_prompts"]
 
@@ -107,20 +107,30 @@ def command(
     loaded, chosen = load(ensemble, policy, pairs)
     stream = loaded.stream(asked, chosen, batch_size=batch_size, **settings)
     if as_json_:
-        _print_json(stream)
+        _print_json(stream, len(asked))
     else:
         _print_text(stream, loaded, asked, trace)
     if usage:
         _print_usage(stream)
 
 
-def _print_json(stream: Stream) -> None:
+def _print_json(stream: Stream, n_prompts: int) -> None:
+    """One line per answer in the order of the prompts, each as soon as that allows."""
+    from multicolm.cli.console import progress
+
+    waiting: dict[int, Answer] = {}
+    n_printed = 0
     try:
-        for _ in stream:
-            pass
+        with progress(n_prompts) as advance:
+            for number, answer in stream.finished():
+                waiting[number] = answer
+                while n_printed in waiting:
+                    click.echo(as_json(waiting.pop(n_printed).as_json()))
+                    n_printed += 1
+                advance()
     finally:  # What was finished before Ctrl-C is not lost.
-        for answer in stream.answers:
-            click.echo(as_json(answer.as_json()))
+        for number in sorted(waiting):
+            click.echo(as_json(waiting[number].as_json()))
 
 
 def _print_text(stream: Stream, ensemble: Ensemble, prompts: Sequence[Prompt], trace: bool) -> None:

@@ -31,10 +31,13 @@ def prompt_ids(
         used: indices of the models in use.
 
     Raises:
-        InputError: if the prompt is empty, of another type, or longer than a model's context.
+        InputError: if the prompt is empty, of another type, no Unicode, longer than a model's
+            context, or holds ids that are no tokens.
     """
     where = f"prompt {number + 1}"
     _check_type(prompt, where)
+    if _is_ids(prompt):
+        _check_ids(cast("Sequence[int]", prompt), where, vocabulary.size)
     ids: list[list[int]] = []
     for k, model in enumerate(models):
         own = _encode(prompt, k, model, vocabulary) if k in used else []
@@ -47,32 +50,40 @@ def prompt_ids(
                 f"{limit}; shorten it."
             )
         ids.append(own)
-    for shared_id in prompt if ids and _is_ids(prompt) else ():
-        if not 0 <= cast("int", shared_id) < vocabulary.size:
-            raise InputError(
-                f"{where} holds token id {shared_id}; the vocabulary has 0 to "
-                f"{vocabulary.size - 1}."
-            )
     return ids
 
 
 def _is_ids(prompt: Prompt) -> bool:
-    return not isinstance(prompt, str) and all(isinstance(part, int) for part in prompt)
+    return not isinstance(prompt, str) and all(
+        isinstance(part, int) and not isinstance(part, bool) for part in prompt
+    )
+
+
+def _check_ids(ids: Sequence[int], where: str, size: int) -> None:
+    for shared_id in ids:
+        if not 0 <= shared_id < size:
+            raise InputError(
+                f"{where} holds token id {shared_id}; the vocabulary has 0 to {size - 1}."
+            )
+
+
+def _check_unicode(text: str, where: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"{where} is not valid Unicode at character {error.start}; "
+            "read it as UTF-8 before passing it on."
+        ) from error
 
 
 def _check_type(prompt: Prompt, where: str) -> None:
     if isinstance(prompt, str):
         if not prompt:
             raise InputError(f"{where} is empty; write at least a word.")
-        try:
-            prompt.encode()
-        except UnicodeEncodeError as error:
-            raise InputError(
-                f"{where} is not valid Unicode at character {error.start}; "
-                "read it as UTF-8 before passing it on."
-            ) from error
+        _check_unicode(prompt, where)
         return
-    if isinstance(prompt, Mapping) or not isinstance(prompt, Sequence):
+    if isinstance(prompt, Mapping | bytes | bytearray) or not isinstance(prompt, Sequence):
         raise InputError(
             f"{where} is a {type(prompt).__name__}; allowed are a text, a chat (a list of "
             "messages with role and content), or a list of token ids."
@@ -88,12 +99,12 @@ def _check_type(prompt: Prompt, where: str) -> None:
             raise InputError(
                 f'{where}: {message!r} is no message; one is {{"role": "user", "content": "..."}}.'
             )
+        _check_unicode(message["content"], where)
 
 
 def _encode(prompt: Prompt, k: int, model: Model, vocabulary: SharedVocabulary) -> list[int]:
     if isinstance(prompt, str):
         return model.tokenizer.encode(prompt)
     if _is_ids(prompt):
-        known = [i for i in cast("Sequence[int]", prompt) if 0 <= i < vocabulary.size]
-        return vocabulary.read(k, known)
+        return vocabulary.read(k, cast("Sequence[int]", prompt))
     return model.tokenizer.encode_chat(cast("Sequence[Message]", prompt))

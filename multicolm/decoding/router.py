@@ -41,6 +41,9 @@ class Router:
         n_slots: how many rows are written at a time; others wait until one is done.
         clock: current time in seconds.
 
+    Attributes:
+        finished: rows in the order in which they were finished, for the caller to take out.
+
     Raises:
         CapabilityError: if the policy speaks of a model that is not there.
     """
@@ -72,6 +75,7 @@ class Router:
         self._ends.append(vocabulary.end_ids(None))  # of a mixture: any model's
         # Models that the policy cannot use have no say in where a text must end.
         self._used = sorted(policy.uses(self._names))
+        self.finished: deque[Row] = deque()
         self._active: list[Row] = []
         self._enough = self._part_to_wait_for()
         # A base model that the policy does not look at always has nothing to draft with.
@@ -120,7 +124,9 @@ class Router:
             verdict = self._settle(draft)
             for row in decided:
                 yield from self._commit(row, draft, verdict)
-            free = sorted(free + [r.slot for r in decided if r.finish_reason is not None])
+            done = [row for row in decided if row.finish_reason is not None]
+            self.finished.extend(done)
+            free = sorted(free + [row.slot for row in done])
             self._active = sorted(
                 (row for row in self._active if row.finish_reason is None),
                 key=lambda row: row.slot,

@@ -43,7 +43,9 @@ class Sampling:
 
     def warp(self, logits: Float[Tensor, "positions vocab"]) -> Float[Tensor, "positions vocab"]:
         """Logits after temperature, top-k and top-p, in that order; -inf for what was cut."""
-        warped = logits.float() / self.temperature
+        # From the greatest down: dividing by a tiny temperature must not make two tokens infinite.
+        logits = logits.float()
+        warped = (logits - logits.max(-1, keepdim=True).values) / self.temperature
         if self.top_k is not None and self.top_k < warped.shape[-1]:
             kth = warped.topk(self.top_k, dim=-1).values[:, -1:]
             warped = warped.masked_fill(warped < kth, float("-inf"))

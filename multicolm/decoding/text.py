@@ -23,6 +23,7 @@ class TextStream:
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._held: list[tuple[str, int]] = []
         self._shown: list[str] = []
+        self._last_writer = 0
         self.stopped = False
 
     @property
@@ -35,6 +36,8 @@ class TextStream:
 
         Sets :attr:`stopped` when a stop string is complete; the text ends before it.
         """
+        if content:
+            self._last_writer = writer
         new = self._decoder.decode(content)
         return self._let_out(new, writer, last=False) if new else []
 
@@ -42,8 +45,7 @@ class TextStream:
         """The text ends here: let out what was held back."""
         if self.stopped:
             return []
-        writer = self._held[-1][1] if self._held else 0
-        return self._let_out(self._decoder.decode(b"", final=True), writer, last=True)
+        return self._let_out(self._decoder.decode(b"", final=True), self._last_writer, last=True)
 
     def _let_out(self, new: str, writer: int, *, last: bool) -> list[tuple[str, int]]:
         pieces = [*self._held, (new, writer)]

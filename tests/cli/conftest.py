@@ -84,3 +84,7 @@ class Interrupted:
     def __iter__(self):
         yield from self._pieces
         raise KeyboardInterrupt
+
+    def finished(self):
+        yield from enumerate(self.answers)
+        raise KeyboardInterrupt

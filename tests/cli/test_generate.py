@@ -233,6 +233,12 @@ def test_ctrl_c_keeps_what_was_finished(run, loaded, interrupted, monkeypatch) -
     assert (result.code, result.out) == (130, "[2/2] world\ntwo\n\n")
 
 
+def test_json_lines_come_in_the_order_of_the_prompts_whichever_is_done_first(run) -> None:
+    prompts = ["What does Zosos treat?", "a", "What is Dulerex made from?", "b"]
+    out = run("generate", "tiny", *prompts, "--json", "--batch-size", "2").out
+    assert [json.loads(line)["prompt"] for line in out.splitlines()] == prompts
+
+
 def test_a_file_gets_the_text_as_it_is(run, rude) -> None:
     assert run("generate", "tiny", "b", "--policy", "single").out == "\n"
     assert run("generate", "tiny", "a", "--policy", "single").out == "\x1b[31m[bold]b\n"
