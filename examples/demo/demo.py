@@ -141,7 +141,8 @@ def main() -> None:
     console.print(
         "\nNo model answers these alone; with the right writer at every token nearly all are\n"
         "answered. Rules get a part of the way: the embedded models were made so that their own\n"
-        "doubt often does not say who should write. See registry/tiny/README.md."
+        "doubt often does not say who should write. See registry/tiny/README.md.",
+        soft_wrap=True,
     )
 
 

@@ -16,17 +16,33 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass as plain_dataclass
 from dataclasses import fields as dataclass_fields
 from dataclasses import is_dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, dataclass_transform
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias, TypeVar
 
 from jaxtyping import Bool, Float, Int
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass as pydantic_dataclass
+from typing_extensions import dataclass_transform
 
 from multicolm.plugins import policies
 from multicolm.types import Signal, Tensor
 from multicolm.views import ModelNames, Views
 
-__all__ = ["MixPolicy", "Needs", "Policy", "SelectPolicy", "VerifyPolicy", "register_policy"]
+Schedule: TypeAlias = Literal["stepwise", "block"]
+"""How models are run: token by token, or a drafted block at a time."""
+
+When: TypeAlias = Literal["always", "deferred"]
+"""When assistants are looked at."""
+
+__all__ = [
+    "MixPolicy",
+    "Needs",
+    "Policy",
+    "Schedule",
+    "SelectPolicy",
+    "VerifyPolicy",
+    "When",
+    "register_policy",
+]
 
 
 @plain_dataclass(frozen=True, slots=True)
@@ -61,7 +77,7 @@ class Policy:
     assistant_signals: ClassVar[frozenset[Signal] | set[Signal]] = frozenset()
     """Signals of every assistant."""
 
-    assistants: ClassVar[Literal["always", "deferred"]] = "always"
+    assistants: ClassVar[When] = "always"
     """When the assistants are looked at: everywhere, or only where :meth:`defers` says so."""
 
     certain: ClassVar[bool] = False
@@ -71,7 +87,7 @@ class Policy:
     history: ClassVar[bool] = False
     """Whether it reads ``views.previous`` or ``views.base_run``."""
 
-    schedule: ClassVar[Literal["stepwise", "block"]] = "stepwise"
+    schedule: ClassVar[Schedule] = "stepwise"
     """The schedule that suits it when none is asked for. Never changes the text."""
 
     def needs(self, models: ModelNames) -> Needs:
@@ -156,7 +172,7 @@ class VerifyPolicy(Policy):
     """
 
     lenience: float = 0.0
-    schedule: ClassVar[Literal["stepwise", "block"]] = "block"
+    schedule: ClassVar[Schedule] = "block"
 
     def target_probs(self, views: Views) -> Float[Tensor, "positions vocab"]:
         """Probabilities, each row summing to 1; use ``views.drawn_probs`` for the models' own."""

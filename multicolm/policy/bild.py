@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from jaxtyping import Bool, Float, Int
 
-from multicolm.policy.base import Needs, SelectPolicy, register_policy
+from multicolm.policy.base import Needs, Schedule, SelectPolicy, register_policy
 from multicolm.types import Signal, Tensor
 from multicolm.views import ModelNames, Role, Views
 
@@ -44,7 +44,7 @@ class BildPolicy(SelectPolicy):
     assistant_signals: ClassVar[set[Signal]] = {"logprobs"}
     certain: ClassVar[bool] = True
     history: ClassVar[bool] = True
-    schedule: ClassVar = "block"
+    schedule: ClassVar[Schedule] = "block"
 
     def needs(self, models: ModelNames) -> Needs:
         """Both models always."""

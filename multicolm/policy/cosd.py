@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from jaxtyping import Bool, Float, Int
 
-from multicolm.policy.base import SelectPolicy, register_policy
+from multicolm.policy.base import Schedule, SelectPolicy, When, register_policy
 from multicolm.policy.threshold import best_assistant
 from multicolm.types import Signal, Tensor
 from multicolm.views import Views
@@ -38,8 +38,8 @@ class CosdRulePolicy(SelectPolicy):
 
     base_signals: ClassVar[set[Signal]] = {"top1"}
     assistant_signals: ClassVar[set[Signal]] = {"top1"}
-    assistants: ClassVar = "deferred"
-    schedule: ClassVar = "block"
+    assistants: ClassVar[When] = "deferred"
+    schedule: ClassVar[Schedule] = "block"
 
     def score(self, views: Views) -> Float[Tensor, "positions"]:
         """Probability of the base model's most likely token."""

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from jaxtyping import Float
 
-from multicolm.policy.base import MixPolicy, Needs, register_policy
+from multicolm.policy.base import MixPolicy, Needs, Schedule, register_policy
 from multicolm.types import Signal, Tensor
 from multicolm.views import ModelNames, Role, Views
 
@@ -21,7 +21,7 @@ class _Arithmetic(MixPolicy):
 
     base_signals: ClassVar[set[Signal]] = {"logprobs"}
     assistant_signals: ClassVar[set[Signal]] = {"logprobs"}
-    schedule: ClassVar = "block"
+    schedule: ClassVar[Schedule] = "block"
 
     def roles(self) -> tuple[Role, ...]:
         """The models that are looked at."""

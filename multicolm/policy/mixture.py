@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 
 from jaxtyping import Float
 
-from multicolm.policy.base import MixPolicy, Needs, register_policy
+from multicolm.policy.base import MixPolicy, Needs, Schedule, register_policy
 from multicolm.types import Signal, Tensor
 from multicolm.views import ModelNames, Views
 
@@ -32,7 +32,7 @@ class AveragePolicy(MixPolicy):
 
     base_signals: ClassVar[set[Signal]] = {"logprobs"}
     assistant_signals: ClassVar[set[Signal]] = {"logprobs"}
-    schedule: ClassVar = "block"
+    schedule: ClassVar[Schedule] = "block"
 
     def needs(self, models: ModelNames) -> Needs:
         """Every model that weighs something."""

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from jaxtyping import Bool, Float, Int
 
-from multicolm.policy.base import Needs, SelectPolicy, register_policy
+from multicolm.policy.base import Needs, SelectPolicy, When, register_policy
 from multicolm.types import Signal, Tensor
 from multicolm.views import ModelNames, Role, Views
 
@@ -34,7 +34,7 @@ class NudgingPolicy(SelectPolicy):
 
     base_signals: ClassVar[set[Signal]] = {"top1"}
     assistant_signals: ClassVar[set[Signal]] = {"top1"}
-    assistants: ClassVar = "deferred"
+    assistants: ClassVar[When] = "deferred"
     history: ClassVar[bool] = True
 
     def needs(self, models: ModelNames) -> Needs:

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from jaxtyping import Bool, Float, Int
 
-from multicolm.policy.base import SelectPolicy, register_policy
+from multicolm.policy.base import Schedule, SelectPolicy, When, register_policy
 from multicolm.types import Signal, Tensor
 from multicolm.views import Views
 
@@ -28,7 +28,7 @@ def best_assistant(views: Views, score: Tensor) -> Int[Tensor, "positions"]:
 class _Unsure(SelectPolicy):
     """The base model writes unless its own number says that it is unsure."""
 
-    assistants: ClassVar = "deferred"
+    assistants: ClassVar[When] = "deferred"
     certain: ClassVar[bool] = True
 
     def select(self, views: Views) -> Int[Tensor, "positions"]:
@@ -150,7 +150,7 @@ class MaxConfidencePolicy(SelectPolicy):
 
     base_signals: ClassVar[set[Signal]] = {"top1"}
     assistant_signals: ClassVar[set[Signal]] = {"top1"}
-    schedule: ClassVar = "block"
+    schedule: ClassVar[Schedule] = "block"
 
     def score(self, views: Views) -> Float[Tensor, "positions"]:
         """Probability of the most likely token of the surest model."""
