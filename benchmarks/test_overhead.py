@@ -85,7 +85,7 @@ ROUTES = [
     ("tiny", "cosd-rule", {}, 0),
     ("tiny", "random", {"weights": [0.85, 0.15, 0]}, 0),
     ("medium", "random", {"weights": [0.85, 0.15]}, 0),
-    ("medium", "confidence", {"threshold": 0.0008}, 0),
+    ("medium", "confidence", {"threshold": 0.3}, 0),
 ]
 
 

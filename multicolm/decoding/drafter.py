@@ -34,7 +34,7 @@ class Drafter:
         look: runs the base model at one place of every row.
         desk: asks the policy.
         positions: makes positions of rows and places.
-        room: how many more tokens every model in use can read in a row.
+        fits: whether every model in use can read a row's draft and one token behind it.
         end_ids: tokens with which the base model ends a text.
     """
 
@@ -43,13 +43,13 @@ class Drafter:
         look: Callable[[Sequence[Row], Sequence[int]], Look],
         desk: PolicyDesk,
         positions: Callable[[Sequence[Row], Sequence[int]], Positions],
-        room: Callable[[Row], int],
+        fits: Callable[[Row, int], bool],
         end_ids: frozenset[int],
     ) -> None:
         self._look = look
         self._desk = desk
         self._positions = positions
-        self._room = room
+        self._fits = fits
         self._end_ids = end_ids
         self._steps: list[_Step] = []
 
@@ -71,7 +71,7 @@ class Drafter:
             return True
         n_next = row.n_drafted + 1
         n_wanted = min(row.draft_length, row.max_new_tokens - len(row.written))
-        return token in self._end_ids or n_next >= n_wanted or n_next > self._room(row)
+        return token in self._end_ids or n_next >= n_wanted or not self._fits(row, token)
 
     def _draft_one(self, rows: Sequence[Row]) -> Draft:
         """One token of the base model in every row, and whether the policy defers there."""

@@ -82,7 +82,7 @@ class Router:
         self._drafter: Drafter | None = None
         if 0 in self._desk.needs.always or isinstance(policy, VerifyPolicy):
             self._drafter = Drafter(
-                self._look_at_base, self._desk, self._positions, self._room, self._ends[0]
+                self._look_at_base, self._desk, self._positions, self._fits, self._ends[0]
             )
 
     @property
@@ -156,6 +156,16 @@ class Router:
             if limit is not None:
                 room = min(room, limit - row.lengths[k])
         return room
+
+    def _fits(self, row: Row, token: int) -> bool:
+        """Whether every model in use can read this row's draft and one token behind it."""
+        ahead = [*row.ids[len(row.written) :], token]
+        for k in self._used:
+            limit = self._models[k].context_length
+            n_ahead = sum(self._vocabulary.n_read(k, new) for new in ahead)
+            if limit is not None and row.lengths[k] + n_ahead > limit:
+                return False
+        return True
 
     def _part_to_wait_for(self) -> float:
         """How large a part of the rows must wait to be decided before they are.

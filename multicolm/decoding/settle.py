@@ -193,9 +193,11 @@ class PolicyDesk:
         positions = draft.positions.at(which)
         drafted = torch.tensor([draft.tokens[i] for i in which], device=target.device)[:, None]
         proposal = (1 - policy.lenience) * views.drawn_probs(0)
-        accept = target.gather(-1, drafted)[:, 0] / proposal.gather(-1, drafted)[:, 0]
         uniform = positions.noise.uniform(positions.keys, positions.places, "accept")
-        kept = uniform.to(target.device) < accept
+        wanted, proposed = target.gather(-1, drafted)[:, 0], proposal.gather(-1, drafted)[:, 0]
+        # u < p / q without the division: nothing is kept that the target rules out, and with full
+        # lenience, where q counts as 0, everything is.
+        kept = (uniform.to(target.device) * proposed < wanted) | (policy.lenience >= 1)
         residual = (target - proposal).clamp_min(0)
         # Rounding may leave nothing where target and proposal are equal; nothing is rejected there.
         residual = torch.where(residual.sum(-1, keepdim=True) > 0, residual, target)

@@ -1,0 +1,149 @@
+"""Sampled texts follow the distribution that a policy states: chi-square on a small vocabulary."""
+
+from __future__ import annotations
+
+from collections import Counter
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+from scipy.stats import chisquare
+
+from multicolm import Ensemble, VerifyPolicy, Views
+from multicolm.backend.table import TableModel
+from multicolm.decoding.sampling import Sampling
+
+TOKENS = ["a", "b", "c", "d"]
+DRAFT = TableModel(
+    "draft",
+    TOKENS,
+    {
+        "": {"a": 0.4, "b": 0.3, "c": 0.2, "d": 0.1},
+        "a": {"a": 0.1, "b": 0.6, "c": 0.1, "d": 0.2},
+        "b": {"a": 0.7, "b": 0.1, "c": 0.1, "d": 0.1},
+    },
+)
+TARGET = TableModel(
+    "target",
+    TOKENS,
+    {
+        "": {"a": 0.1, "b": 0.2, "c": 0.3, "d": 0.4},
+        "a": {"a": 0.5, "b": 0.2, "c": 0.2, "d": 0.1},
+        "c": {"a": 0.2, "b": 0.5, "c": 0.0, "d": 0.3},
+    },
+)
+PAIR = Ensemble([DRAFT, TARGET])
+N_DRAWS = 4000
+PROMPT = "d"
+
+
+def draws(policy: Any, **settings: Any) -> list[tuple[int, ...]]:
+    """The first two tokens of many independent texts."""
+    answers = PAIR.generate(
+        [PROMPT] * N_DRAWS,
+        policy,
+        max_new_tokens=2,
+        seed=range(N_DRAWS),
+        batch_size=500,
+        **{"temperature": 1.0, **settings},
+    )
+    return [tuple(token.id for token in answer.trace) for answer in answers]
+
+
+def joint(step: Any) -> dict[tuple[int, int], float]:
+    """Probability of every pair of tokens, given ``step(ids) -> probabilities``."""
+    first = step([3])
+    return {(i, j): float(first[i] * step([3, i])[j]) for i, j in product(range(4), repeat=2)}
+
+
+def p_value(drawn: list[tuple[int, ...]], wanted: dict[tuple[int, int], float]) -> float:
+    """Chance of counts as far off as these; none at all if an impossible pair came."""
+    counts = Counter(drawn)
+    if any(counts[pair] for pair, p in wanted.items() if p == 0):
+        return 0.0
+    possible = [pair for pair, p in wanted.items() if p > 0]
+    expected = [wanted[pair] * len(drawn) for pair in possible]
+    scale = len(drawn) / sum(expected)
+    observed = [counts[pair] for pair in possible]
+    return float(chisquare(observed, [e * scale for e in expected]).pvalue)
+
+
+def target_step(sampling: Sampling) -> Any:
+    return lambda ids: sampling.probs(TARGET.logits_after(ids)[None])[0]
+
+
+SAMPLINGS = [
+    {"temperature": 1.0},
+    {"temperature": 0.6},
+    {"temperature": 1.0, "top_k": 2},
+    {"temperature": 1.3, "top_p": 0.7},
+]
+
+
+@pytest.mark.parametrize("settings", SAMPLINGS)
+@pytest.mark.parametrize("block_size", [1, 4])
+def test_speculative_text_follows_the_target(settings: dict[str, Any], block_size: int) -> None:
+    drawn = draws("speculative", schedule="block", block_size=block_size, **settings)
+    assert p_value(drawn, joint(target_step(Sampling(**settings)))) > 1e-3
+
+
+def test_the_chi_square_catches_a_verifier_that_is_only_nearly_right() -> None:
+    class NearlyRight(VerifyPolicy):
+        base_signals = frozenset({"logprobs"})
+        assistant_signals = frozenset({"logprobs"})
+
+        def target_probs(self, views: Views) -> torch.Tensor:
+            return 0.9 * views.drawn_probs(1) + 0.1 * views.drawn_probs(0)
+
+    drawn = draws(NearlyRight())
+    assert p_value(drawn, joint(target_step(Sampling(1.0)))) < 1e-3
+
+
+def test_lenience_is_lossy_and_shows() -> None:
+    drawn = draws({"kind": "speculative", "params": {"lenience": 0.5}})
+    assert p_value(drawn, joint(target_step(Sampling(1.0)))) < 1e-3
+
+
+def test_the_share_of_accepted_tokens_is_what_the_two_distributions_have_in_common() -> None:
+    answers = PAIR.generate(
+        [PROMPT] * N_DRAWS,
+        "speculative",
+        max_new_tokens=1,
+        seed=range(N_DRAWS),
+        temperature=1.0,
+        batch_size=500,
+    )
+    accepted = sum(answer.trace.tokens[0].model == "draft" for answer in answers) / N_DRAWS
+    q, p = DRAFT.logits_after([3]).exp(), TARGET.logits_after([3]).exp()
+    wanted = float(torch.minimum(p, q).sum())
+    assert abs(accepted - wanted) < 5 * (wanted * (1 - wanted) / N_DRAWS) ** 0.5
+
+
+def mean_step(mean: str, weights: tuple[float, float]) -> Any:
+    def step(ids: list[int]) -> torch.Tensor:
+        logprobs = torch.stack([model.logits_after(ids) for model in (DRAFT, TARGET)])
+        weight = torch.tensor(weights)[:, None]
+        if mean == "arithmetic":
+            return (logprobs.exp() * weight).sum(0)
+        return (logprobs * weight).sum(0).softmax(-1)
+
+    return step
+
+
+@pytest.mark.parametrize("mean", ["arithmetic", "geometric"])
+@pytest.mark.parametrize("schedule", ["stepwise", "block"])
+def test_an_average_follows_the_stated_mixture(mean: str, schedule: str) -> None:
+    policy = {"kind": "average", "params": {"weights": [0.3, 0.7], "mean": mean}}
+    drawn = draws(policy, schedule=schedule)
+    assert p_value(drawn, joint(mean_step(mean, (0.3, 0.7)))) > 1e-3
+
+
+def test_a_lottery_with_sampling_follows_the_linear_mixture() -> None:
+    drawn = draws({"kind": "random", "params": {"weights": [0.3, 0.7]}})
+    assert p_value(drawn, joint(mean_step("arithmetic", (0.3, 0.7)))) > 1e-3
+
+
+def test_one_model_follows_its_own_distribution() -> None:
+    drawn = draws({"kind": "single", "params": {"model": "target"}})
+    assert p_value(drawn, joint(target_step(Sampling(1.0)))) > 1e-3
