@@ -10,15 +10,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from jaxtyping import Float
 
+from multicolm.config import ModelConfig
+from multicolm.tokenizer.base import TokenizerAdapter
 from multicolm.types import Signal, Tensor
-
-if TYPE_CHECKING:
-    from multicolm.config import ModelConfig
-    from multicolm.tokenizer.base import TokenizerAdapter
 
 __all__ = ["Look", "Model", "Session"]
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import textwrap
+from collections.abc import Collection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -14,12 +17,23 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from multicolm.config import ModelConfig
 from multicolm.errors import ModelError
 
-if TYPE_CHECKING:
-    from multicolm.config import ModelConfig
-
 __all__ = ["load_model", "load_tokenizer"]
+
+# What transformers, accelerate, safetensors and torch raise on files, settings and devices that do
+# not fit: an AssertionError is torch's word for a device that it was not built for.
+_REASONS = (
+    AssertionError,
+    ImportError,
+    KeyError,
+    OSError,
+    RuntimeError,
+    SafetensorError,
+    TypeError,
+    ValueError,
+)
 
 
 def load_tokenizer(name: str, config: ModelConfig) -> PreTrainedTokenizerBase:
@@ -30,7 +44,7 @@ def load_tokenizer(name: str, config: ModelConfig) -> PreTrainedTokenizerBase:
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(config.location, **_common(config))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except _REASONS as error:
         raise ModelError(_sentence(name, config, "tokenizer", error)) from error
     if config.chat_template is not None:
         tokenizer.chat_template = config.chat_template_text
@@ -52,17 +66,23 @@ def load_model(name: str, config: ModelConfig) -> PreTrainedModel:
         arguments["attn_implementation"] = config.attn_implementation
     if config.device_map is not None:
         arguments["device_map"] = config.device_map
+    if (Path(config.location) / "adapter_config.json").is_file():  # transformers loads that, too
+        _refuse_pickled_adapter(name, config, Path(config.location))
     try:
         if AutoConfig.from_pretrained(config.location, **_common(config)).is_encoder_decoder:
             raise ModelError(
                 f"model '{name}' ({config.location}) is an encoder-decoder; multicolm serves "
                 "decoder-only language models."
             )
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(config.location, **arguments)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            config.location, output_loading_info=True, **arguments
+        )
+        model: PreTrainedModel = loaded[0]
         if config.device is not None:
-            model = model.to(config.device)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError) as error:
+            model = model.to(torch.device(config.device))  # type: ignore[arg-type]  # a decorator
+    except _REASONS as error:
         raise ModelError(_sentence(name, config, "weights", error)) from error
+    _refuse_missing(name, config.location, loaded[1]["missing_keys"])
     return model if config.adapter is None else _adapted(name, config, model)
 
 
@@ -76,14 +96,11 @@ def _common(config: ModelConfig) -> dict[str, Any]:
 
 
 def _adapted(name: str, config: ModelConfig, model: PreTrainedModel) -> PreTrainedModel:
-    """The model with a PEFT adapter merged into its layers' forward."""
-    assert config.adapter is not None
+    """The model with a PEFT adapter at work inside its layers."""
+    assert config.adapter_location is not None
     folder = Path(config.adapter_location)
-    if not config.allow_pickled_weights and not (folder / "adapter_model.safetensors").is_file():
-        raise ModelError(
-            f"model '{name}': adapter: {folder} has no adapter_model.safetensors; save the adapter "
-            "with safetensors, or set `allow_pickled_weights: true` if you trust its author."
-        )
+    _refuse_pickled_adapter(name, config, folder)
+    is_safe = (folder / "adapter_model.safetensors").is_file()
     try:
         import peft  # noqa: F401  # transformers needs it for load_adapter
     except ImportError as error:
@@ -91,10 +108,28 @@ def _adapted(name: str, config: ModelConfig, model: PreTrainedModel) -> PreTrain
             f"model '{name}' has an adapter, which needs peft: pip install 'multicolm[peft]'."
         ) from error
     try:
-        model.load_adapter(str(folder))
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        report = model.load_adapter(str(folder), use_safetensors=is_safe)
+    except _REASONS as error:
         raise ModelError(_sentence(name, config, "adapter", error)) from error
+    _refuse_missing(name, str(folder), report.missing_keys)
     return model
+
+
+def _refuse_missing(name: str, location: str, keys: Collection[str]) -> None:
+    """Tensors that are in no file would be random numbers, with no more than a line in a log."""
+    if keys:
+        raise ModelError(
+            f"model '{name}': {location} lacks {len(keys)} of the weights, such as {min(keys)}; "
+            "are these the weights of a causal language model, and of this one?"
+        )
+
+
+def _refuse_pickled_adapter(name: str, config: ModelConfig, folder: Path) -> None:
+    if not config.allow_pickled_weights and not (folder / "adapter_model.safetensors").is_file():
+        raise ModelError(
+            f"model '{name}': adapter: {folder} has no adapter_model.safetensors; save the adapter "
+            "with safetensors, or set `allow_pickled_weights: true` if you trust its author."
+        )
 
 
 def _sentence(name: str, config: ModelConfig, what: str, error: Exception) -> str:
@@ -105,4 +140,8 @@ def _sentence(name: str, config: ModelConfig, what: str, error: Exception) -> st
             " Only safetensors are loaded; convert the weights, or set "
             "`allow_pickled_weights: true` if you trust their author."
         )
-    return f"model '{name}': cannot load the {what} from {config.location}: {reason[:400]}{hint}"
+    elif "trust_remote_code" in reason:
+        hint = " Set `trust_remote_code: true` if you trust their author."
+    reason = textwrap.shorten(reason, 400, placeholder=" ...")
+    where = config.adapter_location if what == "adapter" else config.location
+    return f"model '{name}': cannot load the {what} from {where}: {reason}{hint}"

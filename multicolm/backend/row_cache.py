@@ -46,7 +46,7 @@ class Plan:
     first_slot: int | None
 
 
-class RowLayer(CacheLayerMixin):
+class RowLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # their __init_subclass__
     """Keys and values of one attention layer."""
 
     is_sliding = False
@@ -54,7 +54,7 @@ class RowLayer(CacheLayerMixin):
     is_compileable = False
 
     def __init__(self, cache: RowCache) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._cache = cache
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -78,6 +78,12 @@ class RowLayer(CacheLayerMixin):
             new = old.new_zeros(old.shape[0], old.shape[1], n_slots + 1, old.shape[3])
             new[:, :, : old.shape[2] - 1] = old[:, :, :-1]
             setattr(self, name, new)
+
+    def clear(self, row: int, n_slots: int) -> None:
+        """Zero the first slots of one row."""
+        if self.keys is not None and self.values is not None:
+            self.keys[row, :, :n_slots].zero_()
+            self.values[row, :, :n_slots].zero_()
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -141,7 +147,14 @@ class RowCache(Cache):
         while self.n_slots < n_slots:
             self.n_slots *= 2
         for layer in self.layers:
+            assert isinstance(layer, RowLayer)
             layer.grow(self.n_slots)
+
+    def clear(self, row: int, n_slots: int) -> None:
+        """Forget what a row held, so that not even a NaN of an old text reaches a new one."""
+        for layer in self.layers:
+            assert isinstance(layer, RowLayer)
+            layer.clear(row, n_slots)
 
 
 def additive_mask(

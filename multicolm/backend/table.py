@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 import yaml
 
 from multicolm.backend.base import Look, Model, Session
+from multicolm.config import ModelConfig
 from multicolm.errors import ConfigError, InputError, ModelError
 from multicolm.tokenizer.literal import LiteralTokenizer
 from multicolm.types import Signal
-
-if TYPE_CHECKING:
-    from multicolm.config import ModelConfig
 
 __all__ = ["TableModel"]
 

@@ -48,6 +48,13 @@ class TokenizerAdapter(ABC):
     def special_name(self, token_id: int) -> str | None:
         """The name of a special token, such as ``"<|end|>"``; ``None`` for tokens of text."""
 
+    def is_added(self, token_id: int) -> bool:
+        """Whether the token was added to a vocabulary that was already there.
+
+        Models of one family have one vocabulary and may have different added tokens.
+        """
+        return False
+
     def decode(self, ids: Sequence[int]) -> bytes:
         """The bytes of a text; special tokens leave no trace."""
         return b"".join(self.token_bytes(token_id) for token_id in ids)

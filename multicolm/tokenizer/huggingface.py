@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from functools import lru_cache
-from typing import Any
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property, lru_cache
+from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
 
@@ -15,6 +16,10 @@ from multicolm.types import Message
 
 __all__ = ["HuggingFaceTokenizer"]
 
+_SENTENCEPIECE = {"Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"}
+_PREFIXING = ("normalizer", "pre_tokenizer")
+_BYTE = re.compile("<0x[0-9A-Fa-f]{2}>")
+
 
 class HuggingFaceTokenizer(TokenizerAdapter):
     """Adapter of a fast tokenizer whose decoder is byte-level or SentencePiece-like.
@@ -23,19 +28,27 @@ class HuggingFaceTokenizer(TokenizerAdapter):
         tokenizer: a fast tokenizer (one with a ``backend_tokenizer``).
         name: the model's name, for messages.
         end_ids: tokens with which the model ends a text, besides the tokenizer's own.
+        n_embeddings: how many tokens the model can read; those behind are none of its tokens.
 
     Raises:
         VocabularyError: if its tokens cannot be turned into bytes one by one.
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, name: str, end_ids: Iterable[int] = ()
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        name: str,
+        end_ids: Iterable[int] = (),
+        *,
+        n_embeddings: int | None = None,
     ) -> None:
         self._tokenizer = tokenizer
         self._name = name
+        spelled = _decoder_of(tokenizer, name)
         pieces = tokenizer.get_vocab()
-        self.n_tokens = max(pieces.values()) + 1
-        self._pieces: list[str | None] = [None] * self.n_tokens
+        n_known = max(pieces.values()) + 1
+        self.n_tokens = n_known if n_embeddings is None else min(n_known, n_embeddings)
+        self._pieces: list[str | None] = [None] * n_known
         for piece, token_id in pieces.items():
             self._pieces[token_id] = piece
         self._specials = {
@@ -44,32 +57,59 @@ class HuggingFaceTokenizer(TokenizerAdapter):
             if token.special
         }
         own_end = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
-        self.end_ids = frozenset({*own_end, *end_ids})
-        self._bytes = self._byte_table()
+        self.end_ids = frozenset(i for i in {*own_end, *end_ids} if 0 <= i < self.n_tokens)
+        own = tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False)
+        self._is_added = [bool(own.get(piece) != i) for i, piece in enumerate(self._pieces)]
+        self._bytes = self._byte_table(spelled)
 
-    def _byte_table(self) -> list[bytes]:
-        spelled = _decoder_of(self._tokenizer, self._name)
-        added = self._tokenizer.added_tokens_decoder
+    def _byte_table(self, spelled: Callable[[str], bytes]) -> list[bytes]:
         table: list[bytes] = []
         for token_id, piece in enumerate(self._pieces):
             if piece is None or token_id in self._specials:
                 table.append(b"")
-            elif token_id in added:
-                table.append(piece.encode())  # added tokens are written as they are
+            elif spelled is _byte_level and self._is_added[token_id]:
+                table.append(piece.encode())  # an added token stands for itself
             else:
                 table.append(spelled(piece))
         return table
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a prompt, with the tokenizer's own beginning-of-text token if it has one."""
-        return list(self._tokenizer(text, add_special_tokens=True, verbose=False)["input_ids"])
+        """Token ids of a prompt, with the tokenizer's own beginning-of-text token if it has one.
+
+        Raises:
+            InputError: if the text holds a token that the model's weights do not know.
+        """
+        ids = list(self._tokenizer(text, add_special_tokens=True, verbose=False)["input_ids"])
+        return self._readable(ids)
+
+    def _readable(self, ids: list[int]) -> list[int]:
+        for token_id in ids:
+            if token_id >= self.n_tokens:
+                raise InputError(
+                    f"the tokenizer of model '{self._name}' has a token "
+                    f"{self._pieces[token_id]!r} (id {token_id}) that its weights do not know "
+                    f"(they know {self.n_tokens}); leave it out of the text."
+                )
+        return ids
 
     def encode_continuation(self, text: str) -> list[int]:
         """Token ids of text that continues another."""
-        encoded = self._tokenizer(
-            text, add_special_tokens=False, split_special_tokens=True, verbose=False
-        )
-        return list(encoded["input_ids"])
+        encoded = self._inner.encode(text, add_special_tokens=False)
+        return self._readable(list(encoded.ids))
+
+    @cached_property
+    def _inner(self) -> Any:
+        """The tokenizer for text in mid-text: no space is put in front, no special is seen."""
+        from tokenizers import Tokenizer
+
+        backend = self._tokenizer.backend_tokenizer
+        settings = json.loads(backend.to_str())
+        without = {part: _without_prefix(settings[part]) for part in _PREFIXING}
+        inner = Tokenizer.from_str(json.dumps({**settings, **without}))
+        inner.encode_special_tokens = True
+        inner.no_truncation()
+        inner.no_padding()
+        return inner
 
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of a chat in the model's own template, ready for the reply.
@@ -85,17 +125,17 @@ class HuggingFaceTokenizer(TokenizerAdapter):
                 f"`chat_template:` for it in the ensemble file."
             )
         try:
-            encoded = self._tokenizer.apply_chat_template(
-                [dict(message) for message in messages],
+            text = self._tokenizer.apply_chat_template(
+                [cast("dict[str, str]", dict(message)) for message in messages],
                 add_generation_prompt=True,
-                tokenize=True,
-                return_dict=True,
+                tokenize=False,
             )
         except TemplateError as error:
             raise InputError(
                 f"the chat template of model '{self._name}' refuses these messages: {error}"
             ) from error
-        return list(encoded["input_ids"])
+        encoded = self._tokenizer(str(text), add_special_tokens=False, verbose=False)
+        return self._readable(list(encoded["input_ids"]))
 
     def token_bytes(self, token_id: int) -> bytes:
         """What the token adds to a text; empty for special tokens and ids without a token."""
@@ -109,6 +149,10 @@ class HuggingFaceTokenizer(TokenizerAdapter):
         """The token as the vocabulary spells it."""
         return self._pieces[token_id]
 
+    def is_added(self, token_id: int) -> bool:
+        """Whether the token is in no merge list or score table, only in the list of added ones."""
+        return self._is_added[token_id]
+
 
 def _decoder_of(tokenizer: PreTrainedTokenizerBase, name: str) -> Any:
     """How the pieces of this tokenizer turn into bytes."""
@@ -120,9 +164,9 @@ def _decoder_of(tokenizer: PreTrainedTokenizerBase, name: str) -> Any:
         )
     decoder = json.loads(backend.to_str()).get("decoder")
     kinds = set(_kinds(decoder))
-    if "ByteLevel" in kinds:
+    if "ByteLevel" in kinds and kinds <= {"ByteLevel", "Fuse", "Strip"}:
         return _byte_level
-    if kinds and kinds <= {"Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"}:
+    if kinds & {"Replace", "Metaspace"} and kinds <= _SENTENCEPIECE:
         return _sentencepiece
     raise VocabularyError(
         f"model '{name}' has a tokenizer whose decoder ({' + '.join(sorted(kinds)) or 'none'}) is "
@@ -157,13 +201,24 @@ def _bytes_of_characters() -> dict[str, int]:
 
 def _byte_level(piece: str) -> bytes:
     table = _bytes_of_characters()
-    # A character outside of the table can only come from a token that was added as it is.
-    return b"".join(
-        bytes([table[char]]) if char in table else char.encode() for char in piece
-    )
+    if all(char in table for char in piece):
+        return bytes(table[char] for char in piece)
+    return piece.encode()  # not written in that alphabet
 
 
 def _sentencepiece(piece: str) -> bytes:
-    if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
+    if _BYTE.fullmatch(piece):
         return bytes([int(piece[3:5], 16)])
     return piece.replace("\u2581", " ").encode()
+
+
+def _without_prefix(part: Any) -> Any:
+    """A normalizer or pre-tokenizer that puts no space in front of a text; ``None`` for none."""
+    if part is None or part["type"] == "Prepend":
+        return None
+    if part["type"] == "Sequence":
+        key = "normalizers" if "normalizers" in part else "pretokenizers"
+        return {**part, key: [p for p in map(_without_prefix, part[key]) if p is not None]}
+    if part["type"] == "Metaspace":
+        return {**part, "prepend_scheme": "never"}
+    return {**part, "add_prefix_space": False} if "add_prefix_space" in part else part

@@ -31,6 +31,25 @@ class _Translation:
     straight: bool  # shared id == own id throughout
 
 
+class _Known:
+    """Shared ids by name, for tokens that need not have the same id in every model.
+
+    Attributes:
+        specials: of special tokens.
+        texts: of tokens of text, as they are spelled.
+    """
+
+    def __init__(self, base: TokenizerAdapter) -> None:
+        self.specials: dict[str, int] = {}
+        self.texts: dict[str, int] = {}
+        for i in range(base.n_tokens):
+            special, piece = base.special_name(i), base.piece(i)
+            if special is not None:
+                self.specials[special] = i
+            elif piece is not None:
+                self.texts[piece] = i
+
+
 class SharedVocabulary:
     """The vocabulary that the models of an ensemble share.
 
@@ -46,14 +65,12 @@ class SharedVocabulary:
         """
         self.models = models
         self._tokenizers = list(tokenizers)
-        base = tokenizers[0]
-        self._owners: list[tuple[int, int]] = [(0, i) for i in range(base.n_tokens)]
-        specials = {
-            name: i for i in range(base.n_tokens) if (name := base.special_name(i)) is not None
-        }
-        shared_of: list[dict[int, int]] = [{i: i for i in range(base.n_tokens)}]
+        n_base = tokenizers[0].n_tokens
+        self._owners: list[tuple[int, int]] = [(0, i) for i in range(n_base)]
+        known = _Known(tokenizers[0])
+        shared_of: list[dict[int, int]] = [{i: i for i in range(n_base)}]
         for k in range(1, len(tokenizers)):
-            shared_of.append(self._join(k, specials))
+            shared_of.append(self._join(k, known))
         self.size = len(self._owners)
         self._translations = [self._translate(k, ids) for k, ids in enumerate(shared_of)]
         self._end_ids = [
@@ -61,31 +78,36 @@ class SharedVocabulary:
             for k, tokenizer in enumerate(tokenizers)
         ]
 
-    def _join(self, k: int, specials: dict[str, int]) -> dict[int, int]:
-        """Own id -> shared id of model ``k``; tokens that nobody had before are appended."""
+    def _join(self, k: int, known: _Known) -> dict[int, int]:
+        """Own id -> shared id of model ``k``; tokens that nobody had before are appended.
+
+        Tokens of text must agree id by id. Added ones need not: they are known by their names.
+        """
         base, other = self._tokenizers[0], self._tokenizers[k]
         shared: dict[int, int] = {}
         differing: list[int] = []
-        for i in range(max(base.n_tokens, other.n_tokens)):
-            name = other.special_name(i) if i < other.n_tokens else None
-            if name is not None:
-                if name not in specials:
-                    specials[name] = len(self._owners)
-                    self._owners.append((k, i))
-                shared[i] = specials[name]
-                continue
+        for i in range(other.n_tokens):
+            special, piece = other.special_name(i), other.piece(i)
             mine = base.piece(i) if i < base.n_tokens and base.special_name(i) is None else None
-            theirs = other.piece(i) if i < other.n_tokens else None
-            if mine == theirs:
+            if special is not None:
+                shared[i] = self._place(k, i, special, known.specials)
+            elif piece is None:
+                continue
+            elif mine == piece:
                 shared[i] = i
-            elif theirs is not None and i >= base.n_tokens:
-                shared[i] = len(self._owners)  # an added token of text that the base lacks
-                self._owners.append((k, i))
-            elif mine is None or i < other.n_tokens:
+            elif mine is None or base.is_added(i) or other.is_added(i):
+                shared[i] = self._place(k, i, piece, known.texts)
+            else:
                 differing.append(i)
         if differing:
             raise VocabularyError(self._refusal(k, differing))
         return shared
+
+    def _place(self, k: int, own_id: int, name: str, known: dict[str, int]) -> int:
+        if name not in known:
+            known[name] = len(self._owners)
+            self._owners.append((k, own_id))
+        return known[name]
 
     def _refusal(self, k: int, differing: list[int]) -> str:
         base, other, first = self._tokenizers[0], self._tokenizers[k], differing[0]
@@ -104,9 +126,8 @@ class SharedVocabulary:
         reads: dict[int, tuple[int, ...]] = {}
         for shared_id in (own < 0).nonzero().flatten().tolist():
             # A special token of another model means nothing to this one; text is read as text.
-            content = self.token_bytes(shared_id).decode("utf-8", errors="replace")
-            ids = self._tokenizers[k].encode_continuation(content) if content else []
-            reads[shared_id] = tuple(ids)
+            content = self.token_bytes(shared_id)
+            reads[shared_id] = tuple(_as_text(self._tokenizers[k], content)) if content else ()
         straight = bool((own == torch.arange(self.size)).all())
         return _Translation(own, reads, straight)
 
@@ -174,3 +195,15 @@ class SharedVocabulary:
             content = self.token_bytes(shared_id)
             flags.append(not content or content[:1].isspace())
         return torch.tensor(flags)
+
+
+def _as_text(tokenizer: TokenizerAdapter, content: bytes) -> list[int]:
+    """The tokens of some bytes that another model wrote as one token."""
+    try:
+        return tokenizer.encode_continuation(content.decode())
+    except UnicodeDecodeError:  # a part of a character: byte by byte, where there are such tokens
+        single = {tokenizer.token_bytes(i): i for i in reversed(range(tokenizer.n_tokens))}
+        parts = [bytes([byte]) for byte in content]
+        if all(part in single for part in parts):
+            return [single[part] for part in parts]
+        return tokenizer.encode_continuation(content.decode(errors="replace"))
