@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import textwrap
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging
 
 from multicolm.config import ModelConfig
 from multicolm.errors import ModelError
@@ -34,6 +37,9 @@ _REASONS = (
     TypeError,
     ValueError,
 )
+
+
+_WORTH_A_BAR = 100_000_000  # bytes
 
 
 def load_tokenizer(name: str, config: ModelConfig) -> PreTrainedTokenizerBase:
@@ -74,9 +80,10 @@ def load_model(name: str, config: ModelConfig) -> PreTrainedModel:
                 f"model '{name}' ({config.location}) is an encoder-decoder; multicolm serves "
                 "decoder-only language models."
             )
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            config.location, output_loading_info=True, **arguments
-        )
+        with _fitting_progress(Path(config.location)):
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                config.location, output_loading_info=True, **arguments
+            )
         model: PreTrainedModel = loaded[0]
         if config.device is not None:
             model = model.to(torch.device(config.device))  # type: ignore[arg-type]  # a decorator
@@ -84,6 +91,20 @@ def load_model(name: str, config: ModelConfig) -> PreTrainedModel:
         raise ModelError(_sentence(name, config, "weights", error)) from error
     _refuse_missing(name, config.location, loaded[1]["missing_keys"])
     return model if config.adapter is None else _adapted(name, config, model)
+
+
+@contextmanager
+def _fitting_progress(folder: Path) -> Iterator[None]:
+    """Show transformers' progress bar where somebody sees it and there is something to wait for."""
+    small = folder.is_dir() and sum(f.stat().st_size for f in folder.glob("*")) < _WORTH_A_BAR
+    if not logging.is_progress_bar_enabled() or (sys.stderr.isatty() and not small):
+        yield
+        return
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def _common(config: ModelConfig) -> dict[str, Any]:
