@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from multicolm.ensemble import Ensemble, Stream, load
+    from multicolm.ensemble import Ensemble, load
     from multicolm.errors import MulticolmError
     from multicolm.policy.base import (
         MixPolicy,
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         VerifyPolicy,
         register_policy,
     )
+    from multicolm.streaming import Stream
     from multicolm.types import Answer, Message, Piece, Trace, TracedToken, Usage
     from multicolm.views import ModelNames, View, Views
 
@@ -40,7 +41,7 @@ _HOME = {
     "Piece": "multicolm.types",
     "Policy": "multicolm.policy.base",
     "SelectPolicy": "multicolm.policy.base",
-    "Stream": "multicolm.ensemble",
+    "Stream": "multicolm.streaming",
     "Trace": "multicolm.types",
     "TracedToken": "multicolm.types",
     "Usage": "multicolm.types",

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,141 +17,22 @@ from multicolm.decoding.router import Router
 from multicolm.decoding.row import Row
 from multicolm.decoding.sampling import Sampling, row_key
 from multicolm.decoding.text import TextStream
-from multicolm.decoding.threads import torch_threads
 from multicolm.errors import CapabilityError, ConfigError, InputError
 from multicolm.plugins import backends
 from multicolm.policy.base import Policy
 from multicolm.policy.resolve import resolve_policy
+from multicolm.streaming import Answers, Run, Stream
 from multicolm.tokenizer.shared import SharedVocabulary
 from multicolm.types import (
     MIXTURE,
-    Answer,
     GenerationSettings,
-    Piece,
     Prompt,
-    Trace,
-    TracedToken,
-    Usage,
 )
 from multicolm.views import ModelNames, implied
 
 __all__ = ["Answers", "Ensemble", "Stream", "load"]
 
 PolicySource = str | Path | Policy | PolicyConfig | Mapping[str, Any]
-
-
-class Answers(list[Answer]):
-    """Finished texts, in the order of their prompts.
-
-    Attributes:
-        usage: per model name, what it did for all of them together; forward passes are counted
-            once each, however many rows they served.
-        seconds: wall-clock time of the whole call.
-    """
-
-    usage: Mapping[str, Usage]
-    seconds: float
-
-
-class Stream(Iterator[Piece]):
-    """Text while it is being written: iterate over it for :class:`~multicolm.types.Piece`.
-
-    It may be broken off at any time; what was finished by then is in :attr:`answers`.
-    """
-
-    def __init__(self, run: _Run, pieces: Iterator[Piece]) -> None:
-        self._run = run
-        self._pieces = pieces
-
-    def __iter__(self) -> Stream:
-        return self
-
-    def __next__(self) -> Piece:
-        return next(self._pieces)
-
-    @property
-    def answers(self) -> Answers:
-        """The texts that are finished so far, in the order of their prompts."""
-        return self._run.answers()
-
-    def finished(self) -> Iterator[tuple[int, Answer]]:
-        """Write on, and give each answer with its prompt's number (from 0) once it is finished."""
-        done = self._run.router.finished
-        for _ in self._pieces:
-            while done:
-                row = done.popleft()
-                yield row.number, self._run.answer(row)
-        while done:
-            row = done.popleft()
-            yield row.number, self._run.answer(row)
-
-
-class _Run:
-    """One call: its rows, the router that writes them, and what came of it."""
-
-    def __init__(
-        self, router: Router, rows: Sequence[Row], ensemble: Ensemble, policy: str
-    ) -> None:
-        self.router = router
-        self.rows = rows
-        self._models = ensemble.models
-        self._vocabulary = ensemble.vocabulary
-        self._policy = policy
-        self._answers: dict[int, Answer] = {}
-        self.seconds = 0.0
-
-    def write(
-        self, models: Sequence[Model], threads: int | None, clock: Callable[[], float]
-    ) -> Iterator[Piece]:
-        start = clock()
-        try:
-            with torch_threads(models, threads):
-                yield from self.router.run(self.rows)
-        finally:
-            self.seconds = clock() - start
-
-    def answers(self) -> Answers:
-        answers = Answers(self.answer(row) for row in self.rows if row.finish_reason is not None)
-        answers.seconds = self.seconds
-        answers.usage = self._usage(answers)
-        return answers
-
-    def answer(self, row: Row) -> Answer:
-        if row.number not in self._answers:
-            self._answers[row.number] = self._answer(row)
-        return self._answers[row.number]
-
-    def _answer(self, row: Row) -> Answer:
-        assert row.finish_reason is not None
-        names = [*self._models, MIXTURE]
-        n_written = [0] * len(names)
-        tokens = []
-        for new in row.written:
-            n_written[new.writer] += 1
-            name = self._vocabulary.name(new.token)
-            tokens.append(TracedToken(new.token, name, names[new.writer], new.logprob, new.score))
-        usage = {
-            name: replace(row.usage[k], tokens_written=n_written[k])
-            for k, name in enumerate(self._models)
-        }
-        return Answer(
-            prompt=row.prompt,
-            text=row.text.text,
-            trace=Trace(tuple(tokens)),
-            usage=usage,
-            finish_reason=row.finish_reason,
-            policy=self._policy,
-            seed=row.seed if self.router.noise_used else None,
-        )
-
-    def _usage(self, answers: Sequence[Answer]) -> dict[str, Usage]:
-        usage = {}
-        for k, name in enumerate(self._models):
-            readers = self.router.readers
-            read = readers[k].usage if k in readers else Usage()
-            n_written = sum(answer.usage[name].tokens_written for answer in answers)
-            usage[name] = replace(read, tokens_written=n_written)
-        return usage
 
 
 class Ensemble:
@@ -306,18 +186,25 @@ class Ensemble:
         wanted = self.generation.updated(dict(settings))
         if batch_size < 1:
             raise InputError(f"batch_size must be 1 or more, got {batch_size}.")
-        rows = self._rows(prompts, chosen, wanted, seed if seed is not None else wanted.seed)
-        schedule = wanted.schedule or chosen.schedule
+        block_size = wanted.block_size if (wanted.schedule or chosen.schedule) == "block" else 1
+        given = seed if seed is not None else wanted.seed
+        rows = self._rows(prompts, chosen, wanted, given, block_size)
         router = Router(
             self.backends,
             self.vocabulary,
             chosen,
             Sampling(wanted.temperature, wanted.top_k, wanted.top_p),
-            block_size=wanted.block_size if schedule == "block" else 1,
+            block_size=block_size,
             n_slots=max(1, min(batch_size, len(rows))),
             clock=clock,
         )
-        run = _Run(router, rows, self, policy if isinstance(policy, str) else chosen.name)
+        run = Run(
+            router,
+            rows,
+            self.models,
+            self.vocabulary,
+            policy if isinstance(policy, str) else chosen.name,
+        )
         return Stream(run, run.write(self.backends, wanted.threads, clock))
 
     def resolve(
@@ -336,7 +223,13 @@ class Ensemble:
         policy: Policy,
         wanted: GenerationConfig,
         seed: int | Sequence[int] | None,
+        block_size: int,
     ) -> list[Row]:
+        if isinstance(prompts, Mapping | bytes) or not isinstance(prompts, Iterable):
+            raise InputError(
+                f"prompts are a {type(prompts).__name__}; give a list of prompts, each a text, a "
+                "chat (a list of messages), or a list of token ids."
+            )
         asked: Sequence[Prompt] = [prompts] if isinstance(prompts, str) else list(prompts)
         if seed is None:
             seeds = [secrets.randbits(32)] * len(asked)
@@ -357,7 +250,7 @@ class Ensemble:
                     seed=seeds[number],
                     max_new_tokens=wanted.max_new_tokens,
                     text=TextStream(wanted.stop),
-                    draft_length=wanted.block_size if wanted.schedule != "stepwise" else 1,
+                    draft_length=block_size,
                 )
             )
         return rows

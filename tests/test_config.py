@@ -601,3 +601,17 @@ def test_reading_configuration_loads_no_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
+
+
+def test_a_table_in_a_file_validates_and_writes(tmp_path: Path) -> None:
+    import multicolm
+    from multicolm.config.validation import validate
+
+    (tmp_path / "coin.yaml").write_text(
+        'tokens: [a, b, "."]\nends: ["."]\ntable: {"": {a: 1.0}, "a a": {".": 1.0}}\n'
+    )
+    file = tmp_path / "ensemble.yaml"
+    file.write_text("base_model: coin\nmodels:\n  coin: {backend: table, model: ./coin.yaml}\n")
+    assert not validate(str(file)).errors
+    [answer] = multicolm.load(tmp_path).generate(["b"])
+    assert (answer.text, answer.finish_reason) == ("aa", "eos")

@@ -19,7 +19,7 @@ LAYERS = [
     {"plugins", "catalog", "config", "views"},
     {"policy", "tokenizer", "backend"},
     {"decoding"},
-    {"ensemble"},
+    {"ensemble", "streaming"},
     {"testing", "tiny"},
     {"cli", "__main__"},
 ]

@@ -20,7 +20,8 @@ from multicolm.cli.options import (
 from multicolm.errors import InputError
 
 if TYPE_CHECKING:
-    from multicolm.ensemble import Ensemble, Stream
+    from multicolm.ensemble import Ensemble
+    from multicolm.streaming import Stream
     from multicolm.types import Answer, Piece, Prompt
 
 __all__ = ["command", "read_prompts"]

@@ -35,8 +35,7 @@ class Verdict:
         self, which: Sequence[int], writers: Sequence[int], tokens: Tensor, logits: Tensor
     ) -> None:
         """Note tokens and their log-probabilities under ``logits``."""
-        logits = logits.float()
-        logprobs = logits.gather(-1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
+        logprobs = logits.float().log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
         self.writers.update(zip(which, writers, strict=True))
         self.tokens.update(zip(which, tokens.tolist(), strict=True))
         self.logprobs.update(zip(which, logprobs.tolist(), strict=True))

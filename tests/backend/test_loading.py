@@ -11,8 +11,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_transformers_model import t5
-from tiny_models import PROMPTS, byte_level, decoder_replaced, network, save, shared_tokenizer
+from tiny_models import PROMPTS, byte_level, decoder_replaced, network, save, shared_tokenizer, t5
 
 from multicolm import Ensemble
 from multicolm.backend.table import TableModel

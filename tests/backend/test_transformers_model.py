@@ -7,26 +7,12 @@ import copy
 import pytest
 import torch
 import transformers as hf
-from tiny_models import CONFIGS, byte_level, fresh_network, model, network, shared_tokenizer
+from tiny_models import CONFIGS, byte_level, fresh_network, model, network, shared_tokenizer, t5
 
 from multicolm import Ensemble
 from multicolm.backend.table import TableModel
 from multicolm.backend.transformers import TransformersModel
 from multicolm.errors import CapabilityError, InputError, ModelError
-
-
-def t5() -> hf.PreTrainedModel:
-    return hf.T5ForConditionalGeneration(
-        hf.T5Config(
-            vocab_size=257,
-            d_model=16,
-            d_kv=4,
-            d_ff=16,
-            num_layers=1,
-            num_heads=2,
-            decoder_start_token_id=0,
-        )
-    )
 
 
 def test_an_encoder_decoder_is_refused_by_name() -> None:
