@@ -27,6 +27,7 @@ from multicolm.types import (
     MIXTURE,
     GenerationSettings,
     Prompt,
+    Signal,
 )
 from multicolm.views import ModelNames, implied
 
@@ -72,7 +73,7 @@ class Ensemble:
         self.backends = tuple(models)
         self.vocabulary = SharedVocabulary(self.models, [model.tokenizer for model in models])
         self.policy = resolve_policy(policy or {"kind": "single"}, base_dir=base_dir)
-        self._check(self.policy)
+        _check_signals(self.policy, self.models, [model.signals for model in models])
 
     @classmethod
     def from_config(cls, config: EnsembleConfig) -> Ensemble:
@@ -81,13 +82,14 @@ class Ensemble:
         Raises:
             MulticolmError: if a policy, a model or a tokenizer cannot be used.
         """
-        # The policy first: a misspelt param should not cost the loading of weights.
-        resolve_policy(config.policy, base_dir=config.base_dir)
-        models = []
-        for name in config.names:
-            settings = config.models[name]
-            backend = cast("type[Model]", backends.get(settings.backend))
-            models.append(backend.from_config(name, settings))
+        classes = {
+            name: cast("type[Model]", backends.get(config.models[name].backend))
+            for name in config.names
+        }
+        # The policy first: what does not fit should not cost the loading of weights.
+        policy = resolve_policy(config.policy, base_dir=config.base_dir)
+        _check_signals(policy, ModelNames(config.names), [c.signals for c in classes.values()])
+        models = [cls_.from_config(name, config.models[name]) for name, cls_ in classes.items()]
         return cls(
             models,
             policy=config.policy,
@@ -95,22 +97,6 @@ class Ensemble:
             config=config,
             base_dir=config.base_dir,
         )
-
-    def _check(self, policy: Policy) -> None:
-        """Refuse a policy that needs what a model cannot show.
-
-        Raises:
-            CapabilityError: naming the policy, the model and the signal.
-        """
-        needs = policy.needs(self.models)
-        for k, model in enumerate(self.backends):
-            missing = needs.of(k) - implied(frozenset(model.signals))
-            if missing:
-                raise CapabilityError(
-                    f"policy '{policy.name}' needs {' and '.join(sorted(missing))} of model "
-                    f"'{model.name}', which shows only {', '.join(sorted(model.signals))}; "
-                    "choose another policy or another backend for that model."
-                )
 
     def generate(
         self,
@@ -182,7 +168,7 @@ class Ensemble:
             MulticolmError: see :meth:`generate`.
         """
         chosen = self.policy if policy is None and not params else self.resolve(policy, params)
-        self._check(chosen)
+        _check_signals(chosen, self.models, [model.signals for model in self.backends])
         wanted = self.generation.updated(dict(settings))
         if batch_size < 1:
             raise InputError(f"batch_size must be 1 or more, got {batch_size}.")
@@ -254,6 +240,25 @@ class Ensemble:
                 )
             )
         return rows
+
+
+def _check_signals(
+    policy: Policy, models: ModelNames, signals: Sequence[frozenset[Signal]]
+) -> None:
+    """Refuse a policy that needs what a model cannot show.
+
+    Raises:
+        CapabilityError: naming the policy, the model and the signal.
+    """
+    needs = policy.needs(models)
+    for k, shown in enumerate(signals):
+        missing = needs.of(k) - implied(frozenset(shown))
+        if missing:
+            raise CapabilityError(
+                f"policy '{policy.name}' needs {' and '.join(sorted(missing))} of model "
+                f"'{models[k]}', which shows only {', '.join(sorted(shown))}; choose another "
+                "policy, or another backend for that model."
+            )
 
 
 def load(source: str | Path | EnsembleConfig) -> Ensemble:

@@ -1,0 +1,71 @@
+"""What an ensemble refuses, and when."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+import torch
+
+import multicolm
+from multicolm import Ensemble, SelectPolicy, Views
+from multicolm.backend.table import TableModel
+from multicolm.errors import CapabilityError, ConfigError
+from multicolm.plugins import policies
+
+COIN = TableModel("coin", ["a", "."], {"": {"a": 0.6, ".": 0.4}}, ends=["."])
+
+
+class WantsHidden(SelectPolicy):
+    base_signals: ClassVar = {"hidden"}
+
+    def select(self, views: Views) -> torch.Tensor:
+        return torch.zeros(views.n_positions, dtype=torch.long)
+
+
+def test_a_policy_that_needs_what_a_model_cannot_show_is_refused_by_name() -> None:
+    sentence = (
+        "policy 'policy' needs hidden of model 'coin', which shows only logprobs, top1, topk; "
+        "choose another policy, or another backend for that model."
+    )
+    for ask in (
+        lambda: Ensemble([COIN], policy=WantsHidden()),
+        lambda: Ensemble([COIN]).generate(["a"], WantsHidden()),
+    ):
+        with pytest.raises(CapabilityError) as caught:
+            ask()
+        assert str(caught.value) == sentence
+
+
+def test_it_is_refused_before_any_weight_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(policies._classes, "wants-hidden", WantsHidden)
+    (tmp_path / "coin.yaml").write_text("this is no table, and it is never read")
+    (tmp_path / "ensemble.yaml").write_text(
+        "base_model: coin\nmodels: {coin: {backend: table, model: ./coin.yaml}}\n"
+        "policy: {kind: wants-hidden}\n"
+    )
+    with pytest.raises(CapabilityError, match="needs hidden of model 'coin'"):
+        multicolm.load(tmp_path)
+
+
+@pytest.mark.parametrize("names", [[], ["a", "a"], ["mixture"]])
+def test_an_ensemble_needs_models_with_different_names(names: list[str]) -> None:
+    models = [TableModel(name, ["a"], {"": {"a": 1.0}}) for name in names]
+    with pytest.raises(ConfigError, match="different names other than 'mixture'"):
+        Ensemble(models)
+
+
+def test_a_stream_that_is_closed_gives_torch_its_threads_back() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with Ensemble([COIN]).stream(["a"], max_new_tokens=5) as stream:
+            next(stream)
+            assert torch.get_num_threads() == 1
+        assert torch.get_num_threads() == 2
+        assert list(stream) == []
+    finally:
+        torch.set_num_threads(before)
