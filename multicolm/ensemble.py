@@ -150,16 +150,8 @@ class Ensemble:
     ) -> Stream:
         """Like :meth:`generate`, letting the text out while it is written.
 
-        Prompts and settings are checked at once, before the first piece is asked for.
-
-        Args:
-            prompts: see :meth:`generate`.
-            policy: see :meth:`generate`.
-            params: see :meth:`generate`.
-            seed: see :meth:`generate`.
-            batch_size: see :meth:`generate`.
-            clock: current time in seconds.
-            **settings: see :meth:`generate`.
+        Takes what :meth:`generate` takes, and a ``clock`` that tells the time in seconds. Prompts
+        and settings are checked at once, before the first piece is asked for.
 
         Returns:
             An iterator over pieces of text, which holds the answers when it has ended.
