@@ -213,6 +213,8 @@ class Ensemble:
             seeds = [secrets.randbits(32)] * len(asked)
         else:
             seeds = [seed] * len(asked) if isinstance(seed, int) else list(seed)
+        if not all(isinstance(number, int) for number in seeds):
+            raise InputError(f"seed is {seed!r}; give a whole number, or one for each prompt.")
         if len(seeds) != len(asked):
             raise InputError(f"got {len(seeds)} seeds for {len(asked)} prompts; give one for each.")
         used = policy.uses(self.models)

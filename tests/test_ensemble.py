@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import ClassVar
 
@@ -26,7 +28,7 @@ class WantsHidden(SelectPolicy):
 
 def test_a_policy_that_needs_what_a_model_cannot_show_is_refused_by_name() -> None:
     sentence = (
-        "policy 'policy' needs hidden of model 'coin', which shows only logprobs, top1, topk; "
+        "policy 'WantsHidden' needs hidden of model 'coin', which shows only logprobs, top1, topk; "
         "choose another policy, or another backend for that model."
     )
     for ask in (
@@ -49,6 +51,17 @@ def test_it_is_refused_before_any_weight_is_loaded(
     )
     with pytest.raises(CapabilityError, match="needs hidden of model 'coin'"):
         multicolm.load(tmp_path)
+
+
+def test_a_seed_that_is_no_number_is_refused() -> None:
+    # In a process of its own: while tests run, types are checked before the sentence is reached.
+    program = (
+        "from multicolm import Ensemble\n"
+        "from multicolm.backend.table import TableModel\n"
+        "Ensemble([TableModel('m', ['a'], {'': {'a': 1.0}})]).generate(['a'], seed='a')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert "InputError: seed is 'a'; give a whole number, or one for each prompt." in done.stderr
 
 
 @pytest.mark.parametrize("names", [[], ["a", "a"], ["mixture"]])

@@ -69,7 +69,7 @@ class Policy:
     """
 
     name: ClassVar[str] = "policy"
-    """Set by the :func:`register_policy` decorator."""
+    """Set by the :func:`register_policy` decorator; the class's own name without it."""
 
     base_signals: ClassVar[frozenset[Signal] | set[Signal]] = frozenset()
     """Signals of the base model, wanted at every position."""
@@ -90,15 +90,21 @@ class Policy:
     schedule: ClassVar[Schedule] = "stepwise"
     """The schedule that suits it when none is asked for. Never changes the text."""
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.name = cls.__name__
+
     def needs(self, models: ModelNames) -> Needs:
-        """What to look at in an ensemble of these models; checks the roles among the fields.
+        """What to look at in an ensemble of these models: the declared signals of those in use.
 
         Raises:
-            CapabilityError: if a role names a model that the ensemble does not have.
+            MulticolmError: if a field names a model that the ensemble does not have, or does not
+                fit it in another way.
         """
-        base = {0: frozenset(self.base_signals)} if self.base_signals else {}
+        used = self.uses(models)
+        base = {0: frozenset(self.base_signals)} if self.base_signals and 0 in used else {}
         signals = frozenset(self.assistant_signals)
-        others = {k: signals for k in range(1, len(models))} if signals else {}
+        others = {k: signals for k in sorted(used - {0})} if signals else {}
         if self.assistants == "always":
             return Needs({**base, **others}, {})
         return Needs(base, others)

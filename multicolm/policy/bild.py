@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from jaxtyping import Bool, Float, Int
+from pydantic import NonNegativeFloat, NonNegativeInt
 
 from multicolm.policy.base import Needs, Schedule, SelectPolicy, register_policy
 from multicolm.types import Signal, Tensor
@@ -28,16 +29,16 @@ class BildPolicy(SelectPolicy):
     Attributes:
         fallback: probability; 0 never falls back, above 1 is the large model alone.
         rollback: nats; 0 is the large model alone, infinity never rolls back.
-        num_small_iters: tokens.
+        num_small_iters: tokens; 0 is the large model alone.
         large: the large model.
 
     Source:
         arXiv 2302.07863 (NeurIPS 2023), section 3; defaults of the authors' code.
     """
 
-    fallback: float = 0.6
-    rollback: float = 5.0
-    num_small_iters: int = 10
+    fallback: NonNegativeFloat = 0.6
+    rollback: NonNegativeFloat = 5.0
+    num_small_iters: NonNegativeInt = 10
     large: Role = "assistant"
 
     base_signals: ClassVar[set[Signal]] = {"top1"}

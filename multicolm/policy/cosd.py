@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from jaxtyping import Bool, Float, Int
+from pydantic import NonNegativeFloat
 
 from multicolm.policy.base import Schedule, SelectPolicy, When, register_policy
 from multicolm.policy.threshold import best_assistant
@@ -33,8 +34,8 @@ class CosdRulePolicy(SelectPolicy):
         by the greatest probability. The published code implements another rule.
     """
 
-    alpha: float = 0.5
-    beta: float = 0.5
+    alpha: NonNegativeFloat = 0.5
+    beta: NonNegativeFloat = 0.5
 
     base_signals: ClassVar[set[Signal]] = {"top1"}
     assistant_signals: ClassVar[set[Signal]] = {"top1"}

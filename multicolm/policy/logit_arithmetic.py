@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from jaxtyping import Float
+from pydantic import Field, FiniteFloat
 
 from multicolm.policy.base import MixPolicy, Needs, Schedule, register_policy
 from multicolm.types import Signal, Tensor
@@ -41,8 +42,8 @@ class ProxyTuningPolicy(_Arithmetic):
     """What tuning changed in a small model is added to a large one.
 
     ``log p_base + alpha (log p_expert - log p_antiexpert)``, where the expert is the tuned small
-    model and the anti-expert the same before tuning. A token that the anti-expert cannot write is
-    judged without that difference.
+    model and the anti-expert the same before tuning. A token that either of the two cannot write
+    (its probability is 0, as where a model has no such token) is judged without the difference.
 
     Attributes:
         alpha: strength; 0 is the base model alone.
@@ -53,7 +54,7 @@ class ProxyTuningPolicy(_Arithmetic):
         arXiv 2401.08565, section 2; alpha = 1 there.
     """
 
-    alpha: float = 1.0
+    alpha: FiniteFloat = 1.0
     expert: Role = 1
     antiexpert: Role = 2
 
@@ -88,8 +89,8 @@ class ContrastivePolicy(_Arithmetic):
         cut is by the expert's own probabilities, as in the papers.
     """
 
-    alpha: float = 0.1
-    beta: float = 0.5
+    alpha: Annotated[float, Field(ge=0, le=1)] = 0.1
+    beta: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.5
     expert: Role = "assistant"
     amateur: Role = "base"
 

@@ -49,6 +49,8 @@ class AveragePolicy(MixPolicy):
         weights = views.models.weights(self.weights)
         logprobs = views.stack(lambda view: view.logprobs)
         weight = torch.tensor([weights[k] for k in views], device=logprobs.device)[:, None, None]
+        # A weight too small for this dtype would turn 0 * -inf into NaN.
+        weight = weight.clamp_min(torch.finfo(weight.dtype).tiny)
         if self.mean == "geometric":
             return (logprobs * weight).sum(0)
         return (logprobs + weight.log()).logsumexp(0)

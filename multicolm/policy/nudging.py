@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from jaxtyping import Bool, Float, Int
+from pydantic import NonNegativeFloat
 
 from multicolm.policy.base import Needs, SelectPolicy, When, register_policy
 from multicolm.types import Signal, Tensor
@@ -29,7 +30,7 @@ class NudgingPolicy(SelectPolicy):
         arXiv 2410.09300 (ACL 2025), section 2; the authors' code takes 0.4.
     """
 
-    threshold: float = 0.4
+    threshold: NonNegativeFloat = 0.4
     nudger: Role = "assistant"
 
     base_signals: ClassVar[set[Signal]] = {"top1"}

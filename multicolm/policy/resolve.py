@@ -17,6 +17,11 @@ from multicolm.policy.base import MixPolicy, Policy, SelectPolicy, VerifyPolicy
 
 __all__ = ["resolve_policy"]
 
+_FORMS = (
+    'a policy is a name, a path, {"kind": "confidence", "params": {"threshold": 0.6}}, or an '
+    "instance of a policy's class"
+)
+
 
 def resolve_policy(
     source: str | Path | Policy | PolicyConfig | Mapping[str, Any],
@@ -42,14 +47,17 @@ def resolve_policy(
         own = source.as_config()["params"]
         return _build(type(source), {**own, **params}, source.name)
     if isinstance(source, str) and ".py:" in source:
-        cls = _from_file(source)
+        cls = _from_file(source, base_dir or Path.cwd())
         return _build(cls, dict(params or {}), source)
     if isinstance(source, Mapping):
         config = _from_mapping(source)
     elif isinstance(source, PolicyConfig):
         config = source
-    else:
+    elif isinstance(source, str | Path):
         config = load_policy(source, base_dir or Path.cwd())
+    else:
+        made = f"; make one: {source.__name__}(...)" if isinstance(source, type) else ""
+        raise ConfigError(f"policy {source!r}: {_FORMS}{made}.")
     cls = cast("type[Policy]", policies.get(config.kind))
     return _build(cls, {**config.params, **(params or {})}, config.kind)
 
@@ -58,10 +66,7 @@ def _from_mapping(source: Mapping[str, Any]) -> PolicyConfig:
     try:
         return PolicyConfig.model_validate(dict(source))
     except ValidationError as error:
-        raise ConfigError(
-            f"policy {dict(source)!r}: a policy is a name, a path, or "
-            '{"kind": "confidence", "params": {"threshold": 0.6}}.'
-        ) from error
+        raise ConfigError(f"policy {dict(source)!r}: {_FORMS}.") from error
 
 
 def _build(cls: type[Policy], params: dict[str, Any], origin: str) -> Policy:
@@ -69,10 +74,10 @@ def _build(cls: type[Policy], params: dict[str, Any], origin: str) -> Policy:
     return cls(**params)
 
 
-def _from_file(source: str) -> type[Policy]:
+def _from_file(source: str, base_dir: Path) -> type[Policy]:
     """The class of ``file.py:Class``; the file is run, as the user asked for it by name."""
     path_text, _, name = source.rpartition(":")
-    path = Path(path_text)
+    path = base_dir / Path(path_text).expanduser()
     if not path.is_file():
         raise ConfigError(f"policy {source}: there is no file {path}.")
     module_name = f"multicolm_policy_{path.stem}"

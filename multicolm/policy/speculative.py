@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from jaxtyping import Float
+from pydantic import Field
 
 from multicolm.policy.base import Needs, VerifyPolicy, register_policy
 from multicolm.types import Signal, Tensor
@@ -21,14 +22,14 @@ class SpeculativePolicy(VerifyPolicy):
 
     Attributes:
         target: the model whose text is wanted.
-        lenience: 0 is exact; towards 1 the base model's tokens pass more easily.
+        lenience: 0 to 1; 0 is exact, towards 1 the base model's tokens pass more easily.
 
     Source:
         Leviathan et al. 2023, arXiv 2211.17192, algorithm 1 and appendix A.5 (lenience).
     """
 
     target: Role = "assistant"
-    lenience: float = 0.0
+    lenience: Annotated[float, Field(ge=0, le=1)] = 0.0
 
     base_signals: ClassVar[set[Signal]] = {"logprobs"}
     assistant_signals: ClassVar[set[Signal]] = {"logprobs"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from jaxtyping import Bool, Float, Int
+from pydantic import NonNegativeFloat
 
 from multicolm.policy.base import Schedule, SelectPolicy, When, register_policy
 from multicolm.types import Signal, Tensor
@@ -59,7 +60,7 @@ class ConfidencePolicy(_Unsure):
         Token-level deferral by confidence, as in BiLD's fallback, arXiv 2302.07863, section 3.
     """
 
-    threshold: float = 0.5
+    threshold: NonNegativeFloat = 0.5
 
     base_signals: ClassVar[set[Signal]] = {"top1"}
     assistant_signals: ClassVar[set[Signal]] = {"top1"}
@@ -122,7 +123,7 @@ class MarginPolicy(_Unsure):
         Margin sampling (Scheffer et al. 2001), used per token.
     """
 
-    threshold: float = 0.2
+    threshold: NonNegativeFloat = 0.2
 
     base_signals: ClassVar[set[Signal]] = {"topk"}
     assistant_signals: ClassVar[set[Signal]] = {"topk"}

@@ -1,35 +1,25 @@
-"""Every selecting policy against its definition, written out in plain Python, token by token.
+"""Every policy against its definition, written out in plain Python, token by token.
 
-p[k] is model k's next-token distribution, x[k] its most likely token; ties go to the lower index.
+p[k] is model k's next-token distribution; ties go to the lower index.
 """
 
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+from tables import TOKENS, random_table
 
-from multicolm import Ensemble
+from multicolm import Answer, Ensemble
 from multicolm.backend.table import TableModel
+from multicolm.decoding.sampling import Noise, row_key
 
-TOKENS = ["a", "b", " c", "d", " e", "f", "."]
 END = len(TOKENS) - 1
 Dist = list[float]
-# (distributions, writers so far) -> the writer
-Rule = Callable[[list[Dist], list[int]], int]
-
-
-def table(name: str, seed: int) -> TableModel:
-    chance = random.Random(seed)
-    rows: dict[Any, dict[str, float]] = {}
-    for context in ["", *TOKENS[:-1], *((a, b) for a in TOKENS[:-1] for b in TOKENS[:-1])]:
-        weights = [chance.random() ** chance.choice([1, 3, 8]) + 1e-4 for _ in TOKENS]
-        weights[END] *= 0.2
-        rows[context] = {t: w / sum(weights) for t, w in zip(TOKENS, weights, strict=True)}
-    return TableModel(name, TOKENS, rows, ends=["."])
+# (distributions, writers so far) -> the writer, or the distribution that they make together
+Rule = Callable[[list[Dist], list[int]], int | Dist]
 
 
 def top(p: Dist) -> int:
@@ -115,6 +105,33 @@ def bild(fallback: float, rollback: float, num_small_iters: int) -> Rule:
     return rule
 
 
+def arithmetic(*weights: float) -> Rule:
+    return lambda p, _: [
+        sum(w * x for w, x in zip(weights, xs, strict=True)) for xs in zip(*p, strict=True)
+    ]
+
+
+def geometric(*weights: float) -> Rule:
+    return lambda p, _: [
+        math.prod(x**w for w, x in zip(weights, xs, strict=True)) for xs in zip(*p, strict=True)
+    ]
+
+
+def proxy(alpha: float) -> Rule:
+    return lambda p, _: [x * (y / x) ** alpha for x, y in zip(*p, strict=True)]
+
+
+def contrastive(alpha: float, beta: float) -> Rule:
+    def rule(p: list[Dist], _: list[int]) -> Dist:
+        amateur, expert = p
+        return [
+            e ** (1 + beta) / a**beta if e >= alpha * max(expert) else 0.0
+            for e, a in zip(expert, amateur, strict=True)
+        ]
+
+    return rule
+
+
 RULES: list[tuple[str, dict[str, Any], Rule]] = [
     ("confidence", {"threshold": 0.35}, confidence(0.35)),
     ("confidence", {"threshold": 0.6}, confidence(0.6)),
@@ -125,46 +142,78 @@ RULES: list[tuple[str, dict[str, Any], Rule]] = [
     ("cosd-rule", {"alpha": 0.9, "beta": 1.2}, cosd(0.9, 1.2)),
     ("nudging", {"threshold": 0.4}, nudging(0.4)),
     ("bild", {"fallback": 0.3, "rollback": 2.0, "num_small_iters": 3}, bild(0.3, 2.0, 3)),
+    ("average", {"weights": [1, 3]}, arithmetic(0.25, 0.75)),
+    ("average", {"weights": {"m1": 1, "base": 1}, "mean": "geometric"}, geometric(0.5, 0.5)),
+    ("proxy-tuning", {"alpha": 1.5, "expert": "m1", "antiexpert": 0}, proxy(1.5)),
+    ("contrastive", {"alpha": 0.2, "beta": 0.7}, contrastive(0.2, 0.7)),
+    ("contrastive", {"alpha": 0, "beta": 2}, contrastive(0, 2)),
+]
+# The weights and roles of these speak of two models.
+OF_TWO = ("average", "proxy-tuning", "contrastive")
+CASES = [
+    pytest.param(*case, n_models, id=f"{case[0]}-{n_models}")
+    for case in RULES
+    for n_models in (2, 4)
+    if n_models == 2 or case[0] not in OF_TWO
 ]
 
 
 def by_hand(
-    models: list[TableModel], rule: Rule, prompt: str, n_tokens: int
+    models: list[TableModel], rule: Rule, prompt: str, n_tokens: int, temperature: float, seed: int
 ) -> list[tuple[int, int]]:
-    """(token, writer) of every written token; greedy."""
+    """(token, writer) of every written token.
+
+    A token is drawn with the noise of its place, which is all that this shares with the package.
+    """
     ids = models[0].tokenizer.encode(prompt)
+    key = row_key(seed, ids)
     written: list[tuple[int, int]] = []
     while len(written) < n_tokens and (not written or written[-1][0] != END):
         p = [model.logits_after(ids).exp().tolist() for model in models]
-        writer = rule(p, [w for _, w in written])
-        written.append((top(p[writer]), writer))
+        answer = rule(p, [writer for _, writer in written])
+        writer, drawn_from = (
+            (answer, p[answer]) if isinstance(answer, int) else (len(models), answer)
+        )
+        if temperature > 0:
+            noise = Noise().gumbel([key], [len(written)], len(TOKENS))[0].tolist()
+            # exp(log p / T + noise), which orders tokens as log p / T + noise does
+            drawn_from = [
+                x ** (1 / temperature) * math.exp(g) for x, g in zip(drawn_from, noise, strict=True)
+            ]
+        written.append((top(drawn_from), writer))
         ids.append(written[-1][0])
     return written
 
 
-@pytest.mark.parametrize(
-    ("kind", "params", "rule"), RULES, ids=lambda v: v if isinstance(v, str) else ""
-)
-@pytest.mark.parametrize("n_models", [2, 4])
+def written(ensemble: Ensemble, answer: Answer) -> list[tuple[int, int]]:
+    """(token, writer) of every written token; a mixture counts as the model behind the last."""
+    number = {name: k for k, name in enumerate([*ensemble.models, "mixture"])}
+    return [(token.id, number[token.model]) for token in answer.trace]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize(("kind", "params", "rule", "n_models"), CASES)
 def test_a_policy_does_what_its_definition_says(
-    kind: str, params: dict[str, Any], rule: Rule, n_models: int
+    kind: str, params: dict[str, Any], rule: Rule, n_models: int, temperature: float
 ) -> None:
     writers: set[int] = set()
-    for seed in range(6):
-        models = [table(f"m{k}", 100 * seed + k) for k in range(n_models)]
+    for seed in range(2):
+        models = [random_table(f"m{k}", 100 * seed + k) for k in range(n_models)]
         ensemble = Ensemble(models)
         prompts = ["a", "b c", "dd", "f", " e"]
-        wanted = [by_hand(models, rule, prompt, 16) for prompt in prompts]
-        for block_size in (1, 2, 7):
+        wanted = [by_hand(models, rule, p, 16, temperature, seed) for p in prompts]
+        for block_size, batch_size in ((1, 16), (2, 3), (8, 16)):
             answers = ensemble.generate(
                 prompts,
                 {"kind": kind, "params": params},
                 max_new_tokens=16,
+                temperature=temperature,
+                seed=seed,
                 schedule="block",
                 block_size=block_size,
+                batch_size=batch_size,
             )
-            got = [[(t.id, ensemble.models.role(t.model)) for t in a.trace] for a in answers]
-            assert got == wanted
+            assert [written(ensemble, answer) for answer in answers] == wanted
         writers |= {writer for text in wanted for _, writer in text}
     # Where only one model ever writes, the comparison would say little.
-    assert len(writers) >= 2
+    assert len(writers) >= 2 or writers == {n_models}

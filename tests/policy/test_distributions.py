@@ -34,7 +34,7 @@ TARGET = TableModel(
     },
 )
 PAIR = Ensemble([DRAFT, TARGET])
-N_DRAWS = 4000
+N_DRAWS = 2000
 PROMPT = "d"
 
 
