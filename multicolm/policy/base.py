@@ -92,7 +92,8 @@ class Policy:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        cls.name = cls.__name__
+        if "name" not in cls.__dict__:
+            cls.name = cls.__name__
 
     def needs(self, models: ModelNames) -> Needs:
         """What to look at in an ensemble of these models: the declared signals of those in use.
