@@ -60,7 +60,7 @@ class ProxyTuningPolicy(_Arithmetic):
 
     def roles(self) -> tuple[Role, ...]:
         """Base model, expert and anti-expert."""
-        return ("base", self.expert, self.antiexpert)
+        return (0, self.expert, self.antiexpert)
 
     def mix(self, views: Views) -> Float[Tensor, "positions vocab"]:
         """Sum of the base model and the scaled difference."""

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 from tables import random_table
 
-from multicolm import Ensemble, Policy
+from multicolm import Ensemble, ModelNames, Policy
 from multicolm.errors import CapabilityError, ConfigError, MulticolmError, UnknownNameError
 from multicolm.plugins import policies
 from multicolm.policy.fixed import SinglePolicy
+from multicolm.policy.logit_arithmetic import ProxyTuningPolicy
 
 BASE, LEFT, RIGHT = (random_table(name, seed) for seed, name in enumerate(("base", "left", "sage")))
 TRIO = Ensemble([BASE, LEFT, RIGHT])
@@ -104,10 +105,11 @@ def test_a_role_is_a_word_an_index_or_a_name(role: int | str, name: str) -> None
 
 
 def test_a_name_goes_before_the_words_base_and_assistant() -> None:
-    turned = Ensemble([random_table("assistant", 1), random_table("base", 2)])
-    assert writers(turned, "single", model="assistant") == {"assistant"}
-    assert writers(turned, "single", model="base") == {"base"}
-    assert writers(turned, "single", model=0) == {"assistant"}
+    turned = ModelNames(["assistant", "base", "left"])
+    assert [turned.role(role) for role in ("assistant", "base", 0, 1)] == [0, 1, 0, 1]
+    # What the large model of proxy tuning is hangs on its place, not on a name.
+    proxies = ProxyTuningPolicy(expert="base", antiexpert="left")
+    assert sorted(proxies.needs(turned).always) == [0, 1, 2]
 
 
 def test_an_index_in_quotes_is_a_name() -> None:
