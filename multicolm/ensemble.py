@@ -67,6 +67,12 @@ class Ensemble:
                 f"an ensemble needs one model or more, with different names other than "
                 f"'{MIXTURE}'; got {', '.join(names) or 'none'}."
             )
+        for role, place in (("base", 0), ("assistant", 1)):
+            if role in names and names.index(role) != place:
+                raise ConfigError(
+                    f"model {names.index(role)} is called '{role}', which is the word for model "
+                    f"{place}; give it another name."
+                )
         self.models = ModelNames(names)
         self.config = config
         self.generation = generation or GenerationConfig()

@@ -7,6 +7,7 @@ declare is refused: a declaration that is too small would make multicolm look ch
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 
@@ -67,18 +68,26 @@ class ModelNames(tuple[str, ...]):
 
         Raises:
             CapabilityError: if the list has another length than the ensemble, or a weight is
-                negative, or all are zero.
+                negative or not finite, or all are zero, or a model is named twice.
             UnknownNameError: if a name in the mapping is no model.
         """
         if given is None:
             return [1.0 / len(self)] * len(self)
         if isinstance(given, Mapping):
             weights = [0.0] * len(self)
+            named: dict[int, str] = {}
             for role, weight in given.items():
-                weights[self.role(role)] = float(weight)
+                k = self.role(role)
+                if k in named:
+                    raise CapabilityError(
+                        f"weights name model '{self[k]}' twice, as '{named[k]}' and as '{role}'."
+                    )
+                named[k] = role
+                weights[k] = float(weight)
         else:
             weights = [float(weight) for weight in given]
-        if len(weights) != len(self) or min(weights) < 0 or sum(weights) <= 0:
+        fit = len(weights) == len(self) and all(0 <= weight < math.inf for weight in weights)
+        if not fit or sum(weights) <= 0:
             raise CapabilityError(
                 f"weights {weights} do not fit: allowed is one weight >= 0 for each of "
                 f"{', '.join(self)}, not all zero."

@@ -82,3 +82,11 @@ def test_a_stream_that_is_closed_gives_torch_its_threads_back() -> None:
         assert list(stream) == []
     finally:
         torch.set_num_threads(before)
+
+
+def test_a_model_called_like_the_role_of_another_is_refused() -> None:
+    models = [TableModel(name, ["a"], {"": {"a": 1.0}}) for name in ("instruct", "base")]
+    with pytest.raises(
+        ConfigError, match="model 1 is called 'base', which is the word for model 0"
+    ):
+        Ensemble(models)

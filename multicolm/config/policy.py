@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from multicolm.config.document import Document, read_text
 from multicolm.config.wording import Place, Problem, Strict, check, problems_of, show, unknown_key
 from multicolm.errors import MulticolmError, UnknownNameError, unknown
 from multicolm.plugins import policies
+from multicolm.views import Role
 
 __all__ = [
     "PolicyConfig",
@@ -198,13 +200,20 @@ def _param_problems(cls: type, params: Mapping[str, Any], place: Place) -> list[
         problems.append(Problem(place, str(error)))
     except (PydanticUserError, PydanticUndefinedAnnotation):
         pass  # A plain dataclass whose types pydantic does not know: only its names are checked.
+    seen = {problem.place for problem in problems}
     return problems + [
-        Problem((*place, key), f"must be {_kind_word(allowed[key])}, got {show(value)}.")
+        Problem((*place, key), f"must be {_WORDS[allowed[key]]}, got {show(value)}.")
         for key, value in known.items()
-        # pydantic reads `true` as 1.
-        if isinstance(value, bool) and allowed[key] in (int, float)
+        if allowed[key] in _WORDS and _is_no_number(value, allowed[key])
+        if (*place, key) not in seen
     ]
 
 
-def _kind_word(annotation: object) -> str:
-    return "a whole number" if annotation is int else "a number"
+_WORDS = {int: "a whole number", float: "a number", Role: "a whole number or text"}
+
+
+def _is_no_number(value: object, annotation: object) -> bool:
+    """What pydantic takes for a number and nobody means: `true`, `"0.5"`, `.nan`."""
+    if isinstance(value, str):
+        return annotation is not Role
+    return isinstance(value, bool) or (isinstance(value, float) and math.isnan(value))

@@ -62,6 +62,7 @@ class PolicyDesk:
         self.needs: Needs = policy.needs(models)
         self._sampling = sampling
         self._starts_word = starts_word
+        self._uses = policy.uses(models)
         self._scores = type(policy).score is not Policy.score
 
     def views(self, positions: Positions, which: Sequence[int], shown: dict[int, Shown]) -> Views:
@@ -99,6 +100,7 @@ class PolicyDesk:
         answer = self.policy.score(views) if self._scores else None
         if answer is None:
             return [None] * views.n_positions
+        self._check(answer, views, "score", {torch.float32, torch.float64})
         return [float(number) for number in answer.tolist()]
 
     def decide(self, draft: Draft, which: Sequence[int], verdict: Verdict) -> dict[int, int]:
@@ -146,11 +148,12 @@ class PolicyDesk:
         answer = policy.select(views)
         self._check(answer, views, "select", {torch.int64, torch.int32})
         writers = answer.tolist()
-        if writers and not 0 <= min(writers) <= max(writers) < len(self.models):
-            wrong = next(w for w in writers if not 0 <= w < len(self.models))
+        wrong = sorted(set(writers) - self._uses)
+        if wrong:
+            used = ", ".join(f"{k} {self.models[k]}" for k in sorted(self._uses))
             raise PolicyError(
-                f"policy '{policy.name}' chose model {wrong}; allowed are 0 to "
-                f"{len(self.models) - 1} ({', '.join(self.models)})."
+                f"policy '{policy.name}' chose model {wrong[0]}; allowed are those that it uses "
+                f"({used})."
             )
         waiting: dict[int, int] = {}
         for k in sorted(set(writers)):
@@ -166,11 +169,12 @@ class PolicyDesk:
         self, policy: MixPolicy, views: Views, draft: Draft, which: Sequence[int], verdict: Verdict
     ) -> None:
         mixed = policy.mix(views)
-        self._check(mixed, views, "mix", {torch.float32, torch.float64})
-        if bool((mixed.max(-1).values == float("-inf")).any()) or bool(mixed.isnan().any()):
+        self._check(mixed, views, "mix", {torch.float32, torch.float64}, rows=True)
+        # The greatest of a row is NaN if anything in the row is.
+        if not bool(mixed.max(-1).values.isfinite().all()):
             raise PolicyError(
                 f"policy '{policy.name}' returned a distribution without any possible token, "
-                "or with NaN."
+                "or with NaN or infinity."
             )
         tokens = draft.positions.draw(mixed, which)
         verdict.enter(which, [len(self.models)] * len(which), tokens, mixed)
@@ -184,8 +188,9 @@ class PolicyDesk:
         verdict: Verdict,
     ) -> None:
         target = policy.target_probs(views)
-        self._check(target, views, "target_probs", {torch.float32, torch.float64})
-        if bool((target < 0).any()) or bool(((target.sum(-1) - 1).abs() > 1e-3).any()):
+        self._check(target, views, "target_probs", {torch.float32, torch.float64}, rows=True)
+        # Asked in this way round, so that NaN is refused too.
+        if not bool((target >= 0).all()) or not bool(((target.sum(-1) - 1).abs() <= 1e-3).all()):
             raise PolicyError(
                 f"policy '{policy.name}' returned target_probs whose rows are no probabilities."
             )
@@ -207,6 +212,11 @@ class PolicyDesk:
             ).to(target.device)
         tokens = torch.where(kept, drafted[:, 0], replaced.argmax(-1))
         writer = policy.replaces(self.models)
+        if writer not in draft.shown:
+            raise PolicyError(
+                f"policy '{policy.name}': replaces() named model {writer}, which was not run; "
+                f"name one of its needs ({', '.join(map(str, sorted(draft.shown)))})."
+            )
         for k, chosen in ((0, kept), (writer, ~kept)):
             lines = chosen.nonzero()[:, 0]
             theirs = [which[line] for line in lines.tolist()]
@@ -214,14 +224,26 @@ class PolicyDesk:
                 logits = draft.shown[k].logits(theirs)
                 verdict.enter(theirs, [k] * len(theirs), tokens[lines], logits)
 
-    def _check(self, answer: object, views: Views, method: str, dtypes: set[torch.dtype]) -> None:
+    def _check(
+        self,
+        answer: object,
+        views: Views,
+        method: str,
+        dtypes: set[torch.dtype],
+        *,
+        rows: bool = False,
+    ) -> None:
+        """Refuse what is not one number per position, or one row over the vocabulary."""
+        vocab = len(self._starts_word)
+        shape = (views.n_positions, vocab) if rows else (views.n_positions,)
         got: object = type(answer).__name__
         if isinstance(answer, Tensor):
-            if answer.dtype in dtypes and answer.shape[:1] == (views.n_positions,):
+            if answer.dtype in dtypes and answer.shape == shape:
                 return
             got = f"a {answer.dtype} tensor of shape {list(answer.shape)}"
         allowed = " or ".join(sorted(str(dtype) for dtype in dtypes))
+        size = f"{views.n_positions} rows of {vocab}" if rows else f"{views.n_positions} entries"
         raise PolicyError(
             f"policy '{self.policy.name}': {method}() must return a {allowed} tensor with "
-            f"{views.n_positions} entries, one per position, and returned {got}."
+            f"{size}, one per position, and returned {got}."
         )

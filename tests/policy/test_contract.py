@@ -116,6 +116,7 @@ def test_views_without_settings_or_vocabulary_say_so() -> None:
         (lambda n: torch.zeros(n), "a torch.float32 tensor of shape [2]"),
         (lambda n: torch.zeros(n, dtype=torch.bool), "a torch.bool tensor of shape [2]"),
         (lambda n: torch.zeros(n + 1, dtype=torch.long), "a torch.int64 tensor of shape [3]"),
+        (lambda n: torch.zeros(n, 1, dtype=torch.long), "a torch.int64 tensor of shape [2, 1]"),
         (lambda n: torch.tensor(0), "a torch.int64 tensor of shape []"),
         (lambda n: [0] * n, "list"),
         (lambda n: None, "NoneType"),
@@ -133,7 +134,31 @@ def test_select_must_return_one_index_per_position(answer: Callable[[int], Any],
 def test_select_must_name_a_model_that_exists(index: int) -> None:
     odd = policy(SelectPolicy, lambda views: zeros(views) + index)
     assert complaint(odd) == (
-        f"policy 'Odd' chose model {index}; allowed are 0 to 1 (base, other)."
+        f"policy 'Odd' chose model {index}; allowed are those that it uses (0 base, 1 other)."
+    )
+
+
+def test_select_must_name_a_model_that_it_uses() -> None:
+    base_alone = {"uses": lambda self, models: frozenset({0})}
+    odd = policy(SelectPolicy, lambda views: zeros(views) + 1, **base_alone)
+    assert complaint(odd) == (
+        "policy 'Odd' chose model 1; allowed are those that it uses (0 base)."
+    )
+
+
+@pytest.mark.parametrize(
+    ("score", "seen"),
+    [
+        (lambda n: torch.zeros(n, 2), "a torch.float32 tensor of shape [2, 2]"),
+        (lambda n: torch.zeros(n - 1), "a torch.float32 tensor of shape [1]"),
+        (lambda n: [0.0] * n, "list"),
+    ],
+)
+def test_score_must_return_one_number_per_position(score: Callable[[int], Any], seen: str) -> None:
+    odd = policy(SelectPolicy, zeros, score=lambda self, views: score(views.n_positions))
+    assert complaint(odd) == (
+        "policy 'Odd': score() must return a torch.float32 or torch.float64 tensor with 2 entries, "
+        f"one per position, and returned {seen}."
     )
 
 
@@ -159,6 +184,12 @@ def test_defers_must_return_flags() -> None:
     [
         (lambda x: x + float("-inf"), "without any possible token, or with NaN"),
         (lambda x: x * float("nan"), "without any possible token, or with NaN"),
+        (
+            lambda x: x.masked_fill(x == x[0, 0], float("inf")),
+            "without any possible token, or with NaN",
+        ),
+        (lambda x: x[:, 0], "mix() must return a torch.float32 or torch.float64 tensor with 2"),
+        (lambda x: x[:, :-1], "mix() must return a torch.float32 or torch.float64 tensor with 2"),
         (lambda x: x[:1], "mix() must return a torch.float32 or torch.float64 tensor with 2"),
         (lambda x: x.half(), "mix() must return a torch.float32 or torch.float64 tensor with 2"),
     ],
@@ -168,10 +199,29 @@ def test_mix_must_return_a_distribution_per_position(mixed: Callable[..., Any], 
     assert said in complaint(odd)
 
 
-@pytest.mark.parametrize("factor", [2.0, 0.5, -1.0])
+@pytest.mark.parametrize("factor", [2.0, 0.5, -1.0, float("nan")])
 def test_target_probs_must_be_probabilities(factor: float) -> None:
     odd = policy(VerifyPolicy, lambda views: factor * views.drawn_probs(1))
     assert complaint(odd, temperature=1.0).endswith("target_probs whose rows are no probabilities.")
+
+
+def test_target_probs_must_be_as_wide_as_the_vocabulary() -> None:
+    odd = policy(VerifyPolicy, lambda views: torch.ones(views.n_positions, 1))
+    assert complaint(odd, schedule="stepwise") == (
+        "policy 'Odd': target_probs() must return a torch.float32 or torch.float64 tensor with 2 "
+        "rows of 7, one per position, and returned a torch.float32 tensor of shape [2, 1]."
+    )
+
+
+def test_what_replaces_a_draft_must_be_a_model_that_was_run() -> None:
+    odd = policy(
+        VerifyPolicy,
+        lambda views: views.drawn_probs(0),
+        assistant_signals=set(),
+    )
+    assert complaint(odd) == (
+        "policy 'Odd': replaces() named model 1, which was not run; name one of its needs (0)."
+    )
 
 
 def test_a_policy_of_no_kind_is_refused() -> None:

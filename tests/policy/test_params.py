@@ -69,6 +69,11 @@ def test_every_param_refuses_a_value_of_another_type(kind: str, param: str) -> N
     [
         ("confidence", "threshold", NAN, "must be 0 or more, got nan."),
         ("confidence", "threshold", -0.1, "must be 0 or more, got -0.1."),
+        ("confidence", "threshold", "0.5", "must be a number, got '0.5'."),
+        ("confidence", "threshold", True, "must be a number, got true."),
+        ("entropy", "threshold", NAN, "must be a number, got nan."),
+        ("single", "model", True, "must be a whole number or text, got true."),
+        ("bild", "num_small_iters", "3", "must be a whole number, got '3'."),
         ("margin", "threshold", NAN, "must be 0 or more, got nan."),
         ("nudging", "threshold", NAN, "must be 0 or more, got nan."),
         ("cosd-rule", "alpha", NAN, "must be 0 or more, got nan."),
@@ -146,12 +151,20 @@ def test_an_index_out_of_range_is_refused(index: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "weights", [[1, 1], [1, 1, 1, 1], [], [0, 0, 0], [2, -1, 1], {}, {"left": 0}]
+    "weights",
+    [[1, 1], [1, 1, 1, 1], [], [0, 0, 0], [2, -1, 1], {}, {"left": 0}, [NAN, 1, 1], {"left": INF}],
 )
 @pytest.mark.parametrize("kind", ["random", "average"])
 def test_weights_that_do_not_fit_the_ensemble_are_refused(kind: str, weights: Any) -> None:
     assert refusal(kind, weights=weights).endswith(
         "do not fit: allowed is one weight >= 0 for each of base, left, sage, not all zero."
+    )
+
+
+@pytest.mark.parametrize("kind", ["random", "average"])
+def test_a_model_is_weighed_once(kind: str) -> None:
+    assert refusal(kind, weights={"left": 1, "assistant": 3}) == (
+        "CapabilityError: weights name model 'left' twice, as 'left' and as 'assistant'."
     )
 
 
