@@ -1,8 +1,8 @@
 """What a policy sees: one :class:`View` per model, bundled in :class:`Views`.
 
-A view works its numbers out when they are first asked for, so a policy that looks at nothing but
-the top-1 probability never pays for a softmax over the vocabulary. A signal that the policy did not
-declare is refused: a declaration that is too small would make multicolm look cheaper than it is.
+A view works its numbers out when they are first asked for, and only once. A signal that the policy
+did not declare is refused: a declaration that is too small would make multicolm look cheaper than
+it is.
 """
 
 from __future__ import annotations
@@ -178,14 +178,22 @@ class View:
     @property
     def entropy_nats(self) -> Float[Tensor, "positions"]:
         """Shannon entropy of the next token, in nats."""
-        logprobs = self.logprobs
+        self._allow("logprobs")
+        return self._entropy_nats
+
+    @cached_property
+    def _entropy_nats(self) -> Float[Tensor, "positions"]:
         # 0 * -inf is 0 here: a token that cannot come adds no entropy.
-        return -(logprobs.exp() * logprobs.clamp_min(-1e30)).sum(-1)
+        return -(self._logprobs.exp() * self._logprobs.clamp_min(-1e30)).sum(-1)
 
     @property
     def margins(self) -> Float[Tensor, "positions"]:
         """Probability of the most likely token minus that of the second."""
         self._allow("topk")
+        return self._margins
+
+    @cached_property
+    def _margins(self) -> Float[Tensor, "positions"]:
         probs = self._logprobs.topk(min(2, self._logprobs.shape[-1]), dim=-1).values.exp()
         return probs[:, 0] - probs[:, 1:].sum(-1)
 
@@ -201,13 +209,6 @@ class View:
         """Log-probability in nats of one given token per position."""
         self._allow("logprobs")
         return self._logprobs.gather(-1, ids[:, None])[:, 0]
-
-    def at(self, index: Int[Tensor, "chosen"]) -> View:
-        """The same view at some of its positions."""
-        hidden = None if self._hidden is None else self._hidden[index]
-        view = View(self._logits[index], hidden, name=self.name)
-        view._signals = self._signals
-        return view
 
 
 class Views:

@@ -30,7 +30,6 @@ class Positions:
     places: Sequence[int]
     noise: Noise
     sampling: Sampling
-    n_models: int
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -59,7 +58,6 @@ class Positions:
             [self.places[i] for i in which],
             self.noise,
             self.sampling,
-            self.n_models,
         )
 
     def context(self, device: torch.device) -> dict[str, Callable[[], Tensor]]:

@@ -122,7 +122,7 @@ def _joined(parts: Sequence[tuple[Draft, list[int]]]) -> Draft:
         joined.deferring += [draft.deferring[i] for i in lines]
         joined.scores += [draft.scores[i] for i in lines]
     first = parts[0][0].positions
-    joined.positions = Positions(rows, places, first.noise, first.sampling, first.n_models)
+    joined.positions = Positions(rows, places, first.noise, first.sampling)
     look = Look(torch.cat(logits), torch.cat(states) if states else None)
     joined.shown[0] = Shown(look, {i: i for i in range(len(rows))})
     return joined

@@ -146,24 +146,15 @@ class Router:
         return Draft(positions, deferring=[True] * len(rows), scores=[None] * len(rows))
 
     def _positions(self, rows: Sequence[Row], places: Sequence[int]) -> Positions:
-        return Positions(rows, places, self._noise, self._sampling, len(self._models))
+        return Positions(rows, places, self._noise, self._sampling)
 
-    def _room(self, row: Row) -> int:
-        """How many more tokens every model in use can read in this row."""
-        room = row.max_new_tokens
+    def _fits(self, row: Row, *ahead: int) -> bool:
+        """Whether every model in use can read the row, its draft, and the tokens ``ahead``."""
+        unread = [*row.ids[len(row.written) :], *ahead]
         for k in self._used:
             limit = self._models[k].context_length
-            if limit is not None:
-                room = min(room, limit - row.lengths[k])
-        return room
-
-    def _fits(self, row: Row, token: int) -> bool:
-        """Whether every model in use can read this row's draft and one token behind it."""
-        ahead = [*row.ids[len(row.written) :], token]
-        for k in self._used:
-            limit = self._models[k].context_length
-            n_ahead = sum(self._vocabulary.n_read(k, new) for new in ahead)
-            if limit is not None and row.lengths[k] + n_ahead > limit:
+            n_more = sum(self._vocabulary.n_read(k, token) for token in unread)
+            if limit is not None and row.lengths[k] + n_more > limit:
                 return False
         return True
 
@@ -285,7 +276,7 @@ class Router:
             row.finish_reason = "eos"
         elif len(row.written) >= row.max_new_tokens:
             row.finish_reason = "length"
-        elif self._room(row) < 0:
+        elif not self._fits(row):
             row.finish_reason = "context"
         if row.finish_reason is not None:
             for text, writer in row.text.finish():

@@ -183,7 +183,7 @@ class VerifyPolicy(Policy):
 
     def target_probs(self, views: Views) -> Float[Tensor, "positions vocab"]:
         """Probabilities, each row summing to 1; use ``views.drawn_probs`` for the models' own."""
-        raise NotImplementedError(f"{type(self).__name__} has no `target`")
+        raise NotImplementedError(f"{type(self).__name__} has no `target_probs`")
 
     def replaces(self, models: ModelNames) -> int:
         """Index of the model that is named as the writer of a replaced token."""
