@@ -3,8 +3,10 @@ from __future__ import annotations
 import json
 import os
 import pty
+import select
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -100,19 +102,30 @@ def test_a_talk_in_a_terminal_survives_ctrl_c_and_ends_with_ctrl_d() -> None:
     )
     shown = ""
 
-    def until(text: str, times: int = 1) -> None:
-        nonlocal shown
-        while shown.count(text) < times:
-            shown += os.read(leader, 4096).decode()
+    def until(text: str, times: int = 1, pressing: bytes = b"") -> None:
+        """Wait for what is shown, pressing a key again as a person would who sees nothing happen.
 
-    until("> ")
-    os.write(leader, b"\x03")
-    until("(Ctrl-D or /quit ends.)")
-    until("> ", 2)
-    os.write(leader, QUESTION.encode() + b"\n")
-    until("Answer: ")
-    until("> ", 3)
-    os.write(leader, b"\x04")
-    assert talk.wait(timeout=60) == 0
-    os.close(leader)
-    os.close(follower)
+        A Ctrl-C between readline's prompt and its wait for a key takes effect at the next key.
+        """
+        nonlocal shown
+        deadline = time.monotonic() + 60
+        while shown.count(text) < times:
+            assert time.monotonic() < deadline, f"no {text!r} within 60 s in {shown!r}"
+            if pressing:
+                os.write(leader, pressing)
+            if select.select([leader], [], [], 1.0)[0]:
+                shown += os.read(leader, 4096).decode()
+
+    try:
+        until("> ")
+        until("(Ctrl-D or /quit ends.)", pressing=b"\x03")
+        os.write(leader, QUESTION.encode() + b"\n")
+        until("Answer: ")
+        asked = shown.index("Answer: ")
+        until("> ", shown[:asked].count("> ") + 1)
+        os.write(leader, b"\x04")
+        assert talk.wait(timeout=60) == 0
+    finally:
+        talk.kill()
+        os.close(leader)
+        os.close(follower)
