@@ -6,6 +6,9 @@
     ├── ModelError                 weights that are missing, unsafe to load, or of a kind not served
     ├── CapabilityError            a policy asks for what a model or a schedule cannot give
     ├── VocabularyError            tokenizers that cannot be joined, or not be turned into bytes
+    ├── ArtefactError              a file of a score table or a checkpoint: missing, damaged, of
+    │                              other models or other data
+    ├── TrainingError              training cannot go on: a loss that is no number, nothing to learn
     ├── InputError                 a prompt or a setting of one call (empty, too long, out of range)
     └── PolicyError                a policy broke its contract while the text was being written
 
@@ -18,12 +21,14 @@ import difflib
 from collections.abc import Iterable
 
 __all__ = [
+    "ArtefactError",
     "CapabilityError",
     "ConfigError",
     "InputError",
     "ModelError",
     "MulticolmError",
     "PolicyError",
+    "TrainingError",
     "UnknownNameError",
     "VocabularyError",
     "unknown",
@@ -56,6 +61,14 @@ class CapabilityError(MulticolmError):
 
 class VocabularyError(MulticolmError):
     """The tokenizers of an ensemble do not fit together, or one cannot be turned into bytes."""
+
+
+class ArtefactError(MulticolmError):
+    """A file of a score table or a checkpoint is missing, damaged, or made for something else."""
+
+
+class TrainingError(MulticolmError):
+    """Training cannot go on: the loss is no number, or there is nothing to learn from."""
 
 
 class InputError(MulticolmError):

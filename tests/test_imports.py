@@ -16,11 +16,13 @@ PACKAGE = Path(multicolm.__file__).parent
 # From the bottom up; a part imports its own layer and those below it.
 LAYERS = [
     {"errors", "types"},
+    {"artefacts"},
     {"plugins", "catalog", "config", "views"},
     {"policy", "tokenizer", "backend"},
     {"decoding"},
     {"ensemble", "streaming"},
-    {"testing", "tiny"},
+    {"scoring"},
+    {"testing", "tiny", "training", "calibration", "evaluation"},
     {"cli", "__main__"},
 ]
 # Within one layer: these never meet.

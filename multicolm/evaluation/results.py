@@ -1,0 +1,223 @@
+"""What a comparison found: the schema of ``results.json`` and of the lines of ``traces.jsonl``.
+
+Imports no torch and no plotting library, so that results can be read anywhere.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+__all__ = [
+    "Comparison",
+    "ModelUse",
+    "RowKind",
+    "RowResult",
+    "ShownToken",
+    "TracedAnswer",
+    "read_comparison",
+    "read_traces",
+]
+
+RowKind: TypeAlias = Literal["model", "policy", "random", "sweep", "oracle"]
+"""What a row of the table is: one model alone; a policy; random routing at a policy's shares; a
+policy at another threshold (a point of its curve); the best that any choice of writers could do."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelUse:
+    """What one model did for all texts of a row together.
+
+    Attributes:
+        model: its name.
+        tokens_written: by it.
+        share: of all written tokens, 0 to 1.
+        forwards: forward passes, each counted once however many texts it served.
+        tokens_read: tokens fed to it, prompts included.
+        seconds: wall-clock time inside its forward passes.
+    """
+
+    model: str
+    tokens_written: int
+    share: float
+    forwards: int
+    tokens_read: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class RowResult:
+    """One row of the table.
+
+    Attributes:
+        name: unique within the comparison.
+        kind: what the row is.
+        policy: ``{"kind": ..., "params": {...}}``; ``None`` for the oracle.
+        n_questions: how many questions it answered.
+        quality: mean of the metric, 0 to 1.
+        low: lower end of the 95 % bootstrap interval of ``quality``.
+        high: its upper end.
+        gain: quality minus that of the best model alone on the same questions; ``None`` for that
+            model's own row.
+        gain_low: lower end of its 95 % paired bootstrap interval.
+        gain_high: its upper end.
+        p_value: of a paired two-sided test against the best model alone; ``None`` for its own row.
+        uses: per model, the base model first; empty for the oracle.
+        n_tokens: written in all; 0 for the oracle.
+        n_mixed: of these, written by several models together.
+        seconds: wall-clock time of the answers; 0 for the oracle.
+        tokens_per_second: written tokens by those seconds.
+        cost: per written token, in the ensemble's unit: every model's forward passes for a text
+            times its ``cost``.
+        of: for ``random`` and ``sweep``, the name of the row that it belongs to.
+        point: for ``sweep``, the params that differ from that row's.
+        note: one sentence that a reader of the row has to know; empty if there is none.
+    """
+
+    name: str
+    kind: RowKind
+    policy: Mapping[str, Any] | None
+    n_questions: int
+    quality: float
+    low: float
+    high: float
+    gain: float | None = None
+    gain_low: float | None = None
+    gain_high: float | None = None
+    p_value: float | None = None
+    uses: tuple[ModelUse, ...] = ()
+    n_tokens: int = 0
+    n_mixed: int = 0
+    seconds: float = 0.0
+    tokens_per_second: float = 0.0
+    cost: float = 0.0
+    of: str = ""
+    point: Mapping[str, Any] = field(default_factory=dict)
+    note: str = ""
+
+    @property
+    def assistant_share(self) -> float:
+        """The part of the tokens that assistants wrote, 0 to 1."""
+        return sum(use.share for use in self.uses[1:])
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """A whole comparison: the schema of ``results.json``.
+
+    Attributes:
+        ensemble: as it was given.
+        models: the names, the base model first.
+        identities: per model what it is, where that is known.
+        costs: per model, of one forward pass for one text.
+        task: the task's name.
+        metric: the metric's name.
+        split: which split of the task's data was used.
+        digest: of that data.
+        seed: of everything random.
+        settings: generation settings that all rows shared, such as ``max_new_tokens``.
+        versions: of multicolm, torch, transformers and Python.
+        machine: processor, threads and accelerator, in words.
+        rows: of the table.
+        warnings: sentences that a reader has to know before trusting a number.
+    """
+
+    ensemble: str
+    models: tuple[str, ...]
+    identities: tuple[str, ...]
+    costs: tuple[float, ...]
+    task: str
+    metric: str
+    split: str
+    digest: str
+    seed: int
+    settings: Mapping[str, Any]
+    versions: Mapping[str, str]
+    machine: str
+    rows: tuple[RowResult, ...]
+    warnings: tuple[str, ...] = ()
+
+    def as_json(self) -> dict[str, Any]:
+        """A dictionary of plain values."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Comparison:
+        """The reverse of :meth:`as_json`."""
+        rows = tuple(
+            RowResult(**{**row, "uses": tuple(ModelUse(**use) for use in row["uses"])})
+            for row in data["rows"]
+        )
+        names = ("models", "identities", "costs", "warnings")
+        return cls(**{**data, **{name: tuple(data[name]) for name in names}, "rows": rows})
+
+
+@dataclass(frozen=True, slots=True)
+class ShownToken:
+    """One written token, and what every model and the policy made of its place.
+
+    Attributes:
+        text: as it is shown.
+        model: who wrote it, or ``"mixture"``.
+        logprob: in nats, under the writer's distribution; ``None`` if it is not finite.
+        score: the number that the policy decided on, if it gives one.
+        models: per model name, ``{"logprob": nats or None, "top": [[token text, probability],
+            ...]}``, most likely first; only models that were looked at afterwards.
+        policy: per model name, the probability with which the policy lets it write; empty for
+            policies without such probabilities.
+    """
+
+    text: str
+    model: str
+    logprob: float | None
+    score: float | None = None
+    models: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    policy: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class TracedAnswer:
+    """One answer of one row: a line of ``traces.jsonl``.
+
+    Attributes:
+        row: name of the row in the table.
+        question: the question's id.
+        prompt: what was asked, as text.
+        gold: the right answer, as the task has it.
+        text: what was written.
+        quality: of this answer, 0 to 1.
+        finish_reason: why the text ended.
+        tokens: the trace.
+    """
+
+    row: str
+    question: str
+    prompt: str
+    gold: str
+    text: str
+    quality: float
+    finish_reason: str
+    tokens: tuple[ShownToken, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        """A dictionary of plain values."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> TracedAnswer:
+        """The reverse of :meth:`as_json`."""
+        return cls(**{**data, "tokens": tuple(ShownToken(**token) for token in data["tokens"])})
+
+
+def read_comparison(folder: Path) -> Comparison:
+    """What ``results.json`` of a folder holds."""
+    return Comparison.from_json(json.loads((folder / "results.json").read_text(encoding="utf-8")))
+
+
+def read_traces(folder: Path) -> list[TracedAnswer]:
+    """What ``traces.jsonl`` of a folder holds."""
+    lines = (folder / "traces.jsonl").read_text(encoding="utf-8").splitlines()
+    return [TracedAnswer.from_json(json.loads(line)) for line in lines]
