@@ -17,6 +17,7 @@ from pydantic_core import core_schema
 from typing_extensions import Self
 
 from multicolm.errors import ArtefactError
+from multicolm.files import write_whole
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -138,7 +139,6 @@ class Weights(Artefact["Mapping[str, Tensor]"]):
     @classmethod
     def write(cls, content: Mapping[str, Tensor], path: Path) -> None:
         """See :meth:`Artefact.write`."""
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
-        plain = {name: content[name].detach().cpu().contiguous() for name in sorted(content)}
-        save_file(plain, path)
+        write_whole(path, save({name: content[name].detach().cpu().clone() for name in content}))

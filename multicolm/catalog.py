@@ -13,14 +13,20 @@ from multicolm.errors import ConfigError, UnknownNameError, unknown
 
 __all__ = ["Kind", "names", "path", "read", "registry", "root"]
 
-Kind: TypeAlias = Literal["policies", "models", "ensembles"]
+Kind: TypeAlias = Literal["policies", "models", "ensembles", "tasks"]
 
 _FOLDERS: dict[Kind, str] = {
     "policies": "policies",
     "models": "registry/models",
     "ensembles": "registry/ensembles",
+    "tasks": "registry/tasks",
 }
-_NOUNS: dict[Kind, str] = {"policies": "policy", "models": "model", "ensembles": "ensemble"}
+_NOUNS: dict[Kind, str] = {
+    "policies": "policy",
+    "models": "model",
+    "ensembles": "ensemble",
+    "tasks": "task",
+}
 
 
 def root() -> Path:

@@ -19,7 +19,7 @@ from multicolm.decoding.sampling import Sampling, row_key
 from multicolm.decoding.text import TextStream
 from multicolm.errors import CapabilityError, ConfigError, InputError
 from multicolm.plugins import backends
-from multicolm.policy.base import Policy
+from multicolm.policy.base import ModelFacts, Policy
 from multicolm.policy.resolve import resolve_policy
 from multicolm.streaming import Answers, Run, Stream
 from multicolm.tokenizer.shared import SharedVocabulary
@@ -79,7 +79,7 @@ class Ensemble:
         self.backends = tuple(models)
         self.vocabulary = SharedVocabulary(self.models, [model.tokenizer for model in models])
         self.policy = resolve_policy(policy or {"kind": "single"}, base_dir=base_dir)
-        _check_signals(self.policy, self.models, [model.signals for model in models])
+        self._check(self.policy)
 
     @classmethod
     def from_config(cls, config: EnsembleConfig) -> Ensemble:
@@ -166,7 +166,7 @@ class Ensemble:
             MulticolmError: see :meth:`generate`.
         """
         chosen = self.policy if policy is None and not params else self.resolve(policy, params)
-        _check_signals(chosen, self.models, [model.signals for model in self.backends])
+        self._check(chosen)
         wanted = self.generation.updated(dict(settings))
         if batch_size < 1:
             raise InputError(f"batch_size must be 1 or more, got {batch_size}.")
@@ -200,6 +200,27 @@ class Ensemble:
             ConfigError: if it is not known, or a param is not.
         """
         return resolve_policy(self.policy if policy is None else policy, params)
+
+    @property
+    def facts(self) -> list[ModelFacts]:
+        """What each model is, the base model first."""
+        return [ModelFacts(m.name, m.identity, m.hidden_size) for m in self.backends]
+
+    @property
+    def costs(self) -> list[float]:
+        """What one forward pass of each model costs for one text, in the ensemble's unit."""
+        if self.config is None:
+            return [1.0] * len(self.models)
+        return [self.config.models[name].cost for name in self.models]
+
+    def _check(self, policy: Policy) -> None:
+        """Refuse a policy that does not fit these models.
+
+        Raises:
+            CapabilityError: if it needs what a model cannot show, or was made for other models.
+        """
+        _check_signals(policy, self.models, [model.signals for model in self.backends])
+        policy.check_models(self.facts)
 
     def _rows(
         self,

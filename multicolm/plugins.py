@@ -1,4 +1,4 @@
-"""One registry class for everything that has a name: policies and backends.
+"""One registry class for everything that has a name: policies, backends and metrics.
 
 A plug-in is known by a decorator, by an entry point of an installed package, or, for the parts of
 multicolm that are heavy to import, by a ``"module:Class"`` string that is imported on first use.
@@ -13,7 +13,7 @@ from typing import Generic, TypeVar
 
 from multicolm.errors import ConfigError, UnknownNameError, unknown
 
-__all__ = ["Registry", "backends", "policies"]
+__all__ = ["Registry", "backends", "metrics", "policies"]
 
 T = TypeVar("T")
 
@@ -98,12 +98,13 @@ class Registry(Generic[T]):
             self._addresses.setdefault(point.name, point.value)
 
 
-# The bounds of these two live in modules that import this one.
+# The bounds of these live in modules that import this one.
 policies: Registry[object] = Registry(
     "policy",
     "multicolm.policies",
     {
         "average": "multicolm.policy.mixture:AveragePolicy",
+        "co-llm": "multicolm.policy.co_llm:CoLlmPolicy",
         "bild": "multicolm.policy.bild:BildPolicy",
         "confidence": "multicolm.policy.threshold:ConfidencePolicy",
         "contrastive": "multicolm.policy.logit_arithmetic:ContrastivePolicy",
@@ -111,6 +112,7 @@ policies: Registry[object] = Registry(
         "entropy": "multicolm.policy.threshold:EntropyPolicy",
         "margin": "multicolm.policy.threshold:MarginPolicy",
         "max-confidence": "multicolm.policy.threshold:MaxConfidencePolicy",
+        "mlp-router": "multicolm.policy.mlp_router:MlpRouterPolicy",
         "nudging": "multicolm.policy.nudging:NudgingPolicy",
         "proxy-tuning": "multicolm.policy.logit_arithmetic:ProxyTuningPolicy",
         "random": "multicolm.policy.fixed:RandomPolicy",
@@ -129,3 +131,14 @@ backends: Registry[object] = Registry(
     },
 )
 """Backends; see :mod:`multicolm.backend`."""
+
+metrics: Registry[object] = Registry(
+    "metric",
+    "multicolm.metrics",
+    {
+        "contains": "multicolm.evaluation.metrics:ContainsMetric",
+        "exact-match": "multicolm.evaluation.metrics:ExactMatchMetric",
+        "numeric": "multicolm.evaluation.metrics:NumericMetric",
+    },
+)
+"""Metrics; see :mod:`multicolm.evaluation.metrics`."""

@@ -15,6 +15,8 @@ This module imports no torch, so that configuration can be checked without it.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -39,15 +41,17 @@ __all__ = [
     "Trace",
     "TracedToken",
     "Usage",
+    "prompt_digest",
 ]
 
-Signal: TypeAlias = Literal["top1", "topk", "logprobs", "hidden"]
+Signal: TypeAlias = Literal["top1", "topk", "logprobs", "hidden", "embedding"]
 """What a policy may ask of a model. ``logprobs`` (the whole vocabulary) includes both of the first.
 
 ``top1``      the most likely token and its log-probability
 ``topk``      a few of the most likely tokens and their log-probabilities
 ``logprobs``  the log-probability of every token
 ``hidden``    the last hidden state, after the final norm
+``embedding`` the input embedding of the most likely token
 """
 
 FinishReason: TypeAlias = Literal["eos", "stop", "length", "context"]
@@ -85,6 +89,16 @@ class GenerationSettings(TypedDict, total=False):
 
 Prompt: TypeAlias = str | Sequence[Message] | Sequence[int]
 """Text, a chat, or token ids of the shared vocabulary."""
+
+
+def prompt_digest(prompt: Prompt) -> str:
+    """Sixteen hexadecimal digits that tell one prompt from another.
+
+    Checkpoints keep those of the prompts they were made from, so that nobody judges a policy on
+    questions it has seen.
+    """
+    text = prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True)
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:16]
 
 
 @dataclass(frozen=True, slots=True)

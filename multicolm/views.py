@@ -27,6 +27,7 @@ _IMPLIED: dict[Signal, frozenset[Signal]] = {
     "topk": frozenset({"topk", "top1"}),
     "top1": frozenset({"top1"}),
     "hidden": frozenset({"hidden"}),
+    "embedding": frozenset({"embedding", "top1"}),
 }
 
 
@@ -105,6 +106,7 @@ class View:
         hidden: last hidden state after the final norm, if it was asked for.
         signals: what the policy declared; ``None`` allows everything.
         name: the model's name, for messages.
+        embed: gives the input embeddings of tokens of the shared vocabulary.
     """
 
     def __init__(
@@ -114,7 +116,9 @@ class View:
         *,
         signals: frozenset[Signal] | None = None,
         name: str = "model",
+        embed: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
+        self._embed = embed
         self._logits = logits
         self._hidden = hidden
         self._signals = None if signals is None else implied(signals)
@@ -204,6 +208,26 @@ class View:
         if self._hidden is None:
             raise PolicyError(f"model '{self.name}' was not asked for hidden states.")
         return self._hidden
+
+    def topk_logprobs(self, k: int) -> Float[Tensor, "positions k"]:
+        """Log-probabilities of the ``k`` most likely tokens, in nats, the greatest first.
+
+        Where the vocabulary has fewer tokens, -inf stands for the missing ones.
+        """
+        import torch
+
+        self._allow("topk")
+        n = min(k, self._logprobs.shape[-1])
+        top = self._logprobs.topk(n, dim=-1).values
+        return torch.nn.functional.pad(top, (0, k - n), value=float("-inf"))
+
+    @property
+    def top1_embeddings(self) -> Float[Tensor, "positions width"]:
+        """Input embedding of the most likely token."""
+        self._allow("embedding")
+        if self._embed is None:
+            raise PolicyError(f"model '{self.name}' was not asked for input embeddings.")
+        return self._embed(self._top1[1])
 
     def logprob_of(self, ids: Int[Tensor, "positions"]) -> Float[Tensor, "positions"]:
         """Log-probability in nats of one given token per position."""

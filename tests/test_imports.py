@@ -16,8 +16,11 @@ PACKAGE = Path(multicolm.__file__).parent
 # From the bottom up; a part imports its own layer and those below it.
 LAYERS = [
     {"errors", "types"},
+    {"files"},
     {"artefacts"},
     {"plugins", "catalog", "config", "views"},
+    {"score_table"},
+    {"learning"},
     {"policy", "tokenizer", "backend"},
     {"decoding"},
     {"ensemble", "streaming"},

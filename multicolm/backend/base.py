@@ -12,9 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from multicolm.config import ModelConfig
+from multicolm.errors import CapabilityError
 from multicolm.tokenizer.base import TokenizerAdapter
 from multicolm.types import Signal, Tensor
 
@@ -81,6 +82,10 @@ class Model(ABC):
         context_length: the most tokens a row may hold; ``None`` if there is no limit.
         n_parameters: number of weights, 0 if it has none.
         on_cpu: whether it runs on this process's CPU threads.
+        identity: what it is, wherever it lies and whatever it is called; empty if unknown. Equal
+            identities mean equal weights.
+        hidden_size: width of its last hidden state; ``None`` if it shows none.
+        precision: the type it computes in, such as ``float32``.
     """
 
     name: str
@@ -89,6 +94,9 @@ class Model(ABC):
     context_length: int | None = None
     n_parameters: int = 0
     on_cpu: bool = True
+    identity: str = ""
+    hidden_size: int | None = None
+    precision: str = "float32"
 
     @classmethod
     def from_config(cls, name: str, config: ModelConfig) -> Model:
@@ -102,6 +110,14 @@ class Model(ABC):
     def wait(self) -> None:
         """Return when all work that was asked of the device is done, so that clocks are right."""
         return
+
+    def embed(self, ids: Int[Tensor, "positions"]) -> Float[Tensor, "positions width"]:
+        """Input embeddings of tokens, by the model's own ids; asked of models that show them.
+
+        Raises:
+            CapabilityError: if it has none to show.
+        """
+        raise CapabilityError(f"model '{self.name}' shows no input embeddings.")
 
     @abstractmethod
     def open(self, n_rows: int) -> Session:

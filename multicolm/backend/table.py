@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar
@@ -99,7 +100,9 @@ class TableModel(Model):
                 f"model '{name}': {path} is no table; its form is "
                 "{tokens: [a, b], ends: [b], table: {'': {a: 0.5, b: 0.5}}}."
             ) from error
-        return cls(name, tokens, table, ends, data.get("context_length"))
+        model = cls(name, tokens, table, ends, data.get("context_length"))
+        model.identity = f"table:{hashlib.sha256(path.read_bytes()).hexdigest()[:16]}"
+        return model
 
     def open(self, n_rows: int) -> TableSession:
         """A session of ``n_rows`` empty rows."""

@@ -15,9 +15,10 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from functools import partial
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
@@ -27,6 +28,7 @@ from multicolm.backend.sessions import GrowingSession, RowSession, UncachedSessi
 from multicolm.config import ModelConfig
 from multicolm.errors import CapabilityError, ModelError
 from multicolm.tokenizer.huggingface import HuggingFaceTokenizer
+from multicolm.types import Signal
 
 __all__ = ["RowSession", "TransformersModel"]
 
@@ -56,6 +58,10 @@ class TransformersModel(Model):
         VocabularyError: if its tokens cannot be turned into bytes.
     """
 
+    signals: ClassVar[frozenset[Signal]] = frozenset(
+        {"top1", "topk", "logprobs", "hidden", "embedding"}
+    )
+
     def __init__(
         self, name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
     ) -> None:
@@ -76,6 +82,9 @@ class TransformersModel(Model):
         self.n_parameters = model.num_parameters()
         self.device = embeddings.device
         self.dtype: torch.dtype = model.dtype
+        self.precision = str(self.dtype).removeprefix("torch.")
+        head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+        self.hidden_size = getattr(head, "in_features", None)
         self.on_cpu = self.device.type == "cpu"
         self.served_as = ""
         self._parameters = frozenset(inspect.signature(model.forward).parameters)
@@ -84,10 +93,13 @@ class TransformersModel(Model):
     @classmethod
     def from_config(cls, name: str, config: ModelConfig) -> TransformersModel:
         """Load weights and tokenizer; see :mod:`multicolm.backend.loading`."""
+        from multicolm.backend.identity import identity_of
         from multicolm.backend.loading import load_model, load_tokenizer
 
         tokenizer = load_tokenizer(name, config)
-        return cls(name, load_model(name, config), tokenizer)
+        model = cls(name, load_model(name, config), tokenizer)
+        model.identity = identity_of(config, getattr(model.model.config, "_commit_hash", None))
+        return model
 
     def open(self, n_rows: int) -> Session:
         """A session of ``n_rows`` empty rows; the first call probes how to serve the model."""
@@ -115,6 +127,13 @@ class TransformersModel(Model):
         """The name under which the model takes a cache, if it takes one."""
         names = ("past_key_values", "cache_params")
         return next((name for name in names if name in self._parameters), None)
+
+    def embed(self, ids: Int[Tensor, "positions"]) -> Float[Tensor, "positions width"]:
+        """Input embeddings of tokens, by the model's own ids."""
+        embeddings = self.model.get_input_embeddings()
+        with torch.inference_mode():
+            embedded: Tensor = embeddings(ids.to(self.device))
+        return embedded
 
     def wait(self) -> None:
         """Return when the device has done all that was asked of it."""

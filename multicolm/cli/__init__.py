@@ -23,6 +23,9 @@ __all__ = ["cli", "main"]
 _VERBS = {
     "generate": "Write a text for each prompt.",
     "chat": "Talk with an ensemble.",
+    "score": "Let every model read a corpus, and keep what it gives to each token.",
+    "compare": "Compare policies with each other and with every model alone.",
+    "train": "Train a policy on a score table.",
     "ls": "List what the catalogue holds.",
     "validate": "Check ensemble and policy files without loading a model.",
     "version": "Print versions.",

@@ -14,6 +14,8 @@ from rich.progress import (
     Progress,
     ProgressColumn,
     Task,
+    TaskProgressColumn,
+    TextColumn,
     TimeRemainingColumn,
 )
 from rich.table import Table
@@ -21,7 +23,7 @@ from rich.text import Text
 
 from multicolm.types import MIXTURE, Answer, Piece, Trace, Usage
 
-__all__ = ["Screen", "console", "print_table", "print_usage", "visible"]
+__all__ = ["Screen", "console", "print_table", "print_usage", "visible", "work_bar"]
 
 # The base model keeps the terminal's own colour, so that what was handed over stands out.
 _COLOURS = ("default", "cyan", "magenta", "yellow", "green", "blue", "red")
@@ -129,12 +131,43 @@ def progress(total: int) -> Iterator[Callable[[], None]]:
         yield lambda: bar.advance(task)
 
 
+@contextmanager
+def work_bar(unit: str) -> Iterator[Callable[[float, float, str], None]]:
+    """A bar on stderr for long work, with rate and time left; nothing where no terminal is.
+
+    Args:
+        unit: what is counted, such as ``tokens``.
+
+    Yields:
+        What to call with how much is done, of how much, and what is being worked at.
+    """
+    if not sys.stderr.isatty():
+        yield lambda done, total, label: None
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        _Rate(unit),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda done, total, label: bar.update(
+            task, completed=done, total=total, description=label
+        )
+
+
 class _Rate(ProgressColumn):
-    """Texts per second."""
+    """Texts, or another unit, per second."""
+
+    def __init__(self, unit: str = "") -> None:
+        super().__init__()
+        self._unit = unit and f" {unit}"
 
     def render(self, task: Task) -> Text:
         """The rate so far, empty as long as there is none."""
-        return Text(f"{task.speed:.1f}/s" if task.speed else "")
+        return Text(f"{task.speed:,.1f}{self._unit}/s" if task.speed else "")
 
 
 def print_table(

@@ -55,10 +55,30 @@ def _policies() -> list[dict[str, Any]]:
     ]
 
 
+def _tasks() -> list[dict[str, Any]]:
+    from multicolm import catalog
+    from multicolm.evaluation.task import load_task
+
+    entries = []
+    for name in catalog.names("tasks"):
+        config = load_task(name).config
+        entries.append(
+            {
+                "name": name,
+                "summary": config.summary,
+                "splits": list(config.data),
+                "metric": config.metric.kind,
+                "source": config.source,
+            }
+        )
+    return entries
+
+
 _KINDS: dict[str, tuple[Callable[[], list[dict[str, Any]]], list[str]]] = {
     "models": (_models, ["name", "parameters", "context_length", "licence", "summary"]),
     "ensembles": (_ensembles, ["name", "models", "policy", "summary"]),
     "policies": (_policies, ["name", "summary", "params"]),
+    "tasks": (_tasks, ["name", "splits", "metric", "summary"]),
 }
 
 
@@ -73,7 +93,7 @@ def _cell(value: object) -> object:
 @click.argument("kind", type=click.Choice(list(_KINDS)))
 @json_option
 def command(kind: str, as_json_: bool) -> None:
-    """List the models, ensembles or policies that one may name."""
+    """List the models, ensembles, policies or tasks that one may name."""
     read, columns = _KINDS[kind]
     entries = read()
     if as_json_:

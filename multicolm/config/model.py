@@ -85,7 +85,7 @@ class ModelConfig(Strict):
         attn_implementation: transformers' attention kernel.
         adapter: folder of a PEFT adapter.
         chat_template: jinja text, or a ``.jinja`` file.
-        cost: of one token it writes, in any unit; what budgets are counted in.
+        cost: of one forward pass for one text, in any unit; what budgets are counted in.
         trust_remote_code: run Python that comes with the weights.
         allow_pickled_weights: load weights that are not safetensors.
     """

@@ -6,12 +6,13 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import Field, PydanticUserError, TypeAdapter, ValidationError
 from pydantic.errors import PydanticUndefinedAnnotation
 
 from multicolm import catalog
+from multicolm.artefacts import Artefact
 from multicolm.config.document import Document, read_text
 from multicolm.config.wording import Place, Problem, Strict, check, problems_of, show, unknown_key
 from multicolm.errors import MulticolmError, UnknownNameError, unknown
@@ -155,13 +156,19 @@ def policy_problems(config: PolicyConfig, place: Place) -> list[Problem]:
 def with_paths(config: PolicyConfig, base_dir: Path) -> PolicyConfig:
     """The policy with params that are paths made absolute.
 
-    A param is a path if its field is annotated ``pathlib.Path``.
+    A param is a path if its field is annotated ``pathlib.Path`` or an artefact, such as weights.
     """
     params = dict(config.params)
     for name, annotation in _annotations(policies.get(config.kind)).items():
-        if isinstance(params.get(name), str) and annotation in (Path, Path | None):
+        if isinstance(params.get(name), str) and _is_file(annotation):
             params[name] = str(base_dir / Path(params[name]).expanduser())
     return PolicyConfig(kind=config.kind, params=params)
+
+
+def _is_file(annotation: Any) -> bool:
+    """Whether a param's values, or some of them, are files."""
+    kinds = (annotation, *get_args(annotation))
+    return any(isinstance(kind, type) and issubclass(kind, Path | Artefact) for kind in kinds)
 
 
 def is_path(text: str) -> bool:

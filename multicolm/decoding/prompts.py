@@ -10,7 +10,7 @@ from multicolm.errors import InputError
 from multicolm.tokenizer.shared import SharedVocabulary
 from multicolm.types import Message, Prompt
 
-__all__ = ["prompt_ids"]
+__all__ = ["check_prompt", "encode_prompt", "prompt_ids"]
 
 
 def prompt_ids(
@@ -35,12 +35,12 @@ def prompt_ids(
             context, or holds ids that are no tokens.
     """
     where = f"prompt {number + 1}"
-    _check_type(prompt, where)
+    check_prompt(prompt, where)
     if _is_ids(prompt):
         _check_ids(cast("Sequence[int]", prompt), where, vocabulary.size)
     ids: list[list[int]] = []
     for k, model in enumerate(models):
-        own = _encode(prompt, k, model, vocabulary) if k in used else []
+        own = encode_prompt(prompt, k, model, vocabulary) if k in used else []
         if k in used and not own:
             raise InputError(f"{where} is empty for model '{model.name}'; write at least a word.")
         limit = model.context_length
@@ -77,7 +77,12 @@ def _check_unicode(text: str, where: str) -> None:
         ) from error
 
 
-def _check_type(prompt: Prompt, where: str) -> None:
+def check_prompt(prompt: Prompt, where: str) -> None:
+    """Refuse what is no prompt.
+
+    Raises:
+        InputError: beginning with ``where``, if it is empty, of another type, or no Unicode.
+    """
     if isinstance(prompt, str):
         if not prompt:
             raise InputError(f"{where} is empty; write at least a word.")
@@ -102,7 +107,12 @@ def _check_type(prompt: Prompt, where: str) -> None:
         _check_unicode(message["content"], where)
 
 
-def _encode(prompt: Prompt, k: int, model: Model, vocabulary: SharedVocabulary) -> list[int]:
+def encode_prompt(prompt: Prompt, k: int, model: Model, vocabulary: SharedVocabulary) -> list[int]:
+    """What model ``k`` reads for a prompt, in its own tokens.
+
+    Raises:
+        InputError: if it is a chat and the model has no template, or the template refuses it.
+    """
     if isinstance(prompt, str):
         return model.tokenizer.encode(prompt)
     if _is_ids(prompt):

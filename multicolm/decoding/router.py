@@ -11,8 +11,10 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
+from torch import Tensor
 
 from multicolm.backend.base import Look, Model
 from multicolm.decoding.draft import Draft, Positions, Shown
@@ -21,7 +23,7 @@ from multicolm.decoding.reader import Reader
 from multicolm.decoding.row import Row, Written
 from multicolm.decoding.sampling import Noise, Sampling
 from multicolm.decoding.settle import PolicyDesk, Verdict
-from multicolm.policy.base import Policy, VerifyPolicy
+from multicolm.policy.base import Policy
 from multicolm.tokenizer.shared import SharedVocabulary
 from multicolm.types import MIXTURE, Piece
 from multicolm.views import ModelNames
@@ -62,7 +64,8 @@ class Router:
         self._models = list(models)
         self._names = ModelNames(model.name for model in models)
         self._vocabulary = vocabulary
-        self._desk = PolicyDesk(policy, self._names, sampling, vocabulary.starts_word)
+        embeds = {k: partial(self._embed, k) for k in range(len(models))}
+        self._desk = PolicyDesk(policy, self._names, sampling, vocabulary.starts_word, embeds)
         self._policy = policy
         self._sampling = sampling
         self._noise = Noise()
@@ -80,7 +83,7 @@ class Router:
         self._enough = self._part_to_wait_for()
         # A base model that the policy does not look at always has nothing to draft with.
         self._drafter: Drafter | None = None
-        if 0 in self._desk.needs.always or isinstance(policy, VerifyPolicy):
+        if 0 in self._desk.needs.always or policy.acts == "verify":
             self._drafter = Drafter(
                 self._look_at_base, self._desk, self._positions, self._fits, self._ends[0]
             )
@@ -172,6 +175,12 @@ class Router:
     def _look_at_base(self, rows: Sequence[Row], places: Sequence[int]) -> Look:
         hidden = "hidden" in self._desk.needs.of(0)
         return self._at_home(self._reader(0).look(rows, places, places, hidden=hidden))
+
+    def _embed(self, k: int, shared_ids: Tensor) -> Tensor:
+        """Input embeddings of model ``k`` for tokens that it has, where decisions are made."""
+        own = self._vocabulary.own_ids(k, shared_ids)
+        embedded = self._models[k].embed(own)
+        return embedded if self._home is None else embedded.to(self._home)
 
     def _settle(self, draft: Draft) -> Verdict:
         """Decide writers and tokens at the drafted positions, as far as they can matter."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -49,19 +49,26 @@ class PolicyDesk:
         models: names of the ensemble's models.
         sampling: how tokens are drawn.
         starts_word: per shared token, whether it begins a word.
+        embeds: per model index, what gives the input embeddings of shared ids.
 
     Raises:
         CapabilityError: if the policy speaks of a model that is not there.
     """
 
     def __init__(
-        self, policy: Policy, models: ModelNames, sampling: Sampling, starts_word: Tensor
+        self,
+        policy: Policy,
+        models: ModelNames,
+        sampling: Sampling,
+        starts_word: Tensor,
+        embeds: Mapping[int, Callable[[Tensor], Tensor]] | None = None,
     ) -> None:
         self.policy = policy
         self.models = models
         self.needs: Needs = policy.needs(models)
         self._sampling = sampling
         self._starts_word = starts_word
+        self._embeds = embeds or {}
         self._uses = policy.uses(models)
         self._scores = type(policy).score is not Policy.score
 
@@ -75,7 +82,11 @@ class PolicyDesk:
             logits = model.logits(which)
             device = logits.device
             views[k] = View(
-                logits, model.hidden(which), signals=self.needs.of(k), name=self.models[k]
+                logits,
+                model.hidden(which),
+                signals=self.needs.of(k),
+                name=self.models[k],
+                embed=self._embeds.get(k),
             )
         context = positions.at(which).context(device)
         if not self.policy.history:
@@ -115,11 +126,12 @@ class PolicyDesk:
         if self.policy.assistants == "always" and self._scores:
             for i, score in zip(which, self.scores(views), strict=True):
                 draft.scores[i] = score
-        if isinstance(self.policy, SelectPolicy):
+        acts = self.policy.acts
+        if acts == "select" and isinstance(self.policy, SelectPolicy):
             return self._select(self.policy, views, draft, which, verdict)
-        if isinstance(self.policy, MixPolicy):
+        if acts == "mix" and isinstance(self.policy, MixPolicy):
             self._mix(self.policy, views, draft, which, verdict)
-        elif isinstance(self.policy, VerifyPolicy):
+        elif acts == "verify" and isinstance(self.policy, VerifyPolicy):
             self._verify(self.policy, views, draft, which, verdict)
         else:
             raise PolicyError(

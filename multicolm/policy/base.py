@@ -1,18 +1,20 @@
 """What a policy is: a pure function from views to who writes, and a declaration of what it needs.
 
-Three kinds, and a policy is exactly one of them:
+Three kinds, and a policy is one of them:
 
     SelectPolicy   names one model per position; that model draws the token from its distribution
     MixPolicy      makes one distribution out of several; the token is drawn from it
     VerifyPolicy   gives the distribution that the text must follow; the base model drafts, and
                    each draft token is kept or replaced so that exactly that distribution results
 
-All of them see flat positions, so the same method serves one text, a batch, and a drafted block.
+A class may be two of them and say which one it is as it is set up (`acts`): a learned router that
+either picks a model or mixes all. All of them see flat positions, so the same method serves one
+text, a batch, and a drafted block.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass as plain_dataclass
 from dataclasses import fields as dataclass_fields
 from dataclasses import is_dataclass
@@ -33,8 +35,13 @@ Schedule: TypeAlias = Literal["stepwise", "block"]
 When: TypeAlias = Literal["always", "deferred"]
 """When assistants are looked at."""
 
+Acts: TypeAlias = Literal["select", "mix", "verify"]
+"""Which of the three methods a policy is asked by."""
+
 __all__ = [
+    "Deferral",
     "MixPolicy",
+    "ModelFacts",
     "Needs",
     "Policy",
     "Schedule",
@@ -62,11 +69,43 @@ class Needs:
         return self.always.get(model, frozenset()) | self.deferred.get(model, frozenset())
 
 
+@plain_dataclass(frozen=True, slots=True)
+class Deferral:
+    """A policy hands over where its score is on one side of a threshold.
+
+    Attributes:
+        param: the name of the threshold among the params.
+        above: whether it hands over where the score is greater than the threshold; otherwise where
+            it is less.
+    """
+
+    param: str
+    above: bool
+
+
+@plain_dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """What is known of a model of an ensemble, for policies that were made for certain models.
+
+    Attributes:
+        name: in the ensemble.
+        identity: what it is, wherever it lies and whatever it is called; empty if unknown.
+        hidden_size: width of its last hidden state; ``None`` if it shows none.
+    """
+
+    name: str
+    identity: str
+    hidden_size: int | None
+
+
 class Policy:
     """What all policies share. Subclass one of the three kinds, not this class.
 
     The fields of the class are its ``params``; the class variables below declare what it needs.
     """
+
+    acts: ClassVar[Acts | None] = None
+    """Which of its methods is asked; the three kinds set it."""
 
     name: ClassVar[str] = "policy"
     """Set by the :func:`register_policy` decorator; the class's own name without it."""
@@ -89,6 +128,13 @@ class Policy:
 
     schedule: ClassVar[Schedule] = "stepwise"
     """The schedule that suits it when none is asked for. Never changes the text."""
+
+    tunable: ClassVar[Mapping[str, Sequence[float]]] = {}
+    """Params that are numbers to be found from data, and values worth trying for each."""
+
+    deferral: ClassVar[Deferral | None] = None
+    """How :meth:`score` and one threshold say where the base hands over, if they do; with it the
+    threshold can be found for a budget."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -132,6 +178,21 @@ class Policy:
         """
         return None
 
+    def model_probs(self, views: Views) -> Float[Tensor, "positions models"] | None:
+        """The probability with which it lets each model write; ``None`` without such numbers.
+
+        Sees what :meth:`score` sees.
+        """
+        return None
+
+    def check_models(self, models: Sequence[ModelFacts]) -> None:
+        """Refuse an ensemble that this policy was not made for; every policy fits by default.
+
+        Raises:
+            CapabilityError: naming what it was made for and what it got.
+        """
+        return
+
     @property
     def can_defer(self) -> bool:
         """Whether :meth:`defers` is to be asked."""
@@ -148,6 +209,8 @@ class Policy:
 class SelectPolicy(Policy):
     """Names the model that writes."""
 
+    acts: ClassVar[Acts | None] = "select"
+
     def select(self, views: Views) -> Int[Tensor, "positions"]:
         """Index of the writing model, 0..M, at every position.
 
@@ -158,6 +221,8 @@ class SelectPolicy(Policy):
 
 class MixPolicy(Policy):
     """Makes one distribution out of several."""
+
+    acts: ClassVar[Acts | None] = "mix"
 
     def mix(self, views: Views) -> Float[Tensor, "positions vocab"]:
         """Unnormalised log-probabilities, in nats; -inf for a token that must not come.
@@ -179,6 +244,7 @@ class VerifyPolicy(Policy):
     """
 
     lenience: float = 0.0
+    acts: ClassVar[Acts | None] = "verify"
     schedule: ClassVar[Schedule] = "block"
 
     def target_probs(self, views: Views) -> Float[Tensor, "positions vocab"]:

@@ -142,6 +142,11 @@ class SharedVocabulary:
             ids.extend((own,) if own >= 0 else translation.reads[shared_id])
         return ids
 
+    def own_ids(self, model: int, shared_ids: Int[Tensor, "positions"]) -> Int[Tensor, "positions"]:
+        """A model's own ids of shared ones; -1 for tokens that it does not have."""
+        own = self._translations[model].own_ids
+        return own.to(shared_ids.device)[shared_ids]
+
     def n_read(self, model: int, shared_id: int) -> int:
         """How many tokens ``model`` is fed for one token of the shared vocabulary."""
         translation = self._translations[model]

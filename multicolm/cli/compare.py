@@ -1,0 +1,192 @@
+"""``multicolm compare``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from multicolm.cli.options import as_json, json_option
+from multicolm.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from multicolm.ensemble import Ensemble
+    from multicolm.evaluation.compare import NamedPolicy, Progress
+    from multicolm.evaluation.results import Comparison, RowResult
+
+__all__ = ["command"]
+
+
+@click.command
+@click.argument("ensemble")
+@click.option(
+    "--policies",
+    metavar="POLICY,...",
+    multiple=True,
+    help="Names (see `multicolm ls policies`), YAML files, folders with a policy.yaml, or "
+    "file.py:Class; with commas between them. Repeatable.",
+)
+@click.option(
+    "--task",
+    required=True,
+    help="A name (see `multicolm ls tasks`), or a YAML file.",
+)
+@click.option(
+    "--out",
+    required=True,
+    metavar="FOLDER",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Where the results go; the same command goes on with what is there.",
+)
+@click.option("--split", default="test", show_default=True, help="Which of the task's questions.")
+@click.option("--limit", type=int, help="Only the first so many questions.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of everything random.")
+@click.option("--batch-size", type=int, default=16, show_default=True, help="Texts at a time.")
+@click.option("--max-new-tokens", type=int, help="The most tokens to write. [default: the task's]")
+@click.option("--alone/--no-alone", default=True, help="Run every model alone.")
+@click.option("--random/--no-random", default=True, help="Run a lottery with each policy's shares.")
+@click.option("--oracle/--no-oracle", default=True, help="Count what the best choice could do.")
+@click.option(
+    "--sweep",
+    type=int,
+    default=5,
+    show_default=True,
+    help="How many values to try of a policy's first tunable param.",
+)
+@click.option(
+    "--traces", type=int, default=50, show_default=True, help="Questions whose traces are kept."
+)
+@json_option
+def command(
+    ensemble: str,
+    policies: tuple[str, ...],
+    task: str,
+    out: Path,
+    split: str,
+    limit: int | None,
+    seed: int,
+    batch_size: int,
+    max_new_tokens: int | None,
+    alone: bool,
+    random: bool,
+    oracle: bool,
+    sweep: int,
+    traces: int,
+    as_json_: bool,
+) -> None:
+    """Compare policies on TASK with each other and with every model of ENSEMBLE alone.
+
+    Answers are kept in FOLDER as they are finished: a command that was stopped goes on where it
+    was when it is given again. In the end the folder holds a table, a plot and a page.
+    """
+    from multicolm.evaluation.task import load_task
+
+    # First, so that a slip of the pen costs no loading of weights.
+    read = load_task(task)
+    named = _named(policies)
+    loaded = _load(ensemble, named)
+
+    from multicolm.evaluation.compare import compare
+
+    try:
+        with _shown() as show:
+            comparison = compare(
+                loaded,
+                named,
+                read,
+                out=out,
+                split=split,
+                limit=limit,
+                seed=seed,
+                batch_size=batch_size,
+                alone=alone,
+                random=random,
+                oracle=oracle,
+                sweep=sweep,
+                traces=traces,
+                max_new_tokens=max_new_tokens,
+                title=ensemble,
+                progress=show,
+            )
+    except KeyboardInterrupt:
+        click.echo(f"What was finished is kept in {out}; the same command goes on there.", err=True)
+        raise
+    if as_json_:
+        click.echo(as_json(comparison.as_json()))
+    else:
+        _print(comparison, out)
+
+
+def _named(given: Sequence[str]) -> list[NamedPolicy]:
+    """The policies of ``--policies``, read and checked.
+
+    Raises:
+        ConfigError: if one is empty, not known, or wrong.
+    """
+    from multicolm.evaluation.compare import named_policy
+
+    names = [name.strip() for part in given for name in part.split(",")]
+    if not all(names):
+        raise ConfigError("--policies: a name is missing beside a comma.")
+    return [named_policy(name) for name in names]
+
+
+def _load(source: str, named: Sequence[NamedPolicy]) -> Ensemble:
+    """The ensemble, after a look at whether the policies fit it."""
+    from multicolm.cli.options import load
+    from multicolm.config import load_ensemble
+    from multicolm.views import ModelNames
+
+    names = ModelNames(load_ensemble(source).names)
+    for each in named:
+        each.policy.needs(names)
+    return load(source, None, ())[0]
+
+
+@contextmanager
+def _shown() -> Iterator[Callable[[Progress], None]]:
+    """A bar for the row at work, and a line on stderr for each that is done."""
+    from multicolm.cli.console import visible, work_bar
+
+    with work_bar("questions") as bar:
+
+        def show(progress: Progress) -> None:
+            bar(progress.done, progress.total, visible(progress.row))
+            if progress.finished and progress.quality is not None:
+                quality = f"{100 * progress.quality:.1f} %"
+                line = f"{progress.row}: {quality} of {progress.total} questions"
+                click.echo(visible(line), err=True)
+
+        yield show
+
+
+def _print(comparison: Comparison, out: Path) -> None:
+    from multicolm.cli.console import print_table, visible
+
+    headings = ["row", "quality", "95 % interval", "gain", "p", "assistants", "tokens/s", "cost"]
+    print_table(headings, [_cells(row) for row in comparison.rows])
+    for warning in comparison.warnings:
+        click.echo(visible(f"Warning: {warning}"), err=True)
+    click.echo(f"\n{out / 'report.html'}")
+
+
+def _cells(row: RowResult) -> list[str]:
+    gain = "" if row.gain is None else f"{100 * row.gain:+.1f}"
+    p_value = "" if row.p_value is None else f"{row.p_value:.3f}"
+    work = [""] * 3
+    if row.n_tokens:
+        share = f"{100 * row.assistant_share:.1f} %"
+        work = [share, f"{row.tokens_per_second:.0f}", f"{row.cost:.3f}"]
+    return [
+        row.name,
+        f"{100 * row.quality:.1f} %",
+        f"{100 * row.low:.1f} to {100 * row.high:.1f}",
+        gain,
+        p_value,
+        *work,
+    ]

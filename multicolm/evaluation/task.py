@@ -1,0 +1,414 @@
+"""A task: where its questions are, how they are asked, and how answers are judged.
+
+A task is a YAML file (a name in ``registry/tasks/``, or a path). Data are JSON lines, Parquet, or a
+data set of the Hub; the last two through the library ``datasets``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import string
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field, ValidationError
+
+from multicolm import catalog
+from multicolm.config.document import Document, read_text
+from multicolm.config.policy import is_path
+from multicolm.config.wording import Place, Problem, Strict, check, problems_of, unknown_key
+from multicolm.errors import ConfigError, InputError, UnknownNameError, unknown
+from multicolm.evaluation.metrics import FunctionMetric, Metric
+from multicolm.plugins import metrics
+from multicolm.types import Message, Prompt
+
+__all__ = ["DataConfig", "MetricConfig", "Question", "Task", "TaskConfig", "load_task"]
+
+_FILES = (".jsonl", ".json", ".parquet")
+
+
+def _as_data(value: object) -> object:
+    return {"source": value} if isinstance(value, str) else value
+
+
+def _as_tuple(value: object) -> object:
+    if isinstance(value, str):
+        return (value,)
+    return tuple(value) if isinstance(value, list) else value
+
+
+class DataConfig(Strict):
+    """Where one split's records are.
+
+    Attributes:
+        source: a file of JSON lines, a ``.parquet`` file, or ``org/name`` on the Hub.
+        split: of a data set of the Hub.
+        subset: of a data set of the Hub, where it has several.
+        revision: of a data set of the Hub.
+    """
+
+    source: str = Field(min_length=1, description="a file, or org/name on the Hub")
+    split: str = "train"
+    subset: str | None = None
+    revision: str | None = None
+
+    @property
+    def is_file(self) -> bool:
+        """Whether it is a file, not a data set of the Hub."""
+        return self.source.endswith(_FILES)
+
+
+class MetricConfig(Strict):
+    """How answers are judged.
+
+    Attributes:
+        kind: a name in :data:`multicolm.plugins.metrics`, or ``package.module:function``, or
+            ``file.py:function``.
+        params: values of the metric's fields.
+    """
+
+    kind: str = Field(min_length=1, description="the name of a metric")
+    params: dict[str, Any] = Field(default_factory=dict)
+
+
+class TaskConfig(Strict):
+    """The schema of a task file.
+
+    Attributes:
+        summary: one line for ``multicolm ls``.
+        data: the splits, by name.
+        prompt: what is asked, with the record's fields as ``{field}``.
+        gold: the right answer, likewise.
+        completion: a text that is right from the first token to the last, likewise; for the oracle.
+        chat: whether the prompt is a message that goes through each model's chat template.
+        stop: texts that end an answer and are not part of it.
+        max_new_tokens: the most tokens of an answer.
+        metric: how answers are judged.
+        source: the publication it is from.
+    """
+
+    summary: str = ""
+    data: dict[str, Annotated[DataConfig, BeforeValidator(_as_data)]] = Field(
+        min_length=1, description="a mapping from a split's name to its file"
+    )
+    prompt: str = Field(min_length=1, description="what is asked, such as '{question}'")
+    gold: str = Field(min_length=1, description="the right answer, such as '{answer}'")
+    completion: str | None = None
+    chat: bool = False
+    stop: Annotated[
+        tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_as_tuple)
+    ] = ()
+    max_new_tokens: int = Field(default=64, ge=1)
+    metric: MetricConfig
+    source: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """One question with its right answer.
+
+    Attributes:
+        id: unique within its split.
+        prompt: what is asked, as text.
+        gold: the right answer.
+        completion: a text that is right throughout, if the task has them.
+        record: what the data hold.
+        chat: whether the prompt is a message.
+    """
+
+    id: str
+    prompt: str
+    gold: str
+    completion: str | None
+    record: Mapping[str, Any]
+    chat: bool = False
+
+    @property
+    def asked(self) -> Prompt:
+        """The prompt as models get it."""
+        if not self.chat:
+            return self.prompt
+        message: Message = {"role": "user", "content": self.prompt}
+        return [message]
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the prompt's UTF-8, its first 16 hexadecimal digits."""
+        return hashlib.sha256(self.prompt.encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task that is ready to be read and judged.
+
+    Attributes:
+        name: as it was asked for.
+        config: its file.
+        base_dir: the folder that its data's relative paths start from.
+        metric: what judges.
+    """
+
+    name: str
+    config: TaskConfig
+    base_dir: Path
+    metric: Metric | FunctionMetric
+
+    def questions(self, split: str) -> list[Question]:
+        """All questions of a split, in their order.
+
+        Raises:
+            UnknownNameError: if there is no such split.
+            InputError: if a record is not right, two have one id, or there is none.
+            ConfigError: if the data cannot be read.
+        """
+        questions: dict[str, Question] = {}
+        for number, (place, record) in enumerate(self._records(split), start=1):
+            question = self._question(number, place, record)
+            if question.id in questions:
+                raise InputError(f"{place}: the id '{question.id}' is there already; ids differ.")
+            questions[question.id] = question
+        return list(questions.values())
+
+    def digest(self, split: str) -> str:
+        """SHA-256 over all records of a split: equal for equal records, in any format.
+
+        Raises:
+            MulticolmError: see :meth:`questions`.
+        """
+        digest = hashlib.sha256()
+        for _, record in self._records(split):
+            canonical = json.dumps(record, ensure_ascii=False, sort_keys=True, default=str)
+            digest.update(canonical.encode("utf-8", "surrogatepass") + b"\n")
+        return digest.hexdigest()
+
+    def score(self, text: str, question: Question) -> float:
+        """How good an answer is, 0 to 1.
+
+        Raises:
+            InputError: if the metric cannot judge it, or gives what is no number of 0 to 1.
+        """
+        where = f"task '{self.name}', question '{question.id}'"
+        try:
+            if isinstance(self.metric, FunctionMetric):
+                quality = self.metric.function(text, question.gold, question.record)
+            else:
+                quality = self.metric.score(text, question.gold)
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from error
+        if not isinstance(quality, int | float) or not 0 <= quality <= 1:
+            raise InputError(
+                f"{where}: metric '{self.config.metric.kind}' gave {quality!r}; a quality is a "
+                "number of 0 to 1."
+            )
+        return float(quality)
+
+    def _records(self, split: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+        """Place and content of every record."""
+        if split not in self.config.data:
+            raise UnknownNameError(
+                f"task '{self.name}': {unknown('split', split, self.config.data)}"
+            )
+        data = self.config.data[split]
+        empty = True
+        for place, record in _read(data, self.base_dir):
+            if not isinstance(record, Mapping):
+                raise InputError(f"{place}: a record is an object, such as {{...}}.")
+            empty = False
+            yield place, record
+        if empty:
+            raise InputError(f"task '{self.name}': {data.source} holds no question.")
+
+    def _question(self, number: int, place: str, record: Mapping[str, Any]) -> Question:
+        given = record.get("id", number)
+        if isinstance(given, bool) or not isinstance(given, str | int) or given == "":
+            raise InputError(f"{place}: the id must be text or a whole number, got {given!r}.")
+        texts = {
+            key: None if template is None else _filled(template, key, place, record)
+            for key, template in self._templates.items()
+        }
+        prompt, gold = texts["prompt"], texts["gold"]
+        assert prompt is not None and gold is not None
+        if not prompt:
+            raise InputError(f"{place}: the prompt is empty.")
+        return Question(str(given), prompt, gold, texts["completion"], record, self.config.chat)
+
+    @cached_property
+    def _templates(self) -> dict[str, str | None]:
+        config = self.config
+        return {"prompt": config.prompt, "gold": config.gold, "completion": config.completion}
+
+
+def load_task(source: str | Path) -> Task:
+    """Read a task; its data are not read yet.
+
+    Args:
+        source: a name in ``registry/tasks/``, or a YAML file. A metric that the file names as a
+            Python function is imported.
+
+    Raises:
+        ConfigError: if the file is missing or wrong; one line for each thing.
+        UnknownNameError: if it is neither a known name nor a path.
+    """
+    if isinstance(source, str) and source in catalog.names("tasks"):
+        path = catalog.path("tasks", source)
+        return _parse(catalog.read("tasks", source), path, catalog.registry(), source)
+    path = Path(source).expanduser()
+    if isinstance(source, str) and not is_path(source) and not path.exists():
+        known = catalog.names("tasks")
+        raise UnknownNameError(f"{unknown('task', source, known)} A file's name ends in .yaml.")
+    return _parse(read_text(path, "a task file"), path, path.absolute().parent, path.stem)
+
+
+def _parse(text: str, origin: Path, base_dir: Path, name: str) -> Task:
+    document = Document.parse(text, str(origin))
+    config, problems = check(TaskConfig, document.data)
+    problems = [*problems, *_template_problems(document.data)]
+    if config is None or problems:
+        raise document.error(problems)
+    problems = [*_data_problems(config, base_dir), *_metric_problems(config.metric)]
+    if problems:
+        raise document.error(problems)
+    return Task(name, config, base_dir, _metric(config.metric, base_dir))
+
+
+def _template_problems(data: Mapping[str, Any]) -> list[Problem]:
+    problems = []
+    for key in ("prompt", "gold", "completion"):
+        if isinstance(data.get(key), str) and (text := _template_problem(data[key])):
+            problems.append(Problem((key,), text))
+    return problems
+
+
+def _template_problem(template: str) -> str:
+    """What is wrong with a template; empty if nothing is."""
+    try:
+        parts = list(string.Formatter().parse(template))
+    except ValueError as error:
+        return f"{error}; a brace that stands for itself is written twice."
+    for _, field, form, conversion in parts:
+        if field is not None and (not field.isidentifier() or form or conversion):
+            return f"'{{{field}}}' is not allowed; write a field's name alone, such as {{answer}}."
+    return ""
+
+
+def _data_problems(config: TaskConfig, base_dir: Path) -> list[Problem]:
+    problems = []
+    for split, data in config.data.items():
+        place: Place = ("data", split)
+        if data.is_file:
+            if not (base_dir / Path(data.source).expanduser()).is_file():
+                text = f"there is no file {base_dir / Path(data.source).expanduser()}."
+                problems.append(Problem(place, text))
+        elif data.source.count("/") != 1 or data.source.startswith((".", "/", "~")):
+            text = "must be a .jsonl or .parquet file, or org/name of a data set on the Hub"
+            problems.append(Problem(place, f"{text}, got '{data.source}'."))
+    return problems
+
+
+def _metric_problems(config: MetricConfig) -> list[Problem]:
+    """What is wrong with a metric, as its class' fields see it."""
+    place: Place = ("metric", "params")
+    if ":" in config.kind:
+        text = "a Python function takes no params; write them into the function."
+        return [Problem(place, text)] if config.params else []
+    if config.kind not in metrics:
+        text = unknown("metric", config.kind, metrics.names())
+        return [Problem(("metric", "kind"), text, unknown_name=True)]
+    cls: Any = metrics.get(config.kind)
+    allowed = [field.name for field in fields(cls)]
+    problems = [
+        Problem((*place, key), unknown_key(key, allowed), at_key=True)
+        for key in config.params
+        if key not in allowed
+    ]
+    known = {key: value for key, value in config.params.items() if key in allowed}
+    try:
+        cls(**known)
+    except ValidationError as error:
+        found = problems_of(error, cls, known)
+        problems += [replace(problem, place=(*place, *problem.place)) for problem in found]
+    return problems
+
+
+def _metric(config: MetricConfig, base_dir: Path) -> Metric | FunctionMetric:
+    if ":" in config.kind:
+        return FunctionMetric.load(config.kind, base_dir)
+    cls: Any = metrics.get(config.kind)
+    made: Metric = cls(**config.params)
+    return made
+
+
+def _filled(template: str, key: str, place: str, record: Mapping[str, Any]) -> str:
+    """A template with a record's values in it.
+
+    Raises:
+        InputError: if the record lacks a field, or its value is neither text nor a number.
+    """
+    parts = []
+    for literal, field, _, _ in string.Formatter().parse(template):
+        parts.append(literal)
+        if field is None:
+            continue
+        if field not in record:
+            known = unknown("field", field, map(str, record))
+            raise InputError(f"{place}: `{key}` of the task asks for an {known}")
+        value = record[field]
+        usable = isinstance(value, str | int | float) and not isinstance(value, bool)
+        if not usable or (isinstance(value, float) and not math.isfinite(value)):
+            raise InputError(f"{place}: '{field}' must be text or a number, got {value!r}.")
+        parts.append(str(value))
+    text = "".join(parts)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{place}: `{key}` is not valid Unicode.") from error
+    return text
+
+
+def _read(data: DataConfig, base_dir: Path) -> Iterator[tuple[str, Any]]:
+    """Place and content of every record of a source."""
+    path = base_dir / Path(data.source).expanduser()
+    if data.is_file and path.suffix != ".parquet":
+        yield from _json_lines(path)
+        return
+    try:
+        import datasets
+    except ImportError as error:
+        raise ConfigError(
+            f"{data.source} needs the library datasets: pip install 'multicolm[data]'."
+        ) from error
+    settings: dict[str, Any] = {"split": data.split, "streaming": True}
+    try:
+        if data.is_file:
+            settings |= {"data_files": {data.split: str(path)}}
+            rows = datasets.load_dataset("parquet", **settings)
+        else:
+            settings |= {"revision": data.revision}
+            rows = datasets.load_dataset(data.source, data.subset, **settings)
+        for number, record in enumerate(rows, start=1):
+            yield f"{data.source}:{number}", record
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ConfigError(f"{data.source} cannot be read: {reason}") from error
+
+
+def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
+    try:
+        with path.open("rb") as stream:
+            for number, line in enumerate(stream, start=1):
+                place = f"{path}:{number}"
+                try:
+                    text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                    if text.strip():
+                        yield place, json.loads(text)
+                except UnicodeDecodeError as error:
+                    raise InputError(f"{place}: not UTF-8 text; convert it first.") from error
+                except ValueError as error:
+                    raise InputError(f"{place}: not readable as JSON: {error}.") from error
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}.") from error

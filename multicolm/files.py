@@ -1,0 +1,68 @@
+"""Files that are whole or not there: written beside their place, then renamed."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from multicolm.errors import InputError
+
+__all__ = ["locked", "sha256", "write_whole"]
+
+
+def write_whole(path: Path, content: bytes | str) -> None:
+    """Write a file so that a reader sees all of it or, until then, what was there before.
+
+    Raises:
+        OSError: if it cannot be written; nothing is left behind then.
+    """
+    data = content.encode() if isinstance(content, str) else content
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # One name for every try, so that tries that were killed leave one file at most, and not for
+    # long: the next try takes it over.
+    part = path.with_name(f".{path.name}.part")
+    try:
+        with part.open("wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(part, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        raise
+
+
+def sha256(path: Path) -> str:
+    """Digest of a file, as hexadecimal digits."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep a folder to this process, as long as it lives.
+
+    Raises:
+        InputError: if another process is at work in it.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows has none; there two runs are the user's to keep apart.
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(
+                f"{folder}: another process is at work here; wait for it, or choose another folder."
+            ) from error
+        yield

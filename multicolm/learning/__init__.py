@@ -1,0 +1,1 @@
+"""How routers learn from score tables: losses, networks, and the loop that trains them."""

@@ -1,0 +1,196 @@
+"""A small network on the base model's state says whether to hand over, and to whom."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cached_property
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from jaxtyping import Bool, Float, Int
+from pydantic import Field
+
+from multicolm.artefacts import Weights
+from multicolm.errors import ArtefactError, CapabilityError
+from multicolm.policy.base import (
+    Deferral,
+    ModelFacts,
+    Needs,
+    SelectPolicy,
+    When,
+    register_policy,
+)
+from multicolm.policy.learned import check_made_for, untrained
+from multicolm.policy.threshold import best_assistant
+from multicolm.types import Signal, Tensor
+from multicolm.views import ModelNames, View, Views
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from multicolm.learning.training import Training
+    from multicolm.score_table import ScoreTable
+
+__all__ = ["MlpRouterPolicy"]
+
+Feature = Literal["hidden", "topk", "embedding"]
+
+
+@register_policy("mlp-router")
+class MlpRouterPolicy(SelectPolicy):
+    """The base model writes unless a network says, with more than a threshold, that it should not.
+
+    Attributes:
+        network: what was learned; nothing yet if not given.
+        features: what the network sees of the base model: its last ``hidden`` state, its ``topk``
+            log-probabilities, the input ``embedding`` of its most likely token.
+        top_k: how many log-probabilities ``topk`` is.
+        ways: ``models`` has a probability for each model, and the likeliest assistant writes;
+            ``binary`` has one for handing over, and the surest assistant writes.
+        threshold: on the probability of handing over, 0 (nearly always) to 1 (never).
+        made_for: the models it was trained with, by name, and what they are; the base model first.
+
+    Source:
+        CITER, arXiv 2502.01976 (``features: [hidden]``, ``network: mlp``), and R2R, arXiv
+        2505.21600 (all three features, a residual network). Theirs are for one assistant and
+        learn from roll-outs besides; ours from who would have written the right token.
+    """
+
+    network: Weights | None = None
+    features: tuple[Feature, ...] = Field(default=("hidden",), min_length=1)
+    top_k: int = Field(default=100, ge=1)
+    ways: Literal["models", "binary"] = "models"
+    threshold: float = Field(default=0.5, ge=0, le=1)
+    made_for: dict[str, str] | None = None
+
+    assistants: ClassVar[When] = "deferred"
+    certain: ClassVar[bool] = True
+    tunable: ClassVar[dict[str, Sequence[float]]] = {
+        "threshold": [0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99]
+    }
+    deferral: ClassVar[Deferral | None] = Deferral("threshold", above=True)
+
+    def needs(self, models: ModelNames) -> Needs:
+        """The features; of the assistants how sure they are, where there is a choice to make.
+
+        Raises:
+            CapabilityError: if it is not trained, or for another number of models.
+        """
+        if self.network is None:
+            raise untrained(self.name)
+        n_models = len(self.made_for) if self.made_for else len(models)
+        if n_models != len(models) or self._shape[1] not in (1, len(models) - 1):
+            raise CapabilityError(
+                f"this '{self.name}' policy was made for {n_models} models, and this ensemble has "
+                f"{len(models)} ({', '.join(models)}); train one for these."
+            )
+        signals: frozenset[Signal] = frozenset(self.features)
+        top1: frozenset[Signal] = frozenset({"top1"})
+        choice = self.ways == "binary" and len(models) > 2
+        return Needs({0: signals}, dict.fromkeys(range(1, len(models)), top1) if choice else {})
+
+    def check_models(self, models: Sequence[ModelFacts]) -> None:
+        """Refuse models that it was not trained with.
+
+        Raises:
+            CapabilityError: naming both.
+        """
+        check_made_for(self.name, self.made_for, models)
+        width, hidden_size = self._shape[0], models[0].hidden_size
+        if self.features == ("hidden",) and hidden_size is not None and width != hidden_size:
+            raise CapabilityError(
+                f"this '{self.name}' network was made for hidden states of width {width}, and "
+                f"those of base model '{models[0].name}' have {hidden_size}; train one for it."
+            )
+
+    @cached_property
+    def _net(self) -> nn.Sequential:
+        from multicolm.learning.networks import from_tensors
+
+        if self.network is None:
+            raise untrained(self.name)
+        return from_tensors(self.network.content, self.network.path or "the network")
+
+    @property
+    def _shape(self) -> tuple[int, int]:
+        from multicolm.learning.networks import shape_of
+
+        return shape_of(self._net)
+
+    def _probs(self, views: Views) -> Float[Tensor, "positions ways"]:
+        from multicolm.learning.networks import joined, router_scores
+
+        seen = joined([self._feature(name, views.base) for name in self.features])
+        net = self._net
+        if seen.device.type != "cpu":
+            net = net.to(seen.device)  # moves in place, so only the first time
+        return router_scores(net, seen).softmax(-1)
+
+    def _feature(self, name: Feature, view: View) -> Float[Tensor, "positions width"]:
+        if name == "hidden":
+            return view.hidden
+        return view.top1_embeddings if name == "embedding" else view.topk_logprobs(self.top_k)
+
+    def model_probs(self, views: Views) -> Float[Tensor, "positions models"] | None:
+        """The network's, where it has one for each model."""
+        probs = self._probs(views)
+        return probs if probs.shape[1] == len(views.models) else None
+
+    def score(self, views: Views) -> Float[Tensor, "positions"]:
+        """The probability of handing over."""
+        return 1 - self._probs(views)[:, 0]
+
+    def defers(self, views: Views) -> Bool[Tensor, "positions"]:
+        """Where that exceeds the threshold."""
+        return self.score(views) > self.threshold
+
+    def select(self, views: Views) -> Int[Tensor, "positions"]:
+        """The likeliest assistant, or the surest one."""
+        import torch
+
+        probs = self._probs(views)
+        handed = 1 - probs[:, 0] > self.threshold
+        if self.ways == "models" or len(views.models) == 2:
+            writers = probs[:, 1:].argmax(-1) + 1
+        else:
+            sureness = torch.stack([views[k].top1_logprobs for k in views.assistants])
+            writers = best_assistant(views, sureness)
+        return writers * handed
+
+    def fit(self, table: ScoreTable, training: Training | None = None) -> MlpRouterPolicy:
+        """The same policy with a network that was trained on a score table with its features.
+
+        Args:
+            table: of the ensemble's models.
+            training: options (:class:`multicolm.learning.classifier.ClassifierSettings`),
+                progress, and what is reported back.
+
+        Raises:
+            ArtefactError: if the table lacks a feature.
+            TrainingError: if there is nothing to learn from, or training diverges.
+        """
+        from multicolm.learning.classifier import fit_classifier
+        from multicolm.learning.networks import joined
+        from multicolm.learning.training import Training
+
+        def features(part: ScoreTable) -> Tensor:
+            return joined([self._scored(name, part) for name in self.features])
+
+        tensors, threshold = fit_classifier(table, features, self.ways, training or Training())
+        return replace(
+            self,
+            network=Weights(tensors),
+            threshold=self.threshold if threshold is None else threshold,
+            made_for=dict(zip(table.models, table.identities, strict=True)),
+        )
+
+    def _scored(self, name: Feature, table: ScoreTable) -> Float[Tensor, "positions width"]:
+        values = table.feature(name)
+        if name != "topk":
+            return values
+        if values.shape[1] < self.top_k:
+            raise ArtefactError(
+                f"this score table holds {values.shape[1]} log-probabilities of the base model, "
+                f"and the policy wants {self.top_k}; set top_k, or score with --topk {self.top_k}."
+            )
+        return values[:, : self.top_k]

@@ -1,0 +1,162 @@
+"""Reads whole texts with one model: what it would have written at every place of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from multicolm.backend.base import Model
+from multicolm.tokenizer.shared import SharedVocabulary
+
+__all__ = ["Reading", "Text", "read_texts"]
+
+# The most numbers that the logits of one pass may hold; a gigabyte in float32.
+_MAX_LOGITS = 2**28
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """A text to read.
+
+    Attributes:
+        prompt_ids: what the model reads before it, in its own tokens; at least one.
+        ids: the tokens of the text, in the shared vocabulary.
+    """
+
+    prompt_ids: Sequence[int]
+    ids: Sequence[int]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a model predicts at some places of some texts.
+
+    Attributes:
+        numbers: which of the texts, from 0.
+        places: how many tokens of the text stand before the predicted one.
+        logits: unnormalised log-probabilities over the shared vocabulary.
+        hidden: last hidden state after the final norm, if it was asked for.
+    """
+
+    numbers: Int[Tensor, "positions"]
+    places: Int[Tensor, "positions"]
+    logits: Float[Tensor, "positions vocab"]
+    hidden: Float[Tensor, "positions hidden"] | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Line:
+    """One text as the model is fed it.
+
+    Attributes:
+        number: which of the texts.
+        tokens: in the model's own vocabulary, up to the last place that is looked at.
+        looks: per place of the text, after which token (from 0) the model predicts it; places
+            beyond its context are missing.
+    """
+
+    number: int
+    tokens: Sequence[int]
+    looks: Sequence[int]
+
+
+def read_texts(
+    model: Model,
+    k: int,
+    vocabulary: SharedVocabulary,
+    texts: Sequence[Text],
+    *,
+    hidden: bool = False,
+    batch_tokens: int = 4096,
+) -> Iterator[Reading]:
+    """Read each text once, in batches of similar length.
+
+    The batches depend on the texts alone, so equal calls give equal numbers. Memory is bounded by
+    ``batch_tokens``, not by the length of a text: long ones are read in pieces.
+
+    Args:
+        model: reads them.
+        k: its index in the ensemble.
+        vocabulary: what the ensemble's models share.
+        texts: in any order.
+        hidden: whether hidden states are wanted.
+        batch_tokens: the most tokens of one pass, padding included.
+
+    Yields:
+        Every place of every text once, in no particular order; without places that lie beyond the
+        model's context.
+    """
+    lines = [_line(number, text, model, k, vocabulary) for number, text in enumerate(texts)]
+    lines = sorted((line for line in lines if line.looks), key=lambda line: len(line.tokens))
+    budget = max(1, min(batch_tokens, _MAX_LOGITS // vocabulary.size))
+    for batch in _batches(lines, budget):
+        yield from _read_batch(batch, model, k, vocabulary, hidden, budget)
+
+
+def _line(number: int, text: Text, model: Model, k: int, vocabulary: SharedVocabulary) -> _Line:
+    tokens = list(text.prompt_ids)
+    looks: list[int] = []
+    limit = model.context_length
+    for place, token in enumerate(text.ids):
+        if limit is not None and len(tokens) > limit:
+            break
+        looks.append(len(tokens) - 1)
+        if place + 1 < len(text.ids):
+            tokens += vocabulary.read(k, [token])
+    return _Line(number, tokens[: looks[-1] + 1] if looks else [], looks)
+
+
+def _batches(lines: Sequence[_Line], budget: int) -> Iterator[list[_Line]]:
+    """Lines of ascending length, together as long as their padded tokens fit the budget."""
+    batch: list[_Line] = []
+    for line in lines:
+        if batch and (len(batch) + 1) * len(line.tokens) > budget:
+            yield batch
+            batch = []
+        batch.append(line)
+    if batch:
+        yield batch
+
+
+def _read_batch(
+    batch: Sequence[_Line],
+    model: Model,
+    k: int,
+    vocabulary: SharedVocabulary,
+    hidden: bool,
+    budget: int,
+) -> Iterator[Reading]:
+    session = model.open(len(batch))
+    width = max(1, budget // len(batch))
+    for start in range(0, max(len(line.tokens) for line in batch), width):
+        rows = [row for row, line in enumerate(batch) if len(line.tokens) > start]
+        pieces = [batch[row].tokens[start : start + width] for row in rows]
+        ends = [start + len(piece) for piece in pieces]
+        wanted = [
+            [(place, at) for place, at in enumerate(batch[row].looks) if start <= at < end]
+            for row, end in zip(rows, ends, strict=True)
+        ]
+        # A session looks after one token at least; a piece of a prompt shows what nobody reads.
+        n_last = [
+            end - places[0][1] if places else 1 for places, end in zip(wanted, ends, strict=True)
+        ]
+        look = session.feed(rows, pieces, n_last, hidden=hidden)
+        lines, numbers, at_places, first = [], [], [], 0
+        for row, places, end, n in zip(rows, wanted, ends, n_last, strict=True):
+            lines += [first + at - (end - n) for _, at in places]
+            numbers += [batch[row].number] * len(places)
+            at_places += [place for place, _ in places]
+            first += n
+        if not lines:
+            continue
+        index = torch.tensor(lines, device=look.logits.device)
+        yield Reading(
+            torch.tensor(numbers),
+            torch.tensor(at_places),
+            vocabulary.logits(k, look.logits[index]),
+            None if look.hidden is None else look.hidden[index],
+        )

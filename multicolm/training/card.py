@@ -1,0 +1,92 @@
+"""The README of a checkpoint: a model card that says where it is from and what was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+
+__all__ = ["card"]
+
+
+def card(config: Mapping[str, Any], provenance: Mapping[str, Any]) -> str:
+    """Markdown with the front matter that the Hub reads.
+
+    Args:
+        config: summary, kind and params, as in ``policy.yaml``.
+        provenance: see :func:`multicolm.training.checkpoint.read_provenance`.
+    """
+    models = provenance.get("models") or []
+    front: dict[str, Any] = {
+        "library_name": "multicolm",
+        "tags": ["multicolm", "token-level-routing"],
+        "license": provenance.get("license") or "unknown",
+    }
+    hub = [m["identity"][4:].split("@")[0] for m in models if m["identity"].startswith("hub:")]
+    if hub:
+        front["base_model"] = hub
+    parts = [
+        f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n",
+        f"# A `{config['kind']}` policy for multicolm\n",
+    ]
+    if config.get("summary"):
+        parts.append(f"{config['summary']}\n")
+    parts.append(
+        "Says at every token which model of an ensemble writes. Use it as `policy: ./FOLDER` in an "
+        "ensemble file, or with `--policy ./FOLDER`:\n\n"
+        '```console\n$ multicolm generate ENSEMBLE "PROMPT" --policy ./FOLDER --trace\n```\n'
+    )
+    if models:
+        rows = [[str(k), m["name"], m["identity"] or "unknown"] for k, m in enumerate(models)]
+        parts.append("## Made for\n\n" + _table(["", "name", "what it is"], rows))
+        parts.append("Other models, or another order of them, are refused.\n")
+    parts.append("## Params\n\n" + _pairs(config["params"]))
+    for part, title in (("train", "Training"), ("tune", "Tuning")):
+        if part in provenance:
+            parts.append(_section(title, provenance[part]))
+    parts.append(
+        f"## Licence\n\nOf this policy: {provenance.get('license') or 'not stated'}. The models "
+        "have their own.\n"
+    )
+    return "\n".join(parts)
+
+
+def _section(title: str, facts: Mapping[str, Any]) -> str:
+    named = {
+        key: value
+        for key, value in facts.items()
+        if key not in ("report", "prompts", "options", "curve") and value not in ("", None)
+    }
+    named["prompts seen"] = len(facts.get("prompts", ()))
+    text = f"## {title}\n\n" + _pairs(named)
+    if facts.get("options"):
+        text += "\nOptions:\n\n" + _pairs(facts["options"])
+    report = {k: v for k, v in facts.get("report", {}).items() if k != "history"}
+    if report:
+        text += "\nMeasured on texts that were held out (nats per token, parts of 1):\n\n"
+        text += _pairs(report)
+    if facts.get("curve"):
+        points = facts["curve"]
+        names = list(points[0])
+        text += "\nThe curve:\n\n" + _table(names, [[_show(p[n]) for n in names] for p in points])
+    return text
+
+
+def _pairs(values: Mapping[str, Any]) -> str:
+    return _table(["", ""], [[f"`{key}`", _show(value)] for key, value in values.items()])
+
+
+def _table(headings: list[str], rows: list[list[str]]) -> str:
+    lines = [headings, ["---"] * len(headings), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {_show(part)}" for key, part in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_show, value))
+    return str(value).replace("|", "\\|").replace("\n", " ")

@@ -1,0 +1,143 @@
+"""A learned or tuned policy as a folder that anybody can use.
+
+policy.yaml         what `policy: ./checkpoint` reads
+head.safetensors    (or tree.json, ...) what was learned
+provenance.json     which models and data it was made from, and what was measured
+README.md           the same for people
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+from huggingface_hub import ModelHubMixin, snapshot_download
+
+from multicolm.artefacts import Artefact
+from multicolm.errors import ArtefactError
+from multicolm.files import write_whole
+from multicolm.policy.base import Policy
+from multicolm.policy.resolve import resolve_policy
+from multicolm.training.card import card
+
+__all__ = ["Checkpoint", "read_provenance"]
+
+_FILES = ["policy.yaml", "provenance.json", "README.md", "*.safetensors", "*.json", "*.txt"]
+
+
+class Checkpoint(
+    ModelHubMixin,
+    library_name="multicolm",
+    tags=["multicolm", "token-level-routing"],
+):
+    """A policy with what is known of how it was made.
+
+        checkpoint.save_pretrained("router")
+        checkpoint.push_to_hub("organisation/router")
+        Checkpoint.from_pretrained("organisation/router").policy
+
+    Args:
+        policy: learned or tuned.
+        provenance: what it was made from; see :func:`read_provenance`.
+        summary: one line for ``policy.yaml``.
+    """
+
+    def __init__(
+        self, policy: Policy, provenance: Mapping[str, Any] | None = None, summary: str = ""
+    ) -> None:
+        self.policy = policy
+        self.provenance = dict(provenance or {})
+        self.summary = summary
+        # What the mixin writes as config.json, which is what the Hub counts downloads by.
+        self._hub_mixin_config = {"library": "multicolm", "kind": policy.name}
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        """Write the folder; ``policy.yaml`` last, so that what is half written is not used."""
+        save_directory.mkdir(parents=True, exist_ok=True)
+        params = {}
+        for name, value in self.policy.as_config()["params"].items():
+            if isinstance(value, Artefact):
+                file = f"{name}{value.suffix}"
+                value.save(save_directory / file)
+                params[name] = file
+            else:
+                params[name] = _plain(value)
+        config = {"summary": self.summary, "kind": self.policy.name, "params": params}
+        text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True, width=100)
+        provenance = json.dumps(self.provenance, indent=1, ensure_ascii=False, default=str)
+        write_whole(save_directory / "provenance.json", provenance + "\n")
+        write_whole(save_directory / "README.md", card(config, self.provenance))
+        write_whole(save_directory / "policy.yaml", text)
+
+    @classmethod
+    def _from_pretrained(
+        cls,
+        *,
+        model_id: str,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+        **_: Any,
+    ) -> Checkpoint:
+        """A checkpoint from a folder, or from a repository on the Hub."""
+        folder = Path(model_id)
+        if not folder.is_dir():
+            folder = Path(
+                snapshot_download(
+                    model_id,
+                    revision=revision,
+                    cache_dir=cache_dir,
+                    force_download=force_download,
+                    local_files_only=local_files_only,
+                    token=token,
+                    allow_patterns=_FILES,
+                )
+            )
+        return cls(resolve_policy(folder), read_provenance(folder))
+
+    def bound_to(self, folder: Path) -> Checkpoint:
+        """The same checkpoint, its learned params read from the files of ``folder``."""
+        policy = cast("Any", self.policy)
+        moved = {
+            field.name: type(value)(folder / f"{field.name}{value.suffix}")
+            for field in fields(policy)
+            if isinstance(value := getattr(policy, field.name), Artefact)
+        }
+        return Checkpoint(replace(policy, **moved), self.provenance, self.summary)
+
+
+def read_provenance(folder: str | Path) -> dict[str, Any]:
+    """What ``provenance.json`` of a checkpoint says; nothing if there is none.
+
+    Its parts: ``models`` (name and identity, the base model first); ``train`` and ``tune``, each
+    with ``digest`` and ``prompts`` (:func:`multicolm.types.prompt_digest`) of the data that were
+    seen, the options, and a ``report`` of what was measured.
+
+    Raises:
+        ArtefactError: if it is damaged.
+    """
+    path = Path(folder) / "provenance.json"
+    if not path.is_file():
+        return {}
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ArtefactError(f"{path} is damaged ({error}).") from error
+    if not isinstance(data, dict):
+        raise ArtefactError(f"{path} is damaged (no mapping).")
+    return data
+
+
+def _plain(value: Any) -> Any:
+    """A param as YAML can hold it."""
+    if isinstance(value, tuple | list):
+        return [_plain(part) for part in value]
+    if isinstance(value, Mapping):
+        return {key: _plain(part) for key, part in value.items()}
+    return str(value) if isinstance(value, Path) else value
