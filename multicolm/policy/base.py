@@ -77,10 +77,14 @@ class Deferral:
         param: the name of the threshold among the params.
         above: whether it hands over where the score is greater than the threshold; otherwise where
             it is less.
+        never: a threshold with which it never hands over.
+        always: one with which it always does.
     """
 
     param: str
     above: bool
+    never: float
+    always: float
 
 
 @plain_dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 from jaxtyping import Bool, Float, Int
@@ -41,6 +42,10 @@ class BildPolicy(SelectPolicy):
     num_small_iters: NonNegativeInt = 10
     large: Role = "assistant"
 
+    tunable: ClassVar[dict[str, Sequence[float]]] = {
+        "fallback": (0.0, 0.2, 0.4, 0.6, 0.8, 0.95),
+        "rollback": (1.0, 2.0, 3.0, 5.0, 8.0),
+    }
     base_signals: ClassVar[set[Signal]] = {"top1"}
     assistant_signals: ClassVar[set[Signal]] = {"logprobs"}
     certain: ClassVar[bool] = True

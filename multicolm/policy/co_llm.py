@@ -21,6 +21,7 @@ from multicolm.policy.base import (
     register_policy,
 )
 from multicolm.policy.learned import check_made_for, untrained
+from multicolm.policy.threshold import PROBABILITIES
 from multicolm.types import Signal, Tensor
 from multicolm.views import ModelNames, Views
 
@@ -60,19 +61,18 @@ class CoLlmPolicy(SelectPolicy, MixPolicy):
     made_for: dict[str, str] | None = None
 
     base_signals: ClassVar[set[Signal]] = {"hidden"}
-    tunable: ClassVar[dict[str, Sequence[float]]] = {
-        "threshold": [0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99]
-    }
 
     def __post_init__(self) -> None:
         """What it needs hangs on how it decodes."""
         mixes = self.decode == "mixture"
+        handing = Deferral("threshold", above=True, never=1, always=-1)
         settings = {
             "acts": "mix" if mixes else "select",
             "assistants": "always" if mixes else "deferred",
             "certain": not mixes,
             "schedule": "block" if mixes else "stepwise",
-            "deferral": Deferral("threshold", above=True) if self.decode == "threshold" else None,
+            "tunable": {"threshold": PROBABILITIES} if self.decode == "threshold" else {},
+            "deferral": handing if self.decode == "threshold" else None,
         }
         for name, value in settings.items():
             object.__setattr__(self, name, value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 from jaxtyping import Bool, Float, Int
@@ -37,6 +38,10 @@ class CosdRulePolicy(SelectPolicy):
     alpha: NonNegativeFloat = 0.5
     beta: NonNegativeFloat = 0.5
 
+    tunable: ClassVar[dict[str, Sequence[float]]] = {
+        "alpha": (0.1, 0.3, 0.5, 0.7, 0.9, 1.1),
+        "beta": (0.0, 0.25, 0.5, 0.75, 1.0),
+    }
     base_signals: ClassVar[set[Signal]] = {"top1"}
     assistant_signals: ClassVar[set[Signal]] = {"top1"}
     assistants: ClassVar[When] = "deferred"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Annotated, ClassVar
 
 from jaxtyping import Float
@@ -58,6 +59,8 @@ class ProxyTuningPolicy(_Arithmetic):
     expert: Role = 1
     antiexpert: Role = 2
 
+    tunable: ClassVar[dict[str, Sequence[float]]] = {"alpha": (0.25, 0.5, 0.75, 1.0, 1.5, 2.0)}
+
     def roles(self) -> tuple[Role, ...]:
         """Base model, expert and anti-expert."""
         return (0, self.expert, self.antiexpert)
@@ -93,6 +96,11 @@ class ContrastivePolicy(_Arithmetic):
     beta: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.5
     expert: Role = "assistant"
     amateur: Role = "base"
+
+    tunable: ClassVar[dict[str, Sequence[float]]] = {
+        "beta": (0.1, 0.25, 0.5, 1.0, 2.0),
+        "alpha": (0.01, 0.1, 0.3, 0.5),
+    }
 
     def roles(self) -> tuple[Role, ...]:
         """Expert and amateur."""

@@ -21,7 +21,7 @@ from multicolm.policy.base import (
     register_policy,
 )
 from multicolm.policy.learned import check_made_for, untrained
-from multicolm.policy.threshold import best_assistant
+from multicolm.policy.threshold import PROBABILITIES, best_assistant
 from multicolm.types import Signal, Tensor
 from multicolm.views import ModelNames, View, Views
 
@@ -47,7 +47,7 @@ class MlpRouterPolicy(SelectPolicy):
         top_k: how many log-probabilities ``topk`` is.
         ways: ``models`` has a probability for each model, and the likeliest assistant writes;
             ``binary`` has one for handing over, and the surest assistant writes.
-        threshold: on the probability of handing over, 0 (nearly always) to 1 (never).
+        threshold: on the probability of handing over, below 0 (always) to 1 (never).
         made_for: the models it was trained with, by name, and what they are; the base model first.
 
     Source:
@@ -60,15 +60,13 @@ class MlpRouterPolicy(SelectPolicy):
     features: tuple[Feature, ...] = Field(default=("hidden",), min_length=1)
     top_k: int = Field(default=100, ge=1)
     ways: Literal["models", "binary"] = "models"
-    threshold: float = Field(default=0.5, ge=0, le=1)
+    threshold: float = Field(default=0.5, le=1)
     made_for: dict[str, str] | None = None
 
     assistants: ClassVar[When] = "deferred"
     certain: ClassVar[bool] = True
-    tunable: ClassVar[dict[str, Sequence[float]]] = {
-        "threshold": [0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99]
-    }
-    deferral: ClassVar[Deferral | None] = Deferral("threshold", above=True)
+    tunable: ClassVar[dict[str, Sequence[float]]] = {"threshold": PROBABILITIES}
+    deferral: ClassVar[Deferral | None] = Deferral("threshold", above=True, never=1, always=-1)
 
     def needs(self, models: ModelNames) -> Needs:
         """The features; of the assistants how sure they are, where there is a choice to make.

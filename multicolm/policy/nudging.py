@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 from jaxtyping import Bool, Float, Int
 from pydantic import NonNegativeFloat
 
-from multicolm.policy.base import Needs, SelectPolicy, When, register_policy
+from multicolm.policy.base import Deferral, Needs, SelectPolicy, When, register_policy
+from multicolm.policy.threshold import PROBABILITIES
 from multicolm.types import Signal, Tensor
 from multicolm.views import ModelNames, Role, Views
 
@@ -33,6 +35,8 @@ class NudgingPolicy(SelectPolicy):
     threshold: NonNegativeFloat = 0.4
     nudger: Role = "assistant"
 
+    tunable: ClassVar[dict[str, Sequence[float]]] = {"threshold": PROBABILITIES}
+    deferral: ClassVar[Deferral | None] = Deferral("threshold", above=False, never=0, always=2)
     base_signals: ClassVar[set[Signal]] = {"top1"}
     assistant_signals: ClassVar[set[Signal]] = {"top1"}
     assistants: ClassVar[When] = "deferred"

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 from jaxtyping import Bool, Float, Int
 from pydantic import NonNegativeFloat
 
-from multicolm.policy.base import Schedule, SelectPolicy, When, register_policy
+from multicolm.policy.base import Deferral, Schedule, SelectPolicy, When, register_policy
 from multicolm.types import Signal, Tensor
 from multicolm.views import Views
 
-__all__ = ["ConfidencePolicy", "EntropyPolicy", "MarginPolicy", "MaxConfidencePolicy"]
+__all__ = [
+    "PROBABILITIES",
+    "ConfidencePolicy",
+    "EntropyPolicy",
+    "MarginPolicy",
+    "MaxConfidencePolicy",
+]
+
+PROBABILITIES = (0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
+"""Thresholds on a probability that are worth trying."""
 
 
 def best_assistant(views: Views, score: Tensor) -> Int[Tensor, "positions"]:
@@ -62,6 +72,8 @@ class ConfidencePolicy(_Unsure):
 
     threshold: NonNegativeFloat = 0.5
 
+    tunable: ClassVar[dict[str, Sequence[float]]] = {"threshold": PROBABILITIES}
+    deferral: ClassVar[Deferral | None] = Deferral("threshold", above=False, never=0, always=2)
     base_signals: ClassVar[set[Signal]] = {"top1"}
     assistant_signals: ClassVar[set[Signal]] = {"top1"}
 
@@ -93,6 +105,10 @@ class EntropyPolicy(_Unsure):
 
     threshold: float = 1.0
 
+    tunable: ClassVar[dict[str, Sequence[float]]] = {
+        "threshold": (0.01, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0, 1.5, 2.0, 3.0)
+    }
+    deferral: ClassVar[Deferral | None] = Deferral("threshold", above=True, never=1e9, always=-1)
     base_signals: ClassVar[set[Signal]] = {"logprobs"}
     assistant_signals: ClassVar[set[Signal]] = {"logprobs"}
 
@@ -125,6 +141,8 @@ class MarginPolicy(_Unsure):
 
     threshold: NonNegativeFloat = 0.2
 
+    tunable: ClassVar[dict[str, Sequence[float]]] = {"threshold": PROBABILITIES}
+    deferral: ClassVar[Deferral | None] = Deferral("threshold", above=False, never=0, always=2)
     base_signals: ClassVar[set[Signal]] = {"topk"}
     assistant_signals: ClassVar[set[Signal]] = {"topk"}
 

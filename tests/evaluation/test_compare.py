@@ -37,7 +37,7 @@ def rows(duo, make_task, tmp_path, reported):
     """Runs a comparison of the duo on its task; its rows by name."""
 
     def run(*policies: Any, **settings: Any) -> dict[str, RowResult]:
-        settings = {"out": tmp_path / "out", "batch_size": 2, **settings}
+        settings = {"out": tmp_path / "out", "batch_size": 2, "sweep": 0, **settings}
         task = settings.pop("task", None) or make_task()
         comparison = compare(duo, policies, task, **settings)
         assert reported[-1][0] is comparison
@@ -130,7 +130,7 @@ def test_a_sweep_tries_values_spread_over_the_first_tunable_param(rows) -> None:
     assert [row.point for row in points.values()] == [{"threshold": 0.0}, {"threshold": 1.5}]
     assert {row.of for row in points.values()} == {"mine"}
     assert [row.quality for row in points.values()] == [0.25, 0.25]
-    assert "sweep" not in {row.kind for row in rows(RULE, sweep=3).values()}
+    assert "sweep" not in {row.kind for row in rows("random", sweep=3).values()}
     assert "sweep" not in {row.kind for row in rows(NamedPolicy("m", Tuned()), sweep=0).values()}
 
 
@@ -146,9 +146,9 @@ def test_a_question_counts_for_the_oracle_only_if_every_place_has_a_right_first_
 
 def test_any_end_of_a_model_s_own_ends_the_oracle_s_text(tmp_path, make_task, reported) -> None:
     # Two models that end their texts with different tokens.
-    tokens = ["1", "x", "<a>", "<b>"]
-    first = TableModel("first", tokens, {"": {"<a>": 1.0}, "x": {"1": 1.0}}, ["<a>"])
-    second = TableModel("second", tokens, {"": {"x": 1.0}, "x": {"<b>": 1.0}}, ["<b>"])
+    never, at_once = {"": {"1": 1.0}}, {"": {"x": 1.0}, "x": {"<b>": 1.0}}
+    first = TableModel("first", ["1", "x", "<a>"], never, ["<a>"])
+    second = TableModel("second", ["1", "x", "<b>"], at_once, ["<b>"])
     task = make_task(records=[{"ask": "1", "answer": "x"}])
     comparison = compare(Ensemble([first, second]), [], task, out=tmp_path / "out")
     assert comparison.rows[-1].quality == 1
@@ -300,9 +300,9 @@ def test_a_policy_that_was_changed_under_its_name_is_run_again(rows) -> None:
     assert rows(NamedPolicy("rule", ConfidencePolicy(threshold=0.0)))["rule"].quality == 0.25
 
 
-def test_more_questions_may_follow(rows) -> None:
+def test_more_questions_may_follow(rows, tmp_path) -> None:
     assert rows(RULE, limit=2)["rule"].n_questions == 2
-    whole, fresh = rows(RULE), rows(RULE, out=Path(rows.__name__))
+    whole, fresh = rows(RULE), rows(RULE, out=tmp_path / "fresh")
     assert [timeless(row) for row in whole.values()] == [timeless(row) for row in fresh.values()]
 
 
