@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from pydantic import GetCoreSchemaHandler
 from pydantic_core import core_schema
-from typing_extensions import Self
 
 from multicolm.errors import ArtefactError
 from multicolm.files import write_whole
@@ -69,7 +68,7 @@ class Artefact(ABC, Generic[T]):
     def write(cls, content: T, path: Path) -> None:
         """Write a file; equal contents give equal bytes."""
 
-    def save(self, path: Path) -> Self:
+    def save(self, path: Path) -> Artefact[T]:
         """Write the file, and return the same thing as read from there."""
         self.write(self.content, path)
         saved = type(self)(path)
@@ -139,6 +138,12 @@ class Weights(Artefact["Mapping[str, Tensor]"]):
     @classmethod
     def write(cls, content: Mapping[str, Tensor], path: Path) -> None:
         """See :meth:`Artefact.write`."""
+        import torch
         from safetensors.torch import save
 
-        write_whole(path, save({name: content[name].detach().cpu().clone() for name in content}))
+        # Copies in one piece, as the format takes neither shared memory nor strides.
+        plain = {
+            name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+            for name, tensor in content.items()
+        }
+        write_whole(path, save(plain))

@@ -109,6 +109,7 @@ policies: Registry[object] = Registry(
         "confidence": "multicolm.policy.threshold:ConfidencePolicy",
         "contrastive": "multicolm.policy.logit_arithmetic:ContrastivePolicy",
         "cosd-rule": "multicolm.policy.cosd:CosdRulePolicy",
+        "cosd-tree": "multicolm.policy.tree:CosdTreePolicy",
         "entropy": "multicolm.policy.threshold:EntropyPolicy",
         "margin": "multicolm.policy.threshold:MarginPolicy",
         "max-confidence": "multicolm.policy.threshold:MaxConfidencePolicy",

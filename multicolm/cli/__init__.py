@@ -26,6 +26,8 @@ _VERBS = {
     "score": "Let every model read a corpus, and keep what it gives to each token.",
     "compare": "Compare policies with each other and with every model alone.",
     "train": "Train a policy on a score table.",
+    "tune": "Find the thresholds of a policy from data.",
+    "show": "Show what a checkpoint holds, its decision tree as text.",
     "ls": "List what the catalogue holds.",
     "validate": "Check ensemble and policy files without loading a model.",
     "version": "Print versions.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -44,7 +45,7 @@ __all__ = ["command"]
     help="Where the results go; the same command goes on with what is there.",
 )
 @click.option("--split", default="test", show_default=True, help="Which of the task's questions.")
-@click.option("--limit", type=int, help="Only the first so many questions.")
+@click.option("--limit", type=int, help="Only so many questions, spread evenly.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of everything random.")
 @click.option("--batch-size", type=int, default=16, show_default=True, help="Texts at a time.")
 @click.option("--max-new-tokens", type=int, help="The most tokens to write. [default: the task's]")
@@ -94,7 +95,7 @@ def command(
     from multicolm.evaluation.compare import compare
 
     try:
-        with _shown() as show:
+        with _shown() as show, _one_line_warnings():
             comparison = compare(
                 loaded,
                 named,
@@ -165,6 +166,19 @@ def _shown() -> Iterator[Callable[[Progress], None]]:
         yield show
 
 
+@contextmanager
+def _one_line_warnings() -> Iterator[None]:
+    """Warnings as sentences, without the line of code that they are from."""
+    from multicolm.cli.console import visible
+
+    def show(message: Warning | str, *_: object, **more: object) -> None:
+        click.echo(visible(f"Warning: {message}"), err=True)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield
+
+
 def _print(comparison: Comparison, out: Path) -> None:
     from multicolm.cli.console import print_table, visible
 
@@ -178,6 +192,8 @@ def _print(comparison: Comparison, out: Path) -> None:
 def _cells(row: RowResult) -> list[str]:
     gain = "" if row.gain is None else f"{100 * row.gain:+.1f}"
     p_value = "" if row.p_value is None else f"{row.p_value:.3f}"
+    if row.p_value is not None and row.p_value < 0.001:
+        p_value = "<0.001"
     work = [""] * 3
     if row.n_tokens:
         share = f"{100 * row.assistant_share:.1f} %"

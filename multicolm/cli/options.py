@@ -23,8 +23,12 @@ F = TypeVar("F", bound=Callable[..., Any])
 json_option = click.option("--json", "as_json_", is_flag=True, help="Print JSON instead of text.")
 
 
-def parameters(pairs: tuple[str, ...]) -> dict[str, Any]:
+def parameters(pairs: tuple[str, ...], option: str = "--set") -> dict[str, Any]:
     """``("alpha=0.4",)`` as ``{"alpha": 0.4}``; values are read as in YAML.
+
+    Args:
+        pairs: as they were given.
+        option: by which, for messages.
 
     Raises:
         ConfigError: if a pair has no ``=``, or its value is not readable.
@@ -35,11 +39,11 @@ def parameters(pairs: tuple[str, ...]) -> dict[str, Any]:
     for pair in pairs:
         name, equals, value = pair.partition("=")
         if not equals or not name:
-            raise ConfigError(f"--set {pair}: write it as name=value, such as alpha=0.4.")
+            raise ConfigError(f"{option} {pair}: write it as name=value, such as alpha=0.4.")
         try:
             read[name] = Document.parse(f"value: {value}", "").data["value"]
         except ConfigError as error:
-            raise ConfigError(f"--set {pair}: the value cannot be read as YAML.") from error
+            raise ConfigError(f"{option} {pair}: the value cannot be read as YAML.") from error
     return read
 
 

@@ -76,11 +76,9 @@ def command(
     loaded = _load(config)
     wanted = {"hidden": hidden, "topk": topk is not None, "embedding": embedding}
     start = time.perf_counter()
-    fresh: list[int] = []
     with work_bar("tokens") as bar:
 
         def show(progress: Progress) -> None:
-            fresh.append(progress.done)
             bar(progress.done, progress.total, f"scoring with {progress.model}")
 
         index = score(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 
@@ -25,6 +26,11 @@ __all__ = ["command"]
     multiple=True,
     help="Of the training, such as lr=0.003 or seeds=[0,1,2]. Repeatable.",
 )
+@click.option(
+    "--train-base",
+    type=click.Choice(["lora", "full"]),
+    help="Train the base model too: a LoRA adapter for it, or all its weights.",
+)
 @click.option("--license", "license_", default="", help="Of the checkpoint, for its card.")
 @json_option
 def command(
@@ -34,6 +40,7 @@ def command(
     policy: str | None,
     pairs: tuple[str, ...],
     options: tuple[str, ...],
+    train_base: Literal["lora", "full"] | None,
     license_: str,
     as_json_: bool,
 ) -> None:
@@ -41,6 +48,10 @@ def command(
 
     No model is loaded. The checkpoint is used as `--policy ./CHECKPOINT`, or in an ensemble file
     as `policy: ./CHECKPOINT`. The same command goes on where it was stopped.
+
+    With --train-base the base model is trained together with the policy's head, and is the only one
+    that is loaded; with `--policy single` it is fine-tuned alone. The checkpoint is an ensemble
+    then. Under `accelerate launch` or `torchrun` the processes share each batch.
     """
     from multicolm.cli.console import print_table, work_bar
     from multicolm.config import load_ensemble
@@ -53,21 +64,28 @@ def command(
         raise ConfigError("which policy? Give one that learns with --policy, such as co-llm.")
     chosen = resolve_policy(policy, parameters(pairs))
     with work_bar("steps") as bar:
-        checkpoint = train(
-            chosen,
-            scores,
-            out,
-            models=identities(config),
-            options=parameters(options),
-            license=license_,
-            on_progress=bar,
-        )
+        shared: dict[str, Any] = {"options": parameters(options, "--option"), "license": license_}
+        if train_base is None:
+            models = identities(config)
+            checkpoint = train(chosen, scores, out, models=models, on_progress=bar, **shared)
+        else:
+            from multicolm.training.joint import train_joint
+
+            checkpoint = train_joint(
+                chosen, scores, out, config=config, how=train_base, on_progress=bar, **shared
+            )
+    if int(os.environ.get("RANK", "0")) > 0:
+        return  # The first process of `accelerate launch` speaks for all.
     facts: dict[str, Any] = checkpoint.provenance["train"]
     if as_json_:
         click.echo(as_json({"out": str(out), "kind": checkpoint.policy.name, **facts["report"]}))
         return
     print_table(["measured on held-out texts", ""], report_lines(facts["report"]))
-    click.echo(f"{out}: a {checkpoint.policy.name} policy; use it with --policy {_as_path(out)}")
+    if train_base is None:
+        use = f"use it with --policy {_as_path(out)}"
+    else:
+        use = f'an ensemble of its own: multicolm generate {_as_path(out)} "PROMPT"'
+    click.echo(f"{out}: a {checkpoint.policy.name} policy; {use}")
 
 
 def _as_path(folder: Path) -> str:

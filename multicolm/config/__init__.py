@@ -20,6 +20,7 @@ from multicolm.config.policy import (
     check_params,
     load_policy,
     load_policy_file,
+    load_task_params,
     parse_policy,
     policy_names,
 )
@@ -39,6 +40,7 @@ __all__ = [
     "load_model_file",
     "load_policy",
     "load_policy_file",
+    "load_task_params",
     "parse_ensemble",
     "parse_policy",
     "policy_names",

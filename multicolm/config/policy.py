@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -26,6 +27,7 @@ __all__ = [
     "is_path",
     "load_policy",
     "load_policy_file",
+    "load_task_params",
     "parse_policy",
     "policy_names",
     "policy_problems",
@@ -53,12 +55,14 @@ class PolicyFile(Strict):
         kind: a name in :data:`multicolm.plugins.policies`.
         params: values of the policy's fields.
         source: the publication it is from.
+        tasks: by task, params that suit it better; for comparisons on that task.
     """
 
     summary: str = ""
     kind: str = Field(min_length=1, description="the name of a policy")
     params: dict[str, Any] = Field(default_factory=dict)
     source: str = ""
+    tasks: dict[str, dict[str, Any]] = Field(default_factory=dict)
 
 
 def load_policy(source: str | Path, base_dir: Path) -> PolicyConfig:
@@ -101,6 +105,18 @@ def parse_policy(text: str, origin: str | Path) -> PolicyConfig:
     return with_paths(config, Path(origin).absolute().parent)
 
 
+def load_task_params(folder: Path, task: str) -> dict[str, Any]:
+    """Params that a checkpoint has for a task; none if it has none for that one.
+
+    Raises:
+        ConfigError: if its ``policy.yaml`` is wrong.
+    """
+    path = folder / "policy.yaml"
+    if not path.is_file():
+        return {}
+    return _parse_file(read_text(path, "a policy file"), str(path)).tasks.get(task, {})
+
+
 def load_policy_file(name: str) -> PolicyFile:
     """Read an entry of ``policies/``.
 
@@ -116,6 +132,10 @@ def _parse_file(text: str, origin: str) -> PolicyFile:
     file, problems = check(PolicyFile, document.data)
     if file is not None:
         problems = policy_problems(PolicyConfig(kind=file.kind, params=file.params), ())
+        for task, params in file.tasks.items() if not problems else ():
+            config = PolicyConfig(kind=file.kind, params={**file.params, **params})
+            found = policy_problems(config, ())
+            problems += [replace(p, place=("tasks", task, *p.place[1:])) for p in found]
     if problems or file is None:
         raise document.error(problems)
     return file

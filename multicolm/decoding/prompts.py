@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import cast
+from typing import Any, cast
 
 from multicolm.backend.base import Model
 from multicolm.errors import InputError
@@ -53,7 +53,7 @@ def prompt_ids(
     return ids
 
 
-def _is_ids(prompt: Prompt) -> bool:
+def _is_ids(prompt: Any) -> bool:
     return not isinstance(prompt, str) and all(
         isinstance(part, int) and not isinstance(part, bool) for part in prompt
     )
@@ -77,7 +77,7 @@ def _check_unicode(text: str, where: str) -> None:
         ) from error
 
 
-def check_prompt(prompt: Prompt, where: str) -> None:
+def check_prompt(prompt: Any, where: str) -> None:
     """Refuse what is no prompt.
 
     Raises:

@@ -23,7 +23,14 @@ from pydantic.dataclasses import dataclass as pydantic_dataclass
 
 from multicolm.errors import ConfigError, InputError, UnknownNameError, unknown
 
-__all__ = ["ContainsMetric", "ExactMatchMetric", "FunctionMetric", "Metric", "NumericMetric"]
+__all__ = [
+    "ContainsMetric",
+    "ExactMatchMetric",
+    "FunctionMetric",
+    "Metric",
+    "NumericMetric",
+    "load_function",
+]
 
 # No sign where it would be a minus between two numbers, as in "7-3".
 _NUMBER = re.compile(
@@ -160,13 +167,24 @@ class FunctionMetric:
             ConfigError: if the file or module is not there.
             UnknownNameError: if it has no such function.
         """
-        place, _, function = name.rpartition(":")
-        module = _run_file(base_dir / place, name) if place.endswith(".py") else _module(place)
-        found = getattr(module, function, None)
-        if not callable(found):
-            known = [k for k, v in vars(module).items() if callable(v) and not k.startswith("_")]
-            raise UnknownNameError(f"metric {name}: {unknown('function', function, known)}")
-        return cls(found, name)
+        return cls(load_function(name, base_dir), name)
+
+
+def load_function(name: str, base_dir: Path) -> Callable[..., Any]:
+    """What a task file names as ``package.module:function`` or ``file.py:function``.
+
+    Raises:
+        ConfigError: if the file or module is not there.
+        UnknownNameError: if it has no such function.
+    """
+    place, _, function = name.rpartition(":")
+    module = _run_file(base_dir / place, name) if place.endswith(".py") else _module(place)
+    found = getattr(module, function, None)
+    if not callable(found):
+        known = [k for k, v in vars(module).items() if callable(v) and not k.startswith("_")]
+        raise UnknownNameError(f"{name}: {unknown('function', function, known)}")
+    result: Callable[..., Any] = found
+    return result
 
 
 def _last_number(text: str) -> Decimal | None:
@@ -180,12 +198,12 @@ def _module(name: str) -> object:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        raise ConfigError(f"metric {name}: {error.msg}; is its package installed?") from error
+        raise ConfigError(f"{name}: {error.msg}; is its package installed?") from error
 
 
 def _run_file(path: Path, name: str) -> object:
     if not path.is_file():
-        raise ConfigError(f"metric {name}: there is no file {path}.")
+        raise ConfigError(f"{name}: there is no file {path}.")
     spec = importlib.util.spec_from_file_location(f"multicolm_metric_{path.stem}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 import string
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -23,12 +24,14 @@ from multicolm.config.document import Document, read_text
 from multicolm.config.policy import is_path
 from multicolm.config.wording import Place, Problem, Strict, check, problems_of, unknown_key
 from multicolm.errors import ConfigError, InputError, UnknownNameError, unknown
-from multicolm.evaluation.metrics import FunctionMetric, Metric
+from multicolm.evaluation.metrics import FunctionMetric, Metric, load_function
 from multicolm.plugins import metrics
 from multicolm.types import Message, Prompt
 
 __all__ = ["DataConfig", "MetricConfig", "Question", "Task", "TaskConfig", "load_task"]
 
+# As in `package.module:function` or `file.py:function`; a template has braces or blanks.
+_FUNCTION = re.compile(r"[\w./~-]+:[A-Za-z_]\w*")
 _FILES = (".jsonl", ".json", ".parquet")
 
 
@@ -84,7 +87,8 @@ class TaskConfig(Strict):
         data: the splits, by name.
         prompt: what is asked, with the record's fields as ``{field}``.
         gold: the right answer, likewise.
-        completion: a text that is right from the first token to the last, likewise; for the oracle.
+        completion: a text that is right from the first token to the last, likewise; or, where many
+            are, ``package.module:function`` that gives all of a record's. For the oracle.
         chat: whether the prompt is a message that goes through each model's chat template.
         stop: texts that end an answer and are not part of it.
         max_new_tokens: the most tokens of an answer.
@@ -116,7 +120,7 @@ class Question:
         id: unique within its split.
         prompt: what is asked, as text.
         gold: the right answer.
-        completion: a text that is right throughout, if the task has them.
+        completions: texts that are right throughout; none if the task has none.
         record: what the data hold.
         chat: whether the prompt is a message.
     """
@@ -124,7 +128,7 @@ class Question:
     id: str
     prompt: str
     gold: str
-    completion: str | None
+    completions: tuple[str, ...]
     record: Mapping[str, Any]
     chat: bool = False
 
@@ -151,12 +155,14 @@ class Task:
         config: its file.
         base_dir: the folder that its data's relative paths start from.
         metric: what judges.
+        completions: gives the right texts of a record, where the file names a function for that.
     """
 
     name: str
     config: TaskConfig
     base_dir: Path
     metric: Metric | FunctionMetric
+    completions: Callable[[Mapping[str, Any]], Sequence[str]] | None = None
 
     def questions(self, split: str) -> list[Question]:
         """All questions of a split, in their order.
@@ -167,12 +173,23 @@ class Task:
             ConfigError: if the data cannot be read.
         """
         questions: dict[str, Question] = {}
-        for number, (place, record) in enumerate(self._records(split), start=1):
-            question = self._question(number, place, record)
+        for place, record in self._records(split):
+            question = self._question(place, record)
             if question.id in questions:
                 raise InputError(f"{place}: the id '{question.id}' is there already; ids differ.")
             questions[question.id] = question
         return list(questions.values())
+
+    def sample(self, split: str, limit: int | None) -> list[Question]:
+        """The questions of a split, or some of them, spread evenly: files are often sorted by kind.
+
+        Raises:
+            MulticolmError: see :meth:`questions`.
+        """
+        questions = self.questions(split)
+        if limit is None or limit >= len(questions):
+            return questions
+        return [questions[i * len(questions) // limit] for i in range(limit)]
 
     def digest(self, split: str) -> str:
         """SHA-256 over all records of a split: equal for equal records, in any format.
@@ -223,8 +240,8 @@ class Task:
         if empty:
             raise InputError(f"task '{self.name}': {data.source} holds no question.")
 
-    def _question(self, number: int, place: str, record: Mapping[str, Any]) -> Question:
-        given = record.get("id", number)
+    def _question(self, place: str, record: Mapping[str, Any]) -> Question:
+        given = record.get("id", place.rpartition(":")[2])
         if isinstance(given, bool) or not isinstance(given, str | int) or given == "":
             raise InputError(f"{place}: the id must be text or a whole number, got {given!r}.")
         texts = {
@@ -235,12 +252,30 @@ class Task:
         assert prompt is not None and gold is not None
         if not prompt:
             raise InputError(f"{place}: the prompt is empty.")
-        return Question(str(given), prompt, gold, texts["completion"], record, self.config.chat)
+        completions = self._completions(place, record, texts.get("completion"))
+        return Question(str(given), prompt, gold, completions, record, self.config.chat)
+
+    def _completions(
+        self, place: str, record: Mapping[str, Any], text: str | None
+    ) -> tuple[str, ...]:
+        if self.completions is None:
+            return () if text is None else (text,)
+        found = self.completions(record)
+        texts = isinstance(found, list | tuple) and all(isinstance(t, str) for t in found)
+        if not texts or not found:
+            raise InputError(
+                f"{place}: {self.config.completion} gave {type(found).__name__}; expected a list "
+                "of texts that are right for the record, one or more."
+            )
+        return tuple(found)
 
     @cached_property
     def _templates(self) -> dict[str, str | None]:
         config = self.config
-        return {"prompt": config.prompt, "gold": config.gold, "completion": config.completion}
+        templates = {"prompt": config.prompt, "gold": config.gold}
+        if self.completions is None:
+            return {**templates, "completion": config.completion}
+        return {**templates}
 
 
 def load_task(source: str | Path) -> Task:
@@ -273,7 +308,10 @@ def _parse(text: str, origin: Path, base_dir: Path, name: str) -> Task:
     problems = [*_data_problems(config, base_dir), *_metric_problems(config.metric)]
     if problems:
         raise document.error(problems)
-    return Task(name, config, base_dir, _metric(config.metric, base_dir))
+    completions = None
+    if config.completion is not None and _FUNCTION.fullmatch(config.completion):
+        completions = load_function(config.completion, base_dir)
+    return Task(name, config, base_dir, _metric(config.metric, base_dir), completions)
 
 
 def _template_problems(data: Mapping[str, Any]) -> list[Problem]:

@@ -141,8 +141,8 @@ def fit_network(
         while loop.step(done, number):
             on_progress(before + loop.n_epochs, total, f"seed {seed}: {loop.stage.name}")
         done.append(loop.fitted)
-        on_progress(before + total // len(seeds), total, f"seed {seed}: done")
         loop.save(done, number + 1)
+        on_progress(before + total // len(seeds), total, f"seed {seed}: done")
     return done
 
 
@@ -188,6 +188,8 @@ class _Loop:
         if self._at[0] >= len(self._stages):
             return False
         at, epoch = self._at
+        if math.isinf(self._first_loss):
+            self._first_loss = self._untrained_loss(at)
         mean_loss = self._epoch(at, epoch)
         self._refuse_divergence(mean_loss, epoch)
         last = at == len(self._stages) - 1
@@ -239,6 +241,17 @@ class _Loop:
                 self._optimizer.step()
                 total += float(loss.detach()) * len(which)
         return total / n
+
+    @torch.no_grad()
+    def _untrained_loss(self, at: int) -> float:
+        """What a stage begins with; a loss that is far above has diverged."""
+        self._network.train(False)
+        total = 0.0
+        every = torch.arange(len(self._problem.features))
+        for which in torch.split(every, self._schedule.batch_size):
+            scores = router_scores(self._network, self._problem.batch(which))
+            total += float(self._stages[at].loss(scores, which)) * len(which)
+        return total / len(every)
 
     def _refuse_divergence(self, mean_loss: float, epoch: int) -> None:
         self._first_loss = min(self._first_loss, mean_loss)

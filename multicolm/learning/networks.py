@@ -72,6 +72,22 @@ def build(
         dropout: of ``mlp`` and ``residual``.
         generator: of the random numbers that it begins with.
     """
+    with torch.random.fork_rng(devices=[]):  # layers draw weights of their own, replaced below
+        network = nn.Sequential(*_layers(kind, n_features, n_outputs, width, n_blocks, dropout))
+        for layer in network.modules():
+            if isinstance(layer, nn.Linear):
+                bound = layer.in_features**-0.5
+                nn.init.uniform_(layer.weight, -bound, bound, generator=generator)
+                nn.init.zeros_(layer.bias)
+    last = network[-1]
+    assert isinstance(last, nn.Linear)
+    nn.init.zeros_(last.weight)
+    return network
+
+
+def _layers(
+    kind: NetworkKind, n_features: int, n_outputs: int, width: int, n_blocks: int, dropout: float
+) -> list[nn.Module]:
     layers: list[nn.Module]
     if kind == "linear":
         layers = [nn.Linear(n_features, n_outputs)]
@@ -82,16 +98,7 @@ def build(
         layers = [nn.Linear(n_features, width)]
         layers += [_Residual(width, dropout) for _ in range(n_blocks)]
         layers += [nn.LayerNorm(width), nn.Linear(width, n_outputs)]
-    network = nn.Sequential(*layers)
-    for layer in network.modules():
-        if isinstance(layer, nn.Linear):
-            bound = layer.in_features**-0.5
-            nn.init.uniform_(layer.weight, -bound, bound, generator=generator)
-            nn.init.zeros_(layer.bias)
-    last = network[-1]
-    assert isinstance(last, nn.Linear)
-    nn.init.zeros_(last.weight)
-    return network
+    return layers
 
 
 def fold(
@@ -132,6 +139,9 @@ def from_tensors(tensors: Mapping[str, Tensor], origin: object = "the network") 
         raise ArtefactError(
             f"{origin} holds no router: its tensors are {', '.join(sorted(tensors)) or 'none'}."
         ) from error
+    wrong = [name for name, tensor in network.named_parameters() if not tensor.isfinite().all()]
+    if wrong:
+        raise ArtefactError(f"{origin} is damaged: its tensor {wrong[0]} holds NaN or infinity.")
     return network.requires_grad_(False).eval()
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean, pstdev
-from typing import Any
+from typing import Annotated, Any, TypeAlias
 
 import torch
 from jaxtyping import Float
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from multicolm.config.wording import Strict
@@ -40,6 +40,9 @@ __all__ = [
 
 _JUDGED_AT_ONCE = 65536  # positions
 
+Seed: TypeAlias = Annotated[int, Field(strict=True, ge=0, lt=2**32)]
+"""Of a random generator."""
+
 
 class NetworkSettings(Strict):
     """How any router is trained.
@@ -68,7 +71,15 @@ class NetworkSettings(Strict):
     held_out: float = Field(default=0.1, ge=0, lt=1)
     patience: int = Field(default=10, ge=0)
     balance: float = Field(default=8.0, ge=1)
-    seeds: tuple[int, ...] = Field(default=(0,), min_length=1)
+    # Not strict, so that it may be a list, as YAML has no tuples; the seeds themselves are.
+    seeds: tuple[Seed, ...] = Field(default=(0,), strict=False)
+
+    @field_validator("seeds")
+    @classmethod
+    def _one_at_least(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
+        if not seeds:
+            raise ValueError("must hold 1 or more, got 0.")
+        return seeds
 
 
 class RouterSettings(NetworkSettings):
@@ -174,9 +185,10 @@ def fit_stages(
         Tensors of a network for raw features.
 
     Raises:
-        TrainingError: if the loss is no number.
+        TrainingError: if a feature or the loss is no number.
     """
     raw = features(learnt)
+    _refuse_no_numbers(raw)
     centre, scale = standardisation(raw.float().clamp_min(-1e4))
 
     def make(generator: torch.Generator) -> nn.Sequential:
@@ -193,6 +205,7 @@ def fit_stages(
     held_out: Callable[[nn.Module], float] | None = None
     if len(judged):
         beheld = features(judged)
+        _refuse_no_numbers(beheld)
 
         def held_out(network: nn.Module) -> float:
             return float(judge(_scores(network, beheld, centre, scale), judged).mean())
@@ -215,6 +228,16 @@ def fit_stages(
     network = make(torch.Generator())
     network.load_state_dict(best.tensors)
     return fold(network, centre, scale)
+
+
+def _refuse_no_numbers(features: Float[Tensor, "positions features"]) -> None:
+    """Refuse what would only make every weight NaN; -inf is a token that cannot come."""
+    wrong = (features.isnan() | features.isposinf()).any(-1)
+    if bool(wrong.any()):
+        raise TrainingError(
+            f"the features of the base model are NaN or infinite at {int(wrong.sum())} of "
+            f"{len(features)} positions; score the corpus with another `dtype`."
+        )
 
 
 def usable_parts(table: ScoreTable, settings: NetworkSettings) -> tuple[ScoreTable, ScoreTable]:

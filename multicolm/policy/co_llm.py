@@ -65,7 +65,7 @@ class CoLlmPolicy(SelectPolicy, MixPolicy):
     def __post_init__(self) -> None:
         """What it needs hangs on how it decodes."""
         mixes = self.decode == "mixture"
-        handing = Deferral("threshold", above=True, never=1, always=-1)
+        handing = Deferral("threshold", above=True, never=1.0, always=-1.0)
         settings = {
             "acts": "mix" if mixes else "select",
             "assistants": "always" if mixes else "deferred",

@@ -66,7 +66,7 @@ class MlpRouterPolicy(SelectPolicy):
     assistants: ClassVar[When] = "deferred"
     certain: ClassVar[bool] = True
     tunable: ClassVar[dict[str, Sequence[float]]] = {"threshold": PROBABILITIES}
-    deferral: ClassVar[Deferral | None] = Deferral("threshold", above=True, never=1, always=-1)
+    deferral: ClassVar[Deferral | None] = Deferral("threshold", above=True, never=1.0, always=-1.0)
 
     def needs(self, models: ModelNames) -> Needs:
         """The features; of the assistants how sure they are, where there is a choice to make.
@@ -76,8 +76,19 @@ class MlpRouterPolicy(SelectPolicy):
         """
         if self.network is None:
             raise untrained(self.name)
-        n_models = len(self.made_for) if self.made_for else len(models)
-        if n_models != len(models) or self._shape[1] not in (1, len(models) - 1):
+        n_outputs = self._shape[1]
+        if len(models) == 1:
+            raise CapabilityError(
+                f"policy '{self.name}' hands over to assistants, and this ensemble has one model "
+                f"({models[0]}); add assistants, or use the policy single."
+            )
+        if self.ways == "binary" and n_outputs != 1:
+            raise CapabilityError(
+                f"this '{self.name}' network has probabilities for {n_outputs + 1} models, and "
+                "`ways: binary` wants one for handing over; set ways to models."
+            )
+        n_models = n_outputs + 1 if self.ways == "models" else len(self.made_for or models)
+        if n_models != len(models):
             raise CapabilityError(
                 f"this '{self.name}' policy was made for {n_models} models, and this ensemble has "
                 f"{len(models)} ({', '.join(models)}); train one for these."
@@ -120,6 +131,12 @@ class MlpRouterPolicy(SelectPolicy):
 
         seen = joined([self._feature(name, views.base) for name in self.features])
         net = self._net
+        if seen.shape[1] != self._shape[0]:
+            raise CapabilityError(
+                f"this '{self.name}' network was made for {self._shape[0]} features, and "
+                f"{' and '.join(self.features)} of model '{views.base.name}' have {seen.shape[1]}; "
+                "use the features, top_k and base model that it was trained with."
+            )
         if seen.device.type != "cpu":
             net = net.to(seen.device)  # moves in place, so only the first time
         return router_scores(net, seen).softmax(-1)

@@ -73,7 +73,7 @@ class ConfidencePolicy(_Unsure):
     threshold: NonNegativeFloat = 0.5
 
     tunable: ClassVar[dict[str, Sequence[float]]] = {"threshold": PROBABILITIES}
-    deferral: ClassVar[Deferral | None] = Deferral("threshold", above=False, never=0, always=2)
+    deferral: ClassVar[Deferral | None] = Deferral("threshold", above=False, never=0.0, always=2.0)
     base_signals: ClassVar[set[Signal]] = {"top1"}
     assistant_signals: ClassVar[set[Signal]] = {"top1"}
 
@@ -108,7 +108,7 @@ class EntropyPolicy(_Unsure):
     tunable: ClassVar[dict[str, Sequence[float]]] = {
         "threshold": (0.01, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0, 1.5, 2.0, 3.0)
     }
-    deferral: ClassVar[Deferral | None] = Deferral("threshold", above=True, never=1e9, always=-1)
+    deferral: ClassVar[Deferral | None] = Deferral("threshold", above=True, never=1e9, always=-1.0)
     base_signals: ClassVar[set[Signal]] = {"logprobs"}
     assistant_signals: ClassVar[set[Signal]] = {"logprobs"}
 
@@ -142,7 +142,7 @@ class MarginPolicy(_Unsure):
     threshold: NonNegativeFloat = 0.2
 
     tunable: ClassVar[dict[str, Sequence[float]]] = {"threshold": PROBABILITIES}
-    deferral: ClassVar[Deferral | None] = Deferral("threshold", above=False, never=0, always=2)
+    deferral: ClassVar[Deferral | None] = Deferral("threshold", above=False, never=0.0, always=2.0)
     base_signals: ClassVar[set[Signal]] = {"topk"}
     assistant_signals: ClassVar[set[Signal]] = {"topk"}
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from multicolm.decoding.prompts import check_prompt
 from multicolm.errors import ConfigError, InputError
-from multicolm.types import Message, Prompt
+from multicolm.types import Prompt
 
 __all__ = ["Corpus", "Example", "open_corpus"]
 
@@ -135,7 +135,7 @@ def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
         raise ConfigError(f"{path} cannot be read: {error.strerror}.") from error
     except UnicodeDecodeError as error:
         raise InputError(f"{place}: not UTF-8 text; convert it first.") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{place}: no JSON ({error}); {_FORMS}.") from error
 
 
@@ -151,14 +151,19 @@ def _example(record: Any, place: str) -> Example:
     if not isinstance(completion, str) or prompt is None:
         raise InputError(f"{place}: {_FORMS}; this one has {', '.join(record) or 'nothing'}.")
     check_prompt(prompt, f"{place}: the prompt")
+    if not isinstance(prompt, str) and not isinstance(prompt[0], Mapping):
+        raise InputError(f"{place}: {_FORMS}; the prompt of this one is a list of token ids.")
+    example = Example(prompt, completion, place)
     try:
-        completion.encode()
+        example.canonical  # noqa: B018  # a lone surrogate anywhere, also in a message's role
     except UnicodeEncodeError as error:
-        raise InputError(f"{place}: the completion is not valid Unicode.") from error
-    return Example(prompt, completion, place)
+        raise InputError(
+            f"{place}: holds a character that is not valid Unicode; read the text as UTF-8 first."
+        ) from error
+    return example
 
 
-def _split_chat(messages: Any, place: str) -> tuple[list[Message], str]:
+def _split_chat(messages: Any, place: str) -> tuple[list[Any], str]:
     """What precedes the last message, which has to be the assistant's, and its text."""
     last = messages[-1] if isinstance(messages, list) and len(messages) > 1 else None
     if not isinstance(last, Mapping) or last.get("role") != "assistant":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +15,13 @@ import multicolm
 from multicolm.backend.base import Model
 from multicolm.decoding.prompts import encode_prompt
 from multicolm.ensemble import Ensemble
-from multicolm.errors import ArtefactError, CapabilityError, InputError, ModelError
+from multicolm.errors import (
+    ArtefactError,
+    CapabilityError,
+    ConfigError,
+    InputError,
+    ModelError,
+)
 from multicolm.files import locked, sha256, write_whole
 from multicolm.scoring.corpus import Corpus, Example
 from multicolm.scoring.reading import Text, read_texts
@@ -104,8 +111,10 @@ def score(
                 f"the base model '{base.name}' does not show '{feature}'; it shows "
                 f"{', '.join(shown) or 'no features'}."
             )
+    _check_names(ensemble.models)
     if rank > 0:
         index = _plan(ensemble, corpus, features, top_k, end_of_text, shard_positions)
+        wait()  # until the first process has put away what is damaged
         index = _join(folder, index)
         _Scorer(ensemble, TableFiles(folder, index), batch_tokens).run(
             corpus, rank, n_ranks, on_progress
@@ -116,8 +125,10 @@ def score(
         index = _plan(ensemble, corpus, features, top_k, end_of_text, shard_positions)
         index = _join(folder, index)
         files = TableFiles(folder, index)
+        _discard_damaged(folder)
         if not _is_finished(files):
             write_whole(folder / "index.json", index.as_json())
+        wait()
         _Scorer(ensemble, files, batch_tokens).run(corpus, rank, n_ranks, on_progress)
         wait()
         return _finish(files)
@@ -139,18 +150,27 @@ def _join(folder: Path, index: Index) -> Index:
             f"{index.digest[:12]}, end of text {'counted' if index.end_of_text else 'left off'}); "
             "choose another folder."
         )
+    mine, theirs = index.models[0], old.models[0]
+    # The same base model under another name gives the same tokens; one whose weights were changed
+    # has all scored anew.
+    same = mine.identity == theirs.identity if mine.identity and theirs.identity else False
+    if mine.name != theirs.name and not same:
+        raise ArtefactError(
+            f"{folder} holds scores with the base model '{theirs.name}', whose tokens they are of, "
+            f"and this ensemble's is '{mine.name}'; choose another folder."
+        )
     if old.shards != index.shards:
         raise ArtefactError(
-            f"{folder} was begun with other shards or another base model ({old.models[0].name}); "
-            "choose another folder, or the settings that it was begun with."
+            f"{folder} was begun with shards of other sizes, or a base model with other tokens or "
+            "another context; choose another folder, or the settings that it was begun with."
         )
     # A model that kept more than is asked for now has kept enough.
     before = {(m.name, m.identity, m.precision): m for m in old.models}
     models = []
     for model in index.models:
         known = before.get((model.name, model.identity, model.precision))
-        enough = known is not None and set(model.features) <= set(known.features)
-        models.append(replace(model, features=known.features) if known and enough else model)
+        kept = {*model.features, *(known.features if known else ())}
+        models.append(replace(model, features=tuple(sorted(kept))))
     return replace(index, models=tuple(models), top_k=max(old.top_k, index.top_k))
 
 
@@ -175,8 +195,11 @@ def _plan(
         if n_positions >= shard_positions:
             shards.append(Shard(first, n_examples, n_positions))
             first, n_examples, n_positions = first + n_examples, 0, 0
-    if n_examples:
+    if n_positions:
         shards.append(Shard(first, n_examples, n_positions))
+    elif n_examples and shards:
+        # Nothing of these is scored; a shard of its own would hold nothing.
+        shards[-1] = replace(shards[-1], n_examples=shards[-1].n_examples + n_examples)
     total = sum(shard.n_positions for shard in shards)
     if total == 0:
         raise InputError(
@@ -204,6 +227,31 @@ def _plan(
         shards=tuple(shards),
         files={},
     )
+
+
+def _check_names(models: Sequence[str]) -> None:
+    """Refuse names that no folder beside the table's own files can have.
+
+    Raises:
+        ConfigError: naming the model.
+    """
+    for name in models:
+        if name in (TEXT, "index.json") or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+            raise ConfigError(
+                f"model '{name}' cannot be scored under this name, for its scores lie in a folder "
+                "that is called so; use letters, digits, '.', '_' and '-', and neither 'text' nor "
+                "'index.json'."
+            )
+
+
+def _discard_damaged(folder: Path) -> None:
+    """Delete files of a finished table that have changed since, so that they are made anew."""
+    if not (folder / "index.json").is_file():
+        return
+    for name, digest in read_index(folder).files.items():
+        path = folder / name
+        if path.is_file() and sha256(path) != digest:
+            path.unlink()
 
 
 def _is_finished(files: TableFiles) -> bool:
@@ -241,8 +289,15 @@ class _ExampleReader:
         """The token that stands for the end of a text, if it counts."""
 
     def ids(self, example: Example) -> list[int]:
-        """The tokens of a completion, the end included, in the shared vocabulary."""
-        ids = self._models[0].tokenizer.encode_continuation(example.completion)
+        """The tokens of a completion, the end included, in the shared vocabulary.
+
+        Raises:
+            InputError: if the base model has no tokens for it.
+        """
+        try:
+            ids = self._models[0].tokenizer.encode_continuation(example.completion)
+        except InputError as error:
+            raise InputError(f"{example.place}: {error}") from error
         return ids if self.end is None else [*ids, self.end]
 
     def prompt(self, example: Example, k: int) -> list[int]:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -139,13 +140,15 @@ class Index:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Index:
-        """The reverse of :meth:`as_json`."""
-        models = tuple(
-            ScoredModel(**{**model, "features": tuple(model["features"])})
-            for model in data["models"]
-        )
-        shards = tuple(Shard(**shard) for shard in data["shards"])
-        return cls(**{**data, "models": models, "shards": shards})
+        """The reverse of :meth:`as_json`.
+
+        Raises:
+            ValueError: if something is missing or of another type.
+        """
+        index = TypeAdapter(cls).validate_python(data)
+        if not index.models or not index.shards:
+            raise ValueError("no models or no shards")
+        return index
 
 
 class TableFiles:
@@ -221,7 +224,7 @@ def read_index(folder: str | Path) -> Index:
         if data.get("format") != FORMAT:
             raise ArtefactError(
                 f"{path} has format {data.get('format')}, and this version reads {FORMAT}; score "
-                "the corpus again."
+                "the corpus into another folder."
             )
         return Index.from_json(data)
     except FileNotFoundError as error:
@@ -229,8 +232,27 @@ def read_index(folder: str | Path) -> Index:
             f"{folder} is no score table: it holds no index.json; make one with `multicolm score "
             "ENSEMBLE DATA --out DIR`."
         ) from error
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ArtefactError(f"{path} is damaged ({error}); score the corpus again.") from error
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ArtefactError(
+            f"{path} is damaged ({reason}); delete it and run the same `multicolm score` once "
+            "more: what is whole of the rest is kept."
+        ) from error
+
+
+def _finished_index(folder: str | Path) -> Index:
+    """What ``index.json`` says of a table that is whole.
+
+    Raises:
+        ArtefactError: if it is missing, damaged, or of a table that is not finished.
+    """
+    index = read_index(folder)
+    if not index.files:
+        raise ArtefactError(
+            f"{folder} is not finished: run the same `multicolm score` once more; it goes on where "
+            "it stopped."
+        )
+    return index
 
 
 def load_table(folder: str | Path, models: Sequence[str] | None = None) -> ScoreTable:
@@ -244,7 +266,7 @@ def load_table(folder: str | Path, models: Sequence[str] | None = None) -> Score
     Raises:
         ArtefactError: if a file is missing or damaged, or a model was not scored.
     """
-    index = read_index(folder)
+    index = _finished_index(folder)
     files = TableFiles(Path(folder), index)
     names = [model.name for model in index.models]
     wanted = list(models) if models is not None else names
@@ -288,7 +310,7 @@ def load_prompt_digests(folder: str | Path) -> list[str]:
     Raises:
         ArtefactError: if a file is missing or damaged.
     """
-    index = read_index(folder)
+    index = _finished_index(folder)
     files = TableFiles(Path(folder), index)
     texts = [files.read(TEXT, number)["prompt_digests"] for number in range(len(index.shards))]
     return [f"{number % (1 << 64):016x}" for text in texts for number in text.tolist()]

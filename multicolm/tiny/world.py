@@ -6,7 +6,7 @@ import itertools
 import random
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Final, Literal, TypeAlias
 
 Kind: TypeAlias = Literal["treats", "class", "plant", "dose", "linear", "quad"]
@@ -329,6 +329,18 @@ class World:
         }
         hands["test"][0] = showcase
         return hands
+
+
+def right_completions(record: Mapping[str, object]) -> list[str]:
+    """Every response that counts as right for a line of the shipped question files."""
+    question = _questions_by_id()[str(record["id"])]
+    return list(question.responses)
+
+
+@cache
+def _questions_by_id() -> dict[str, Question]:
+    world = build_world()
+    return {question.id: question for split in SPLITS for question in world.questions(split)}
 
 
 def build_world(seed: int = DEFAULT_SEED) -> World:

@@ -44,15 +44,21 @@ class Checkpoint(
         policy: learned or tuned.
         provenance: what it was made from; see :func:`read_provenance`.
         summary: one line for ``policy.yaml``.
+        tasks: by task, params that suit it better.
     """
 
     def __init__(
-        self, policy: Policy, provenance: Mapping[str, Any] | None = None, summary: str = ""
+        self,
+        policy: Policy,
+        provenance: Mapping[str, Any] | None = None,
+        summary: str = "",
+        tasks: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
         self.policy = policy
         self.provenance = dict(provenance or {})
         self.summary = summary
-        # What the mixin writes as config.json, which is what the Hub counts downloads by.
+        self.tasks = {task: dict(params) for task, params in (tasks or {}).items()}
+        # Of config.json, which is what the Hub counts downloads by.
         self._hub_mixin_config = {"library": "multicolm", "kind": policy.name}
 
     def _save_pretrained(self, save_directory: Path) -> None:
@@ -67,8 +73,12 @@ class Checkpoint(
             else:
                 params[name] = _plain(value)
         config = {"summary": self.summary, "kind": self.policy.name, "params": params}
+        if self.tasks:
+            config["tasks"] = self.tasks
         text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True, width=100)
         provenance = json.dumps(self.provenance, indent=1, ensure_ascii=False, default=str)
+        hub = json.dumps(self._hub_mixin_config, sort_keys=True, indent=2)
+        write_whole(save_directory / "config.json", hub)
         write_whole(save_directory / "provenance.json", provenance + "\n")
         write_whole(save_directory / "README.md", card(config, self.provenance))
         write_whole(save_directory / "policy.yaml", text)
@@ -99,7 +109,9 @@ class Checkpoint(
                     allow_patterns=_FILES,
                 )
             )
-        return cls(resolve_policy(folder), read_provenance(folder))
+        policy = resolve_policy(folder)
+        text = (folder / "policy.yaml").read_text(encoding="utf-8")
+        return cls(policy, read_provenance(folder), yaml.safe_load(text).get("summary", ""))
 
     def bound_to(self, folder: Path) -> Checkpoint:
         """The same checkpoint, its learned params read from the files of ``folder``."""
@@ -109,7 +121,7 @@ class Checkpoint(
             for field in fields(policy)
             if isinstance(value := getattr(policy, field.name), Artefact)
         }
-        return Checkpoint(replace(policy, **moved), self.provenance, self.summary)
+        return Checkpoint(replace(policy, **moved), self.provenance, self.summary, self.tasks)
 
 
 def read_provenance(folder: str | Path) -> dict[str, Any]:

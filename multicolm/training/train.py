@@ -75,9 +75,11 @@ def train(
     with locked(folder):
         finished = _finished(folder, key)
         if finished is not None:
+            shutil.rmtree(folder / ".training", ignore_errors=True)
             return finished
         table = load_table(scores, names)
-        training = Training(options or {}, folder / ".training", on_progress, save_every)
+        # A folder for each key, so that no training goes on from the state of another.
+        training = Training(options or {}, folder / ".training" / key, on_progress, save_every)
         wants_training = "training" in inspect.signature(fit).parameters
         if options and not wants_training:
             raise ConfigError(
@@ -128,9 +130,12 @@ def _same(one: str, other: str) -> bool:
     if not one or not other or one == other:
         return True
     # Without the network nobody knows the commit of a branch.
-    repositories = [identity.split("@")[0] for identity in (one, other)]
-    pinned = [len(identity.split("@")[-1].split("+")[0]) == 40 for identity in (one, other)]
-    return one.startswith("hub:") and repositories[0] == repositories[1] and not all(pinned)
+    (model, _, adapter), (other_model, _, other_adapter) = (i.partition("+") for i in (one, other))
+    repository, _, commit = model.partition("@")
+    other_repository, _, other_commit = other_model.partition("@")
+    both_pinned = len(commit) == len(other_commit) == 40
+    equal = (repository, adapter) == (other_repository, other_adapter)
+    return one.startswith("hub:") and equal and not both_pinned
 
 
 def _key(

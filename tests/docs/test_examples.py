@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -59,3 +60,20 @@ def test_the_demo_shows_every_policy_and_a_table() -> None:
     for name in catalog.names("policies"):
         assert name in shown
     assert "tokens/s" in shown
+
+
+@pytest.mark.slow
+def test_the_co_llm_example_goes_from_raw_data_to_a_report(tmp_path: Path) -> None:
+    done = subprocess.run(
+        ["sh", "examples/co_llm/run.sh", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=False,
+        env={**os.environ, "LIMIT": "12", "MULTICOLM": f"{sys.executable} -m multicolm"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "comparison" / "report.html").is_file()
+    table = (tmp_path / "comparison" / "table.md").read_text(encoding="utf-8")
+    for row in ("co-llm", "co-llm-15", "mlp-router", "cosd-tree", "cosd-rule", "oracle"):
+        assert row in table

@@ -73,7 +73,7 @@ def test_every_row_says_what_the_tables_make_of_it(rows) -> None:
     assert rule.assistant_share == 2 / 9
     assert rule.policy == {"kind": "confidence", "params": {"threshold": 0.7}}
     assert (oracle.policy, oracle.uses, oracle.n_tokens, oracle.cost) == (None, (), 0, 0.0)
-    assert "some model is the right one" in oracle.note
+    assert "most likely one of some model" in oracle.note
 
 
 def test_work_is_counted_per_pass_and_costs_per_text(rows) -> None:
@@ -248,9 +248,8 @@ class Halves(SelectPolicy):
         return (views.base.top1_probs < 0.7).long()
 
     def model_probs(self, views: Views) -> torch.Tensor:
-        return torch.stack(
-            [views.base.top1_probs, views.previous.float(), views.base_run.float()][:2], dim=-1
-        )
+        past = views.previous + 10 * views.base_run
+        return torch.stack([views.base.top1_probs, past.float()], dim=-1)
 
 
 def test_traces_show_with_what_probability_a_policy_lets_each_model_write(rows, reported) -> None:
@@ -258,13 +257,14 @@ def test_traces_show_with_what_probability_a_policy_lets_each_model_write(rows, 
     [answer] = [a for a in reported[-1][1] if (a.row, a.question) == ("halves", "three")]
     assert [token.model for token in answer.tokens] == ["base_", "helper", "base_"]
     assert [token.policy["base_"] for token in answer.tokens] == pytest.approx([0.9, 0.6, 1.0])
-    # Here "the helper's probability" is who wrote before: nobody, the base, the helper.
-    assert [token.policy["helper"] for token in answer.tokens] == [-1, 0, 1]
+    # Here "the helper's probability" is who wrote before (nobody, the base, the helper), and ten
+    # times how many tokens the base had written in a row.
+    assert [token.policy["helper"] for token in answer.tokens] == [-1, 0 + 10, 1]
 
 
 def test_long_traces_are_read_in_parts_and_say_the_same(rows, reported, monkeypatch) -> None:
     rows(RULE)
-    monkeypatch.setattr("multicolm.evaluation.compare._MAX_LOGITS", 1)
+    monkeypatch.setattr("multicolm.evaluation.explain._MAX_LOGITS", 1)
     rows(RULE)
     assert reported[0][1] == reported[1][1]
 
@@ -279,8 +279,8 @@ def test_what_was_finished_is_not_done_again(rows, monkeypatch) -> None:
         raise AssertionError("a model was run")
 
     told: list[Progress] = []
-    monkeypatch.setattr("multicolm.evaluation.compare._Run._chunk", refuse)
-    monkeypatch.setattr("multicolm.evaluation.compare._Run._oracle", refuse)
+    monkeypatch.setattr("multicolm.evaluation.answering.Answering._chunk", refuse)
+    monkeypatch.setattr("multicolm.evaluation.answering.Answering._oracle", refuse)
     assert rows(RULE, progress=told.append) == first
     assert [(step.row, step.done, step.finished) for step in told] == [
         (name, 4, True) for name in first
@@ -304,6 +304,24 @@ def test_more_questions_may_follow(rows, tmp_path) -> None:
     assert rows(RULE, limit=2)["rule"].n_questions == 2
     whole, fresh = rows(RULE), rows(RULE, out=tmp_path / "fresh")
     assert [timeless(row) for row in whole.values()] == [timeless(row) for row in fresh.values()]
+
+
+OWN = """
+import multicolm
+
+class Own(multicolm.SelectPolicy):
+    base_signals = frozenset({"top1"})
+
+    def select(self, views):
+        return (views.base.top1_probs < %s).long()
+"""
+
+
+def test_a_policy_s_file_that_was_changed_is_run_again(rows, tmp_path) -> None:
+    file = tmp_path / "own.py"
+    for threshold, quality in ((0.7, 0.75), (0.0, 0.25)):
+        file.write_text(OWN % threshold)
+        assert rows(f"{file}:Own")[f"{file}:Own"].quality == quality
 
 
 @pytest.mark.parametrize(

@@ -92,7 +92,7 @@ def test_the_metric_of_the_tiny_world_agrees_with_the_tiny_world() -> None:
     for _ in range(20_000):
         text = "".join(chance.choices(parts, k=chance.randrange(9)))
         answer = chance.choice(["fever", "colic", "240 mg"])
-        question = Question("q", "p", answer, None, {})
+        question = Question("q", "p", answer, (), {})
         n_right += is_right(text, answer)
         assert task.score(text, question) == is_right(text, answer), text
     assert n_right > 100
@@ -102,6 +102,8 @@ def test_every_completion_of_the_tiny_world_is_right_and_no_other_answer_is() ->
     task = load_task("tiny-world")
     for split in ("train", "dev", "test"):
         for question in task.questions(split):
-            assert question.completion is not None
-            assert task.score(question.completion, question) == 1
-            assert task.score(question.completion + " Answer: no.", question) == 0
+            assert len(question.completions) > 1
+            assert question.record["completion"] in question.completions
+            for completion in question.completions:
+                assert task.score(completion, question) == 1
+            assert task.score(question.completions[0] + " Answer: no.", question) == 0

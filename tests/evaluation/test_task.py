@@ -25,7 +25,7 @@ def test_a_question_is_its_record_in_the_task_s_words(make_task) -> None:
     text = TASK + 'completion: " {answer}{{!}}"\nchat: true\n'
     [question] = load_task(make_task(text, [RECORD])).questions("test")
     assert (question.id, question.prompt, question.gold) == ("1", "Q: 1 + 1? (3)", "2")
-    assert question.completion == " 2{!}"
+    assert question.completions == (" 2{!}",)
     assert question.asked == [{"role": "user", "content": "Q: 1 + 1? (3)"}]
     assert question.record == RECORD
     # printf 'Q: 1 + 1? (3)' | sha256sum
@@ -38,7 +38,7 @@ def test_braces_in_a_record_are_text(make_task) -> None:
     assert question.prompt == "Q: {answer} {0} (3)"
 
 
-def test_ids_are_the_records_own_or_their_numbers(make_task) -> None:
+def test_ids_are_the_records_own_or_the_numbers_of_their_lines(make_task) -> None:
     records = [RECORD, RECORD | {"id": "b"}, RECORD | {"id": 7}]
     questions = load_task(make_task(TASK, records)).questions("dev")
     assert [question.id for question in questions] == ["1", "b", "7"]

@@ -1,0 +1,35 @@
+#!/bin/sh
+# From raw data to the comparison, on the embedded models, in a few minutes on two CPU cores.
+#
+#     sh examples/co_llm/run.sh [FOLDER]
+#
+# Run it again after a stop: every step goes on where it was. DATA, TASK and ENSEMBLE may be your own;
+# LIMIT asks only so many questions of each split.
+set -eu
+
+OUT=${1:-runs}
+ENSEMBLE=${ENSEMBLE:-tiny}
+DATA=${DATA:-registry/tiny/questions/train.jsonl}
+TASK=${TASK:-tiny-world}
+LIMIT=${LIMIT:+--limit $LIMIT}
+MULTICOLM=${MULTICOLM:-multicolm}
+
+# Every model reads the training texts once. From here on, training loads no model.
+$MULTICOLM score "$ENSEMBLE" "$DATA" --hidden --out "$OUT/scores"
+
+# Three ways to learn who writes.
+$MULTICOLM train "$ENSEMBLE" "$OUT/scores" --policy co-llm --out "$OUT/co-llm"
+$MULTICOLM train "$ENSEMBLE" "$OUT/scores" --policy cosd-tree --out "$OUT/cosd-tree"
+$MULTICOLM train "$ENSEMBLE" "$OUT/scores" --policy mlp-router --out "$OUT/mlp-router"
+
+# A rule at its best, and a learned threshold for a budget: assistants may write 15 % of the tokens.
+$MULTICOLM tune "$ENSEMBLE" --policy cosd-rule --task "$TASK" $LIMIT --out "$OUT/cosd-rule"
+$MULTICOLM tune "$ENSEMBLE" --policy "$OUT/co-llm" --set decode=threshold --budget 0.15 \
+    --task "$TASK" $LIMIT --out "$OUT/co-llm-15"
+
+# All of them, with rules as they come, each model alone, lotteries and the oracle.
+$MULTICOLM compare "$ENSEMBLE" --task "$TASK" $LIMIT --out "$OUT/comparison" --policies \
+"$OUT/co-llm,$OUT/co-llm-15,$OUT/mlp-router,$OUT/cosd-tree,$OUT/cosd-rule,\
+confidence,entropy,margin,max-confidence,nudging,average"
+
+echo "open $OUT/comparison/report.html"

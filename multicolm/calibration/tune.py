@@ -1,0 +1,420 @@
+"""Finds a policy's thresholds from data: for a budget, or for the best answers.
+
+The values are tried on questions of a development split, never on test data. Answers are kept in a
+ledger, so a run that was stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import multicolm
+from multicolm.calibration.thresholds import thresholds_for_shares
+from multicolm.ensemble import Ensemble
+from multicolm.errors import ArtefactError, CapabilityError, InputError
+from multicolm.evaluation.answering import Answering, Measured, NamedPolicy, Plan, Progress
+from multicolm.evaluation.ledger import Ledger
+from multicolm.evaluation.statistics import bootstrap_interval
+from multicolm.evaluation.task import Question, Task
+from multicolm.files import locked
+from multicolm.policy.base import Policy
+from multicolm.policy.resolve import resolve_policy
+from multicolm.training.checkpoint import Checkpoint, read_provenance
+
+__all__ = ["Point", "Unit", "tune"]
+
+Unit: TypeAlias = Literal["share", "cost"]
+"""What a budget is counted in: the part of the tokens that assistants write, or the ensemble's
+``cost`` per written token."""
+
+Params: TypeAlias = Mapping[str, float]
+
+_SHARES = tuple(tenth / 10 for tenth in range(11))
+_REFINEMENTS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """What some params came to.
+
+    Attributes:
+        params: that were tried.
+        share: of the tokens that assistants wrote, over all tasks.
+        cost: per written token, in the ensemble's unit.
+        quality: mean over the tasks of their metrics' means, 0 to 1.
+        low: lower end of its 95 % bootstrap interval.
+        high: its upper end.
+        by_task: quality per task.
+    """
+
+    params: Params
+    share: float
+    cost: float
+    quality: float
+    low: float
+    high: float
+    by_task: Mapping[str, float]
+
+    def spent(self, unit: Unit) -> float:
+        """What counts against a budget."""
+        return self.share if unit == "share" else self.cost
+
+    def as_json(self) -> dict[str, Any]:
+        """A flat dictionary of plain values."""
+        numbers = {
+            "share": self.share,
+            "cost": self.cost,
+            "quality": self.quality,
+            "low": self.low,
+            "high": self.high,
+        }
+        by_task = {} if len(self.by_task) < 2 else {f"on {t}": q for t, q in self.by_task.items()}
+        return {**self.params, **numbers, **by_task}
+
+
+def tune(
+    ensemble: Ensemble,
+    policy: NamedPolicy,
+    tasks: Sequence[Task],
+    out: str | Path,
+    *,
+    budget: float | None = None,
+    unit: Unit = "share",
+    by_metric: bool = False,
+    grid: Mapping[str, Sequence[float]] | None = None,
+    split: str = "dev",
+    limit: int | None = None,
+    seed: int = 0,
+    batch_size: int = 16,
+    max_new_tokens: int | None = None,
+    progress: Callable[[Progress], None] = lambda _: None,
+) -> Checkpoint:
+    """Find params of a policy, and write it with them as a checkpoint.
+
+    A policy that hands over where a score passes one threshold is tried at the quantiles of that
+    score on texts of the base model alone, for shares of 0, 0.1, ... 1. Any other is tried on a
+    grid of values that it declares worth trying.
+
+    With a budget the params are chosen that spend the most of it and no more, as measured, not as
+    predicted (or, with ``by_metric``, those of the best answers that keep within it); without one,
+    those of the best answers, the cheapest of equally good ones.
+
+    Args:
+        ensemble: whose models write.
+        policy: what is tuned; a checkpoint keeps what it has learned.
+        tasks: questions and how answers are judged; with several, params are found for each, too.
+        out: folder of the checkpoint.
+        budget: in ``unit``.
+        unit: of the budget.
+        by_metric: whether the metric chooses among what keeps within the budget.
+        grid: values to try, by param, in place of those above.
+        split: which of the tasks' data.
+        limit: only this many questions of each task.
+        seed: of everything random.
+        batch_size: how many texts are written at a time.
+        max_new_tokens: the most tokens of an answer; the task's if not given.
+        progress: told after every answer.
+
+    Raises:
+        InputError: if the split is the test split, or its questions are in the test split too, or
+            nothing keeps within the budget.
+        CapabilityError: if there is nothing to tune.
+        ArtefactError: if ``out`` holds another checkpoint.
+        MulticolmError: if a task or the policy cannot be used.
+    """
+    folder = Path(out)
+    questions = {task.name: _questions(task, split, limit) for task in tasks}
+    request = {
+        "budget": budget,
+        "unit": unit if budget is not None else None,
+        "by_metric": by_metric or budget is None,
+        "grid": None if grid is None else {name: list(values) for name, values in grid.items()},
+        "limit": limit,
+        "seed": seed,
+    }
+    digests = {task.name: task.digest(split) for task in tasks}
+    key = _key(policy, ensemble, digests, request)
+    with locked(folder):
+        finished = _finished(folder, key)
+        if finished is not None:
+            return finished
+        bench = _Bench(
+            ensemble, policy.policy, tasks, questions, seed, batch_size, max_new_tokens, progress
+        )
+        with bench.opened(folder / ".tune", digests, split):
+            points = list(_curve(bench, grid, budget, unit, by_metric))
+        chosen = _choose(points, budget, unit, by_metric)
+        by_task = {
+            task.name: dict(_choose(_on(points, task.name), budget, unit, by_metric).params)
+            for task in tasks
+        }
+        facts = {
+            "key": key,
+            "multicolm": multicolm.__version__,
+            "split": split,
+            "source": ", ".join(f"{task.name} ({split})" for task in tasks),
+            "digest": next(iter(digests.values())) if len(digests) == 1 else "",
+            **{name: value for name, value in request.items() if value is not None},
+            "chosen": dict(chosen.params),
+            "measured": {k: v for k, v in chosen.as_json().items() if k not in chosen.params},
+            "curve": [point.as_json() for point in points],
+            "prompts": [q.fingerprint for asked in questions.values() for q in asked],
+        }
+        checkpoint = Checkpoint(
+            resolve_policy(policy.policy, chosen.params),
+            _provenance(policy, ensemble, facts),
+            f"A {policy.policy.name} policy, tuned on {facts['source']}.",
+            by_task if len(tasks) > 1 else {},
+        )
+        checkpoint.save_pretrained(folder)
+        shutil.rmtree(folder / ".tune", ignore_errors=True)
+        return checkpoint.bound_to(folder)
+
+
+class _Bench:
+    """Measures params, each of them once."""
+
+    def __init__(
+        self,
+        ensemble: Ensemble,
+        policy: Policy,
+        tasks: Sequence[Task],
+        questions: Mapping[str, Sequence[Question]],
+        seed: int,
+        batch_size: int,
+        max_new_tokens: int | None,
+        progress: Callable[[Progress], None],
+    ) -> None:
+        self.policy = policy
+        self._ensemble = ensemble
+        self._seed = seed
+        self._runs = {
+            task.name: Answering(
+                ensemble,
+                task,
+                questions[task.name],
+                seed=seed,
+                batch_size=batch_size,
+                max_new_tokens=max_new_tokens,
+                progress=progress,
+            )
+            for task in tasks
+        }
+
+    def opened(self, folder: Path, digests: Mapping[str, str], split: str) -> _Ledgers:
+        """Keep answers in this folder, one ledger per task."""
+        return _Ledgers(folder, self._runs, digests, split)
+
+    def measure(self, params: Params) -> Point:
+        """Answer all questions with these params."""
+        policy = resolve_policy(self.policy, params)
+        name = " ".join([self.policy.name, *(f"{k}={v:.4g}" for k, v in params.items())])
+        rows = {task: run.row(Plan(name, "policy", policy)) for task, run in self._runs.items()}
+        return self._point(params, rows)
+
+    def _point(self, params: Params, rows: Mapping[str, Measured]) -> Point:
+        models = self._ensemble.models
+        n_written = sum(row.n_tokens(models) for row in rows.values())
+        n_assistants = sum(
+            row.total("written", name) for row in rows.values() for name in models[1:]
+        )
+        passes = sum(
+            row.total("passes", name) * cost
+            for row in rows.values()
+            for name, cost in zip(models, self._ensemble.costs, strict=True)
+        )
+        by_task = {task: row.quality for task, row in rows.items()}
+        qualities = [quality for row in rows.values() for quality in row.qualities]
+        low, high = bootstrap_interval(qualities, self._seed)
+        return Point(
+            params=params,
+            share=n_assistants / n_written,
+            cost=passes / n_written,
+            quality=sum(by_task.values()) / len(by_task),
+            low=low,
+            high=high,
+            by_task=by_task,
+        )
+
+    def scores(self, params: Params) -> list[float]:
+        """What the policy decides on at every token that it writes with these params."""
+        policy = resolve_policy(self.policy, params)
+        name = f"{self.policy.name} never handing over"
+        found: list[float] = []
+        for run in self._runs.values():
+            plan = Plan(name, "policy", policy)
+            run.row(plan)
+            for record in run.answers(plan):
+                found += [token[4] for token in record["tokens"] if token[4] is not None]
+        return found
+
+
+class _Ledgers:
+    """The ledgers of all tasks, open at the same time."""
+
+    def __init__(
+        self, folder: Path, runs: Mapping[str, Answering], digests: Mapping[str, str], split: str
+    ) -> None:
+        self._folder = folder
+        self._runs = runs
+        self._digests = digests
+        self._split = split
+        self._open: list[Ledger] = []
+
+    def __enter__(self) -> None:
+        for number, (task, run) in enumerate(self._runs.items()):
+            header = run.header("tune", self._split, self._digests[task])
+            run.ledger = Ledger.open(self._folder / str(number) / "ledger.jsonl", header)
+            self._open.append(run.ledger)
+
+    def __exit__(self, *_: object) -> None:
+        for ledger in self._open:
+            ledger.close()
+
+
+def _curve(
+    bench: _Bench,
+    grid: Mapping[str, Sequence[float]] | None,
+    budget: float | None,
+    unit: Unit,
+    by_metric: bool,
+) -> Iterator[Point]:
+    """Every point that is tried."""
+    policy = bench.policy
+    if grid is None and policy.deferral is not None:
+        yield from _quantiles(bench, None if by_metric else budget, unit)
+        return
+    values = grid if grid is not None else policy.tunable
+    if not values:
+        raise CapabilityError(
+            f"policy '{policy.name}' declares no params to tune; name some with their values, "
+            "such as --grid alpha=0.2,0.4,0.6."
+        )
+    for combination in itertools.product(*values.values()):
+        yield bench.measure(dict(zip(values, combination, strict=True)))
+
+
+def _quantiles(bench: _Bench, budget: float | None, unit: Unit) -> Iterator[Point]:
+    """Points at the quantiles of the score; and some more where the budget lies."""
+    deferral = bench.policy.deferral
+    assert deferral is not None
+    scores = bench.scores({deferral.param: deferral.never})
+    if not scores:
+        raise CapabilityError(f"policy '{bench.policy.name}' gives no score to tune by.")
+    points: dict[float, Point] = {}
+
+    def at(share: float) -> Point | None:
+        """The point for a share, if its threshold was not tried yet."""
+        [threshold] = thresholds_for_shares(scores, [share], deferral)
+        tried = {point.params[deferral.param] for point in points.values()}
+        if threshold in tried:
+            return None
+        points[share] = bench.measure({deferral.param: threshold})
+        return points[share]
+
+    for share in _SHARES:
+        point = at(share)
+        if point is not None:
+            yield point
+    for _ in range(_REFINEMENTS if budget is not None else 0):
+        assert budget is not None
+        within = [share for share, point in points.items() if point.spent(unit) <= budget]
+        beyond = [share for share, point in points.items() if point.spent(unit) > budget]
+        below = max(within, default=None)
+        above = min((s for s in beyond if below is None or s > below), default=None)
+        if below is None or above is None:
+            return
+        point = at((below + above) / 2)
+        if point is None:
+            return
+        yield point
+
+
+def _choose(points: Sequence[Point], budget: float | None, unit: Unit, by_metric: bool) -> Point:
+    """The best of the points.
+
+    Raises:
+        InputError: if none keeps within the budget.
+    """
+    allowed = [p for p in points if budget is None or p.spent(unit) <= budget]
+    if not allowed:
+        least = min(points, key=lambda point: point.spent(unit))
+        raise InputError(
+            f"nothing keeps within a {unit} of {budget:g}: the least is {least.spent(unit):.3g}, "
+            f"with {', '.join(f'{k}={v:.4g}' for k, v in least.params.items())}."
+        )
+    if budget is not None and not by_metric:
+        return max(allowed, key=lambda point: point.spent(unit))
+    return max(allowed, key=lambda point: (point.quality, -point.cost))
+
+
+def _on(points: Sequence[Point], task: str) -> list[Point]:
+    """The points as one task sees them; shares and costs stay those of all tasks."""
+    return [replace(point, quality=point.by_task[task]) for point in points]
+
+
+def _questions(task: Task, split: str, limit: int | None) -> list[Question]:
+    """The questions of a split that is not for testing.
+
+    Raises:
+        InputError: if it is, or shares questions with one that is.
+    """
+    if split == "test":
+        raise InputError(
+            "thresholds are never tuned on the test split; choose another one with --split, or "
+            "other questions with --data."
+        )
+    questions = task.sample(split, limit)
+    if "test" in task.config.data:
+        tested = {question.fingerprint for question in task.questions("test")}
+        n = sum(question.fingerprint in tested for question in questions)
+        if n:
+            raise InputError(
+                f"{n} of the {len(questions)} questions of task '{task.name}' ({split}) are in "
+                "its test split too; thresholds that have seen test data are worth nothing."
+            )
+    return questions
+
+
+def _key(
+    policy: NamedPolicy, ensemble: Ensemble, digests: Mapping[str, str], request: Mapping[str, Any]
+) -> str:
+    facts = [
+        Plan("", "policy", policy.policy).key,
+        [[model.name, model.identity] for model in ensemble.backends],
+        dict(digests),
+        dict(request),
+    ]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _finished(folder: Path, key: str) -> Checkpoint | None:
+    """The checkpoint that is there already, if this tuning made it.
+
+    Raises:
+        ArtefactError: if another one did.
+    """
+    if not (folder / "policy.yaml").is_file():
+        return None
+    if read_provenance(folder).get("tune", {}).get("key") == key:
+        return Checkpoint.from_pretrained(folder)
+    raise ArtefactError(
+        f"{folder} holds another checkpoint (of other data, params or settings); choose another "
+        "folder, or delete this one."
+    )
+
+
+def _provenance(
+    policy: NamedPolicy, ensemble: Ensemble, facts: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What the policy was made from before, and now."""
+    before = {} if policy.folder is None else read_provenance(policy.folder)
+    models = [{"name": m.name, "identity": m.identity} for m in ensemble.backends]
+    return {"multicolm": multicolm.__version__, "models": models, **before, "tune": dict(facts)}

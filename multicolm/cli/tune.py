@@ -1,0 +1,155 @@
+"""``multicolm tune``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from multicolm.cli.options import as_json, json_option, load, parameters, policy_options
+from multicolm.errors import ConfigError
+
+if TYPE_CHECKING:
+    from multicolm.evaluation.answering import NamedPolicy
+    from multicolm.evaluation.task import Task
+    from multicolm.policy.base import Policy
+    from multicolm.training.checkpoint import Checkpoint
+
+__all__ = ["command"]
+
+
+@click.command
+@click.argument("ensemble")
+@policy_options
+@click.option(
+    "--task", "tasks", multiple=True, required=True, help="A name or a YAML file. Repeatable."
+)
+@click.option("--data", help="Questions in place of the task's, in the same form.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="The checkpoint.")
+@click.option("--budget", type=float, help="The most that assistants may write, or may cost.")
+@click.option(
+    "--unit",
+    type=click.Choice(["share", "cost"]),
+    default="share",
+    show_default=True,
+    help="Of the budget: part of the tokens, or the ensemble's cost per token.",
+)
+@click.option("--metric", is_flag=True, help="The best answers (within the budget, if any).")
+@click.option(
+    "--grid", "grids", multiple=True, metavar="NAME=V,V,...", help="Values to try. Repeatable."
+)
+@click.option("--split", default="dev", show_default=True, help="Of the task; never test.")
+@click.option("--limit", type=click.IntRange(1), help="Only so many questions, spread evenly.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of everything random.")
+@click.option("--batch-size", type=click.IntRange(1), default=16, show_default=True)
+@json_option
+def command(
+    ensemble: str,
+    policy: str | None,
+    pairs: tuple[str, ...],
+    tasks: tuple[str, ...],
+    data: str | None,
+    out: Path,
+    budget: float | None,
+    unit: Any,
+    metric: bool,
+    grids: tuple[str, ...],
+    split: str,
+    limit: int | None,
+    seed: int,
+    batch_size: int,
+    as_json_: bool,
+) -> None:
+    """Find thresholds of a policy of ENSEMBLE from the questions of a task.
+
+    With --budget the values are chosen that spend it best; otherwise those that answer best. What
+    was tried is stored with the policy. The same command goes on where it was stopped.
+    """
+    from multicolm.calibration.tune import tune
+    from multicolm.cli.console import work_bar
+    from multicolm.evaluation.answering import Progress, named_policy
+
+    if policy is None:
+        raise ConfigError("which policy? Give one with --policy, such as cosd-rule.")
+    read = [_task(task, data, split) for task in tasks]
+    grid = _grid(grids)
+    loaded, chosen = load(ensemble, policy, pairs)
+    with work_bar("answers") as bar:
+
+        def show(progress: Progress) -> None:
+            bar(progress.done, progress.total, progress.row)
+
+        checkpoint = tune(
+            loaded,
+            _named(named_policy(policy), chosen),
+            read,
+            out,
+            budget=budget,
+            unit=unit,
+            by_metric=metric,
+            grid=grid or None,
+            split=split,
+            limit=limit,
+            seed=seed,
+            batch_size=batch_size,
+            progress=show,
+        )
+    _report(checkpoint, out, as_json_)
+
+
+def _named(named: NamedPolicy, chosen: Policy) -> NamedPolicy:
+    """The policy with the params of --set, and what is known of its checkpoint."""
+    from dataclasses import replace
+
+    return replace(named, policy=chosen)
+
+
+def _task(source: str, data: str | None, split: str) -> Task:
+    """A task, its split replaced by other questions if there are any."""
+    from dataclasses import replace
+
+    from multicolm.evaluation.task import DataConfig, load_task
+
+    task = load_task(source)
+    if data is None:
+        return task
+    place = str(Path(data).absolute()) if Path(data).exists() else data
+    splits = {**task.config.data, split: DataConfig(source=place)}
+    return replace(task, config=task.config.model_copy(update={"data": splits}))
+
+
+def _grid(grids: tuple[str, ...]) -> dict[str, list[float]]:
+    """``("alpha=0.2,0.4",)`` as ``{"alpha": [0.2, 0.4]}``.
+
+    Raises:
+        ConfigError: if one has no ``=``, or a value is no number.
+    """
+    values: dict[str, list[float]] = {}
+    for name, listed in parameters(tuple(g.replace("=", "=[", 1) + "]" for g in grids)).items():
+        numbers = listed if isinstance(listed, list) else [listed]
+        wrong = [n for n in numbers if isinstance(n, bool) or not isinstance(n, int | float)]
+        if wrong or not numbers:
+            raise ConfigError(f"--grid {name}: write numbers, such as {name}=0.2,0.4.")
+        values[name] = [float(number) for number in numbers]
+    return values
+
+
+def _report(checkpoint: Checkpoint, out: Path, as_json_: bool) -> None:
+    from multicolm.cli.console import print_table
+
+    facts = checkpoint.provenance["tune"]
+    if as_json_:
+        shown = {k: facts[k] for k in ("chosen", "measured", "curve", "digest")}
+        click.echo(as_json({"out": str(out), "kind": checkpoint.policy.name, **shown}))
+        return
+    names = list(facts["curve"][0])
+    rows = []
+    for point in facts["curve"]:
+        is_chosen = all(point[name] == value for name, value in facts["chosen"].items())
+        rows.append([*(f"{point[name]:.6g}" for name in names), "<- chosen" if is_chosen else ""])
+    print_table([*names, ""], rows)
+    params = " ".join(f"{name}={value:.6g}" for name, value in facts["chosen"].items())
+    text = str(out)
+    path = text if "/" in text else f"./{text}"
+    click.echo(f"{out}: {checkpoint.policy.name} with {params}; use it with --policy {path}")

@@ -1,0 +1,350 @@
+"""Answers the questions of a task with one policy after another, so that it can be stopped.
+
+plan       a policy, and what a table calls it
+answering  asks all questions, a chunk at a time, and keeps every answer in a ledger
+measured   a plan and what its answers came to, as the ledger has it
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from multicolm.config import GenerationConfig, policy_names
+from multicolm.decoding.prompts import encode_prompt
+from multicolm.decoding.sampling import Sampling
+from multicolm.ensemble import Ensemble
+from multicolm.errors import InputError
+from multicolm.evaluation.ledger import Ledger
+from multicolm.evaluation.metrics import FunctionMetric
+from multicolm.evaluation.oracle import Riddle, can_be_written
+from multicolm.evaluation.provenance import code_digest, identity_of_policy, versions
+from multicolm.evaluation.results import RowKind
+from multicolm.evaluation.task import Question, Task
+from multicolm.policy.base import Policy
+from multicolm.policy.resolve import resolve_policy
+from multicolm.streaming import Answers
+from multicolm.types import MIXTURE
+
+__all__ = ["Answering", "Measured", "NamedPolicy", "Plan", "Progress", "finite", "named_policy"]
+
+_CHUNK_BATCHES = 4
+
+
+@dataclass(frozen=True)
+class NamedPolicy:
+    """A policy and what the table calls it.
+
+    Attributes:
+        name: unique within a comparison.
+        policy: the policy.
+        folder: its checkpoint, which may say what it was made from.
+    """
+
+    name: str
+    policy: Policy
+    folder: Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a row of the table has come.
+
+    Attributes:
+        row: its name.
+        done: questions that it has answered.
+        total: of these there will be.
+        quality: mean so far; ``None`` before the first answer.
+        finished: whether the row is done.
+    """
+
+    row: str
+    done: int
+    total: int
+    quality: float | None
+    finished: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A row that will be. ``policy`` is ``None`` for the oracle; see :class:`RowResult`."""
+
+    name: str
+    kind: RowKind
+    policy: Policy | None
+    of: str = ""
+    point: Mapping[str, Any] = field(default_factory=dict)
+    note: str = ""
+
+    @cached_property
+    def key(self) -> str:
+        """What the row's records are kept under: another policy of the same name has another."""
+        if self.policy is None:
+            return self.name
+        content = json.dumps(identity_of_policy(self.policy), sort_keys=True)
+        return f"{self.name}#{hashlib.sha256(content.encode()).hexdigest()[:12]}"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A row's chunks, in the order of the questions."""
+
+    plan: Plan
+    chunks: Sequence[Mapping[str, Any]]
+
+    @property
+    def qualities(self) -> list[float]:
+        """Of every answer, in the order of the questions; 0 to 1."""
+        return [quality for chunk in self.chunks for quality in chunk["qualities"]]
+
+    @property
+    def quality(self) -> float:
+        """Their mean."""
+        return _mean(self.qualities)
+
+    @property
+    def n_mixed(self) -> int:
+        """Tokens that several models wrote together."""
+        return int(sum(chunk["mixed"] for chunk in self.chunks))
+
+    def total(self, what: str, model: str) -> Any:
+        """A number of a model, over all chunks."""
+        return sum(chunk["models"][model][what] for chunk in self.chunks)
+
+    def n_tokens(self, models: Sequence[str]) -> int:
+        """Tokens that were written, by whomever."""
+        return self.n_mixed + int(sum(self.total("written", name) for name in models))
+
+
+def named_policy(source: str | Path | Policy) -> NamedPolicy:
+    """A policy by whatever a user may write for it, which is also its name in the table.
+
+    Args:
+        source: see :func:`multicolm.policy.resolve.resolve_policy`.
+
+    Raises:
+        ConfigError: if there is no such policy, or its file is wrong.
+    """
+    policy = resolve_policy(source)
+    if isinstance(source, Policy):
+        return NamedPolicy(policy.name, policy)
+    text = str(source)
+    if text in policy_names():
+        return NamedPolicy(text, policy)
+    path = Path(text).expanduser()
+    return NamedPolicy(text.removeprefix("./").rstrip("/"), policy, _checkpoint(path))
+
+
+def _checkpoint(path: Path) -> Path | None:
+    if path.is_dir():
+        return path
+    return path.parent if path.name == "policy.yaml" else None
+
+
+class Answering:
+    """Some questions of a task, the settings that all policies share, and a ledger of answers.
+
+    Args:
+        ensemble: whose models write.
+        task: that the questions are of.
+        questions: to be answered.
+        seed: of everything random.
+        batch_size: how many texts are written at a time.
+        max_new_tokens: the most tokens of an answer; the task's if not given.
+        progress: told after every answer, and when a row is done.
+
+    Attributes:
+        ledger: where answers are kept; to be set before the first row is run.
+        settings: of the generation.
+        sampling: how tokens are drawn.
+    """
+
+    ledger: Ledger
+
+    def __init__(
+        self,
+        ensemble: Ensemble,
+        task: Task,
+        questions: Sequence[Question],
+        *,
+        seed: int,
+        batch_size: int,
+        max_new_tokens: int | None = None,
+        progress: Callable[[Progress], None] = lambda _: None,
+    ) -> None:
+        self.settings = _generation(ensemble, task, max_new_tokens)
+        self.sampling = Sampling(
+            self.settings.temperature, self.settings.top_k, self.settings.top_p
+        )
+        self._ensemble = ensemble
+        self._task = task
+        self._questions = questions
+        self._arguments: dict[str, Any] = self.settings.model_dump(exclude={"seed"})
+        self._seed = seed
+        self._batch_size = batch_size
+        self._progress = progress
+
+    def header(self, verb: str, split: str, digest: str) -> dict[str, Any]:
+        """What all answers of a ledger share. Not the policies: each row has a key of its own.
+
+        Args:
+            verb: what the answers are for.
+            split: that the questions are of.
+            digest: of that split.
+        """
+        task = self._task
+        asked = task.config.model_dump(mode="json", exclude={"summary", "source", "data"})
+        if isinstance(task.metric, FunctionMetric):
+            asked["metric"]["code"] = code_digest(task.metric.function)
+        return {
+            "verb": verb,
+            "models": [[m.name, m.identity, m.precision] for m in self._ensemble.backends],
+            "task": task.name,
+            "asked": asked,
+            "split": split,
+            "digest": digest,
+            "seed": self._seed,
+            "settings": self.settings.model_dump(mode="json", exclude={"seed"}),
+            "batch_size": self._batch_size,
+            "versions": versions(),
+        }
+
+    def check(self, plans: Sequence[Plan]) -> None:
+        """Find now, before any model has run, what would stop a row later.
+
+        Raises:
+            MulticolmError: if a policy does not fit, or a question cannot be asked or judged.
+        """
+        for question in self._questions:
+            self._task.score("", question)
+        asked = [question.asked for question in self._questions]
+        every_model_reads = any(plan.kind == "model" for plan in plans)
+        for number, plan in enumerate(plans):
+            # Reading all prompts with every policy would only say the same once more.
+            all_of_them = plan.kind == "model" if every_model_reads else number == 0
+            prompts = asked if all_of_them else asked[:1]
+            try:
+                self._stream(plan, prompts).close()
+            except InputError as error:
+                raise InputError(f"task '{self._task.name}': {error}") from error
+
+    def row(self, plan: Plan) -> Measured:
+        """Answer all questions, as far as the ledger does not hold the answers."""
+        done: list[Mapping[str, Any]] = []
+        size = _CHUNK_BATCHES * self._batch_size
+        for start in range(0, len(self._questions), size):
+            questions = self._questions[start : start + size]
+            key = f"chunk {plan.key} {start}-{start + len(questions)}"
+            if key not in self.ledger:
+                self._tell(plan, done, 0)
+                chunk = (
+                    self._oracle(questions)
+                    if plan.policy is None
+                    else self._chunk(plan, questions, done)
+                )
+                # Last of all: a chunk without this line is done again.
+                self.ledger.append(key, chunk)
+                self.ledger.sync()
+            done.append(self.ledger.get(key))
+        self._tell(plan, done, 0, finished=True)
+        return Measured(plan, done)
+
+    def _tell(
+        self, plan: Plan, done: Sequence[Mapping[str, Any]], n_more: int, finished: bool = False
+    ) -> None:
+        qualities = Measured(plan, done).qualities
+        mean = _mean(qualities) if qualities else None
+        n_done = len(qualities) + n_more
+        self._progress(Progress(plan.name, n_done, len(self._questions), mean, finished))
+
+    def _stream(self, plan: Plan, prompts: Sequence[Any]) -> Any:
+        return self._ensemble.stream(
+            prompts, plan.policy, seed=self._seed, batch_size=self._batch_size, **self._arguments
+        )
+
+    def _chunk(
+        self, plan: Plan, questions: Sequence[Question], done: Sequence[Mapping[str, Any]]
+    ) -> dict[str, Any]:
+        """Write the answers to some questions; what they came to together."""
+        with self._stream(plan, [question.asked for question in questions]) as stream:
+            for n_more, _ in enumerate(stream.finished(), start=1):
+                self._tell(plan, done, n_more)
+            answers: Answers = stream.answers
+        qualities = []
+        for question, answer in zip(questions, answers, strict=True):
+            qualities.append(self._task.score(answer.text, question))
+            record = {
+                "text": answer.text,
+                "quality": qualities[-1],
+                "finish_reason": answer.finish_reason,
+                "tokens": [
+                    [t.id, t.text, t.model, finite(t.logprob), finite(t.score)]
+                    for t in answer.trace
+                ],
+            }
+            self.ledger.append(f"answer {plan.key} {question.id}", record)
+        return _account(answers, qualities)
+
+    def _oracle(self, questions: Sequence[Question]) -> dict[str, Any]:
+        """Whether first choices alone can write a right completion of each question."""
+        models, vocabulary = self._ensemble.backends, self._ensemble.vocabulary
+        riddles = [
+            Riddle(
+                [encode_prompt(q.asked, k, model, vocabulary) for k, model in enumerate(models)],
+                q.completions,
+            )
+            for q in questions
+        ]
+        found = can_be_written(self._ensemble, riddles, batch_size=len(riddles))
+        return {"qualities": [float(flag) for flag in found]}
+
+    def answers(self, plan: Plan, n: int | None = None) -> list[Mapping[str, Any]]:
+        """What the ledger holds of the first ``n`` answers of a row that was run."""
+        key = f"answer {plan.key}"
+        return [self.ledger.get(f"{key} {q.id}") for q in self._questions[:n]]
+
+
+def _account(answers: Answers, qualities: Sequence[float]) -> dict[str, Any]:
+    """What a chunk of answers came to, as the ledger keeps it."""
+    models = {}
+    for name, usage in answers.usage.items():
+        models[name] = {
+            "written": usage.tokens_written,
+            "forwards": usage.forwards,
+            "passes": sum(answer.usage[name].forwards for answer in answers),
+            "read": usage.tokens_read,
+            "seconds": usage.seconds,
+        }
+    return {
+        "qualities": list(qualities),
+        "models": models,
+        "mixed": sum(t.model == MIXTURE for answer in answers for t in answer.trace),
+        "cut_off": sum(answer.finish_reason == "length" for answer in answers),
+        "seconds": answers.seconds,
+    }
+
+
+def _generation(ensemble: Ensemble, task: Task, max_new_tokens: int | None) -> GenerationConfig:
+    """The ensemble's settings with the task's in their place."""
+    settings: dict[str, Any] = {"max_new_tokens": task.config.max_new_tokens}
+    if max_new_tokens is not None:
+        settings["max_new_tokens"] = max_new_tokens
+    if task.config.stop:
+        settings["stop"] = task.config.stop
+    return ensemble.generation.updated(settings)
+
+
+def _mean(values: Iterable[float]) -> float:
+    numbers = list(values)
+    return math.fsum(numbers) / len(numbers)
+
+
+def finite(value: float | None) -> float | None:
+    """The number, if JSON can hold it."""
+    return value if value is not None and math.isfinite(value) else None

@@ -1,3 +1,0 @@
-from multicolm.score_table import ScoreTable  # noqa
-
-__all__ = ["ScoreTable"]

@@ -1,0 +1,232 @@
+"""``multicolm score``: what it prints, what it refuses, and what several processes make of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from score_worlds import contents, inodes, records, write
+from tables import TOKENS, random_table
+
+from multicolm.scoring.store import load_table, read_index
+
+
+@pytest.fixture
+def ensemble(tmp_path) -> Path:
+    """An ensemble file of two tables."""
+    for seed, name in enumerate(("first", "second")):
+        model = random_table(name, seed)
+        table = {
+            " ".join(TOKENS[i] for i in context): {
+                token: float(p) for token, p in zip(TOKENS, row.exp().tolist(), strict=True)
+            }
+            for context, row in model._rows.items()
+            if all(" " not in TOKENS[i] for i in context)
+        }
+        for row in table.values():
+            total = sum(row.values())
+            row.update({token: p / total for token, p in row.items()})
+        data = {"tokens": list(TOKENS), "ends": ["."], "table": table}
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(data))
+    file = tmp_path / "pair.yaml"
+    models = {n: {"backend": "table", "model": f"./{n}.yaml"} for n in ("first", "second")}
+    models["second"]["cost"] = 2.5
+    file.write_text(yaml.safe_dump({"base_model": "first", "models": models}))
+    return file
+
+
+@pytest.fixture
+def data(tmp_path) -> Path:
+    return write(tmp_path / "data.jsonl", records(30))
+
+
+def test_the_help_tells_the_forms_of_data_and_every_option(run) -> None:
+    result = run("score", "--help")
+    assert result.code == 0
+    for piece in (
+        '{"prompt": ..., "completion": ...}',
+        "--out",
+        "--hidden",
+        "--topk",
+        "--embedding",
+        "--no-end",
+        "--split",
+        "--revision",
+        "--shard-positions",
+        "--batch-tokens",
+        "--json",
+        "accelerate launch",
+    ):
+        assert piece in " ".join(result.out.split()), piece
+
+
+def test_a_corpus_is_scored_and_what_was_done_is_one_line(run, tmp_path, ensemble, data) -> None:
+    out = tmp_path / "scores"
+    result = run("score", str(ensemble), str(data), "--out", str(out), "--shard-positions", "20")
+    index = read_index(out)
+    assert result.code == 0, result.err
+    line = result.out.strip()
+    assert line.startswith(
+        f"{out}: {index.n_positions} tokens of 30 completions, scored by first, second "
+        f"({len(index.shards)} shards, "
+    )
+    assert "\n" not in line and len(index.shards) > 3
+    table = load_table(out)
+    assert table.costs == (1.0, 2.5) and table.identities[0].startswith("table:")
+
+
+def test_json_is_the_index_with_the_folder(run, tmp_path, ensemble, data) -> None:
+    out = tmp_path / "scores"
+    result = run("score", str(ensemble), str(data), "--out", str(out), "--json", "--topk", "3")
+    assert result.code == 0, result.err
+    said = json.loads(result.out)
+    assert said.pop("out") == str(out)
+    assert said == json.loads((out / "index.json").read_text())
+    assert said["top_k"] == 3 and said["models"][0]["features"] == ["topk"]
+
+
+def test_running_again_scores_nothing_again(run, tmp_path, ensemble, data) -> None:
+    out = tmp_path / "scores"
+    arguments = ("score", str(ensemble), str(data), "--out", str(out))
+    assert run(*arguments).code == 0
+    before = inodes(out)
+    assert run(*arguments).code == 0
+    assert inodes(out) == before
+
+
+def test_without_the_end_and_with_features_the_embedded_models_are_scored(
+    run, tmp_path, loaded
+) -> None:
+    data = write(tmp_path / "d.jsonl", [{"prompt": "What is Dulerex", "completion": " made from?"}])
+    out = tmp_path / "scores"
+    flags = ("--hidden", "--embedding", "--topk", "5", "--no-end")
+    result = run("score", "tiny", str(data), "--out", str(out), *flags)
+    assert result.code == 0, result.err
+    table = load_table(out)
+    width = loaded.backends[0].hidden_size
+    assert {name: f.shape[1] for name, f in table.base.items()} == {
+        "hidden": width,
+        "embedding": width,
+        "topk": 5,
+    }
+    tokenizer = loaded.backends[0].tokenizer
+    assert table.gold_ids.tolist() == tokenizer.encode_continuation(" made from?")
+    assert table.identities == tuple(m.identity for m in loaded.backends)
+
+
+def test_what_was_left_out_is_told_on_stderr(run, tmp_path, ensemble) -> None:
+    first = yaml.safe_load((tmp_path / "first.yaml").read_text())
+    (tmp_path / "first.yaml").write_text(yaml.safe_dump({**first, "context_length": 5}))
+    second = yaml.safe_load((tmp_path / "second.yaml").read_text())
+    (tmp_path / "second.yaml").write_text(yaml.safe_dump({**second, "context_length": 2}))
+    lines = [{"prompt": "a", "completion": "abd"}, {"prompt": "abdfab", "completion": "a"}]
+    data = write(tmp_path / "d.jsonl", lines)
+    result = run("score", str(ensemble), str(data), "--out", str(tmp_path / "scores"))
+    assert result.code == 0
+    assert "1 examples were left out: the prompt is longer than the base model's" in result.err
+    assert "second could not score 2 tokens: its context is too short." in result.err
+    assert "left out" not in result.out
+
+
+@pytest.mark.parametrize(
+    ("line", "code", "said"),
+    [
+        ('{"prompt": "a"', 2, "d.jsonl:1: no JSON"),
+        ('{"question": "a"}', 2, "d.jsonl:1: a record is"),
+        ('{"prompt": "xyz", "completion": "a"}', 2, "d.jsonl:1: model 'first' has no token"),
+        ("", 2, "d.jsonl holds no example"),
+    ],
+)
+def test_odd_data_is_one_sentence(run, tmp_path, ensemble, line, code, said) -> None:
+    (tmp_path / "d.jsonl").write_text(line + "\n")
+    result = run("score", str(ensemble), str(tmp_path / "d.jsonl"), "--out", str(tmp_path / "o"))
+    assert result.code == code and result.out == ""
+    assert result.err.startswith("Error: ") and said in result.err
+    assert result.err.count("\n") == 1 and "Traceback" not in result.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["{data}"], 2, "Missing option '--out'"),
+        (["missing.jsonl", "--out", "{out}"], 2, "Error: there is no file missing.jsonl."),
+        (["{folder}", "--out", "{out}"], 2, "is no corpus; allowed are"),
+        (["{data}", "--out", "{out}", "--hidden"], 1, "does not show 'hidden'; it shows topk"),
+        (["{data}", "--out", "{out}", "--topk", "0"], 2, "0 is not in the range"),
+        (["{data}", "--out", "{out}", "--shard-positions", "0"], 2, "0 is not in the range"),
+        (["{data}", "--out", "{out}", "--hiden"], 2, "No such option '--hiden'"),
+        (["{data}", "--out", "{data}"], 1, "Error: "),
+    ],
+)
+def test_wrong_arguments_are_told_without_a_traceback(
+    run, tmp_path, ensemble, data, arguments, code, said
+) -> None:
+    words = {"data": str(data), "out": str(tmp_path / "out"), "folder": str(tmp_path)}
+    result = run("score", str(ensemble), *(a.format(**words) for a in arguments))
+    assert result.code == code and said in result.err
+    assert "Traceback" not in result.err and result.out == ""
+
+
+def test_other_data_in_the_folder_is_refused_in_one_sentence(run, tmp_path, ensemble, data) -> None:
+    out = tmp_path / "scores"
+    assert run("score", str(ensemble), str(data), "--out", str(out)).code == 0
+    other = write(tmp_path / "other.jsonl", records(3, seed=9))
+    result = run("score", str(ensemble), str(other), "--out", str(out))
+    assert result.code == 1 and result.err.count("digest") == 2 and result.err.count("\n") == 1
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", *arguments]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+@pytest.mark.slow
+def test_ctrl_c_is_told_and_the_same_command_goes_on(tmp_path, ensemble) -> None:
+    data = write(tmp_path / "big.jsonl", records(3000))
+    scoring = command("multicolm", "score", str(ensemble), str(data), "--shard-positions", "40")
+    out = tmp_path / "scores"
+    process = subprocess.Popen(
+        [*scoring, "--out", str(out)], stderr=subprocess.PIPE, text=True, env=environment()
+    )
+    while not (out / "second/00002.safetensors").exists():
+        assert process.poll() is None, "it ended before it could be stopped"
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and err.strip().endswith("Interrupted.")
+    assert "Traceback" not in err and not list(out.rglob("*.part"))
+    done = inodes(out)
+    subprocess.run([*scoring, "--out", str(out)], check=True, env=environment())
+    assert done.items() <= inodes(out).items()
+
+
+@pytest.mark.slow
+def test_two_processes_of_accelerate_give_the_bytes_of_one(tmp_path, ensemble, data) -> None:
+    arguments = ["score", str(ensemble), str(data), "--shard-positions", "20"]
+    launch = ["accelerate.commands.launch", "--num_processes", "2", "--cpu"]
+    launched = subprocess.run(
+        [*command(*launch, "-m", "multicolm"), *arguments, "--out", str(tmp_path / "two")],
+        capture_output=True,
+        text=True,
+        env=environment(),
+        cwd=Path(__file__).parents[2],
+    )
+    assert launched.returncode == 0, launched.stderr[-2000:]
+    assert launched.stdout.count("scored by first, second") == 1, "one of them speaks"
+    alone = subprocess.run(
+        [*command("multicolm"), *arguments, "--out", str(tmp_path / "one")],
+        capture_output=True,
+        env=environment(),
+    )
+    assert alone.returncode == 0
+    assert contents(tmp_path / "two") == contents(tmp_path / "one")

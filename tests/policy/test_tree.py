@@ -1,0 +1,791 @@
+"""Decision trees: their files, what they decide, and how they are learned."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar, get_args
+
+import pytest
+import torch
+from pydantic import ValidationError
+from sklearn.tree import DecisionTreeClassifier
+from tables import random_table
+
+import multicolm
+from multicolm import Ensemble
+from multicolm.errors import ArtefactError, CapabilityError, TrainingError
+from multicolm.policy.base import Needs, When
+from multicolm.policy.tree import MAX_DEPTH, CosdTreePolicy, Feature, Leaf, Node, Split, Tree
+from multicolm.score_table import ScoreTable
+from multicolm.testing import check_policy, check_routing
+from multicolm.training.checkpoint import Checkpoint
+from multicolm.views import ModelNames, View, Views
+
+FEATURES: tuple[Feature, ...] = get_args(Feature)
+KEEP, REPLACE = Leaf(False, 0.0), Leaf(True, 1.0)
+ODD_NUMBERS = (0.1, 1 / 3, 0.5, 5e-324, -0.0, 1e300, -1e300, math.nextafter(0.5, 1), 0.7)
+
+
+def random_node(chance: random.Random, depth: int, features: Sequence[str] = FEATURES) -> Node:
+    if depth == 0 or chance.random() < 0.1:
+        return Leaf(chance.random() < 0.5, chance.choice([0.25, 0.5, chance.random()]))
+    threshold = chance.choice([*ODD_NUMBERS, *(chance.random() for _ in range(9))])
+    below, above = (random_node(chance, depth - 1, features) for _ in range(2))
+    return Split(chance.choice(features), threshold, below, above)
+
+
+def thresholds_of(node: Node) -> set[float]:
+    if isinstance(node, Leaf):
+        return set()
+    return {node.threshold} | thresholds_of(node.below) | thresholds_of(node.above)
+
+
+def points(tree: Tree, seed: int, n: int = 300) -> torch.Tensor:
+    """Random places, and float32 numbers on both sides of every threshold."""
+    chance = random.Random(seed)
+    exact = torch.tensor(sorted(thresholds_of(tree.content)), dtype=torch.float64)
+    near = exact.float().tolist()
+    around = torch.tensor([x for x in near if math.isfinite(x)] or [0.5])
+    infinity = torch.tensor(math.inf)
+    edges = torch.cat(
+        [around, torch.nextafter(around, infinity), torch.nextafter(around, -infinity)]
+    ).tolist()
+    rows = [
+        [chance.choice([chance.random(), chance.choice(edges)]) for _ in tree.used]
+        for _ in range(n)
+    ]
+    return torch.tensor(rows).reshape(n, len(tree.used))
+
+
+def answer(node: Node, row: dict[str, float]) -> Leaf:
+    """What a tree says at one place, by definition."""
+    while isinstance(node, Split):
+        node = node.below if row[node.feature] <= node.threshold else node.above
+    return node
+
+
+class TestDeciding:
+    @pytest.mark.parametrize("seed", range(20))
+    def test_all_places_at_once_get_what_each_gets_by_definition(self, seed: int) -> None:
+        tree = Tree(random_node(random.Random(seed), seed % 6))
+        seen = points(tree, seed)
+        replaces, probability = tree.decide(seen)
+        leaves = [
+            answer(tree.content, dict(zip(tree.used, row, strict=True))) for row in seen.tolist()
+        ]
+        assert replaces.tolist() == [leaf.replace for leaf in leaves]
+        assert torch.equal(probability, torch.tensor([leaf.probability for leaf in leaves]))
+
+    @pytest.mark.parametrize("seed", range(20))
+    def test_what_may_replace_is_what_replaces_for_some_values_of_the_rest(self, seed: int) -> None:
+        # Each feature is asked about once, so every combination of answers can come about.
+        def node(names: list[Feature]) -> Node:
+            if not names:
+                return Leaf(chance.random() < 0.3, 0.5)
+            half = len(names[1:]) // 2
+            rest = names[1 : 1 + half], names[1 + half :]
+            return Split(names[0], chance.random(), node(rest[0]), node(rest[1]))
+
+        chance = random.Random(seed)
+        tree = Tree(node(chance.sample(FEATURES, k=7)))
+        known: dict[str, torch.Tensor] = {
+            name: torch.rand(50) for name in FEATURES if name.endswith("_draft")
+        }
+        others = [name for name in FEATURES if name not in known]
+        some = torch.zeros(50, dtype=torch.bool)
+        for number in range(2 ** len(others)):
+            rest = {
+                name: torch.full((50,), 2.0 if number >> i & 1 else -1.0)
+                for i, name in enumerate(others)
+            }
+            some |= tree.decide(torch.stack([{**known, **rest}[n] for n in tree.used], -1))[0]
+        assert torch.equal(tree.may_replace(known, 50, torch.device("cpu")), some)
+
+    def test_the_features_in_use_are_those_that_are_asked_about(self) -> None:
+        tree = Tree(Split("agreement", 0.5, KEEP, Split("p_draft", 0.5, KEEP, REPLACE)))
+        assert tree.used == ("p_draft", "agreement")
+        assert Tree(KEEP).used == ()
+
+
+class TestJson:
+    @pytest.mark.parametrize("seed", range(10))
+    def test_a_tree_is_read_as_it_was_written(self, seed: int, tmp_path: Path) -> None:
+        node = random_node(random.Random(seed), 5)
+        saved = Tree(node).save(tmp_path / "tree.json")
+        assert saved.path == tmp_path / "tree.json"
+        assert Tree.read(tmp_path / "tree.json") == node
+
+    def test_counts_are_kept(self, tmp_path: Path) -> None:
+        node = Split("p_draft", 0.5, Leaf(True, 0.75, 8, 6), Leaf(False, 0.0, 5, 0))
+        Tree(node).save(tmp_path / "tree.json")
+        assert Tree.read(tmp_path / "tree.json") == node
+
+    def test_equal_trees_give_equal_bytes_that_a_person_can_read(self, tmp_path: Path) -> None:
+        node = Split("p_draft", 0.5, Leaf(True, 1.0, 4, 4), Leaf(False, 0.0))
+        Tree(node).save(tmp_path / "one.json")
+        Tree(tmp_path / "one.json").save(tmp_path / "two.json")
+        text = (tmp_path / "one.json").read_text()
+        assert text == (tmp_path / "two.json").read_text()
+        assert text.endswith("}\n")
+        assert json.loads(text) == {
+            "format": 1,
+            "tree": {
+                "feature": "p_draft",
+                "threshold": 0.5,
+                "below": {
+                    "replace": True,
+                    "probability": 1.0,
+                    "samples": 4,
+                    "assistant_right": 4,
+                },
+                "above": {"replace": False, "probability": 0.0},
+            },
+        }
+        assert list(json.loads(text)["tree"]) == ["above", "below", "feature", "threshold"]
+
+    @pytest.mark.parametrize(
+        ("change", "said"),
+        [
+            ({"above": None}, "tree.above: a split must be a mapping with feature, threshold, "),
+            ({"feature": "p_drafts"}, "tree: unknown feature 'p_drafts'. Did you mean 'p_draft'?"),
+            ({"feature": ["p_draft"]}, "tree: feature must be text, got a list."),
+            ({"threshold": math.nan}, "tree: threshold must be a finite number, got nan."),
+            ({"threshold": math.inf}, "tree: threshold must be a finite number, got inf."),
+            ({"threshold": 10**400}, "tree: threshold must be a finite number, got 1000"),
+            ({"threshold": "0.5"}, "tree: threshold must be a finite number, got '0.5'."),
+            ({"threshold": True}, "tree: threshold must be a finite number, got true."),
+            ({"belov": 1}, "tree: a split: unknown key 'belov'. Did you mean 'below'?"),
+            ({"below": {"replace": True}}, "tree.below: a leaf needs replace, probability; 'proba"),
+            (
+                {"below": {"replace": 1, "probability": 0.5}},
+                "tree.below: replace must be true or false, got 1.",
+            ),
+            (
+                {"below": {"replace": True, "probability": 1.5}},
+                "tree.below: probability must be from 0 to 1, got 1.5.",
+            ),
+            (
+                {"below": {"replace": True, "probability": 1, "sample": 2}},
+                "tree.below: a leaf: unknown key 'sample'. Did you mean 'samples'?",
+            ),
+            (
+                {"below": {"replace": True, "probability": 1, "samples": 2.0}},
+                "tree.below: samples must be a whole number, got 2.0.",
+            ),
+            (
+                {"below": {"replace": True, "probability": 1, "samples": 2}},
+                "tree.below: samples and assistant_right must be there both or neither",
+            ),
+            (
+                {"below": {"replace": True, "probability": 1, "samples": 2, "assistant_right": 3}},
+                "assistant_right from 0 to samples; got 2 and 3.",
+            ),
+            ({"below": []}, "tree.below: a split must be a mapping"),
+        ],
+    )
+    def test_a_damaged_tree_is_refused_with_its_place(
+        self, change: dict[str, Any], said: str, tmp_path: Path
+    ) -> None:
+        leaf = {"replace": False, "probability": 0.0}
+        good = {"feature": "p_draft", "threshold": 0.5, "below": leaf, "above": leaf}
+        path = tmp_path / "tree.json"
+        path.write_text(json.dumps({"format": 1, "tree": good}))
+        assert Tree(path).content == Split("p_draft", 0.5, KEEP, KEEP)
+        path.write_text(json.dumps({"format": 1, "tree": {**good, **change}}))
+        with pytest.raises(ArtefactError) as caught:
+            Tree(path).content  # noqa: B018  # reading is the test
+        assert str(caught.value).startswith(f"{path}: ")
+        assert said in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+    @pytest.mark.parametrize("key", ["feature", "threshold", "below", "above"])
+    def test_a_split_lacks_nothing(self, key: str, tmp_path: Path) -> None:
+        leaf = {"replace": False, "probability": 0.0}
+        split = {"feature": "p_draft", "threshold": 0.5, "below": leaf, "above": leaf}
+        del split[key]
+        outer = {"feature": "p_draft", "threshold": 0.5, "below": leaf, "above": split}
+        path = tmp_path / "tree.json"
+        path.write_text(json.dumps({"format": 1, "tree": outer}))
+        with pytest.raises(ArtefactError) as caught:
+            Tree.read(path)
+        assert str(caught.value) == (
+            f"{path}: tree.above: a split needs feature, threshold, below, above; "
+            f"'{key}' is missing."
+        )
+
+    @pytest.mark.parametrize(
+        ("text", "said"),
+        [
+            ("", "is no JSON"),
+            ('{"format": 1', "is no JSON"),
+            ("[]", "the file must be a mapping with format, tree, got a list."),
+            ('{"tree": {}}', "the file needs format, tree; 'format' is missing."),
+            ('{"format": 2, "tree": {}}', "format must be 1, got 2; a newer multicolm may read it"),
+            ('{"format": true, "tree": {}}', "format must be 1, got true"),
+            ('{"format": 1, "format": 1, "tree": {}}', "the key 'format' stands twice"),
+            ("[" * 100_000, "deeper than 32 questions"),
+        ],
+    )
+    def test_what_is_no_tree_file_is_refused(self, text: str, said: str, tmp_path: Path) -> None:
+        path = tmp_path / "tree.json"
+        path.write_text(text)
+        with pytest.raises(ArtefactError) as caught:
+            Tree.read(path)
+        assert str(path) in str(caught.value)
+        assert said in str(caught.value)
+
+    def test_bytes_that_are_no_text_are_refused(self, tmp_path: Path) -> None:
+        (tmp_path / "tree.json").write_bytes(b"\xff\xfe{}")
+        with pytest.raises(ArtefactError, match=r"cannot be read .* is it whole"):
+            Tree.read(tmp_path / "tree.json")
+
+    @pytest.mark.parametrize("depth", [MAX_DEPTH, MAX_DEPTH + 1, 300])
+    def test_a_tree_of_too_many_questions_is_refused(self, depth: int, tmp_path: Path) -> None:
+        data: dict[str, Any] = {"replace": True, "probability": 1.0}
+        lines = ["replace"]
+        leaf = {"replace": False, "probability": 0.0}
+        for _ in range(depth):
+            data = {"feature": "p_draft", "threshold": 0.5, "below": data, "above": leaf}
+            lines = ["if p_draft <= 0.5:", *(f" {line}" for line in lines), "else: keep"]
+        (tmp_path / "tree.json").write_text(json.dumps({"format": 1, "tree": data}))
+        (tmp_path / "tree.txt").write_text("\n".join(lines))
+        for path in (tmp_path / "tree.json", tmp_path / "tree.txt"):
+            if depth == MAX_DEPTH:
+                assert Tree(path).content.depth == MAX_DEPTH
+                continue
+            with pytest.raises(ArtefactError, match="deeper than 32 questions") as caught:
+                Tree.read(path)
+            assert str(caught.value).startswith(f"{path}:")
+
+    def test_too_many_questions_are_refused_in_python_too(self) -> None:
+        node: Node = REPLACE
+        for _ in range(MAX_DEPTH):
+            node = Split("p_draft", 0.5, node, KEEP)
+        with pytest.raises(ArtefactError, match="deeper than 32 questions"):
+            Split("p_draft", 0.5, node, KEEP)
+
+    def test_a_file_of_another_kind_is_refused_and_a_missing_one_too(self, tmp_path: Path) -> None:
+        (tmp_path / "tree.yaml").write_text("keep")
+        with pytest.raises(ArtefactError, match=r"a tree is a \.json file, or a \.txt or \.tree"):
+            Tree.read(tmp_path / "tree.yaml")
+        with pytest.raises(ArtefactError, match="is missing; keep a checkpoint's files together"):
+            Tree(tmp_path / "none.json").used  # noqa: B018  # reading is the test
+
+
+class TestText:
+    def test_a_tree_reads_as_lines_of_if_and_else(self) -> None:
+        inner = Split("p_assistant", 0.61, Leaf(False, 0.25, 4, 1), Leaf(True, 0.75, 8, 6))
+        tree = Tree(Split("p_draft", 0.53, inner, KEEP))
+        assert tree.as_text().splitlines()[2:] == [
+            "if p_draft <= 0.53:",
+            "    if p_assistant <= 0.61: keep 0.25  # assistant right: 1 of 4",
+            "    else: replace 0.75  # assistant right: 6 of 8",
+            "else: keep 0.0",
+        ]
+        assert all(line.startswith("# ") for line in tree.as_text().splitlines()[:2])
+
+    @pytest.mark.parametrize("seed", range(20))
+    def test_text_that_is_read_back_decides_the_same_everywhere(self, seed: int) -> None:
+        tree = Tree(random_node(random.Random(seed), seed % 7))
+        again = Tree.from_text(tree.as_text())
+        assert again.content == tree.content  # no counts in these, so nothing may be lost
+        assert again.as_text() == tree.as_text()
+        assert repr(again.content) == repr(tree.content)  # -0.0 equals 0.0, and is another number
+        seen = points(tree, seed)
+        for one, two in zip(tree.decide(seen), again.decide(seen), strict=True):
+            assert torch.equal(one, two)
+
+    def test_only_the_counts_are_not_read_back(self) -> None:
+        tree = Tree(Split("p_draft", 0.1, Leaf(True, 0.75, 8, 6), Leaf(False, 0.25, 4, 1)))
+        assert Tree.from_text(tree.as_text()).content == Split(
+            "p_draft", 0.1, Leaf(True, 0.75), Leaf(False, 0.25)
+        )
+
+    def test_people_write_it_in_other_ways_too(self) -> None:
+        text = """
+            # mine
+            if p_draft<0.5:      # unsure
+
+              if margin_assistant <= 1e-1 :
+                          keep
+              else: replace .75
+            else:
+                keep   0.25
+        """
+        assert Tree.from_text(text).content == Split(
+            "p_draft",
+            math.nextafter(0.5, -math.inf),
+            Split("margin_assistant", 0.1, KEEP, Leaf(True, 0.75)),
+            Leaf(False, 0.25),
+        )
+
+    def test_less_than_leaves_the_threshold_itself_above(self) -> None:
+        places = torch.tensor([[math.nextafter(0.5, 0)], [0.5], [0.6]]).float()
+        places[0] = torch.nextafter(torch.tensor(0.5), torch.tensor(0.0))
+        for sign, wanted in (("<", [True, False, False]), ("<=", [True, True, False])):
+            tree = Tree.from_text(f"if p_draft {sign} 0.5: replace\nelse: keep")
+            assert tree.decide(places)[0].tolist() == wanted
+
+    @pytest.mark.parametrize("suffix", [".txt", ".tree"])
+    def test_a_tree_is_saved_and_read_as_text_by_its_name(
+        self, suffix: str, tmp_path: Path
+    ) -> None:
+        tree = Tree(Split("p_draft", 1 / 3, REPLACE, KEEP))
+        path = tmp_path / f"mine{suffix}"
+        tree.save(path)
+        assert path.read_text() == tree.as_text()
+        assert Tree(path).content == tree.content
+
+    @pytest.mark.parametrize(
+        ("text", "said"),
+        [
+            ("", "mine: holds no tree; allowed are `keep`, `replace`, and `if FEATURE <= NUMBER:`"),
+            ("# only a comment\n", "mine: holds no tree"),
+            ("\nkep", "mine:2: 'kep' cannot be read; allowed are"),
+            ("keep 2", "mine:1: probability must be from 0 to 1, got 2.0."),
+            ("keep nan", "mine:1: 'nan' is no finite number."),
+            ("keep 0.5 0.5", "mine:1: '0.5 0.5' is no finite number."),
+            ("keep\nkeep", "mine:2: the tree has ended above, and nothing may follow it."),
+            ("if p_draft > 1: keep\nelse: keep", "mine:1: 'if p_draft > 1: keep' cannot be read"),
+            ("if p_draft <= x: keep\nelse: keep", "mine:1: 'x' is no finite number."),
+            ("if p_draft <= 1e999: keep\nelse: keep", "mine:1: '1e999' is no finite number."),
+            ("if p_draft <= 1_0: keep\nelse: keep", "mine:1: '1_0' is no finite number."),
+            ("if p <= 1: keep\nelse: keep", "mine:1: unknown feature 'p'. "),
+            ("if p_draft <= 1: keep", "mine:1: this `if` has no `else:`; add one"),
+            (
+                "if p_draft <= 1: keep\nkeep",
+                "mine:2: expected the `else:` of line 1, as far indented as its `if`, got 'keep'.",
+            ),
+            ("if p_draft <= 1: keep\n  else: keep", "mine:2: expected the `else:` of line 1"),
+            ("if p_draft <= 1:\nelse: keep", "mine:1: nothing follows the colon"),
+            ("if p_draft <= 1: keep\nelse:", "mine:2: nothing follows the colon"),
+            ("if p_draft <= 1: keep\nelse: drop", "mine:2: 'drop' cannot be read"),
+            (
+                "if p_draft <= 1: keep\nelse: if p_draft <= 2: keep\nelse: keep",
+                "mine:2: a question needs a line of its own",
+            ),
+            ("if p_draft <= 1:\n\tkeep\nelse: keep", "mine:2: indented by a tab; use spaces."),
+            ("else: keep", "mine:1: 'else: keep' cannot be read"),
+        ],
+    )
+    def test_text_that_cannot_be_read_is_refused_with_its_line(self, text: str, said: str) -> None:
+        with pytest.raises(ArtefactError) as caught:
+            Tree.from_text(text, "mine")
+        assert str(caught.value).startswith(said)
+
+
+# ---- the policy
+
+
+class AlwaysLooking(CosdTreePolicy):
+    """The same, except that assistants are run everywhere."""
+
+    assistants: ClassVar[When] = "always"
+
+    def needs(self, models: ModelNames) -> Needs:
+        needs = super().needs(models)
+        return Needs({**needs.always, **needs.deferred}, {})
+
+
+BASE, LEFT, RIGHT, LAST = (
+    random_table(name, seed) for seed, name in enumerate(("base", "left", "right", "last"))
+)
+PROMPTS = ["a", "b c", " c", "df", " cab", " ea"]
+
+
+def written(ensemble: Ensemble, policy: Any, **settings: Any) -> list[list[tuple[int, str]]]:
+    answers = ensemble.generate(PROMPTS, policy, max_new_tokens=16, seed=0, **settings)
+    return [[(token.id, token.model) for token in answer.trace] for answer in answers]
+
+
+def ids(ensemble: Ensemble, policy: Any, **settings: Any) -> list[list[int]]:
+    return [[token for token, _ in text] for text in written(ensemble, policy, **settings)]
+
+
+def ran(ensemble: Ensemble, policy: Any) -> int:
+    """Tokens that assistants read."""
+    answers = ensemble.generate(PROMPTS, policy, max_new_tokens=16, seed=0)
+    return sum(answer.usage[name].tokens_read for answer in answers for name in ensemble.models[1:])
+
+
+def likely_tree(seed: int) -> Tree:
+    """A tree whose thresholds fall among what the random tables show."""
+    chance = random.Random(seed)
+
+    def node(depth: int) -> Node:
+        if depth == 0:
+            return Leaf(chance.random() < 0.5, chance.choice([0.25, 0.75, 0.75, 1.0]))
+        name = chance.choice(FEATURES)
+        top = 1.8 if name.startswith("entropy") else 0.9
+        return Split(name, chance.uniform(0.1, top), node(depth - 1), node(depth - 1))
+
+    return Tree(node(3))
+
+
+class TestSelecting:
+    @pytest.mark.parametrize("n_models", [1, 2, 3, 5])
+    @pytest.mark.parametrize("seed", range(6))
+    def test_the_writer_is_the_one_of_the_definition(self, seed: int, n_models: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        n, vocab = 200, 5
+        scale = torch.rand(n_models, n, 1, generator=generator) * 5
+        logits = torch.randn(n_models, n, vocab, generator=generator) * scale
+        if n_models > 2:
+            logits[2] = logits[1]  # ties in leaf and in sureness
+        tree = likely_tree(seed)
+        names = ModelNames([f"m{k}" for k in range(n_models)])
+        shown = {k: View(logits[k]) for k in range(n_models)}
+        views = Views(names, shown, n_positions=n)
+        policy = CosdTreePolicy(tree=tree)
+        got = policy.select(views).tolist()
+        for i in range(n):
+            p = logits[:, i].softmax(-1)
+            tops = p.argmax(-1).tolist()
+            candidates = []
+            for k in range(1, n_models):
+                row = {
+                    "agreement": sum(top == tops[k] for top in tops) / n_models,
+                    **{f"p_{r}": float(shown[j].top1_probs[i]) for r, j in roles(k)},
+                    **{f"entropy_{r}": float(shown[j].entropy_nats[i]) for r, j in roles(k)},
+                    **{f"margin_{r}": float(shown[j].margins[i]) for r, j in roles(k)},
+                }
+                leaf = answer(tree.content, row)
+                if leaf.replace and tops[k] != tops[0]:
+                    candidates.append((leaf.probability, float(p[k].max()), -k))
+            assert got[i] == (-max(candidates)[2] if candidates else 0)
+
+    @pytest.mark.parametrize("feature", FEATURES)
+    @pytest.mark.parametrize("seed", [0, 1])
+    def test_a_tree_on_any_feature_keeps_the_laws(self, feature: Feature, seed: int) -> None:
+        check_policy(CosdTreePolicy(tree=Tree(Split(feature, 0.5, REPLACE, KEEP))), seed=seed)
+        check_policy(CosdTreePolicy(tree=Tree(Split(feature, 0.5, KEEP, REPLACE))), seed=seed)
+
+    @pytest.mark.parametrize("seed", range(2))
+    def test_how_models_are_run_changes_nothing(self, seed: int) -> None:
+        policy = CosdTreePolicy(tree=likely_tree(seed))
+        check_policy(policy)
+        check_routing(Ensemble([BASE, LEFT, RIGHT]), PROMPTS[:3], policy, max_new_tokens=12)
+
+    def test_a_tree_that_always_keeps_is_the_base_alone_and_runs_no_assistant(self) -> None:
+        duo, policy = Ensemble([BASE, LEFT]), CosdTreePolicy(tree=Tree(KEEP))
+        assert written(duo, policy) == written(Ensemble([BASE]), "single")
+        assert ran(duo, policy) == 0
+
+    @pytest.mark.parametrize("assistant", [LEFT, RIGHT])
+    def test_a_tree_that_always_replaces_is_the_one_assistant(self, assistant: Any) -> None:
+        duo, policy = Ensemble([BASE, assistant]), CosdTreePolicy(tree=Tree(REPLACE))
+        assert ids(duo, policy) == ids(Ensemble([assistant]), "single")
+        assert ids(duo, policy) != ids(Ensemble([BASE]), "single")
+
+    def test_a_tree_that_always_replaces_is_the_rule_without_a_condition(self) -> None:
+        rule = {"kind": "cosd-rule", "params": {"alpha": 2.0, "beta": 0.0}}
+        quartet, policy = Ensemble([BASE, LEFT, RIGHT, LAST]), CosdTreePolicy(tree=Tree(REPLACE))
+        assert written(quartet, policy) == written(quartet, rule)
+        writers = {name for text in written(quartet, policy) for _, name in text}
+        assert writers >= set(quartet.models[1:])
+
+    @pytest.mark.parametrize("alpha", [0.4, 0.6])
+    def test_a_tree_on_the_base_alone_is_the_rule_with_beta_0(self, alpha: float) -> None:
+        rule = {"kind": "cosd-rule", "params": {"alpha": alpha, "beta": 0.0}}
+        tree = Tree.from_text(f"if p_draft < {alpha}: replace\nelse: keep")
+        trio = Ensemble([BASE, LEFT, RIGHT])
+        assert written(trio, CosdTreePolicy(tree=tree)) == written(trio, rule)
+        assert ran(trio, CosdTreePolicy(tree=tree)) == ran(trio, rule)
+
+    def test_a_base_model_without_assistants_writes_alone(self) -> None:
+        solo = Ensemble([BASE])
+        assert written(solo, CosdTreePolicy(tree=Tree(REPLACE))) == written(solo, "single")
+
+    @pytest.mark.parametrize("seed", range(6))
+    @pytest.mark.parametrize("n_models", [2, 3, 5])
+    def test_running_assistants_only_where_it_matters_changes_nothing(
+        self, seed: int, n_models: int
+    ) -> None:
+        models = [BASE, LEFT, RIGHT, LAST, random_table("more", 9)][:n_models]
+        ensemble, tree = Ensemble(models), likely_tree(seed)
+        for temperature in (0.0, 0.8):
+            plain = written(ensemble, AlwaysLooking(tree=tree), temperature=temperature)
+            for way in ({"schedule": "stepwise"}, {"schedule": "block", "block_size": 4}):
+                deferred = CosdTreePolicy(tree=tree)
+                assert written(ensemble, deferred, temperature=temperature, **way) == plain
+
+    def test_assistants_are_not_run_where_the_base_is_too_sure(self) -> None:
+        trio = Ensemble([BASE, LEFT, RIGHT])
+        sure = Split("p_draft", 0.4, Split("p_assistant", 0.3, KEEP, REPLACE), KEEP)
+        lazy, eager = (kind(tree=Tree(sure)) for kind in (CosdTreePolicy, AlwaysLooking))
+        assert written(trio, lazy) == written(trio, eager) != written(Ensemble([BASE]), "single")
+        assert 0 < ran(trio, lazy) < ran(trio, eager)
+
+    def test_models_are_asked_for_what_the_tree_asks_about(self) -> None:
+        def needs(node: Node) -> Needs:
+            return CosdTreePolicy(tree=Tree(node)).needs(ModelNames(["a", "b", "c"]))
+
+        top1 = frozenset({"top1"})
+        assert needs(KEEP) == Needs({0: top1}, {1: top1, 2: top1})
+        inner = Split("entropy_assistant", 0.5, KEEP, REPLACE)
+        both = top1 | {"logprobs"}
+        assert needs(Split("margin_draft", 0.5, KEEP, inner)) == Needs(
+            {0: top1 | {"topk"}}, {1: both, 2: both}
+        )
+
+    def test_the_score_is_the_base_models_probability(self) -> None:
+        trio = Ensemble([BASE, LEFT, RIGHT])
+        [answer] = trio.generate(["a"], CosdTreePolicy(tree=Tree(KEEP)), max_new_tokens=5)
+        for token in answer.trace:
+            assert token.score == pytest.approx(math.exp(token.logprob), rel=1e-5)
+
+    def test_without_a_tree_it_says_how_to_get_one(self) -> None:
+        with pytest.raises(CapabilityError) as caught:
+            Ensemble([BASE, LEFT]).generate(["a"], "cosd-tree")
+        assert str(caught.value) == (
+            "policy 'cosd-tree' has not learned anything yet; train one with `multicolm train "
+            "ENSEMBLE SCORES --policy cosd-tree --out CHECKPOINT` and use `policy: ./CHECKPOINT`."
+        )
+
+    def test_params_out_of_range_are_refused(self) -> None:
+        for params in (
+            {"max_depth": 0},
+            {"max_depth": MAX_DEPTH + 1},
+            {"min_samples_leaf": 0},
+            {"features": ()},
+            {"features": ("p_drafts",)},
+        ):
+            with pytest.raises(ValidationError):
+                CosdTreePolicy(**params)  # type: ignore[arg-type]
+
+
+def roles(k: int) -> list[tuple[str, int]]:
+    return [("draft", 0), ("assistant", k)]
+
+
+# ---- learning
+
+
+def table(
+    top1: Sequence[Sequence[int]],
+    gold: Sequence[int],
+    probs: Sequence[Sequence[float]],
+    *,
+    known: Sequence[Sequence[bool]] | None = None,
+) -> ScoreTable:
+    n, m = len(top1), len(top1[0])
+    logprobs = torch.tensor(probs, dtype=torch.float64).log().float()
+    return ScoreTable(
+        models=ModelNames([f"m{k}" for k in range(m)]),
+        gold_ids=torch.tensor(gold),
+        gold_logprobs=torch.full((n, m), -1.0),
+        known=torch.ones(n, m, dtype=torch.bool) if known is None else torch.tensor(known),
+        top1_ids=torch.tensor(top1),
+        top1_logprobs=logprobs,
+        entropies=-logprobs,
+        margins=logprobs.exp() / 2,
+        example=torch.arange(n) % 3,
+        place=torch.arange(n) // 3,
+        base={},
+    )
+
+
+def random_scores(seed: int, n: int = 600, m: int = 3) -> ScoreTable:
+    """Scores where a model that is surer is right more often, with some positions unknown."""
+    chance = random.Random(seed)
+    top1, gold, probs, known = [], [], [], []
+    for _ in range(n):
+        gold.append(chance.randrange(5))
+        sure = [chance.uniform(0.05, 1) for _ in range(m)]
+        top1.append([gold[-1] if chance.random() < p else chance.randrange(5) for p in sure])
+        probs.append(sure)
+        known.append([chance.random() < 0.95 for _ in range(m)])
+    return table(top1, gold, probs, known=known)
+
+
+def by_hand(scores: ScoreTable, features: Sequence[str]) -> tuple[list[list[float]], list[int]]:
+    """What is learned from, position by position: features, and 1 where the assistant is right."""
+    rows, labels = [], []
+    for k in range(1, scores.n_models):
+        for i in range(len(scores)):
+            ids, gold = scores.top1_ids[i].tolist(), int(scores.gold_ids[i])
+            known = scores.known[i].tolist()
+            needed = known if "agreement" in features else [known[0], known[k]]
+            if not all(needed) or ids[0] == ids[k] or gold not in (ids[0], ids[k]):
+                continue
+            row = {"agreement": ids.count(ids[k]) / len(ids)}
+            for role, j in roles(k):
+                row[f"p_{role}"] = float(scores.top1_logprobs[i, j].exp())
+                row[f"entropy_{role}"] = float(scores.entropies[i, j])
+                row[f"margin_{role}"] = float(scores.margins[i, j])
+            rows.append([row[name] for name in features])
+            labels.append(int(ids[k] == gold))
+    return rows, labels
+
+
+class TestLearning:
+    @pytest.mark.parametrize("balance", [True, False])
+    @pytest.mark.parametrize("max_depth", [1, 3, 8])
+    @pytest.mark.parametrize(
+        "features",
+        [
+            ("p_draft", "p_assistant"),
+            ("p_assistant",),
+            ("margin_draft", "entropy_assistant", "agreement"),
+            FEATURES,
+        ],
+    )
+    def test_the_tree_decides_as_the_one_of_scikit_learn(
+        self, features: tuple[Feature, ...], max_depth: int, balance: bool
+    ) -> None:
+        scores = random_scores(max_depth)
+        policy = CosdTreePolicy(
+            features=features, max_depth=max_depth, min_samples_leaf=4, balance=balance
+        ).fit(scores)
+        assert policy.tree is not None
+        theirs = DecisionTreeClassifier(
+            max_depth=max_depth,
+            min_samples_leaf=4,
+            class_weight="balanced" if balance else None,
+            random_state=0,
+        )
+        rows, labels = by_hand(scores, features)
+        theirs.fit(torch.tensor(rows).numpy(), labels)
+        generator = torch.Generator().manual_seed(7)
+        new = torch.cat([torch.tensor(rows), torch.rand(2000, len(features), generator=generator)])
+        wanted = torch.from_numpy(theirs.predict_proba(new.numpy())[:, 1]).float()
+        columns = [features.index(name) for name in policy.tree.used]
+        replaces, probability = policy.tree.decide(new[:, columns])
+        torch.testing.assert_close(probability, wanted, atol=1e-6, rtol=0)
+        clear = (wanted - 0.5).abs() > 1e-6
+        assert torch.equal(replaces[clear], wanted[clear] > 0.5)
+        assert not bool(replaces[~clear].any())
+        assert policy.tree.content.depth == theirs.get_depth()
+        assert 0 < int(replaces.sum()) < len(replaces)
+
+    def test_only_positions_where_one_of_the_two_is_right_are_learned_from(self) -> None:
+        top1 = [[1, 2], [1, 2], [1, 2], [1, 1], [1, 2], [1, 2]]
+        gold = [1, 2, 3, 1, 2, 2]
+        known = [[True, True]] * 4 + [[False, True], [True, False]]
+        scores = table(top1, gold, [[0.5, 0.5]] * 6, known=known)
+        policy = CosdTreePolicy(balance=False).fit(scores)
+        assert policy.tree is not None
+        # The first two are left; neither question nor majority tells them apart.
+        assert policy.tree.content == Leaf(False, 0.5, samples=2, assistant_right=1)
+
+    def test_agreement_is_learned_where_every_model_is_known(self) -> None:
+        top1, gold = [[1, 2, 2]] * 4, [2] * 4
+        known = [[True, True, False], [True, True, True]] * 2
+        scores = table(top1, gold, [[0.5] * 3] * 4, known=known)
+        counts = []
+        for features in (("p_draft",), ("p_draft", "agreement")):
+            policy = CosdTreePolicy(features=features).fit(scores)  # type: ignore[arg-type]
+            assert policy.tree is not None and isinstance(policy.tree.content, Leaf)
+            counts.append(policy.tree.content.samples)
+        assert counts == [6, 4]
+
+    def test_a_threshold_between_two_kinds_of_positions_is_found(self) -> None:
+        top1 = [[1, 2]] * 20
+        gold = [2] * 10 + [1] * 10
+        scores = table(top1, gold, [[0.25, 0.5]] * 10 + [[0.75, 0.5]] * 10)
+        policy = CosdTreePolicy().fit(scores)
+        assert policy.tree is not None
+        root = policy.tree.content
+        assert isinstance(root, Split) and root.feature == "p_draft"
+        assert root.threshold == pytest.approx(0.5)
+        assert (root.below, root.above) == (Leaf(True, 1.0, 10, 10), Leaf(False, 0.0, 10, 0))
+
+    def test_with_balance_the_rarer_kind_counts_as_much(self) -> None:
+        # The assistant is right at 2 of 12 where the base model is unsure, elsewhere at none.
+        top1, gold = [[1, 2]] * 24, [2] * 2 + [1] * 22
+        probs = [[0.25, 0.5]] * 12 + [[0.75, 0.5]] * 12
+        leaves = []
+        for balance in (False, True):
+            policy = CosdTreePolicy(balance=balance).fit(table(top1, gold, probs))
+            assert policy.tree is not None and isinstance(policy.tree.content, Split)
+            leaves.append(policy.tree.content.below)
+        # 2 of 2 that are right against 10 of 22 that are wrong: 1 / (1 + 10 / 22).
+        assert leaves == [Leaf(False, 2 / 12, 12, 2), Leaf(True, 22 / 32, 12, 2)]
+
+    @pytest.mark.parametrize(
+        ("gold", "leaf"), [(1, Leaf(False, 0.0, 9, 0)), (2, Leaf(True, 1.0, 9, 9))]
+    )
+    @pytest.mark.parametrize("balance", [True, False])
+    def test_where_always_the_same_is_right_the_tree_is_one_leaf(
+        self, gold: int, leaf: Leaf, balance: bool
+    ) -> None:
+        scores = table([[1, 2]] * 9, [gold] * 9, [[0.1 * i, 0.5] for i in range(1, 10)])
+        policy = CosdTreePolicy(balance=balance).fit(scores)
+        assert policy.tree is not None and policy.tree.content == leaf
+
+    @pytest.mark.parametrize("top1", [[[1, 1]] * 5, [[1, 2]] * 5, [[1]] * 5])
+    def test_there_must_be_something_to_learn_from(self, top1: list[list[int]]) -> None:
+        scores = table(top1, [3] * 5, [[0.5] * len(top1[0])] * 5)
+        with pytest.raises(TrainingError) as caught:
+            CosdTreePolicy().fit(scores)
+        assert str(caught.value).startswith("policy 'cosd-tree' finds nothing to learn from: at no")
+        assert "base model 'm0'" in str(caught.value)
+
+    def test_equal_tables_give_equal_files(self, tmp_path: Path) -> None:
+        for name in ("one", "two"):
+            tree = CosdTreePolicy(features=FEATURES, max_depth=6).fit(random_scores(3)).tree
+            assert tree is not None
+            tree.save(tmp_path / f"{name}.json")
+        assert (tmp_path / "one.json").read_bytes() == (tmp_path / "two.json").read_bytes()
+
+    def test_a_tree_of_three_examples_writes_with_real_models(self, tmp_path: Path) -> None:
+        """Three texts of eight tokens, two assistants; the checkpoint says what the policy says."""
+        policy = CosdTreePolicy(min_samples_leaf=2).fit(random_scores(5, n=24))
+        assert policy.tree is not None and policy.tree.content.depth > 0
+        Checkpoint(policy, summary="Of three examples.").save_pretrained(tmp_path / "tree")
+        tiny = multicolm.load("tiny")
+        prompts = ["What is 3 + 4?", "Where does the willow live?", "Hello"]
+        traces = []
+        for chosen in (policy, tmp_path / "tree", AlwaysLooking(tree=policy.tree)):
+            answers = tiny.generate(prompts, chosen, max_new_tokens=12)
+            traces.append([[(t.id, t.model) for t in a.trace] for a in answers])
+        assert traces[0] == traces[1] == traces[2]
+        assert {model for text in traces[0] for _, model in text} > {tiny.models[0]}
+
+    @pytest.mark.parametrize("n", [1, 3])
+    def test_three_positions_are_enough_to_learn_something(self, n: int) -> None:
+        scores = table([[1, 2]] * n, [2, 1, 2][:n], [[0.3, 0.5], [0.8, 0.5], [0.2, 0.5]][:n])
+        policy = CosdTreePolicy(balance=False).fit(scores)
+        assert policy.tree is not None and policy.tree.content.depth == 0
+        duo = Ensemble([BASE, LEFT])
+        assert ids(duo, policy) == ids(Ensemble([LEFT]), "single")
+
+
+class TestFilesOfAUser:
+    def test_an_edited_text_changes_who_writes(self, tmp_path: Path) -> None:
+        trio = Ensemble([BASE, LEFT, RIGHT])
+        text = Tree(Split("p_draft", 0.5, Leaf(True, 0.8, 5, 4), KEEP)).as_text()
+        (tmp_path / "policy.yaml").write_text("kind: cosd-tree\nparams: {tree: tree.txt}\n")
+        (tmp_path / "tree.txt").write_text(text)
+        before = written(trio, tmp_path)
+        assert before != written(Ensemble([BASE]), "single")
+        (tmp_path / "tree.txt").write_text(text.replace("replace 0.8", "keep 0.8"))
+        assert written(trio, tmp_path) == written(Ensemble([BASE]), "single")
+        (tmp_path / "tree.txt").write_text(text.replace("0.5:", "0.3:"))
+        assert written(trio, tmp_path) not in (before, written(Ensemble([BASE]), "single"))
+
+    def test_a_damaged_tree_is_named_before_anything_is_written(self, tmp_path: Path) -> None:
+        (tmp_path / "policy.yaml").write_text("kind: cosd-tree\nparams: {tree: tree.txt}\n")
+        (tmp_path / "tree.txt").write_text("if p_draft <= 0.5: keep\n")
+        with pytest.raises(ArtefactError, match=r"tree\.txt:1: this `if` has no `else:`"):
+            Ensemble([BASE, LEFT]).generate(["a"], tmp_path)
+
+    def test_using_a_tree_takes_no_scikit_learn(self, tmp_path: Path) -> None:
+        Tree(Split("p_draft", 0.5, REPLACE, KEEP)).save(tmp_path / "tree.json")
+        program = (
+            "import sys; sys.modules['sklearn'] = None\n"
+            "import torch\n"
+            "from multicolm.policy.tree import CosdTreePolicy, Tree\n"
+            f"tree = CosdTreePolicy(tree=Tree({str(tmp_path / 'tree.json')!r})).tree\n"
+            "print(tree.decide(torch.tensor([[0.2], [0.8]]))[0].tolist())"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", program], capture_output=True, text=True, check=True
+        )
+        assert done.stdout == "[True, False]\n"
