@@ -2,15 +2,19 @@
 
     make demo
 
-Shows who wrote which token, in colour, and a table: how many held-out questions each policy gets
-right, who wrote how much, and what that cost in forward passes.
+Trains the policies that learn, in seconds. Then shows who wrote which token, in colour, and a table:
+how many held-out questions each policy gets right, who wrote how much, and what that cost in forward
+passes.
 """
 
 from __future__ import annotations
 
 import argparse
 import random
+import tempfile
+import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -19,8 +23,11 @@ from rich.table import Table
 from rich.text import Text
 
 import multicolm
-from multicolm import Answer, Ensemble, catalog
+from multicolm import Answer, Ensemble, Policy, catalog
 from multicolm.cli.console import Screen
+from multicolm.scoring.corpus import open_corpus
+from multicolm.scoring.score import score
+from multicolm.scoring.store import load_table
 from multicolm.tiny.measure import load, oracle
 from multicolm.tiny.world import Question, build_world
 
@@ -64,13 +71,43 @@ def one_line(answer: Answer, screen: Screen, width: int) -> Text:
     return line
 
 
-def show(console: Console, ensemble: Ensemble, policy: str, asked: Sequence[Question]) -> None:
+def learn(console: Console, ensemble: Ensemble, names: Sequence[str]) -> dict[str, Policy]:
+    """The policies that can learn, trained on the training questions of the embedded world."""
+    policies = {name: ensemble.resolve(name) for name in names}
+    learners = {name: policy for name, policy in policies.items() if hasattr(policy, "fit")}
+    corpus = open_corpus(catalog.registry() / "tiny" / "questions" / "train.jsonl")
+    start = time.perf_counter()
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        console.status("three models read 1200 training questions"),
+    ):
+        score(ensemble, corpus, Path(folder), features=["hidden"])
+        table = load_table(folder)
+    n_read = time.perf_counter() - start
+    with console.status("training"):
+        trained = {name: policy.fit(table) for name, policy in learners.items()}
+    n_trained = time.perf_counter() - start - n_read
+    console.print(
+        f"Learned on 1200 training questions, read once by each model ({n_read:.0f} s): "
+        f"{', '.join(trained)} ({n_trained:.0f} s)\n",
+        soft_wrap=True,
+    )
+    return trained
+
+
+def show(
+    console: Console,
+    ensemble: Ensemble,
+    name: str,
+    policy: str | Policy,
+    asked: Sequence[Question],
+) -> None:
     """A few answers of one policy."""
     screen = Screen(ensemble.models, trace=True)
     answers = ensemble.generate(
-        [question.prompt for question in asked], policy, params=PARAMS.get(policy), seed=0
+        [question.prompt for question in asked], policy, params=PARAMS.get(name), seed=0
     )
-    console.print(Text(policy, style="bold"), screen.legend(answers), sep="   ", soft_wrap=True)
+    console.print(Text(name, style="bold"), screen.legend(answers), sep="   ", soft_wrap=True)
     for question, answer in zip(asked, answers, strict=True):
         mark = Text("right ", "green") if is_right(question, answer) else Text("wrong ", "red")
         shown = one_line(answer, screen, max(40, console.width - 9))
@@ -78,7 +115,10 @@ def show(console: Console, ensemble: Ensemble, policy: str, asked: Sequence[Ques
 
 
 def measured(
-    ensemble: Ensemble, policy: str, params: dict[str, Any] | None, asked: Sequence[Question]
+    ensemble: Ensemble,
+    policy: str | Policy,
+    params: dict[str, Any] | None,
+    asked: Sequence[Question],
 ) -> list[str]:
     """One line of the table, without the policy's name."""
     prompts = [question.prompt for question in asked]
@@ -121,8 +161,11 @@ def main() -> None:
     for question in few:
         console.print(f"  {question.prompt.splitlines()[0]}  (right: {question.answer})")
     presets = catalog.names("policies")
-    for policy in presets:
-        show(console, ensemble, policy, few)
+    learned = learn(console, ensemble, presets)
+    # What was learned stands last, where one looks first.
+    order = [name for name in presets if name not in learned] + list(learned)
+    for name in order:
+        show(console, ensemble, name, learned.get(name, name), few)
     names = " / ".join(ensemble.models)
     table = Table(
         title=f"{len(asked)} held-out questions, greedy; columns in the order {names}",
@@ -132,8 +175,12 @@ def main() -> None:
     table.add_column("policy", no_wrap=True)
     for name in ("right", "% of tokens by", "passes per token", "tokens/s"):
         table.add_column(name, justify="right")
-    runs = [(policy, policy, PARAMS.get(policy)) for policy in presets if policy != "single"]
-    runs += [(f"single {m}", "single", {"model": m}) for m in ensemble.models]
+    runs: list[tuple[str, str | Policy, dict[str, Any] | None]] = [
+        (f"single {model}", "single", {"model": model}) for model in ensemble.models
+    ]
+    runs += [
+        (name, learned.get(name, name), PARAMS.get(name)) for name in order if name != "single"
+    ]
     for name, policy, params in track(runs, "measuring", console=console, transient=True):
         table.add_row(name, *measured(ensemble, policy, params, asked))
     table.add_row("perfect choice of writers", *the_oracle(asked))
@@ -141,7 +188,8 @@ def main() -> None:
     console.print(
         "\nNo model answers these alone; with the right writer at every token nearly all are\n"
         "answered. Rules get a part of the way: the embedded models were made so that their own\n"
-        "doubt often does not say who should write. See registry/tiny/README.md.",
+        "doubt often does not say who should write. What the base model knows of itself, in its\n"
+        "hidden state, does: that is what co-llm and mlp-router learn. See registry/tiny/README.md.",
         soft_wrap=True,
     )
 

@@ -9,11 +9,16 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
+
+import numpy as np
 
 import multicolm
 from multicolm.calibration.thresholds import thresholds_for_shares
@@ -35,9 +40,11 @@ Unit: TypeAlias = Literal["share", "cost"]
 ``cost`` per written token."""
 
 Params: TypeAlias = Mapping[str, float]
+Grid: TypeAlias = Mapping[str, Sequence[float]]
 
 _SHARES = tuple(tenth / 10 for tenth in range(11))
 _REFINEMENTS = 4
+_HALVINGS = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +56,7 @@ class Point:
         share: of the tokens that assistants wrote, over all tasks.
         cost: per written token, in the ensemble's unit.
         quality: mean over the tasks of their metrics' means, 0 to 1.
-        low: lower end of its 95 % bootstrap interval.
+        low: lower end of its 95 % bootstrap interval, resampled within each task.
         high: its upper end.
         by_task: quality per task.
     """
@@ -88,7 +95,7 @@ def tune(
     budget: float | None = None,
     unit: Unit = "share",
     by_metric: bool = False,
-    grid: Mapping[str, Sequence[float]] | None = None,
+    grid: Grid | None = None,
     split: str = "dev",
     limit: int | None = None,
     seed: int = 0,
@@ -99,8 +106,9 @@ def tune(
     """Find params of a policy, and write it with them as a checkpoint.
 
     A policy that hands over where a score passes one threshold is tried at the quantiles of that
-    score on texts of the base model alone, for shares of 0, 0.1, ... 1. Any other is tried on a
-    grid of values that it declares worth trying.
+    score on texts of the base model alone, for shares of 0, 0.1, ... 1; with a budget to be spent,
+    at some more where it lies. Any other is tried on a grid of values that it declares worth
+    trying.
 
     With a budget the params are chosen that spend the most of it and no more, as measured, not as
     predicted (or, with ``by_metric``, those of the best answers that keep within it); without one,
@@ -124,11 +132,14 @@ def tune(
 
     Raises:
         InputError: if the split is the test split, or its questions are in the test split too, or
-            nothing keeps within the budget.
-        CapabilityError: if there is nothing to tune.
+            nothing keeps within the budget, or a number or a task makes no sense.
+        CapabilityError: if there is nothing to tune, or the budget is a share of tokens and the
+            policy's tokens are nobody's alone.
         ArtefactError: if ``out`` holds another checkpoint.
-        MulticolmError: if a task or the policy cannot be used.
+        MulticolmError: if a task, the policy or a value of the grid cannot be used.
     """
+    _check_numbers(limit, batch_size, seed)
+    _check_request(policy.policy, tasks, budget, unit, grid)
     folder = Path(out)
     questions = {task.name: _questions(task, split, limit) for task in tasks}
     request = {
@@ -140,15 +151,18 @@ def tune(
         "seed": seed,
     }
     digests = {task.name: task.digest(split) for task in tasks}
-    key = _key(policy, ensemble, digests, request)
+    bench = _Bench(
+        ensemble, policy.policy, tasks, questions, seed, batch_size, max_new_tokens, progress
+    )
+    headers = bench.headers(digests, split)
+    key = _key(policy, ensemble, headers, request)
     with locked(folder):
         finished = _finished(folder, key)
         if finished is not None:
+            shutil.rmtree(folder / ".tune", ignore_errors=True)
             return finished
-        bench = _Bench(
-            ensemble, policy.policy, tasks, questions, seed, batch_size, max_new_tokens, progress
-        )
-        with bench.opened(folder / ".tune", digests, split):
+        bench.check(grid)
+        with bench.opened(folder / ".tune", headers):
             points = list(_curve(bench, grid, budget, unit, by_metric))
         chosen = _choose(points, budget, unit, by_metric)
         by_task = {
@@ -208,16 +222,37 @@ class _Bench:
             for task in tasks
         }
 
-    def opened(self, folder: Path, digests: Mapping[str, str], split: str) -> _Ledgers:
-        """Keep answers in this folder, one ledger per task."""
-        return _Ledgers(folder, self._runs, digests, split)
+    def headers(self, digests: Mapping[str, str], split: str) -> list[dict[str, Any]]:
+        """Per task, what its answers hang on besides the policy."""
+        return [run.header("tune", split, digests[task]) for task, run in self._runs.items()]
+
+    def check(self, grid: Grid | None) -> None:
+        """Find now, before any model has run, what would stop it later.
+
+        Raises:
+            MulticolmError: if there is nothing to tune, a value to be tried is out of range, the
+                policy does not fit, or a question cannot be asked or judged.
+        """
+        plans = [self._plan(params) for params in _trials(self.policy, grid)]
+        for run in self._runs.values():
+            run.check(plans[:1])
+
+    def opened(self, folder: Path, headers: Sequence[Mapping[str, Any]]) -> ExitStack:
+        """Keep answers in this folder, one ledger per task, until the stack is closed."""
+        with ExitStack() as stack:
+            for number, (run, header) in enumerate(zip(self._runs.values(), headers, strict=True)):
+                path = folder / str(number) / "ledger.jsonl"
+                run.ledger = stack.enter_context(Ledger.open(path, header))
+            return stack.pop_all()
+
+    def _plan(self, params: Params) -> Plan:
+        name = " ".join([self.policy.name, *(f"{k}={v:.4g}" for k, v in params.items())])
+        return Plan(name, "policy", resolve_policy(self.policy, params))
 
     def measure(self, params: Params) -> Point:
         """Answer all questions with these params."""
-        policy = resolve_policy(self.policy, params)
-        name = " ".join([self.policy.name, *(f"{k}={v:.4g}" for k, v in params.items())])
-        rows = {task: run.row(Plan(name, "policy", policy)) for task, run in self._runs.items()}
-        return self._point(params, rows)
+        plan = self._plan(params)
+        return self._point(params, {task: run.row(plan) for task, run in self._runs.items()})
 
     def _point(self, params: Params, rows: Mapping[str, Measured]) -> Point:
         models = self._ensemble.models
@@ -231,8 +266,7 @@ class _Bench:
             for name, cost in zip(models, self._ensemble.costs, strict=True)
         )
         by_task = {task: row.quality for task, row in rows.items()}
-        qualities = [quality for row in rows.values() for quality in row.qualities]
-        low, high = bootstrap_interval(qualities, self._seed)
+        low, high = _interval([row.qualities for row in rows.values()], self._seed)
         return Point(
             params=params,
             share=n_assistants / n_written,
@@ -256,52 +290,50 @@ class _Bench:
         return found
 
 
-class _Ledgers:
-    """The ledgers of all tasks, open at the same time."""
-
-    def __init__(
-        self, folder: Path, runs: Mapping[str, Answering], digests: Mapping[str, str], split: str
-    ) -> None:
-        self._folder = folder
-        self._runs = runs
-        self._digests = digests
-        self._split = split
-        self._open: list[Ledger] = []
-
-    def __enter__(self) -> None:
-        for number, (task, run) in enumerate(self._runs.items()):
-            header = run.header("tune", self._split, self._digests[task])
-            run.ledger = Ledger.open(self._folder / str(number) / "ledger.jsonl", header)
-            self._open.append(run.ledger)
-
-    def __exit__(self, *_: object) -> None:
-        for ledger in self._open:
-            ledger.close()
+def _interval(groups: Sequence[Sequence[float]], seed: int) -> tuple[float, float]:
+    """The bootstrap interval of the mean of the groups' means; each is resampled by itself."""
+    if len(groups) == 1:
+        return bootstrap_interval(groups[0], seed)
+    generator = np.random.default_rng(seed)
+    n, portion = 10_000, 100
+    means = np.zeros(n)
+    for group in groups:
+        values = np.asarray(group, dtype=np.float64)
+        for start in range(0, n, portion):
+            drawn = values[generator.integers(0, len(values), (portion, len(values)))]
+            means[start : start + portion] += drawn.mean(axis=1) / len(groups)
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(low), float(high)
 
 
-def _curve(
-    bench: _Bench,
-    grid: Mapping[str, Sequence[float]] | None,
-    budget: float | None,
-    unit: Unit,
-    by_metric: bool,
-) -> Iterator[Point]:
-    """Every point that is tried."""
-    policy = bench.policy
-    if grid is None and policy.deferral is not None:
-        yield from _quantiles(bench, None if by_metric else budget, unit)
-        return
-    values = grid if grid is not None else policy.tunable
+def _trials(policy: Policy, grid: Grid | None) -> list[dict[str, float]]:
+    """The params that are sure to be tried; of a threshold to be found, its two ends.
+
+    Raises:
+        CapabilityError: if there are none.
+    """
+    deferral = policy.deferral
+    if grid is None and deferral is not None:
+        return [{deferral.param: deferral.never}, {deferral.param: deferral.always}]
+    values = policy.tunable if grid is None else grid
     if not values:
         raise CapabilityError(
             f"policy '{policy.name}' declares no params to tune; name some with their values, "
             "such as --grid alpha=0.2,0.4,0.6."
         )
-    for combination in itertools.product(*values.values()):
-        yield bench.measure(dict(zip(values, combination, strict=True)))
+    return [dict(zip(values, each, strict=True)) for each in itertools.product(*values.values())]
 
 
-def _quantiles(bench: _Bench, budget: float | None, unit: Unit) -> Iterator[Point]:
+def _curve(
+    bench: _Bench, grid: Grid | None, budget: float | None, unit: Unit, by_metric: bool
+) -> list[Point]:
+    """Every point that is tried; of a threshold, in the order of the shares it was tried for."""
+    if grid is None and bench.policy.deferral is not None:
+        return _quantiles(bench, None if by_metric else budget, unit)
+    return [bench.measure(params) for params in _trials(bench.policy, grid)]
+
+
+def _quantiles(bench: _Bench, budget: float | None, unit: Unit) -> list[Point]:
     """Points at the quantiles of the score; and some more where the budget lies."""
     deferral = bench.policy.deferral
     assert deferral is not None
@@ -309,32 +341,35 @@ def _quantiles(bench: _Bench, budget: float | None, unit: Unit) -> Iterator[Poin
     if not scores:
         raise CapabilityError(f"policy '{bench.policy.name}' gives no score to tune by.")
     points: dict[float, Point] = {}
+    by_threshold: dict[float, Point] = {}
 
-    def at(share: float) -> Point | None:
-        """The point for a share, if its threshold was not tried yet."""
+    def at(share: float) -> None:
+        """Put down the point for a share; a threshold that was tried is not tried again."""
         [threshold] = thresholds_for_shares(scores, [share], deferral)
-        tried = {point.params[deferral.param] for point in points.values()}
-        if threshold in tried:
-            return None
-        points[share] = bench.measure({deferral.param: threshold})
-        return points[share]
+        if threshold not in by_threshold:
+            by_threshold[threshold] = bench.measure({deferral.param: threshold})
+        points[share] = by_threshold[threshold]
 
     for share in _SHARES:
-        point = at(share)
-        if point is not None:
-            yield point
-    for _ in range(_REFINEMENTS if budget is not None else 0):
-        assert budget is not None
-        within = [share for share, point in points.items() if point.spent(unit) <= budget]
-        beyond = [share for share, point in points.items() if point.spent(unit) > budget]
-        below = max(within, default=None)
-        above = min((s for s in beyond if below is None or s > below), default=None)
-        if below is None or above is None:
-            return
-        point = at((below + above) / 2)
-        if point is None:
-            return
-        yield point
+        at(share)
+    if budget is not None:
+        most = len(by_threshold) + _REFINEMENTS
+        for _ in range(_HALVINGS):
+            share_between = _between(points, budget, unit)
+            if share_between is None or len(by_threshold) == most:
+                break
+            at(share_between)
+    return list({id(points[share]): points[share] for share in sorted(points)}.values())
+
+
+def _between(points: Mapping[float, Point], budget: float, unit: Unit) -> float | None:
+    """The middle of the last share within the budget and the next one beyond it, if both are."""
+    within = [share for share, point in points.items() if point.spent(unit) <= budget]
+    if not within:
+        return None
+    last = max(within)
+    beyond = [share for share in points if share > last]
+    return (last + min(beyond)) / 2 if beyond else None
 
 
 def _choose(points: Sequence[Point], budget: float | None, unit: Unit, by_metric: bool) -> Point:
@@ -351,13 +386,54 @@ def _choose(points: Sequence[Point], budget: float | None, unit: Unit, by_metric
             f"with {', '.join(f'{k}={v:.4g}' for k, v in least.params.items())}."
         )
     if budget is not None and not by_metric:
-        return max(allowed, key=lambda point: point.spent(unit))
+        return max(allowed, key=lambda point: (point.spent(unit), point.quality, -point.cost))
     return max(allowed, key=lambda point: (point.quality, -point.cost))
 
 
 def _on(points: Sequence[Point], task: str) -> list[Point]:
     """The points as one task sees them; shares and costs stay those of all tasks."""
     return [replace(point, quality=point.by_task[task]) for point in points]
+
+
+def _check_numbers(limit: int | None, batch_size: int, seed: int) -> None:
+    least = {"limit": (limit, 1), "batch_size": (batch_size, 1), "seed": (seed, 0)}
+    for name, (value, at_least) in least.items():
+        if value is not None and value < at_least:
+            raise InputError(f"{name} must be {at_least} or more, got {value}.")
+
+
+def _check_request(
+    policy: Policy, tasks: Sequence[Task], budget: float | None, unit: str, grid: Grid | None
+) -> None:
+    """Refuse what makes no sense, whatever the models say.
+
+    Raises:
+        InputError: if there is no task, or two have one name; if the budget is no number that can
+            be spent; if a param of the grid has no values, or values that are no finite numbers.
+        CapabilityError: if a share is to be kept of tokens that are nobody's alone.
+    """
+    if unit not in get_args(Unit):
+        raise InputError(f"unit must be {' or '.join(get_args(Unit))}, got {unit!r}.")
+    if not tasks:
+        raise InputError("there is no task to tune on; name one or more.")
+    twice = [name for name, n in Counter(task.name for task in tasks).items() if n > 1]
+    if twice:
+        raise InputError(
+            f"two tasks are called '{twice[0]}'; name each once, or copy it to a file of another "
+            "name."
+        )
+    most = 1.0 if unit == "share" else math.inf
+    if budget is not None and not (0 <= budget <= most and math.isfinite(budget)):
+        words = "0 to 1" if unit == "share" else "0 or more"
+        raise InputError(f"a budget in {unit} is a number of {words}, got {budget:g}.")
+    if budget is not None and unit == "share" and policy.acts == "mix":
+        raise CapabilityError(
+            f"policy '{policy.name}' makes every token out of several models' distributions, so "
+            "assistants have no share of their own; give the budget in cost (--unit cost)."
+        )
+    for name, values in (grid or {}).items():
+        if not values or not all(math.isfinite(value) for value in values):
+            raise InputError(f"the grid's '{name}' needs finite numbers, one or more.")
 
 
 def _questions(task: Task, split: str, limit: int | None) -> list[Question]:
@@ -384,12 +460,20 @@ def _questions(task: Task, split: str, limit: int | None) -> list[Question]:
 
 
 def _key(
-    policy: NamedPolicy, ensemble: Ensemble, digests: Mapping[str, str], request: Mapping[str, Any]
+    policy: NamedPolicy,
+    ensemble: Ensemble,
+    headers: Sequence[Mapping[str, Any]],
+    request: Mapping[str, Any],
 ) -> str:
+    """What decides the checkpoint; neither versions do, nor how many texts are written at a time.
+
+    Answers that are half done are another matter: their ledgers stand for those, too.
+    """
+    no_matter = ("versions", "batch_size")
     facts = [
         Plan("", "policy", policy.policy).key,
-        [[model.name, model.identity] for model in ensemble.backends],
-        dict(digests),
+        [{k: v for k, v in header.items() if k not in no_matter} for header in headers],
+        list(ensemble.costs),
         dict(request),
     ]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]

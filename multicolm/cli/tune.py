@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import click
 
@@ -26,7 +28,12 @@ __all__ = ["command"]
     "--task", "tasks", multiple=True, required=True, help="A name or a YAML file. Repeatable."
 )
 @click.option("--data", help="Questions in place of the task's, in the same form.")
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="The checkpoint.")
+@click.option(
+    "--out",
+    required=True,
+    type=click.Path(path_type=Path, file_okay=False),
+    help="The checkpoint: a folder.",
+)
 @click.option("--budget", type=float, help="The most that assistants may write, or may cost.")
 @click.option(
     "--unit",
@@ -67,7 +74,7 @@ def command(
     was tried is stored with the policy. The same command goes on where it was stopped.
     """
     from multicolm.calibration.tune import tune
-    from multicolm.cli.console import work_bar
+    from multicolm.cli.console import visible, work_bar
     from multicolm.evaluation.answering import Progress, named_policy
 
     if policy is None:
@@ -75,26 +82,30 @@ def command(
     read = [_task(task, data, split) for task in tasks]
     grid = _grid(grids)
     loaded, chosen = load(ensemble, policy, pairs)
-    with work_bar("answers") as bar:
+    try:
+        with work_bar("answers") as bar:
 
-        def show(progress: Progress) -> None:
-            bar(progress.done, progress.total, progress.row)
+            def show(progress: Progress) -> None:
+                bar(progress.done, progress.total, visible(progress.row))
 
-        checkpoint = tune(
-            loaded,
-            _named(named_policy(policy), chosen),
-            read,
-            out,
-            budget=budget,
-            unit=unit,
-            by_metric=metric,
-            grid=grid or None,
-            split=split,
-            limit=limit,
-            seed=seed,
-            batch_size=batch_size,
-            progress=show,
-        )
+            checkpoint = tune(
+                loaded,
+                _named(named_policy(policy), chosen),
+                read,
+                out,
+                budget=budget,
+                unit=unit,
+                by_metric=metric,
+                grid=grid or None,
+                split=split,
+                limit=limit,
+                seed=seed,
+                batch_size=batch_size,
+                progress=show,
+            )
+    except KeyboardInterrupt:
+        click.echo(f"What was finished is kept in {out}; the same command goes on there.", err=True)
+        raise
     _report(checkpoint, out, as_json_)
 
 
@@ -106,7 +117,11 @@ def _named(named: NamedPolicy, chosen: Policy) -> NamedPolicy:
 
 
 def _task(source: str, data: str | None, split: str) -> Task:
-    """A task, its split replaced by other questions if there are any."""
+    """A task, its split replaced by other questions if there are any.
+
+    Raises:
+        ConfigError: if the questions are neither in a file of a known form nor on the Hub.
+    """
     from dataclasses import replace
 
     from multicolm.evaluation.task import DataConfig, load_task
@@ -114,7 +129,14 @@ def _task(source: str, data: str | None, split: str) -> Task:
     task = load_task(source)
     if data is None:
         return task
-    place = str(Path(data).absolute()) if Path(data).exists() else data
+    path = Path(data).expanduser()
+    is_file = path.suffix in (".jsonl", ".json", ".parquet")
+    if not (path.is_file() if is_file else re.fullmatch(r"[\w.-]+/[\w.-]+", data)):
+        raise ConfigError(
+            f"--data {data}: "
+            + ("there is no such file." if is_file else "give a .jsonl or .parquet file.")
+        )
+    place = str(path.absolute()) if is_file else data
     splits = {**task.config.data, split: DataConfig(source=place)}
     return replace(task, config=task.config.model_copy(update={"data": splits}))
 
@@ -123,16 +145,25 @@ def _grid(grids: tuple[str, ...]) -> dict[str, list[float]]:
     """``("alpha=0.2,0.4",)`` as ``{"alpha": [0.2, 0.4]}``.
 
     Raises:
-        ConfigError: if one has no ``=``, or a value is no number.
+        ConfigError: if one has no ``=``, a value is no finite number, or a name comes twice.
     """
     values: dict[str, list[float]] = {}
-    for name, listed in parameters(tuple(g.replace("=", "=[", 1) + "]" for g in grids)).items():
-        numbers = listed if isinstance(listed, list) else [listed]
-        wrong = [n for n in numbers if isinstance(n, bool) or not isinstance(n, int | float)]
-        if wrong or not numbers:
-            raise ConfigError(f"--grid {name}: write numbers, such as {name}=0.2,0.4.")
-        values[name] = [float(number) for number in numbers]
+    for grid in grids:
+        name, equals, listed = grid.partition("=")
+        if not equals or not name:
+            raise ConfigError(f"--grid {grid}: write it as name=values, such as alpha=0.2,0.4.")
+        if name in values:
+            raise ConfigError(f"--grid {name}: give all its values at once, with commas between.")
+        numbers = parameters((f"{name}=[{listed}]",), "--grid")[name]
+        if not numbers or not all(_is_number(number) for number in numbers):
+            raise ConfigError(f"--grid {grid}: write finite numbers, such as {name}=0.2,0.4.")
+        values[name] = list(dict.fromkeys(numbers))
     return values
+
+
+def _is_number(value: object) -> bool:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and math.isfinite(cast("float", value))
 
 
 def _report(checkpoint: Checkpoint, out: Path, as_json_: bool) -> None:

@@ -332,9 +332,23 @@ class World:
 
 
 def right_completions(record: Mapping[str, object]) -> list[str]:
-    """Every response that counts as right for a line of the shipped question files."""
-    question = _questions_by_id()[str(record["id"])]
-    return list(question.responses)
+    """Every response that counts as right for a line of the shipped question files.
+
+    Of a record that is none of theirs, only its own completion is known to be right.
+
+    Raises:
+        InputError: if it has none.
+    """
+    question = _questions_by_id().get(str(record.get("id")))
+    if question is not None and question.prompt == record.get("prompt"):
+        return list(question.responses)
+    completion = record.get("completion")
+    if not isinstance(completion, str):
+        raise InputError(
+            "this is none of the embedded questions, so it needs a 'completion': a text that is "
+            "right from the first token to the last."
+        )
+    return [completion]
 
 
 @cache

@@ -169,7 +169,7 @@ def pi_after(base: HiddenTable, policy: CoLlmPolicy, context: list[int]) -> list
 def test_the_drawn_writer_follows_pi() -> None:
     trio = tables("base", "left", "right", hidden=True)
     policy = CoLlmPolicy(head=head(WIDTH, 2, scale=0.3), decode="sample")
-    n = 2000
+    n = 1500
     answers = trio.generate(
         ["a"] * n, policy, max_new_tokens=1, seed=list(range(n)), batch_size=500
     )
@@ -182,7 +182,7 @@ def test_the_drawn_writer_follows_pi() -> None:
 def test_a_sampled_mixture_follows_sum_pi_p_over_two_tokens() -> None:
     trio = tables("base", "left", "right", hidden=True)
     policy = CoLlmPolicy(head=head(WIDTH, 2), decode="mixture")
-    n, end = 1500, TOKENS.index(".")
+    n, end = 1000, TOKENS.index(".")
 
     def after(context: list[int]) -> list[float]:
         pi = pi_after(trio.backends[0], policy, context)

@@ -378,8 +378,12 @@ DAMAGE = {
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGE, ids=lambda d: d.__name__)
-@pytest.mark.parametrize("part", ["text", "base", "right"])
+@pytest.mark.parametrize(
+    ("damage", "part"),
+    # Texts hold no numbers that could be NaN.
+    [(d, p) for d in DAMAGE for p in ("text", "right") if (d, p) != (with_nan, "text")],
+    ids=lambda value: getattr(value, "__name__", value),
+)
 def test_a_damaged_file_is_refused_in_one_sentence_and_scoring_again_mends_it_alone(
     tmp_path, data, damage, part
 ) -> None:
@@ -387,8 +391,6 @@ def test_a_damaged_file_is_refused_in_one_sentence_and_scoring_again_mends_it_al
     run(data, out)
     whole, before = contents(out), inodes(out)
     name = f"{part}/00002.safetensors"
-    if part == "text" and damage is with_nan:
-        pytest.skip("texts hold no numbers that could be NaN")
     damage(out / name)
     with pytest.raises(ArtefactError) as caught:
         load_table(out)
