@@ -109,7 +109,7 @@ policies: Registry[object] = Registry(
         "confidence": "multicolm.policy.threshold:ConfidencePolicy",
         "contrastive": "multicolm.policy.logit_arithmetic:ContrastivePolicy",
         "cosd-rule": "multicolm.policy.cosd:CosdRulePolicy",
-        "cosd-tree": "multicolm.policy.tree:CosdTreePolicy",
+        "cosd-tree": "multicolm.policy.cosd_tree:CosdTreePolicy",
         "entropy": "multicolm.policy.threshold:EntropyPolicy",
         "margin": "multicolm.policy.threshold:MarginPolicy",
         "max-confidence": "multicolm.policy.threshold:MaxConfidencePolicy",

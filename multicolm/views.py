@@ -259,7 +259,7 @@ class Views:
             models: names, base model first.
             views: per model index, what it shows; models that were not looked at are absent.
             n_positions: how many positions every view has.
-            context: how to work out ``previous``, ``base_run`` and ``uniform`` when asked.
+            context: how to work out ``previous``, ``base_run``, ``place`` and ``uniform``.
             drawn: turns logits into the probabilities that tokens are drawn from.
             starts_word: per token of the shared vocabulary, whether it begins a new word.
         """
@@ -319,6 +319,11 @@ class Views:
     def base_run(self) -> Int[Tensor, "positions"]:
         """How many tokens the base model has written in a row just before."""
         return self._worked_out("base_run")
+
+    @property
+    def place(self) -> Int[Tensor, "positions"]:
+        """How many tokens of the text are written before."""
+        return self._worked_out("place")
 
     @property
     def uniform(self) -> Float[Tensor, "positions"]:

@@ -7,6 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from multicolm.backend.table import TableModel
+from multicolm.plugins import policies
+
+READY = [kind for kind in policies if not hasattr(policies.get(kind), "fit")]
+"""Policies that need no training. Those that do have their laws in their own test files."""
 
 TOKENS = ("a", "b", " c", "d", " e", "f", ".")
 """The last one ends a text; two begin a word."""

@@ -23,7 +23,7 @@ __all__ = ["cli", "main"]
 _VERBS = {
     "generate": "Write a text for each prompt.",
     "chat": "Talk with an ensemble.",
-    "score": "Let every model read a corpus, and keep what it gives to each token.",
+    "score": "Let every model read texts, and keep what it gives to each token.",
     "compare": "Compare policies with each other and with every model alone.",
     "train": "Train a policy on a score table.",
     "tune": "Find the thresholds of a policy from data.",

@@ -84,6 +84,7 @@ class Positions:
         return {
             "previous": previous,
             "base_run": base_run,
+            "place": lambda: torch.tensor(list(self.places), device=device),
             "uniform": lambda: self.noise.uniform(self.keys, self.places).to(device),
         }
 

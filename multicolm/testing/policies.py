@@ -67,6 +67,7 @@ class _Scene:
         self.context = {
             "previous": torch.randint(-1, len(models), (n,), generator=generator),
             "base_run": torch.randint(0, 15, (n,), generator=generator),
+            "place": torch.randint(0, 40, (n,), generator=generator),
             "uniform": torch.rand(n, generator=generator),
         }
         self.starts_word = torch.rand(_VOCAB, generator=generator) < 0.5
@@ -84,7 +85,7 @@ class _Scene:
             for k in shown
             if self.needs.of(k)
         }
-        known = ("uniform", "previous", "base_run") if self.history else ("uniform",)
+        known = ("uniform", "place", *(("previous", "base_run") if self.history else ()))
 
         def fetch(what: str) -> Callable[[], Tensor]:
             return lambda: self.context[what][index].clone()

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Final, Literal, TypeAlias
 
+from multicolm.errors import InputError
+
 Kind: TypeAlias = Literal["treats", "class", "plant", "dose", "linear", "quad"]
 Split: TypeAlias = Literal["train", "dev", "test"]
 Fields: TypeAlias = Mapping[str, object]

@@ -14,7 +14,7 @@ from multicolm.policy.base import Deferral
 BELOW = Deferral("threshold", above=False, never=0.0, always=2.0)
 ABOVE = Deferral("threshold", above=True, never=1.0, always=-1.0)
 FEW = st.sampled_from([0.1, 0.2, 0.25, 0.5, 0.75])
-SCORES = st.lists(FEW | st.floats(0.01, 0.99, width=32), min_size=1, max_size=40)
+SCORES = st.lists(FEW | st.floats(0.0078125, 0.9921875, width=32), min_size=1, max_size=40)
 
 
 def n_beyond(scores: list[float], threshold: float, deferral: Deferral) -> int:
@@ -25,7 +25,7 @@ def n_beyond(scores: list[float], threshold: float, deferral: Deferral) -> int:
 
 def test_four_scores_by_hand() -> None:
     scores = [0.5, 0.9, 0.2, 0.7]
-    shares = [0, 0.2, 0.25, 0.49, 0.5, 0.75, 0.99, 1]
+    shares = [0.0, 0.2, 0.25, 0.49, 0.5, 0.75, 0.99, 1.0]
     below = thresholds_for_shares(scores, shares, BELOW)
     assert below == [0.2, 0.2, 0.5, 0.5, 0.7, 0.9, 0.9, 2.0]
     above = thresholds_for_shares(scores, shares, ABOVE)
@@ -37,12 +37,12 @@ def test_equal_scores_are_handed_over_together_or_not_at_all() -> None:
     # Of four fifths, the three equal ones and the one below them; of three fifths, only that one.
     assert thresholds_for_shares(scores, [0.8, 0.6, 0.2], BELOW) == [0.9, 0.5, 0.5]
     assert [n_beyond(scores, t, BELOW) for t in (0.9, 0.5)] == [4, 1]
-    assert thresholds_for_shares([0.5] * 7, [0, 0.5, 0.99, 1], BELOW) == [0.5, 0.5, 0.5, 2.0]
+    assert thresholds_for_shares([0.5] * 7, [0.0, 0.5, 0.99, 1.0], BELOW) == [0.5, 0.5, 0.5, 2.0]
 
 
 def test_of_one_score_all_or_nothing_is_handed_over() -> None:
-    assert thresholds_for_shares([0.3], [0, 0.999, 1], BELOW) == [0.3, 0.3, 2.0]
-    assert thresholds_for_shares([0.3], [0, 0.999, 1], ABOVE) == [0.3, 0.3, -1.0]
+    assert thresholds_for_shares([0.3], [0.0, 0.999, 1.0], BELOW) == [0.3, 0.3, 2.0]
+    assert thresholds_for_shares([0.3], [0.0, 0.999, 1.0], ABOVE) == [0.3, 0.3, -1.0]
 
 
 @pytest.mark.parametrize("deferral", [BELOW, ABOVE])

@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 
 from multicolm import Ensemble
 from multicolm.backend.table import TableModel
-from multicolm.policy.tree import CosdTreePolicy, Leaf, Split, Tree
+from multicolm.policy.cosd_tree import CosdTreePolicy
+from multicolm.policy.tree import Leaf, Split, Tree
 from multicolm.training.checkpoint import Checkpoint
 
 TREE = Split("p_draft", 0.5, Leaf(True, 0.75, 8, 6), Leaf(False, 0.0))

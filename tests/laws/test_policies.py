@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import ClassVar
 
 import pytest
 import torch
+from tables import READY
 
 import multicolm
 from multicolm import MixPolicy, SelectPolicy, VerifyPolicy, Views
-from multicolm.errors import PolicyError
+from multicolm.errors import CapabilityError, PolicyError
 from multicolm.plugins import policies
 from multicolm.testing import LawBroken, check_policy
 
 
-@pytest.mark.parametrize("kind", list(policies))
+@pytest.mark.parametrize("kind", READY)
 @pytest.mark.parametrize("seed", [0, 1])
 def test_every_registered_policy_keeps_the_laws(kind: str, seed: int) -> None:
     check_policy(policies.get(kind)(), seed=seed)
     assert policies.get(kind).name == kind
+
+
+def test_the_policies_that_learn_are_tested_where_they_are_trained() -> None:
+    assert set(policies) - set(READY) == {"co-llm", "cosd-tree", "mlp-router"}
+    for kind in set(policies) - set(READY):
+        with pytest.raises(CapabilityError, match="has not learned anything yet; train one with"):
+            check_policy(policies.get(kind)())
+        tests = Path(__file__).parents[1] / "policy" / f"test_{kind.replace('-', '_')}.py"
+        assert "check_policy(" in tests.read_text(encoding="utf-8"), tests
 
 
 class _Top1(SelectPolicy):

@@ -9,11 +9,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from tables import random_table
+from tables import READY, random_table
 
 from multicolm import Ensemble
 from multicolm.backend.table import TableModel
-from multicolm.plugins import policies
 
 PROMPTS = ["a", "b c", " c", "df", " cab", " ea"]
 WAYS = [("stepwise", 1), ("block", 3), ("block", 8)]
@@ -96,7 +95,7 @@ class TestDegenerateCases:
         assert texts(TRIO, kind, way, threshold=never) == alone(BASE)
         assert texts(PAIR, kind, way, threshold=always) == alone(LEFT)
 
-    @pytest.mark.parametrize("kind", list(policies))
+    @pytest.mark.parametrize("kind", READY)
     def test_identical_models_write_the_text_of_one(self, way: tuple[str, int], kind: str) -> None:
         assert texts(TWINS, kind, way) == alone(BASE)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tables import random_table
+from tables import READY, random_table
 
 from multicolm import Ensemble, ModelNames, Policy
 from multicolm.errors import CapabilityError, ConfigError, MulticolmError, UnknownNameError
@@ -47,12 +47,19 @@ def test_a_misspelt_param_is_told_the_nearest_one() -> None:
     )
 
 
+LEARNED = ("head", "network", "tree", "made_for")
+"""Filled by training; a text is the path of a file there."""
 ROLES = ("model", "large", "nudger", "target", "expert", "antiexpert", "amateur")
 
 
 @pytest.mark.parametrize(
     ("kind", "param"),
-    [(kind, field) for kind in policies for field in policies.get(kind)().as_config()["params"]],
+    [
+        (kind, field)
+        for kind in policies
+        for field in policies.get(kind)().as_config()["params"]
+        if field not in LEARNED
+    ],
 )
 def test_every_param_refuses_a_value_of_another_type(kind: str, param: str) -> None:
     for wrong in (object(), "hm", [[]], {"base": "hm"}):
@@ -182,7 +189,7 @@ def test_a_policy_that_does_not_fit_is_refused_when_the_ensemble_is_made(
 OF_ONE = ["confidence", "cosd-rule", "entropy", "margin", "max-confidence", "random", "single"]
 
 
-@pytest.mark.parametrize("kind", list(policies))
+@pytest.mark.parametrize("kind", READY)
 def test_with_one_model_a_policy_lets_it_write_or_says_what_is_missing(kind: str) -> None:
     solo = Ensemble([BASE])
     if kind in OF_ONE:

@@ -21,7 +21,8 @@ import multicolm
 from multicolm import Ensemble
 from multicolm.errors import ArtefactError, CapabilityError, TrainingError
 from multicolm.policy.base import Needs, When
-from multicolm.policy.tree import MAX_DEPTH, CosdTreePolicy, Feature, Leaf, Node, Split, Tree
+from multicolm.policy.cosd_tree import CosdTreePolicy
+from multicolm.policy.tree import MAX_DEPTH, Feature, Leaf, Node, Split, Tree
 from multicolm.score_table import ScoreTable
 from multicolm.testing import check_policy, check_routing
 from multicolm.training.checkpoint import Checkpoint
@@ -781,7 +782,7 @@ class TestFilesOfAUser:
         program = (
             "import sys; sys.modules['sklearn'] = None\n"
             "import torch\n"
-            "from multicolm.policy.tree import CosdTreePolicy, Tree\n"
+            "from multicolm.policy.cosd_tree import CosdTreePolicy; from multicolm.policy.tree import Tree\n"
             f"tree = CosdTreePolicy(tree=Tree({str(tmp_path / 'tree.json')!r})).tree\n"
             "print(tree.decide(torch.tensor([[0.2], [0.8]]))[0].tolist())"
         )
