@@ -2,9 +2,9 @@
 
     make demo
 
-Trains the policies that learn, in seconds. Then shows who wrote which token, in colour, and a table:
-how many held-out questions each policy gets right, who wrote how much, and what that cost in forward
-passes.
+Trains the policies that learn, in seconds. Then shows who wrote which token, in colour, and a
+table: how many held-out questions each policy gets right, who wrote how much, and what that cost in
+forward passes.
 """
 
 from __future__ import annotations
@@ -189,7 +189,7 @@ def main() -> None:
         "\nNo model answers these alone; with the right writer at every token nearly all are\n"
         "answered. Rules get a part of the way: the embedded models were made so that their own\n"
         "doubt often does not say who should write. What the base model knows of itself, in its\n"
-        "hidden state, does: that is what co-llm and mlp-router learn. See registry/tiny/README.md.",
+        "hidden state, does: co-llm and mlp-router learn that. See registry/tiny/README.md.",
         soft_wrap=True,
     )
 

@@ -63,7 +63,7 @@ class Box:
 def front(rows: Sequence[RowResult]) -> list[RowResult]:
     """The rows that no other row beats in quality at the same cost or less, cheapest first.
 
-    Of rows that are equal in both, the first stands for all. The oracle has no cost and is left out.
+    Of rows that are equal in both, the first stands for all. The oracle has no cost: left out.
     """
     real = [row for row in rows if row.kind != "oracle"]
     kept: list[RowResult] = []
@@ -124,10 +124,10 @@ def pareto(comparison: Comparison, kind: Literal["png", "svg"]) -> bytes:
     Raises:
         ImportError: if matplotlib is not installed.
     """
-    import matplotlib
+    import matplotlib.style
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.style.context(_STYLE):
         figure = Figure(figsize=(7.2, 4.6), dpi=200)
         figure.subplots_adjust(left=0.085, right=0.985, top=0.855, bottom=0.185)
         _draw(figure, comparison)
@@ -173,7 +173,9 @@ def _frame(axes: Axes, comparison: Comparison) -> None:
     axes.set_ylabel(f"{visible(comparison.metric)}, %", color=_MUTED)
     n = max((row.n_questions for row in comparison.rows), default=0)
     title = f"{visible(comparison.ensemble)} on {visible(comparison.task)}"
-    axes.set_title(title, loc="left", color=_INK, fontsize=11.5, fontweight="bold", pad=24, x=-0.055)
+    axes.set_title(
+        title, loc="left", color=_INK, fontsize=11.5, fontweight="bold", pad=24, x=-0.055
+    )
     axes.annotate(
         f"{n} questions, bars: 95 % intervals, pies: who wrote the tokens, step line: Pareto front",
         (-0.055, 1), (0, 9), xycoords="axes fraction", textcoords="offset points",
@@ -302,7 +304,7 @@ def _lines(axes: Axes, rows: Sequence[RowResult]) -> list[Box]:
         for (x0, y0), (x1, y1) in itertools.pairwise(pixels):
             n = max(1, int(math.hypot(x1 - x0, y1 - y0) / 5))
             places = ((x0 + (x1 - x0) * i / n, y0 + (y1 - y0) * i / n) for i in range(n + 1))
-            squares += [Box(float(x) - 2.5, float(y) - 2.5, 5, 5) for x, y in places]
+            squares += [Box(float(x) - 2.5, float(y) - 2.5, 5.0, 5.0) for x, y in places]
     return squares
 
 

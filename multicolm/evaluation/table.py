@@ -114,8 +114,8 @@ def percent(value: float) -> str:
 def points(value: float) -> str:
     """A difference in percentage points, with its sign.
 
-    >>> points(-0.0831), points(0.0)
-    ('−8.3', '+0.0')
+    >>> points(-0.0831) == "\N{MINUS SIGN}8.3", points(0.0)
+    (True, '+0.0')
     """
     return f"{100 * value:+.1f}".replace("-", "\N{MINUS SIGN}")
 

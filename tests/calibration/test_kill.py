@@ -85,9 +85,9 @@ def chunks(out: Path) -> list[str]:
     found = []
     for path in sorted(out.glob(".tune/*/ledger.jsonl")):
         for line in path.read_bytes().splitlines(keepends=True):
-            if line.endswith(b"\n") and "key" in (record := json.loads(line)):
-                if record["key"].startswith("chunk "):
-                    found.append(f"{path.parent.name} {record['key']}")
+            key = json.loads(line).get("key", "") if line.endswith(b"\n") else ""
+            if key.startswith("chunk "):
+                found.append(f"{path.parent.name} {key}")
     return found
 
 

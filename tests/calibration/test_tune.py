@@ -14,7 +14,6 @@ import torch
 import yaml
 from score_worlds import HiddenTable, contents, table
 from tables import TOKENS as LETTERS
-from tables import random_table
 
 import multicolm
 from multicolm.artefacts import Weights
@@ -219,7 +218,9 @@ def test_a_grid_of_two_params_is_tried_whole(tuned) -> None:
     grid = {"alpha": [0.7, 0.95], "beta": [0.5, 1.6]}
     checkpoint = tuned(CosdRulePolicy(), grid=grid)
     # By hand: x. Y. xY. x. | x. x. xY. x. | Y. Y. Y. x. | x. x. xY. x.
-    curve = [[p["alpha"], p["beta"], p["share"], p["quality"]] for p in facts_of(checkpoint)["curve"]]
+    curve = [
+        [p["alpha"], p["beta"], p["share"], p["quality"]] for p in facts_of(checkpoint)["curve"]
+    ]
     assert curve == [
         near([0.7, 0.5, 2 / 9, 0.75]),
         near([0.7, 1.6, 1 / 9, 0.5]),
@@ -235,7 +236,10 @@ def test_among_those_that_spend_as_much_the_best_answers_win(tuned, make_task) -
     assert tuned(CosdRulePolicy(), grid=grid, budget=0.2).policy.beta == 1.6
     # `beta` 0 and 0.5 spend the same with the same answers; the first of equals.
     again = tuned(
-        CosdRulePolicy(), out=Path(make_task().parent) / "two", grid={"beta": [0.5, 0.0]}, budget=1.0
+        CosdRulePolicy(),
+        out=Path(make_task().parent) / "two",
+        grid={"beta": [0.5, 0.0]},
+        budget=1.0,
     )
     assert again.policy.beta == 0.5
 
@@ -315,7 +319,9 @@ def test_questions_that_cannot_be_asked_are_found_before_any_is_answered(
     broken = load_task(make_task("broken", [{"id": "1", "ask": "1", "answer": "x"}, {"ask": "?"}]))
     with pytest.raises(MulticolmError):
         tuned(tasks=[broken])
-    unreadable = load_task(make_task("unreadable", [{"ask": "1", "answer": "x"}, {"ask": "ß", "answer": ""}]))
+    unreadable = load_task(
+        make_task("unreadable", [{"ask": "1", "answer": "x"}, {"ask": "ß", "answer": ""}])
+    )
     with pytest.raises(MulticolmError, match="ß"):
         tuned(tasks=[unreadable])
 
@@ -481,7 +487,9 @@ def test_a_learned_policy_keeps_what_it_learned_and_says_both(
 def test_the_card_shows_the_whole_curve(tuned, tmp_path) -> None:
     curve = facts_of(tuned())["curve"]
     card = (tmp_path / "out" / "README.md").read_text()
-    rows = [line for line in card.splitlines() if line.startswith("| 0.") or line.startswith("| 1 ")]
+    rows = [
+        line for line in card.splitlines() if line.startswith("| 0.") or line.startswith("| 1 ")
+    ]
     assert "| threshold | share | cost | quality | low | high |" in card
     for point in curve:
         cells = " | ".join(f"{value:.4g}" for value in point.values())

@@ -187,9 +187,7 @@ class Page:
             f"(([box]) => [box.x + box.width / 2, box.y + box.height / 2])({node}.getClientRects())"
         )
         for kind in ("mousePressed", "mouseReleased"):
-            self.send(
-                "Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1
-            )
+            self.send("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
 
     def press(self, key: str) -> None:
         """Press and release a key."""

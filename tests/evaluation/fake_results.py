@@ -1,4 +1,4 @@
-"""A comparison and traces as a real run would write them, with every oddity a report must survive."""
+"""A comparison and traces as a real run would write them, with the oddities that must not hurt."""
 
 from __future__ import annotations
 
@@ -21,15 +21,16 @@ COSTS = (1.0, 2.5, 2.5)
 N_QUESTIONS = 120
 
 # name, kind, of, quality, shares (base, facts, sums), cost, tokens per second, p-value
-_ROWS: Sequence[tuple[str, RowKind, str, float, tuple[float, float, float], float, float, float]] = (
+_Row = tuple[str, RowKind, str, float, tuple[float, float, float], float, float, float]
+_ROWS: Sequence[_Row] = (
     ("generalist", "model", "", 0.233, (1.0, 0.0, 0.0), 1.02, 412.6, 0.0001),
     ("facts", "model", "", 0.417, (0.0, 1.0, 0.0), 2.55, 188.1, 1.0),
     ("sums", "model", "", 0.308, (0.0, 0.0, 1.0), 2.56, 190.4, 0.021),
     ("confidence", "policy", "", 0.742, (0.71, 0.18, 0.11), 2.31, 171.3, 0.0001),
-    ("confidence at random", "random", "confidence", 0.283, (0.71, 0.18, 0.11), 2.36, 168.0, 0.012),
-    ("confidence threshold=0.2", "sweep", "confidence", 0.408, (0.93, 0.05, 0.02), 1.31, 290.0, 0.9),
-    ("confidence threshold=0.4", "sweep", "confidence", 0.600, (0.83, 0.11, 0.06), 1.74, 231.5, 0.004),
-    ("confidence threshold=0.8", "sweep", "confidence", 0.750, (0.52, 0.29, 0.19), 3.42, 121.9, 0.0001),
+    ("confidence at random", "random", "confidence", 0.283, (0.71, 0.18, 0.11), 2.4, 168, 0.012),
+    ("confidence threshold=0.2", "sweep", "confidence", 0.408, (0.93, 0.05, 0.02), 1.3, 290, 0.9),
+    ("confidence threshold=0.4", "sweep", "confidence", 0.60, (0.83, 0.11, 0.06), 1.7, 231, 4e-3),
+    ("confidence threshold=0.8", "sweep", "confidence", 0.75, (0.52, 0.29, 0.19), 3.4, 121, 1e-4),
     ("cosd-rule", "policy", "", 0.800, (0.66, 0.20, 0.14), 6.05, 96.4, 0.00002),
     ("average", "policy", "", 0.525, (0.0, 0.0, 0.0), 6.00, 92.7, 0.06),
     ("oracle", "oracle", "", 0.892, (), 0.0, 0.0, 0.00001),
@@ -104,7 +105,7 @@ def fake_comparison() -> Comparison:
         digest="sha256:4be1c09d27aa",
         seed=0,
         settings={"max_new_tokens": 48, "temperature": 0.0},
-        versions={"multicolm": "0.1.0", "torch": "2.13.0", "transformers": "5.23.0", "python": "3.11"},
+        versions={"multicolm": "0.1.0", "torch": "2.13.0", "python": "3.11"},
         machine="x86_64, 2 threads, no accelerator",
         rows=tuple(_row(*row) for row in _ROWS),
         warnings=(
@@ -200,11 +201,14 @@ def odd_answers() -> list[TracedAnswer]:
     def plain(text: str, model: str = "facts") -> ShownToken:
         return ShownToken(text=text, model=model, logprob=None)
 
+    scripts = ("</script>", "<script>alert(1)", "<!--")
+    controls = ("a\x1b[2J", "\x00", "\u202eevil\u202c", "\u2028", "\x85", "\t|")
+    emoji = " \U0001f469\u200d\U0001f52c"
     return [
-        odd("odd-script", [token(t, "facts", rng) for t in ("</script>", "<script>alert(1)", "<!--")]),
-        odd("odd-controls", [plain(t) for t in ("a\x1b[2J", "\x00", "\u202eevil\u202c", "\u2028", "\x85", "\t|")]),
-        odd("odd-rtl", [plain(t, m) for t, m in ((" שלום", "facts"), (" עולם", "sums"), ("!", "generalist"))]),
-        odd("odd-emoji", [plain(t) for t in (" \ufffd", "", "", " \U0001f469\u200d\U0001f52c")], text=" \U0001f469\u200d\U0001f52c"),
+        odd("odd-script", [token(text, "facts", rng) for text in scripts]),
+        odd("odd-controls", [plain(text) for text in controls]),
+        odd("odd-rtl", [plain(" שלום"), plain(" עולם", "sums"), plain("!", "generalist")]),
+        odd("odd-emoji", [plain(text) for text in (" \ufffd", "", "", emoji)], text=emoji),
         odd("odd-surrogate", [plain("\ud83d"), plain("\ude00")]),
         odd("odd-empty", [], text="", finish_reason="stop"),
         odd("odd-one", [token("42", "sums", rng)], quality=1.0),

@@ -1,4 +1,4 @@
-"""The oracle: by hand, against a search through everything, and against the embedded models' own."""
+"""The oracle: by hand, against a search through everything, and on the embedded models."""
 
 from __future__ import annotations
 

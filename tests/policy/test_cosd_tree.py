@@ -782,7 +782,8 @@ class TestFilesOfAUser:
         program = (
             "import sys; sys.modules['sklearn'] = None\n"
             "import torch\n"
-            "from multicolm.policy.cosd_tree import CosdTreePolicy; from multicolm.policy.tree import Tree\n"
+            "from multicolm.policy.cosd_tree import CosdTreePolicy\n"
+            "from multicolm.policy.tree import Tree\n"
             f"tree = CosdTreePolicy(tree=Tree({str(tmp_path / 'tree.json')!r})).tree\n"
             "print(tree.decide(torch.tensor([[0.2], [0.8]]))[0].tolist())"
         )

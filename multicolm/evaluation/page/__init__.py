@@ -151,9 +151,7 @@ def _heads(comparison: Comparison) -> str:
         "cost/token",
         "forwards",
     ]
-    cells = (
-        f'<th scope="col"><button type="button">{_text(name)}</button></th>' for name in names
-    )
+    cells = (f'<th scope="col"><button type="button">{_text(name)}</button></th>' for name in names)
     return f"<tr>{''.join(cells)}</tr>"
 
 
@@ -209,7 +207,9 @@ def _span(row: RowResult) -> str:
 
 def _interval(row: RowResult, alone: float | None) -> str:
     """A quality with its interval as a small bar from 0 to 100 %."""
-    marks = f'<rect class="mark" x="{80 * alone - 0.5:.1f}" width="1" height="10"/>' if alone else ""
+    marks = (
+        f'<rect class="mark" x="{80 * alone - 0.5:.1f}" width="1" height="10"/>' if alone else ""
+    )
     left, width = 80 * row.low, max(1.0, 80 * (row.high - row.low))
     return (
         '<svg class="interval" width="80" height="10" aria-hidden="true">'
@@ -231,7 +231,9 @@ def _shares(row: RowResult, comparison: Comparison) -> str:
                 f'<rect class="bar {colour}" x="{120 * left:.1f}" '
                 f'width="{max(0.5, 120 * share - 1):.1f}" height="9" rx="1.5"/>'
             )
-            said.append(f'<span class="swatch {colour}" title="{_text(name)}">{percent(share)}</span>')
+            said.append(
+                f'<span class="swatch {colour}" title="{_text(name)}">{percent(share)}</span>'
+            )
         left += share
     label = ", ".join(
         f"{_text(name)} {percent(share)} %"
