@@ -423,7 +423,7 @@ def likely_tree(seed: int) -> Tree:
         if depth == 0:
             return Leaf(chance.random() < 0.5, chance.choice([0.25, 0.75, 0.75, 1.0]))
         name = chance.choice(FEATURES)
-        top = 1.8 if name.startswith("entropy") else 0.9
+        top = 200 if name == "position" else 1.8 if name.startswith("entropy") else 0.9
         return Split(name, chance.uniform(0.1, top), node(depth - 1), node(depth - 1))
 
     return Tree(node(3))
@@ -442,7 +442,7 @@ class TestSelecting:
         tree = likely_tree(seed)
         names = ModelNames([f"m{k}" for k in range(n_models)])
         shown = {k: View(logits[k]) for k in range(n_models)}
-        views = Views(names, shown, n_positions=n)
+        views = Views(names, shown, n_positions=n, context={"place": lambda: torch.arange(n)})
         policy = CosdTreePolicy(tree=tree)
         got = policy.select(views).tolist()
         for i in range(n):
@@ -452,6 +452,7 @@ class TestSelecting:
             for k in range(1, n_models):
                 row = {
                     "agreement": sum(top == tops[k] for top in tops) / n_models,
+                    "position": float(i),
                     **{f"p_{r}": float(shown[j].top1_probs[i]) for r, j in roles(k)},
                     **{f"entropy_{r}": float(shown[j].entropy_nats[i]) for r, j in roles(k)},
                     **{f"margin_{r}": float(shown[j].margins[i]) for r, j in roles(k)},
@@ -574,11 +575,12 @@ def table(
     probs: Sequence[Sequence[float]],
     *,
     known: Sequence[Sequence[bool]] | None = None,
+    names: Sequence[str] | None = None,
 ) -> ScoreTable:
     n, m = len(top1), len(top1[0])
     logprobs = torch.tensor(probs, dtype=torch.float64).log().float()
     return ScoreTable(
-        models=ModelNames([f"m{k}" for k in range(m)]),
+        models=ModelNames(names or [f"m{k}" for k in range(m)]),
         gold_ids=torch.tensor(gold),
         gold_logprobs=torch.full((n, m), -1.0),
         known=torch.ones(n, m, dtype=torch.bool) if known is None else torch.tensor(known),
@@ -592,7 +594,9 @@ def table(
     )
 
 
-def random_scores(seed: int, n: int = 600, m: int = 3) -> ScoreTable:
+def random_scores(
+    seed: int, n: int = 600, m: int = 3, names: Sequence[str] | None = None
+) -> ScoreTable:
     """Scores where a model that is surer is right more often, with some positions unknown."""
     chance = random.Random(seed)
     top1, gold, probs, known = [], [], [], []
@@ -602,7 +606,7 @@ def random_scores(seed: int, n: int = 600, m: int = 3) -> ScoreTable:
         top1.append([gold[-1] if chance.random() < p else chance.randrange(5) for p in sure])
         probs.append(sure)
         known.append([chance.random() < 0.95 for _ in range(m)])
-    return table(top1, gold, probs, known=known)
+    return table(top1, gold, probs, known=known, names=names)
 
 
 def by_hand(scores: ScoreTable, features: Sequence[str]) -> tuple[list[list[float]], list[int]]:
@@ -615,7 +619,7 @@ def by_hand(scores: ScoreTable, features: Sequence[str]) -> tuple[list[list[floa
             needed = known if "agreement" in features else [known[0], known[k]]
             if not all(needed) or ids[0] == ids[k] or gold not in (ids[0], ids[k]):
                 continue
-            row = {"agreement": ids.count(ids[k]) / len(ids)}
+            row = {"agreement": ids.count(ids[k]) / len(ids), "position": float(scores.place[i])}
             for role, j in roles(k):
                 row[f"p_{role}"] = float(scores.top1_logprobs[i, j].exp())
                 row[f"entropy_{role}"] = float(scores.entropies[i, j])
@@ -737,10 +741,10 @@ class TestLearning:
 
     def test_a_tree_of_three_examples_writes_with_real_models(self, tmp_path: Path) -> None:
         """Three texts of eight tokens, two assistants; the checkpoint says what the policy says."""
-        policy = CosdTreePolicy(min_samples_leaf=2).fit(random_scores(5, n=24))
+        tiny = multicolm.load("tiny")
+        policy = CosdTreePolicy(min_samples_leaf=2).fit(random_scores(5, n=24, names=tiny.models))
         assert policy.tree is not None and policy.tree.content.depth > 0
         Checkpoint(policy, summary="Of three examples.").save_pretrained(tmp_path / "tree")
-        tiny = multicolm.load("tiny")
         prompts = ["What is 3 + 4?", "Where does the willow live?", "Hello"]
         traces = []
         for chosen in (policy, tmp_path / "tree", AlwaysLooking(tree=policy.tree)):
@@ -751,10 +755,11 @@ class TestLearning:
 
     @pytest.mark.parametrize("n", [1, 3])
     def test_three_positions_are_enough_to_learn_something(self, n: int) -> None:
-        scores = table([[1, 2]] * n, [2, 1, 2][:n], [[0.3, 0.5], [0.8, 0.5], [0.2, 0.5]][:n])
+        duo = Ensemble([BASE, LEFT])
+        probs = [[0.3, 0.5], [0.8, 0.5], [0.2, 0.5]][:n]
+        scores = table([[1, 2]] * n, [2, 1, 2][:n], probs, names=duo.models)
         policy = CosdTreePolicy(balance=False).fit(scores)
         assert policy.tree is not None and policy.tree.content.depth == 0
-        duo = Ensemble([BASE, LEFT])
         assert ids(duo, policy) == ids(Ensemble([LEFT]), "single")
 
 
