@@ -23,7 +23,7 @@ import numpy as np
 import multicolm
 from multicolm.calibration.thresholds import thresholds_for_shares
 from multicolm.ensemble import Ensemble
-from multicolm.errors import ArtefactError, CapabilityError, InputError
+from multicolm.errors import CapabilityError, InputError
 from multicolm.evaluation.answering import Answering, Measured, NamedPolicy, Plan, Progress
 from multicolm.evaluation.ledger import Ledger
 from multicolm.evaluation.statistics import bootstrap_interval
@@ -31,7 +31,8 @@ from multicolm.evaluation.task import Question, Task
 from multicolm.files import locked
 from multicolm.policy.base import Policy
 from multicolm.policy.resolve import resolve_policy
-from multicolm.training.checkpoint import Checkpoint, read_provenance
+from multicolm.training.checkpoint import Checkpoint, finished_checkpoint
+from multicolm.training.provenance import read_provenance
 
 __all__ = ["Point", "Unit", "tune"]
 
@@ -157,7 +158,7 @@ def tune(
     headers = bench.headers(digests, split)
     key = _key(policy, ensemble, headers, request)
     with locked(folder):
-        finished = _finished(folder, key)
+        finished = finished_checkpoint(folder, key, "tune")
         if finished is not None:
             shutil.rmtree(folder / ".tune", ignore_errors=True)
             return finished
@@ -477,22 +478,6 @@ def _key(
         dict(request),
     ]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
-
-
-def _finished(folder: Path, key: str) -> Checkpoint | None:
-    """The checkpoint that is there already, if this tuning made it.
-
-    Raises:
-        ArtefactError: if another one did.
-    """
-    if not (folder / "policy.yaml").is_file():
-        return None
-    if read_provenance(folder).get("tune", {}).get("key") == key:
-        return Checkpoint.from_pretrained(folder)
-    raise ArtefactError(
-        f"{folder} holds another checkpoint (of other data, params or settings); choose another "
-        "folder, or delete this one."
-    )
 
 
 def _provenance(

@@ -28,6 +28,7 @@ __all__ = ["command"]
 @click.option("--embedding", is_flag=True, help="Keep the embeddings of the base's best tokens.")
 @click.option("--no-end", is_flag=True, help="The end of a completion does not count as a token.")
 @click.option("--split", default="train", show_default=True, help="Of a data set on the Hub.")
+@click.option("--subset", help="Of a data set on the Hub that has several.")
 @click.option("--revision", help="Commit, tag or branch of a data set on the Hub.")
 @click.option(
     "--shard-positions",
@@ -53,6 +54,7 @@ def command(
     embedding: bool,
     no_end: bool,
     split: str,
+    subset: str | None,
     revision: str | None,
     shard_positions: int,
     batch_tokens: int,
@@ -70,7 +72,7 @@ def command(
     from multicolm.scoring.corpus import open_corpus
     from multicolm.scoring.score import Progress, score
 
-    corpus = open_corpus(data, split=split, revision=revision)
+    corpus = open_corpus(data, split=split, subset=subset, revision=revision)
     config = load_ensemble(ensemble)
     rank, n_ranks, wait = _processes()
     loaded = _load(config)

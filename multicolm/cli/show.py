@@ -14,7 +14,7 @@ from multicolm.errors import ArtefactError, CapabilityError
 
 __all__ = ["command"]
 
-_FACTS = ("provenance.json", "metrics.json")
+_FACTS = ("provenance.json",)
 _MANY = 8
 _INDENT = "  "
 

@@ -57,7 +57,8 @@ def command(
     from multicolm.config import load_ensemble
     from multicolm.policy.resolve import resolve_policy
     from multicolm.training.identities import identities
-    from multicolm.training.train import report_lines, train
+    from multicolm.training.report import report_lines, report_title
+    from multicolm.training.train import train
 
     config = load_ensemble(ensemble)
     if policy is None:
@@ -69,7 +70,7 @@ def command(
             models = identities(config)
             checkpoint = train(chosen, scores, out, models=models, on_progress=bar, **shared)
         else:
-            from multicolm.training.joint import train_joint
+            from multicolm.training.joint.train import train_joint
 
             checkpoint = train_joint(
                 chosen, scores, out, config=config, how=train_base, on_progress=bar, **shared
@@ -80,7 +81,8 @@ def command(
     if as_json_:
         click.echo(as_json({"out": str(out), "kind": checkpoint.policy.name, **facts["report"]}))
         return
-    print_table(["measured on held-out texts", ""], report_lines(facts["report"]))
+    if facts["report"]:
+        print_table([report_title(facts["report"]), ""], report_lines(facts["report"]))
     if train_base is None:
         use = f"use it with --policy {_as_path(out)}"
     else:

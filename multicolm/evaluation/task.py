@@ -23,16 +23,16 @@ from multicolm import catalog
 from multicolm.config.document import Document, read_text
 from multicolm.config.policy import is_path
 from multicolm.config.wording import Place, Problem, Strict, check, problems_of, unknown_key
-from multicolm.errors import ConfigError, InputError, UnknownNameError, unknown
+from multicolm.errors import InputError, UnknownNameError, unknown
 from multicolm.evaluation.metrics import FunctionMetric, Metric, load_function
 from multicolm.plugins import metrics
-from multicolm.types import Message, Prompt
+from multicolm.records import Source
+from multicolm.types import Message, Prompt, prompt_digest
 
 __all__ = ["DataConfig", "MetricConfig", "Question", "Task", "TaskConfig", "load_task"]
 
 # As in `package.module:function` or `file.py:function`; a template has braces or blanks.
 _FUNCTION = re.compile(r"[\w./~-]+:[A-Za-z_]\w*")
-_FILES = (".jsonl", ".json", ".parquet")
 
 
 def _as_data(value: object) -> object:
@@ -60,10 +60,12 @@ class DataConfig(Strict):
     subset: str | None = None
     revision: str | None = None
 
-    @property
-    def is_file(self) -> bool:
-        """Whether it is a file, not a data set of the Hub."""
-        return self.source.endswith(_FILES)
+    def found_from(self, base_dir: Path) -> Source:
+        """Where its records are, if relative paths start from a folder."""
+        source = Source(self.source, self.split, self.subset, self.revision)
+        if source.is_file:
+            return replace(source, name=str(base_dir / Path(self.source).expanduser()))
+        return source
 
 
 class MetricConfig(Strict):
@@ -142,8 +144,8 @@ class Question:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of the prompt's UTF-8, its first 16 hexadecimal digits."""
-        return hashlib.sha256(self.prompt.encode()).hexdigest()[:16]
+        """See :func:`multicolm.types.prompt_digest`."""
+        return prompt_digest(self.prompt)
 
 
 @dataclass(frozen=True)
@@ -232,7 +234,7 @@ class Task:
             )
         data = self.config.data[split]
         empty = True
-        for place, record in _read(data, self.base_dir):
+        for place, record in data.found_from(self.base_dir):
             if not isinstance(record, Mapping):
                 raise InputError(f"{place}: a record is an object, such as {{...}}.")
             empty = False
@@ -338,13 +340,8 @@ def _data_problems(config: TaskConfig, base_dir: Path) -> list[Problem]:
     problems = []
     for split, data in config.data.items():
         place: Place = ("data", split)
-        if data.is_file:
-            if not (base_dir / Path(data.source).expanduser()).is_file():
-                text = f"there is no file {base_dir / Path(data.source).expanduser()}."
-                problems.append(Problem(place, text))
-        elif data.source.count("/") != 1 or data.source.startswith((".", "/", "~")):
-            text = "must be a .jsonl or .parquet file, or org/name of a data set on the Hub"
-            problems.append(Problem(place, f"{text}, got '{data.source}'."))
+        if text := data.found_from(base_dir).problem:
+            problems.append(Problem(place, text))
     return problems
 
 
@@ -406,47 +403,3 @@ def _filled(template: str, key: str, place: str, record: Mapping[str, Any]) -> s
     except UnicodeEncodeError as error:
         raise InputError(f"{place}: `{key}` is not valid Unicode.") from error
     return text
-
-
-def _read(data: DataConfig, base_dir: Path) -> Iterator[tuple[str, Any]]:
-    """Place and content of every record of a source."""
-    path = base_dir / Path(data.source).expanduser()
-    if data.is_file and path.suffix != ".parquet":
-        yield from _json_lines(path)
-        return
-    try:
-        import datasets
-    except ImportError as error:
-        raise ConfigError(
-            f"{data.source} needs the library datasets: pip install 'multicolm[data]'."
-        ) from error
-    settings: dict[str, Any] = {"split": data.split, "streaming": True}
-    try:
-        if data.is_file:
-            settings |= {"data_files": {data.split: str(path)}}
-            rows = datasets.load_dataset("parquet", **settings)
-        else:
-            settings |= {"revision": data.revision}
-            rows = datasets.load_dataset(data.source, data.subset, **settings)
-        for number, record in enumerate(rows, start=1):
-            yield f"{data.source}:{number}", record
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ConfigError(f"{data.source} cannot be read: {reason}") from error
-
-
-def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
-    try:
-        with path.open("rb") as stream:
-            for number, line in enumerate(stream, start=1):
-                place = f"{path}:{number}"
-                try:
-                    text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-                    if text.strip():
-                        yield place, json.loads(text)
-                except UnicodeDecodeError as error:
-                    raise InputError(f"{place}: not UTF-8 text; convert it first.") from error
-                except ValueError as error:
-                    raise InputError(f"{place}: not readable as JSON: {error}.") from error
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}.") from error

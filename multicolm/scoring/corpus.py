@@ -11,6 +11,7 @@ from typing import Any
 
 from multicolm.decoding.prompts import check_prompt
 from multicolm.errors import ConfigError, InputError
+from multicolm.records import Source
 from multicolm.types import Prompt
 
 __all__ = ["Corpus", "Example", "open_corpus"]
@@ -19,7 +20,6 @@ _FORMS = (
     'a record is {"prompt": text or messages, "completion": text} or {"messages": [...]} that end '
     "with one of the assistant"
 )
-_LIBRARY = "needs the library datasets: pip install 'multicolm[data]'"
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,15 +48,11 @@ class Corpus:
     """Examples that can be read through any number of times; never all in memory.
 
     Args:
-        source: a file of JSON lines, a Parquet file, or the name of a data set on the Hub.
-        split: of a Hub data set.
-        revision: of a Hub data set.
+        source: where its records are.
     """
 
-    def __init__(self, source: str | Path, split: str = "train", revision: str | None = None):
-        self.source = str(source)
-        self.split = split
-        self.revision = revision
+    def __init__(self, source: Source):
+        self.source = source
 
     def __iter__(self) -> Iterator[Example]:
         """All examples, in their order.
@@ -66,11 +62,11 @@ class Corpus:
             ConfigError: if the source cannot be read.
         """
         empty = True
-        for place, record in self._records():
+        for place, record in self.source:
             empty = False
             yield _example(record, place)
         if empty:
-            raise InputError(f"{self.source} holds no example; {_FORMS}.")
+            raise InputError(f"{self.source.name} holds no example; {_FORMS}.")
 
     def digest(self) -> str:
         """SHA-256 over all examples: equal for equal examples in equal order, in any format."""
@@ -79,64 +75,29 @@ class Corpus:
             digest.update(example.canonical + b"\n")
         return digest.hexdigest()
 
-    def _records(self) -> Iterator[tuple[str, Any]]:
-        if self.source.endswith((".jsonl", ".json")):
-            yield from _json_lines(Path(self.source))
-            return
-        try:
-            import datasets
-        except ImportError as error:
-            raise ConfigError(f"{self.source} {_LIBRARY}.") from error
-        try:
-            rows = self._open(datasets)
-            for number, record in enumerate(rows, start=1):
-                yield f"{self.source}:{number}", record
-        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-            reason = " ".join(str(error).split())[:300]
-            raise ConfigError(f"{self.source} cannot be read: {reason}") from error
 
-    def _open(self, datasets: Any) -> Iterator[Mapping[str, Any]]:
-        settings: dict[str, Any] = {"split": self.split, "streaming": True}
-        if self.source.endswith(".parquet"):
-            if not Path(self.source).is_file():
-                raise ConfigError(f"there is no file {self.source}.")
-            settings |= {"data_files": {self.split: self.source}}
-            return iter(datasets.load_dataset("parquet", **settings))
-        return iter(datasets.load_dataset(self.source, revision=self.revision, **settings))
-
-
-def open_corpus(source: str | Path, *, split: str = "train", revision: str | None = None) -> Corpus:
+def open_corpus(
+    source: str | Path,
+    *,
+    split: str = "train",
+    subset: str | None = None,
+    revision: str | None = None,
+) -> Corpus:
     """The corpus that ``source`` speaks of; nothing is read yet.
+
+    Args:
+        source: a file of JSON lines, a Parquet file, or the name of a data set on the Hub.
+        split: of a data set of the Hub.
+        subset: of a data set of the Hub, where it has several.
+        revision: of a data set of the Hub.
 
     Raises:
         ConfigError: if it is no file and no name of a Hub data set.
     """
-    text = str(source)
-    is_file = text.endswith((".jsonl", ".json", ".parquet"))
-    if is_file and not Path(text).is_file():
-        raise ConfigError(f"there is no file {text}.")
-    if not is_file and (text.startswith((".", "/", "~")) or Path(text).exists()):
-        raise ConfigError(
-            f"{text} is no corpus; allowed are a .jsonl or .parquet file, and the name of a data "
-            "set on the Hub."
-        )
-    return Corpus(text, split, revision)
-
-
-def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
-    try:
-        with path.open("rb") as stream:
-            for number, line in enumerate(stream, start=1):
-                place = f"{path}:{number}"
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-                if text.strip():
-                    yield place, json.loads(text)
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}.") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{place}: not UTF-8 text; convert it first.") from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{place}: no JSON ({error}); {_FORMS}.") from error
+    found = Source(str(source), split, subset, revision)
+    if found.problem:
+        raise ConfigError(found.problem)
+    return Corpus(found)
 
 
 def _example(record: Any, place: str) -> Example:

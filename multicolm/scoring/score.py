@@ -203,7 +203,7 @@ def _plan(
     total = sum(shard.n_positions for shard in shards)
     if total == 0:
         raise InputError(
-            f"{corpus.source}: nothing can be scored: every prompt is longer than the base "
+            f"{corpus.source.name}: nothing can be scored: every prompt is longer than the base "
             "model's context, or every completion is empty."
         )
     kept = tuple(sorted(set(features)))
@@ -216,7 +216,7 @@ def _plan(
     )
     return Index(
         multicolm=multicolm.__version__,
-        source=corpus.source,
+        source=corpus.source.name,
         digest=digest.hexdigest(),
         n_examples=sum(shard.n_examples for shard in shards),
         n_skipped=n_skipped,

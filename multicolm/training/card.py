@@ -7,6 +7,8 @@ from typing import Any
 
 import yaml
 
+from multicolm.training.report import report_title
+
 __all__ = ["card"]
 
 
@@ -15,7 +17,7 @@ def card(config: Mapping[str, Any], provenance: Mapping[str, Any]) -> str:
 
     Args:
         config: summary, kind and params, as in ``policy.yaml``.
-        provenance: see :func:`multicolm.training.checkpoint.read_provenance`.
+        provenance: see :func:`multicolm.training.provenance.read_provenance`.
     """
     models = provenance.get("models") or []
     front: dict[str, Any] = {
@@ -32,11 +34,18 @@ def card(config: Mapping[str, Any], provenance: Mapping[str, Any]) -> str:
     ]
     if config.get("summary"):
         parts.append(f"{config['summary']}\n")
-    parts.append(
-        "Says at every token which model of an ensemble writes. Use it as `policy: ./FOLDER` in an "
-        "ensemble file, or with `--policy ./FOLDER`:\n\n"
-        '```console\n$ multicolm generate ENSEMBLE "PROMPT" --policy ./FOLDER --trace\n```\n'
-    )
+    if "train_base" in provenance.get("train", {}):
+        parts.append(
+            "The folder is an ensemble of its own: `ensemble.yaml` names its models, and the base "
+            "model that was trained lies beside it:\n\n"
+            '```console\n$ multicolm generate ./FOLDER "PROMPT" --trace\n```\n'
+        )
+    else:
+        parts.append(
+            "Says at every token which model of an ensemble writes. Use it as `policy: ./FOLDER` "
+            "in an ensemble file, or with `--policy ./FOLDER`:\n\n"
+            '```console\n$ multicolm generate ENSEMBLE "PROMPT" --policy ./FOLDER --trace\n```\n'
+        )
     if models:
         rows = [[str(k), m["name"], m["identity"] or "unknown"] for k, m in enumerate(models)]
         parts.append("## Made for\n\n" + _table(["", "name", "what it is"], rows))
@@ -64,7 +73,7 @@ def _section(title: str, facts: Mapping[str, Any]) -> str:
         text += "\nOptions:\n\n" + _pairs(facts["options"])
     report = {k: v for k, v in facts.get("report", {}).items() if k != "history"}
     if report:
-        text += "\nMeasured on texts that were held out (nats per token, parts of 1):\n\n"
+        text += f"\n{report_title(report).capitalize()} (nats per token, parts of 1):\n\n"
         text += _pairs(report)
     if facts.get("curve"):
         points = facts["curve"]

@@ -12,7 +12,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import yaml
 from huggingface_hub import ModelHubMixin, snapshot_download
@@ -23,10 +23,14 @@ from multicolm.files import write_whole
 from multicolm.policy.base import Policy
 from multicolm.policy.resolve import resolve_policy
 from multicolm.training.card import card
+from multicolm.training.own_ensemble import copy_ensemble
+from multicolm.training.provenance import read_provenance
 
-__all__ = ["Checkpoint", "read_provenance"]
+__all__ = ["Checkpoint", "finished_checkpoint"]
 
-_FILES = ["policy.yaml", "provenance.json", "README.md", "*.safetensors", "*.json", "*.txt"]
+# What is fetched from the Hub: a policy, its artefacts, and, after a training of the base model,
+# the ensemble with the weights that were trained. Nothing that could hold code.
+_FILES = ["*.yaml", "*.json", "*.md", "*.safetensors", "*.txt", "*.tree", "*.jinja", "*.model"]
 
 
 class Checkpoint(
@@ -42,9 +46,12 @@ class Checkpoint(
 
     Args:
         policy: learned or tuned.
-        provenance: what it was made from; see :func:`read_provenance`.
+        provenance: what it was made from; see
+            :func:`multicolm.training.provenance.read_provenance`.
         summary: one line for ``policy.yaml``.
         tasks: by task, params that suit it better.
+        folder: where it lies; if that is an ensemble of its own, as after a training of the base
+            model, its models go where it is saved.
     """
 
     def __init__(
@@ -53,17 +60,21 @@ class Checkpoint(
         provenance: Mapping[str, Any] | None = None,
         summary: str = "",
         tasks: Mapping[str, Mapping[str, Any]] | None = None,
+        folder: Path | None = None,
     ) -> None:
         self.policy = policy
         self.provenance = dict(provenance or {})
         self.summary = summary
         self.tasks = {task: dict(params) for task, params in (tasks or {}).items()}
+        self.folder = folder
         # Of config.json, which is what the Hub counts downloads by.
         self._hub_mixin_config = {"library": "multicolm", "kind": policy.name}
 
     def _save_pretrained(self, save_directory: Path) -> None:
         """Write the folder; ``policy.yaml`` last, so that what is half written is not used."""
         save_directory.mkdir(parents=True, exist_ok=True)
+        if self.folder is not None and self.folder.resolve() != save_directory.resolve():
+            copy_ensemble(self.folder, save_directory)
         params = {}
         for name, value in self.policy.as_config()["params"].items():
             if isinstance(value, Artefact):
@@ -110,8 +121,9 @@ class Checkpoint(
                 )
             )
         policy = resolve_policy(folder)
-        text = (folder / "policy.yaml").read_text(encoding="utf-8")
-        return cls(policy, read_provenance(folder), yaml.safe_load(text).get("summary", ""))
+        config = yaml.safe_load((folder / "policy.yaml").read_text(encoding="utf-8"))
+        summary, tasks = config.get("summary", ""), config.get("tasks")
+        return cls(policy, read_provenance(folder), summary, tasks, folder)
 
     def bound_to(self, folder: Path) -> Checkpoint:
         """The same checkpoint, its learned params read from the files of ``folder``."""
@@ -121,29 +133,26 @@ class Checkpoint(
             for field in fields(policy)
             if isinstance(value := getattr(policy, field.name), Artefact)
         }
-        return Checkpoint(replace(policy, **moved), self.provenance, self.summary, self.tasks)
+        parts = self.provenance, self.summary, self.tasks, folder
+        return Checkpoint(replace(policy, **moved), *parts)
 
 
-def read_provenance(folder: str | Path) -> dict[str, Any]:
-    """What ``provenance.json`` of a checkpoint says; nothing if there is none.
-
-    Its parts: ``models`` (name and identity, the base model first); ``train`` and ``tune``, each
-    with ``digest`` and ``prompts`` (:func:`multicolm.types.prompt_digest`) of the data that were
-    seen, the options, and a ``report`` of what was measured.
+def finished_checkpoint(
+    folder: Path, key: str, part: Literal["train", "tune"] = "train"
+) -> Checkpoint | None:
+    """The checkpoint that is in a folder already, if the training or tuning of this key made it.
 
     Raises:
-        ArtefactError: if it is damaged.
+        ArtefactError: if another one did.
     """
-    path = Path(folder) / "provenance.json"
-    if not path.is_file():
-        return {}
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ArtefactError(f"{path} is damaged ({error}).") from error
-    if not isinstance(data, dict):
-        raise ArtefactError(f"{path} is damaged (no mapping).")
-    return data
+    if not (folder / "policy.yaml").is_file():
+        return None
+    if read_provenance(folder).get(part, {}).get("key") == key:
+        return Checkpoint.from_pretrained(folder)
+    raise ArtefactError(
+        f"{folder} holds another checkpoint (of other data, params or settings); choose another "
+        "folder, or delete this one."
+    )
 
 
 def _plain(value: Any) -> Any:

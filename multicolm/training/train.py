@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
-import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
-import multicolm
-from multicolm.artefacts import Artefact
-from multicolm.errors import ArtefactError, CapabilityError, ConfigError
+from multicolm.errors import CapabilityError, ConfigError
 from multicolm.files import locked
 from multicolm.learning.training import Training
 from multicolm.policy.base import Policy
-from multicolm.scoring.store import load_prompt_digests, load_table, read_index
-from multicolm.training.checkpoint import Checkpoint, read_provenance
+from multicolm.scoring.store import load_table, read_index
+from multicolm.training.checkpoint import Checkpoint, finished_checkpoint
+from multicolm.training.provenance import check_identities, training_key, training_provenance
 
-__all__ = ["check_identities", "report_lines", "train"]
+__all__ = ["train"]
 
 Progress = Callable[[float, float, str], None]
 
@@ -71,9 +68,9 @@ def train(
     if models is not None:
         check_identities(models, {m.name: m.identity for m in index.models}, str(scores))
     names = list(models) if models is not None else [m.name for m in index.models]
-    key = _key(policy, index.files, names, options or {})
+    key = training_key(policy, index.files, names, options or {})
     with locked(folder):
-        finished = _finished(folder, key)
+        finished = finished_checkpoint(folder, key)
         if finished is not None:
             shutil.rmtree(folder / ".training", ignore_errors=True)
             return finished
@@ -87,99 +84,19 @@ def train(
                 f"`training`; got {', '.join(options)}."
             )
         fitted = cast("Policy", fit(table, training) if wants_training else fit(table))
-        provenance = {
-            "multicolm": multicolm.__version__,
-            "models": [
-                {"name": name, "identity": identity}
-                for name, identity in zip(table.models, table.identities, strict=True)
-            ],
-            "license": license,
-            "train": {
-                "key": key,
-                "source": index.source,
-                "digest": index.digest,
-                "examples": index.n_examples,
-                "tokens": index.n_positions,
-                "options": dict(options or {}),
-                "report": training.report,
-                "prompts": load_prompt_digests(scores),
-            },
-        }
+        provenance = training_provenance(
+            scores,
+            dict(zip(table.models, table.identities, strict=True)),
+            license,
+            key=key,
+            options=dict(options or {}),
+            report=training.report,
+        )
         checkpoint = Checkpoint(fitted, provenance, _summary(fitted, index.source))
         checkpoint.save_pretrained(folder)
         shutil.rmtree(folder / ".training", ignore_errors=True)
         return checkpoint.bound_to(folder)
 
 
-def check_identities(ensemble: Mapping[str, str], scored: Mapping[str, str], origin: str) -> None:
-    """Refuse scores of other models than the ensemble's.
-
-    Raises:
-        ArtefactError: naming the model, and what it is on both sides.
-    """
-    for name, identity in ensemble.items():
-        if name in scored and not _same(identity, scored[name]):
-            raise ArtefactError(
-                f"{origin} holds scores of another model '{name}' ({scored[name]}) than the "
-                f"ensemble's ({identity}); score the corpus with this ensemble."
-            )
-
-
-def _same(one: str, other: str) -> bool:
-    """Whether two identities may be of one model; an unknown one may be any."""
-    if not one or not other or one == other:
-        return True
-    # Without the network nobody knows the commit of a branch.
-    (model, _, adapter), (other_model, _, other_adapter) = (i.partition("+") for i in (one, other))
-    repository, _, commit = model.partition("@")
-    other_repository, _, other_commit = other_model.partition("@")
-    both_pinned = len(commit) == len(other_commit) == 40
-    equal = (repository, adapter) == (other_repository, other_adapter)
-    return one.startswith("hub:") and equal and not both_pinned
-
-
-def _key(
-    policy: Policy, files: Mapping[str, str], names: Sequence[str], options: Mapping[str, Any]
-) -> str:
-    """What a training is: policy, data and options."""
-    config = policy.as_config()
-    params = {k: v for k, v in config["params"].items() if not isinstance(v, Artefact)}
-    facts = [config["kind"], params, dict(files), list(names), dict(options)]
-    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:32]
-
-
-def _finished(folder: Path, key: str) -> Checkpoint | None:
-    """The checkpoint that is there already, if this training made it.
-
-    Raises:
-        ArtefactError: if another one did.
-    """
-    if not (folder / "policy.yaml").is_file():
-        return None
-    provenance = read_provenance(folder)
-    if provenance.get("train", {}).get("key") == key:
-        return Checkpoint.from_pretrained(folder)
-    raise ArtefactError(
-        f"{folder} holds another checkpoint (of other data, params or options); choose another "
-        "folder, or delete this one."
-    )
-
-
 def _summary(policy: Policy, source: str) -> str:
     return f"A {policy.name} policy, trained on {Path(source).name}."
-
-
-def report_lines(report: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """What a training reports, as pairs to print; numbers in nats per token and parts of 1."""
-    shown = []
-    for name, value in report.items():
-        if isinstance(value, Mapping):
-            parts = [f"{k} {_number(v)}" for k, v in value.items()]
-            shown.append((name.replace("_", " "), ", ".join(parts)))
-        elif isinstance(value, int | float | str):
-            shown.append((name.replace("_", " "), _number(value)))
-    return shown
-
-
-def _number(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -157,7 +157,7 @@ def test_odd_data_is_one_sentence(run, tmp_path, ensemble, line, code, said) -> 
     [
         (["{data}"], 2, "Missing option '--out'"),
         (["missing.jsonl", "--out", "{out}"], 2, "Error: there is no file missing.jsonl."),
-        (["{folder}", "--out", "{out}"], 2, "is no corpus; allowed are"),
+        (["{folder}", "--out", "{out}"], 2, "is no data set; allowed are"),
         (["{data}", "--out", "{out}", "--hidden"], 1, "does not show 'hidden'; it shows topk"),
         (["{data}", "--out", "{out}", "--topk", "0"], 2, "0 is not in the range"),
         (["{data}", "--out", "{out}", "--shard-positions", "0"], 2, "0 is not in the range"),

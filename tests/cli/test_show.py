@@ -45,6 +45,7 @@ def test_a_checkpoint_is_shown_with_its_tree_and_where_it_is_from(run, checkpoin
         "  max_depth: 3\n"
         "  min_samples_leaf: 5\n"
         "  balance: true\n"
+        "  made_for: null\n"
         "tree:\n"
         "  # keep P: the base model's token stays. replace P: the assistant's takes its place.\n"
         "  # P is how likely the assistant is right; where several would replace, the greatest P "
@@ -101,7 +102,7 @@ def test_other_learned_policies_are_shown_by_their_tensors(run, tmp_path: Path) 
     (tmp_path / "policy.yaml").write_text("kind: co-llm\nparams: {head: head.safetensors}\n")
     tensors = {"weight": torch.zeros(3, 96), "bias": torch.zeros(3)}
     save_file(tensors, tmp_path / "head.safetensors")
-    (tmp_path / "metrics.json").write_text('{"loss": [1.5, 0.5], "done": true, "by task": {}}')
+    (tmp_path / "provenance.json").write_text('{"loss": [1.5, 0.5], "done": true, "by task": {}}')
     lines = run("show", str(tmp_path)).out.splitlines()
     assert lines[1:] == [
         "kind: co-llm",
@@ -111,7 +112,7 @@ def test_other_learned_policies_are_shown_by_their_tensors(run, tmp_path: Path) 
         "  head.safetensors:",
         "    bias: [3]",
         "    weight: [3, 96]",
-        "metrics.json:",
+        "provenance.json:",
         "  loss: [1.5, 0.5]",
         "  done: true",
         "  by task: {}",
@@ -121,7 +122,7 @@ def test_other_learned_policies_are_shown_by_their_tensors(run, tmp_path: Path) 
 def test_of_long_lists_only_the_beginning_is_shown(run, tmp_path: Path) -> None:
     (tmp_path / "policy.yaml").write_text("kind: single\n")
     curve = [{"threshold": i} for i in range(11)]
-    (tmp_path / "metrics.json").write_text(json.dumps({"curve": curve}))
+    (tmp_path / "provenance.json").write_text(json.dumps({"curve": curve}))
     lines = run("show", str(tmp_path)).out.splitlines()
     assert lines[3:] == [
         "  curve:",

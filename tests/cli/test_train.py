@@ -57,7 +57,7 @@ def test_a_policy_is_trained_and_told_how_to_use(run, scores, tmp_path) -> None:
     arguments = ("train", "tiny", str(scores), "--policy", "co-llm", "--out", str(out), *SHORT)
     result = run(*arguments, "--license", "mit")
     assert result.code == 0, result.err
-    assert "measured on held-out texts" in result.out and "nll nats" in result.out
+    assert "measured on texts that were held out" in result.out and "nll nats" in result.out
     assert result.out.strip().endswith(f"{out}: a co-llm policy; use it with --policy {out}")
     before = contents(out)
     again = run(*arguments)

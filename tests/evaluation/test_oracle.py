@@ -109,7 +109,7 @@ def test_a_dead_end_is_gone_back_from() -> None:
 
 
 def test_each_model_s_own_end_ends_a_text_and_another_s_does_not() -> None:
-    tokens = ["q", "a", "<1>", "<2>"]
+    tokens = ["q", "a", *"<12>", "<1>", "<2>"]  # Each can spell what ends the other's texts.
     first = model("first", {"q": "a", "a": "q"}, tokens, ends=["<1>"])
     second = model("second", {"q": "q", "a": "<2>"}, tokens, ends=["<2>"])
     assert ask(Ensemble([first, second]), "q", ["a"])

@@ -94,7 +94,7 @@ def test_the_digest_sees_the_records_and_not_how_they_are_written(tmp_path, make
             ":4:45: metric.params.tolerance: must be 0 or more, got -1.",
         ),
         (TASK.replace("test.jsonl", "tset.jsonl"), ":1:14: data.test: there is no file /"),
-        (TASK.replace("test.jsonl", "./tests"), ":1:14: data.test: must be a .jsonl or .parquet"),
+        (TASK.replace("test.jsonl", "./tests"), ":1:14: data.test: './tests' is no data set"),
         (TASK.replace("metric:", "#"), ": metric: required, but missing"),
     ],
 )
@@ -131,7 +131,7 @@ def test_a_record_that_is_not_right_is_named_with_its_line(make_task, records, m
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b"{}\n{", "test.jsonl:2: not readable as JSON"), (b"\xff\n", "test.jsonl:1: not UTF-8")],
+    [(b"{}\n{", "test.jsonl:2: no JSON"), (b"\xff\n", "test.jsonl:1: not UTF-8")],
 )
 def test_a_file_that_is_no_json_is_named_with_its_line(
     tmp_path, make_task, content, message

@@ -11,6 +11,7 @@ from tables import READY
 
 from multicolm import Ensemble, SelectPolicy, Views
 from multicolm.backend.table import TableModel
+from multicolm.plugins import policies
 from multicolm.testing import LawBroken, check_removable, check_routing
 
 TOKENS = ["a", "b", "c", " d", "e", "."]

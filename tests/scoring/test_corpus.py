@@ -9,7 +9,7 @@ import pytest
 from score_worlds import records, write
 
 from multicolm.errors import ConfigError, InputError
-from multicolm.scoring.corpus import Corpus, open_corpus
+from multicolm.scoring.corpus import open_corpus
 
 GOOD = '{"prompt": "a", "completion": "b"}'
 CHAT = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
@@ -104,10 +104,10 @@ def test_a_file_without_examples_is_refused(tmp_path, content) -> None:
     [
         ("missing.jsonl", "there is no file"),
         ("missing.parquet", "there is no file"),
-        ("./missing", "is no corpus; allowed are"),
-        ("folder", "is no corpus; allowed are"),
+        ("./missing", "is no data set; allowed are"),
+        ("folder", "is no data set; allowed are"),
         ("folder.jsonl", "there is no file"),
-        ("data.csv", "is no corpus; allowed are"),
+        ("data.csv", "is no data set; allowed are"),
     ],
 )
 def test_what_is_no_corpus_is_refused_before_anything_is_loaded(tmp_path, name, said) -> None:
@@ -149,16 +149,16 @@ def test_a_parquet_record_of_the_wrong_columns_is_named_by_its_row(tmp_path) -> 
 
 def test_the_digest_tells_content_and_order_and_nothing_else(tmp_path) -> None:
     lines = records(5)
-    plain = Corpus(write(tmp_path / "a.jsonl", lines)).digest()
+    plain = open_corpus(write(tmp_path / "a.jsonl", lines)).digest()
     noted = [{"id": n, **line} for n, line in enumerate(lines)]
-    assert Corpus(write(tmp_path / "b.jsonl", noted)).digest() == plain
-    assert Corpus(write(tmp_path / "c.jsonl", lines[::-1])).digest() != plain
-    assert Corpus(write(tmp_path / "d.jsonl", lines[:-1])).digest() != plain
+    assert open_corpus(write(tmp_path / "b.jsonl", noted)).digest() == plain
+    assert open_corpus(write(tmp_path / "c.jsonl", lines[::-1])).digest() != plain
+    assert open_corpus(write(tmp_path / "d.jsonl", lines[:-1])).digest() != plain
     moved = [{"prompt": "ab", "completion": "c"}], [{"prompt": "a", "completion": "bc"}]
-    digests = {Corpus(write(tmp_path / f"{n}.jsonl", m)).digest() for n, m in enumerate(moved)}
+    digests = {open_corpus(write(tmp_path / f"{n}.jsonl", m)).digest() for n, m in enumerate(moved)}
     assert len(digests) == 2, "where the completion begins counts"
 
 
 def test_a_corpus_can_be_read_any_number_of_times(tmp_path) -> None:
-    corpus = Corpus(write(tmp_path / "a.jsonl", records(5)))
+    corpus = open_corpus(write(tmp_path / "a.jsonl", records(5)))
     assert list(corpus) == list(corpus) and len(list(corpus)) == 5

@@ -15,7 +15,7 @@ from multicolm import Ensemble
 from multicolm.backend.table import TableModel
 from multicolm.backend.transformers import TransformersModel
 from multicolm.errors import ArtefactError, CapabilityError, ConfigError, InputError, ModelError
-from multicolm.scoring.corpus import Corpus, open_corpus
+from multicolm.scoring.corpus import open_corpus
 from multicolm.scoring.score import score
 from multicolm.scoring.store import load_prompt_digests, load_table
 from multicolm.types import prompt_digest
@@ -319,7 +319,7 @@ def test_a_chat_is_scored_behind_each_models_own_template(tmp_path) -> None:
         _, alone = scored(plain, one, tmp_path / f"out{k}")
         torch.testing.assert_close(found.gold_logprobs[:, k], alone.gold_logprobs[:, 0])
     as_prompt = write(tmp_path / "p.jsonl", [{"prompt": question, "completion": "hello there"}])
-    assert Corpus(as_prompt).digest() == Corpus(path).digest() == found.digest
+    assert open_corpus(as_prompt).digest() == open_corpus(path).digest() == found.digest
 
 
 def test_a_chat_for_a_model_without_a_template_names_the_line_and_the_model(tmp_path) -> None:
@@ -348,7 +348,7 @@ def test_parquet_gives_the_same_bytes_as_json_lines(tmp_path) -> None:
     Dataset.from_list(lines).to_parquet(str(parquet))
     a, _ = scored(tables("base", "left"), path, tmp_path / "a", shard_positions=15)
     b, _ = scored(tables("base", "left"), parquet, tmp_path / "b", shard_positions=15)
-    assert a.digest == b.digest == Corpus(path).digest() == Corpus(parquet).digest()
+    assert a.digest == b.digest == open_corpus(path).digest() == open_corpus(parquet).digest()
     assert a.files == b.files and len(a.shards) > 2
     one, other = contents(tmp_path / "a"), contents(tmp_path / "b")
     assert one.pop("index.json").replace(b".jsonl", b".parquet") == other.pop("index.json")

@@ -17,7 +17,8 @@ from multicolm.policy.co_llm import CoLlmPolicy
 from multicolm.policy.mlp_router import MlpRouterPolicy
 from multicolm.policy.threshold import ConfidencePolicy
 from multicolm.training.card import card
-from multicolm.training.checkpoint import Checkpoint, read_provenance
+from multicolm.training.checkpoint import Checkpoint
+from multicolm.training.provenance import read_provenance
 
 PROVENANCE = {
     "multicolm": "0.1.0",

@@ -40,11 +40,13 @@ from multicolm.policy.resolve import resolve_policy
 from multicolm.scoring.corpus import open_corpus
 from multicolm.scoring.score import score
 from multicolm.scoring.store import load_table
-from multicolm.training.checkpoint import Checkpoint, read_provenance
-from multicolm.training.joint import JointSettings, train_joint
-from multicolm.training.joint_data import batches, lessons
-from multicolm.training.joint_loop import Schedule
-from multicolm.training.joint_model import Head, JointModel, LoraSettings, add_lora, joint_loss
+from multicolm.training.checkpoint import Checkpoint
+from multicolm.training.joint.data import batches, lessons
+from multicolm.training.joint.job import JointSettings
+from multicolm.training.joint.loop import Schedule
+from multicolm.training.joint.model import Head, JointModel, LoraSettings, add_lora, joint_loss
+from multicolm.training.joint.train import train_joint
+from multicolm.training.provenance import read_provenance
 
 FAST = {"epochs": 2, "batch_size": 6, "batch_tokens": 200, "lr": 1e-3, "held_out": 0.25}
 NAMES = ("ann", "bob", "cid")
@@ -399,6 +401,27 @@ def test_paths_are_as_the_user_wrote_them_and_work_from_the_new_folder(
     assert data["models"]["cid"]["model"] == str((home.folder / "cid").resolve())
     config = load_ensemble(tmp_path / "deep" / "out")
     assert config.models["bob"].location == str((home.folder / "bob").resolve())
+
+
+@pytest.mark.parametrize("how", ["lora", "full"])
+def test_saved_in_another_folder_it_is_the_same_ensemble(
+    how: str, home: Home, tmp_path: Path
+) -> None:
+    trained(home, tmp_path / "out", how)
+    Checkpoint.from_pretrained(tmp_path / "out").save_pretrained(tmp_path / "far" / "away")
+    there, here = (load_ensemble(tmp_path / place) for place in ("far/away", "out"))
+    assert there.models["ann"].location != here.models["ann"].location or how == "lora"
+    assert there.models["bob"].location == here.models["bob"].location
+    prompts = [f"text {i} is" for i in range(4)]
+    texts = [
+        [[t.id for t in answer.trace] for answer in multicolm.load(config).generate(prompts)]
+        for config in (there, here)
+    ]
+    assert texts[0] == texts[1]
+    shutil.rmtree(tmp_path / "out")
+    assert multicolm.load(load_ensemble(tmp_path / "far" / "away")).generate("text 1 is")
+    card = (tmp_path / "far" / "away" / "README.md").read_text()
+    assert "an ensemble of its own" in card and "--policy" not in card
 
 
 def test_a_checkpoint_that_is_finished_is_not_made_again(home: Home, tmp_path: Path) -> None:

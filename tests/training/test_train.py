@@ -30,8 +30,10 @@ from multicolm.policy.threshold import ConfidencePolicy
 from multicolm.score_table import ScoreTable
 from multicolm.scoring.corpus import open_corpus
 from multicolm.scoring.score import score
-from multicolm.training.checkpoint import Checkpoint, read_provenance
-from multicolm.training.train import check_identities, report_lines, train
+from multicolm.training.checkpoint import Checkpoint
+from multicolm.training.provenance import check_identities, read_provenance
+from multicolm.training.report import report_lines
+from multicolm.training.train import train
 from multicolm.types import prompt_digest
 
 NAMES = ("base", "left", "right")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from multicolm.errors import CapabilityError, ConfigError
 from multicolm.learning.losses import marginal_loss
 from multicolm.learning.networks import from_tensors, router_scores
-from multicolm.training.joint_data import Batch
+from multicolm.training.joint.data import Batch
 
 __all__ = ["Head", "JointModel", "LoraSettings", "add_lora", "joint_loss"]
 

@@ -20,13 +20,13 @@ from multicolm.policy.co_llm import CoLlmPolicy
 from multicolm.policy.fixed import SinglePolicy
 from multicolm.scoring.store import Index, read_index
 from multicolm.training.identities import identities
-from multicolm.training.joint_loop import Schedule, open_accelerator
-from multicolm.training.train import _key, check_identities
+from multicolm.training.joint.loop import Schedule, open_accelerator
+from multicolm.training.own_ensemble import How
+from multicolm.training.provenance import check_identities, training_key
 from multicolm.views import ModelNames
 
-__all__ = ["How", "Job", "JointSettings", "Progress", "check_base", "check_policy", "make_job"]
+__all__ = ["Job", "JointSettings", "Progress", "check_base", "check_policy", "make_job"]
 
-How = Literal["lora", "full"]
 Progress = Callable[[float, float, str], None]
 
 _LR = {"full": 2e-5, "lora": 1e-4}
@@ -88,7 +88,7 @@ class JointSettings(Strict):
 
 @dataclass(frozen=True)
 class Job:
-    """What one call of :func:`multicolm.training.joint.train_joint` is about.
+    """What one call of :func:`multicolm.training.joint.train.train_joint` is about.
 
     Attributes:
         policy: to begin with.
@@ -104,7 +104,7 @@ class Job:
         index: of the score table.
         names: of the models whose scores are used, the base model first.
         key: of policy, data and settings; equal for equal trainings.
-        accelerator: of :func:`multicolm.training.joint_loop.open_accelerator`.
+        accelerator: of :func:`multicolm.training.joint.loop.open_accelerator`.
     """
 
     policy: CoLlmPolicy | SinglePolicy
@@ -217,7 +217,7 @@ def make_job(
         settings=settings,
         index=index,
         names=names,
-        key=_key(policy, index.files, names, facts),
+        key=training_key(policy, index.files, names, facts),
         accelerator=accelerator,
         **rest,
     )

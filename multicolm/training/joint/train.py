@@ -18,7 +18,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import multicolm
 from multicolm.artefacts import Weights
 from multicolm.config import EnsembleConfig
 from multicolm.files import locked
@@ -29,11 +28,10 @@ from multicolm.policy.base import Policy
 from multicolm.policy.co_llm import CoLlmPolicy
 from multicolm.policy.fixed import SinglePolicy
 from multicolm.score_table import ScoreTable
-from multicolm.scoring.store import load_prompt_digests, load_table
-from multicolm.training.checkpoint import Checkpoint
-from multicolm.training.joint_data import Lessons, lessons
-from multicolm.training.joint_job import (
-    How,
+from multicolm.scoring.store import load_table
+from multicolm.training.checkpoint import Checkpoint, finished_checkpoint
+from multicolm.training.joint.data import Lessons, lessons
+from multicolm.training.joint.job import (
     Job,
     JointSettings,
     Progress,
@@ -41,17 +39,12 @@ from multicolm.training.joint_job import (
     check_policy,
     make_job,
 )
-from multicolm.training.joint_loop import Losses, Trainer
-from multicolm.training.joint_model import Head, JointModel
-from multicolm.training.joint_save import (
-    refuse_foreign,
-    save_adapter,
-    save_base,
-    trained_base,
-    write_ensemble,
-)
-from multicolm.training.joint_start import Base, Router
-from multicolm.training.train import _finished
+from multicolm.training.joint.loop import Losses, Trainer
+from multicolm.training.joint.model import Head, JointModel
+from multicolm.training.joint.save import save_adapter, save_base
+from multicolm.training.joint.start import Base, Router
+from multicolm.training.own_ensemble import How, refuse_foreign, trained_base, write_ensemble
+from multicolm.training.provenance import training_provenance
 
 __all__ = ["JointSettings", "train_joint"]
 
@@ -125,7 +118,7 @@ def train_joint(
 
 def _run(job: Job) -> Checkpoint:
     """What every process does; the first of them writes."""
-    finished = _finished(job.folder, job.key)
+    finished = finished_checkpoint(job.folder, job.key)
     if finished is not None:
         shutil.rmtree(job.folder / ".training", ignore_errors=True)
         return finished
@@ -200,25 +193,18 @@ def _write(
     if isinstance(job.policy, CoLlmPolicy):
         assert head is not None
         policy = replace(job.policy, head=Weights(head.tensors), made_for=known)
-    provenance = {
-        "multicolm": multicolm.__version__,
-        "models": [{"name": name, "identity": identity} for name, identity in known.items()],
-        "license": job.license,
-        "train": {
-            "key": job.key,
-            "source": job.index.source,
-            "digest": job.index.digest,
-            "examples": job.index.n_examples,
-            "tokens": job.index.n_positions,
-            "train_base": job.how,
-            "processes": job.accelerator.num_processes,
-            "base_model_was": was,
-            "base_model_is": trained.adapter or trained.model,
-            "options": dict(job.options),
-            "report": dict(report),
-            "prompts": load_prompt_digests(job.scores),
-        },
-    }
+    provenance = training_provenance(
+        job.scores,
+        known,
+        job.license,
+        key=job.key,
+        train_base=job.how,
+        processes=job.accelerator.num_processes,
+        base_model_was=was,
+        base_model_is=trained.adapter or trained.model,
+        options=dict(job.options),
+        report=dict(report),
+    )
     checkpoint = Checkpoint(policy, provenance, _summary(job))
     checkpoint.save_pretrained(job.folder)
     shutil.rmtree(job.folder / ".training", ignore_errors=True)

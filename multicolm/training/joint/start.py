@@ -17,10 +17,10 @@ from multicolm.learning.training import Training
 from multicolm.policy.base import ModelFacts
 from multicolm.policy.co_llm import CoLlmPolicy
 from multicolm.score_table import ScoreTable
-from multicolm.training.joint_data import Lessons, only_texts
-from multicolm.training.joint_job import Job
-from multicolm.training.joint_model import LoraSettings, add_lora
-from multicolm.training.train import check_identities
+from multicolm.training.joint.data import Lessons, only_texts
+from multicolm.training.joint.job import Job
+from multicolm.training.joint.model import LoraSettings, add_lora
+from multicolm.training.provenance import check_identities
 
 __all__ = ["Base", "Router"]
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn, optim
 
 from multicolm.errors import ConfigError, TrainingError
 from multicolm.learning.snapshots import Snapshots, load_optimizer, optimizer_tensors
-from multicolm.training.joint_data import Lessons, Text, batches
-from multicolm.training.joint_model import JointModel, joint_loss
+from multicolm.training.joint.data import Lessons, Text, batches
+from multicolm.training.joint.model import JointModel, joint_loss
 
 __all__ = ["Losses", "Schedule", "Trainer", "open_accelerator"]
 
@@ -25,7 +25,7 @@ _PART_FOR_STATES = 0.05
 
 @dataclass(frozen=True)
 class Schedule:
-    """How the loop goes; see :class:`multicolm.training.joint.JointSettings`."""
+    """How the loop goes; see :class:`multicolm.training.joint.job.JointSettings`."""
 
     lr: float
     head_lr: float
