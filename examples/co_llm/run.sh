@@ -27,9 +27,9 @@ $MULTICOLM tune "$ENSEMBLE" --policy cosd-rule --task "$TASK" $LIMIT --out "$OUT
 $MULTICOLM tune "$ENSEMBLE" --policy "$OUT/co-llm" --set decode=threshold --budget 0.15 \
     --task "$TASK" $LIMIT --out "$OUT/co-llm-15"
 
-# All of them, with rules as they come, each model alone, lotteries and the oracle.
-$MULTICOLM compare "$ENSEMBLE" --task "$TASK" $LIMIT --out "$OUT/comparison" --policies \
+# All of them beside rules as they come, each model alone, lotteries and the oracle.
+$MULTICOLM compare "$ENSEMBLE" --task "$TASK" $LIMIT --sweep 3 --out "$OUT/comparison" --policies \
 "$OUT/co-llm,$OUT/co-llm-15,$OUT/mlp-router,$OUT/cosd-tree,$OUT/cosd-rule,\
-confidence,entropy,margin,max-confidence,nudging,average"
+confidence,max-confidence,average"
 
 echo "open $OUT/comparison/report.html"

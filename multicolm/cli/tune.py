@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -24,10 +23,12 @@ __all__ = ["command"]
 @click.command
 @click.argument("ensemble")
 @policy_options
+@click.option("--task", "tasks", multiple=True, help="A name or a YAML file. Repeatable.")
 @click.option(
-    "--task", "tasks", multiple=True, required=True, help="A name or a YAML file. Repeatable."
+    "--data",
+    help="Questions in place of the task's, in the same form; without a task, records of prompt "
+    "and completion.",
 )
-@click.option("--data", help="Questions in place of the task's, in the same form.")
 @click.option(
     "--out",
     required=True,
@@ -42,7 +43,10 @@ __all__ = ["command"]
     show_default=True,
     help="Of the budget: part of the tokens, or the ensemble's cost per token.",
 )
-@click.option("--metric", is_flag=True, help="The best answers (within the budget, if any).")
+@click.option(
+    "--metric",
+    help="The best answers by this metric, such as exact-match (within the budget, if any).",
+)
 @click.option(
     "--grid", "grids", multiple=True, metavar="NAME=V,V,...", help="Values to try. Repeatable."
 )
@@ -60,7 +64,7 @@ def command(
     out: Path,
     budget: float | None,
     unit: Any,
-    metric: bool,
+    metric: str | None,
     grids: tuple[str, ...],
     split: str,
     limit: int | None,
@@ -68,7 +72,7 @@ def command(
     batch_size: int,
     as_json_: bool,
 ) -> None:
-    """Find thresholds of a policy of ENSEMBLE from the questions of a task.
+    """Find thresholds of a policy of ENSEMBLE from questions that are not the test's.
 
     With --budget the values are chosen that spend it best; otherwise those that answer best. What
     was tried is stored with the policy. The same command goes on where it was stopped.
@@ -79,7 +83,7 @@ def command(
 
     if policy is None:
         raise ConfigError("which policy? Give one with --policy, such as cosd-rule.")
-    read = [_task(task, data, split) for task in tasks]
+    read = _tasks(tasks, data, metric, split)
     grid = _grid(grids)
     loaded, chosen = load(ensemble, policy, pairs)
     try:
@@ -95,7 +99,7 @@ def command(
                 out,
                 budget=budget,
                 unit=unit,
-                by_metric=metric,
+                by_metric=metric is not None,
                 grid=grid or None,
                 split=split,
                 limit=limit,
@@ -116,29 +120,27 @@ def _named(named: NamedPolicy, chosen: Policy) -> NamedPolicy:
     return replace(named, policy=chosen)
 
 
-def _task(source: str, data: str | None, split: str) -> Task:
-    """A task, its split replaced by other questions if there are any.
+def _tasks(names: tuple[str, ...], data: str | None, metric: str | None, split: str) -> list[Task]:
+    """What is asked, and how it is judged.
 
     Raises:
-        ConfigError: if the questions are neither in a file of a known form nor on the Hub.
+        MulticolmError: if there is nothing to ask, or a task, its data or the metric cannot be
+            used.
     """
-    from dataclasses import replace
+    from multicolm.evaluation.task import completion_task, load_task
 
-    from multicolm.evaluation.task import DataConfig, load_task
-
-    task = load_task(source)
-    if data is None:
-        return task
-    path = Path(data).expanduser()
-    is_file = path.suffix in (".jsonl", ".json", ".parquet")
-    if not (path.is_file() if is_file else re.fullmatch(r"[\w.-]+/[\w.-]+", data)):
+    if not names and data is None:
         raise ConfigError(
-            f"--data {data}: "
-            + ("there is no such file." if is_file else "give a .jsonl or .parquet file.")
+            "tuned on what? Give --task with a task, or --data with a file of JSON lines "
+            '{"prompt": ..., "completion": ...}.'
         )
-    place = str(path.absolute()) if is_file else data
-    splits = {**task.config.data, split: DataConfig(source=place)}
-    return replace(task, config=task.config.model_copy(update={"data": splits}))
+    if names:
+        read = [load_task(name) for name in names]
+        tasks = read if data is None else [task.with_data(split, data) for task in read]
+    else:
+        assert data is not None
+        tasks = [completion_task(data, split)]
+    return tasks if metric is None else [task.judged_by(metric) for task in tasks]
 
 
 def _grid(grids: tuple[str, ...]) -> dict[str, list[float]]:
@@ -157,7 +159,7 @@ def _grid(grids: tuple[str, ...]) -> dict[str, list[float]]:
         numbers = parameters((f"{name}=[{listed}]",), "--grid")[name]
         if not numbers or not all(_is_number(number) for number in numbers):
             raise ConfigError(f"--grid {grid}: write finite numbers, such as {name}=0.2,0.4.")
-        values[name] = list(dict.fromkeys(numbers))
+        values[name] = [float(number) for number in dict.fromkeys(numbers)]
     return values
 
 

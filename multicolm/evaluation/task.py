@@ -23,13 +23,21 @@ from multicolm import catalog
 from multicolm.config.document import Document, read_text
 from multicolm.config.policy import is_path
 from multicolm.config.wording import Place, Problem, Strict, check, problems_of, unknown_key
-from multicolm.errors import InputError, UnknownNameError, unknown
+from multicolm.errors import ConfigError, InputError, UnknownNameError, unknown
 from multicolm.evaluation.metrics import FunctionMetric, Metric, load_function
 from multicolm.plugins import metrics
 from multicolm.records import Source
 from multicolm.types import Message, Prompt, prompt_digest
 
-__all__ = ["DataConfig", "MetricConfig", "Question", "Task", "TaskConfig", "load_task"]
+__all__ = [
+    "DataConfig",
+    "MetricConfig",
+    "Question",
+    "Task",
+    "TaskConfig",
+    "completion_task",
+    "load_task",
+]
 
 # As in `package.module:function` or `file.py:function`; a template has braces or blanks.
 _FUNCTION = re.compile(r"[\w./~-]+:[A-Za-z_]\w*")
@@ -205,6 +213,41 @@ class Task:
             digest.update(canonical.encode("utf-8", "surrogatepass") + b"\n")
         return digest.hexdigest()
 
+    def with_data(self, split: str, source: str) -> Task:
+        """The same task with other records, in the same form, as a split of it.
+
+        Args:
+            split: which one they are from now on.
+            source: a file, or the name of a data set on the Hub.
+
+        Raises:
+            ConfigError: if it is neither.
+        """
+        data = DataConfig(source=source)
+        if data.found_from(Path.cwd()).is_file:
+            data = DataConfig(source=str(Path(source).expanduser().absolute()))
+        if problem := data.found_from(self.base_dir).problem:
+            raise ConfigError(problem)
+        splits = {**self.config.data, split: data}
+        return replace(self, config=self.config.model_copy(update={"data": splits}))
+
+    def judged_by(self, kind: str) -> Task:
+        """The same task, its answers judged by a metric of this name.
+
+        Raises:
+            ConfigError: if the metric cannot be used.
+            UnknownNameError: if there is none of this name.
+        """
+        if kind == self.config.metric.kind:
+            return self  # With the params that the task gives it.
+        config = MetricConfig(kind=kind)
+        if problems := _metric_problems(config):
+            raise UnknownNameError(problems[0].text)
+        metric = _metric(config, Path.cwd())
+        return replace(
+            self, config=self.config.model_copy(update={"metric": config}), metric=metric
+        )
+
     def score(self, text: str, question: Question) -> float:
         """How good an answer is, 0 to 1.
 
@@ -299,6 +342,28 @@ def load_task(source: str | Path) -> Task:
         known = catalog.names("tasks")
         raise UnknownNameError(f"{unknown('task', source, known)} A file's name ends in .yaml.")
     return _parse(read_text(path, "a task file"), path, path.absolute().parent, path.stem)
+
+
+def completion_task(source: str, split: str) -> Task:
+    """The task of giving completions to prompts, as in a corpus to learn from.
+
+    Args:
+        source: records of ``{"prompt", "completion"}``, both texts: a file, or the name of a data
+            set on the Hub.
+        split: what these records are.
+
+    Raises:
+        ConfigError: if it is no file and no name of a data set.
+    """
+    config = TaskConfig(
+        data={split: DataConfig(source=source)},
+        prompt="{prompt}",
+        gold="{completion}",
+        completion="{completion}",
+        metric=MetricConfig(kind="exact-match"),
+    )
+    task = Task(Path(source).stem, config, Path.cwd(), _metric(config.metric, Path.cwd()))
+    return task.with_data(split, source)
 
 
 def _parse(text: str, origin: Path, base_dir: Path, name: str) -> Task:
