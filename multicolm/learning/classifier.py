@@ -14,6 +14,7 @@ from multicolm.errors import TrainingError
 from multicolm.learning.loop import Stage
 from multicolm.learning.losses import class_weights, weak_labels
 from multicolm.learning.networks import NetworkKind
+from multicolm.learning.reliability import reliability
 from multicolm.learning.router import (
     NetworkSettings,
     Shape,
@@ -104,7 +105,7 @@ def fit_classifier(
         "right_ways": float(((handed > at) == wanted).float().mean()),
         "share_handed_over": float((handed > at).float().mean()),
         "share_to_hand_over": float(wanted.float().mean()),
-    }
+    } | reliability(handed, wanted.float())
     return tensors, threshold
 
 

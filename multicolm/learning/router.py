@@ -15,7 +15,13 @@ from torch import Tensor, nn
 from multicolm.config.wording import Strict
 from multicolm.errors import TrainingError
 from multicolm.learning.loop import Fitted, Problem, Schedule, Stage, fit_network
-from multicolm.learning.losses import class_weights, marginal_loss, usable, weak_labels
+from multicolm.learning.losses import (
+    class_weights,
+    marginal_loss,
+    responsibilities,
+    usable,
+    weak_labels,
+)
 from multicolm.learning.networks import (
     NetworkKind,
     build,
@@ -24,6 +30,7 @@ from multicolm.learning.networks import (
     router_scores,
     standardisation,
 )
+from multicolm.learning.reliability import reliability
 from multicolm.learning.training import Training
 from multicolm.score_table import ScoreTable
 
@@ -143,6 +150,10 @@ def fit_marginal(
     part = judged if len(judged) else learnt
     scores = raw_scores(tensors, features(part))
     training.report |= _likelihoods(part, scores) | _tokens(part, scores.argmax(-1))
+    # Of handing over, against the posterior once the token is known.
+    known = scores.masked_fill(~part.known, float("-inf"))
+    found = responsibilities(scores, part.gold_logprobs, part.known)
+    training.report |= reliability(1 - known.softmax(-1)[:, 0], 1 - found[:, 0])
     return tensors
 
 

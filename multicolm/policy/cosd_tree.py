@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from jaxtyping import Bool, Float, Int
 from pydantic import Field
@@ -204,20 +204,23 @@ class CosdTreePolicy(SelectPolicy):
 
 def _report(
     tree: Tree, names: Sequence[Feature], features: Tensor, right: Tensor
-) -> dict[str, int | float]:
+) -> dict[str, Any]:
     """How often the tree decides rightly where one of the two models is right, and the other not.
 
     These are the positions that it was learned from: with a few questions it has little to learn
     by heart, and with three examples nothing could be held out.
     """
-    replaces, _ = tree.decide(features[:, [names.index(name) for name in tree.used]].float())
+    from multicolm.learning.reliability import reliability
+
+    columns = [names.index(name) for name in tree.used]
+    replaces, probability = tree.decide(features[:, columns].float())
     return {
         "positions": len(right),
         "right_ways": float((replaces == right).float().mean()),
         "right_ways_always_base": float((~right).float().mean()),
         "right_ways_always_assistant": float(right.float().mean()),
         "questions": sum(1 for _ in tree.splits),
-    }
+    } | reliability(probability, right.float())
 
 
 def _from_views(feature: Feature, views: Views, k: int) -> Float[Tensor, "positions"]:

@@ -11,6 +11,8 @@ from multicolm.training.report import report_title
 
 __all__ = ["card"]
 
+_SERIES = ("history", "calibration")
+
 
 def card(config: Mapping[str, Any], provenance: Mapping[str, Any]) -> str:
     """Markdown with the front matter that the Hub reads.
@@ -71,14 +73,16 @@ def _section(title: str, facts: Mapping[str, Any]) -> str:
     text = f"## {title}\n\n" + _pairs(named)
     if facts.get("options"):
         text += "\nOptions:\n\n" + _pairs(facts["options"])
-    report = {k: v for k, v in facts.get("report", {}).items() if k != "history"}
+    report = {k: v for k, v in facts.get("report", {}).items() if k not in _SERIES}
     if report:
         text += f"\n{report_title(report).capitalize()} (nats per token, parts of 1):\n\n"
         text += _pairs(report)
-    if facts.get("curve"):
-        points = facts["curve"]
-        names = list(points[0])
-        text += "\nThe curve:\n\n" + _table(names, [[_show(p[n]) for n in names] for p in points])
+    calibration = facts.get("report", {}).get("calibration")
+    for what, rows in (("Calibration", calibration), ("The curve", facts.get("curve"))):
+        if rows:
+            names = list(rows[0])
+            shown = [[_show(row[name]) for name in names] for row in rows]
+            text += f"\n{what}:\n\n" + _table(names, shown)
     return text
 
 

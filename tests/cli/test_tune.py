@@ -97,10 +97,7 @@ def test_the_table_marks_what_was_chosen(run, data: str) -> None:
         ([], "tuned on what? Give --task with a task, or --data with a file of JSON lines"),
         (["--data", "nothing.jsonl"], "there is no file"),
         (["--data", "./data.csv"], "'./data.csv' is no data set; allowed are a .jsonl"),
-        (
-            ["--data", "data.jsonl", "--metric", "exact"],
-            "unknown metric 'exact'. Did you mean 'exact-match'?",
-        ),
+        (["--data", "data.jsonl", "--metric", "exact"], "unknown metric 'exact'. Did you"),
         (["--data", "data.jsonl", "--grid", "threshold"], "write it as name=values"),
         (["--data", "data.jsonl", "--grid", "threshold=a"], "write finite numbers"),
         (["--data", "data.jsonl", "--grid", "treshold=1"], "treshold"),

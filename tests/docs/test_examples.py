@@ -65,7 +65,7 @@ def test_the_demo_shows_every_policy_and_a_table() -> None:
 @pytest.mark.slow
 def test_the_co_llm_example_goes_from_raw_data_to_a_report(tmp_path: Path) -> None:
     done = subprocess.run(
-        ["sh", "examples/co_llm/run.sh", str(tmp_path)],
+        ["sh", "examples/co-llm/run.sh", str(tmp_path)],
         capture_output=True,
         text=True,
         cwd=ROOT,

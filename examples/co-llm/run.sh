@@ -1,7 +1,7 @@
 #!/bin/sh
 # From raw data to the comparison, on the embedded models, in a few minutes on two CPU cores.
 #
-#     sh examples/co_llm/run.sh [FOLDER]
+#     sh examples/co-llm/run.sh [FOLDER]
 #
 # Run it again after a stop: every step goes on where it was. DATA, TASK and ENSEMBLE may be your own;
 # LIMIT asks only so many questions of each split.
