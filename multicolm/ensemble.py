@@ -6,7 +6,7 @@ import secrets
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from typing_extensions import Unpack
 
@@ -22,7 +22,10 @@ from multicolm.plugins import backends
 from multicolm.policy.base import ModelFacts, Policy
 from multicolm.policy.resolve import resolve_policy
 from multicolm.streaming import Answers, Run, Stream
+from multicolm.tokenizer.bridged import join
+from multicolm.tokenizer.bridges import Pair, pairs
 from multicolm.tokenizer.shared import SharedVocabulary
+from multicolm.tokenizer.vocabulary import Vocabulary
 from multicolm.types import (
     MIXTURE,
     GenerationSettings,
@@ -39,6 +42,10 @@ PolicySource = str | Path | Policy | PolicyConfig | Mapping[str, Any]
 class Ensemble:
     """Models that write one text together.
 
+    Attributes:
+        vocabulary: the tokens that they write with. Models of different vocabularies hand over
+            where a token of both ends.
+
     Args:
         models: the base model first; their names are the ensemble's names.
         policy: who writes if a call does not say: whatever :meth:`generate` takes. The base
@@ -46,9 +53,11 @@ class Ensemble:
         generation: settings of calls that do not give their own.
         config: the file it was made from, if any.
         base_dir: the folder that relative paths in ``policy`` start from.
+        bridge: how models of different vocabularies hand over; see
+            :class:`multicolm.config.EnsembleConfig`.
 
     Raises:
-        VocabularyError: if the models do not share one vocabulary.
+        VocabularyError: if the bridge is ``shared`` and the vocabularies differ.
         ConfigError: if two models have the same name, or the policy is not known.
     """
 
@@ -60,6 +69,7 @@ class Ensemble:
         generation: GenerationConfig | None = None,
         config: EnsembleConfig | None = None,
         base_dir: Path | None = None,
+        bridge: Literal["auto", "shared", "boundary"] = "auto",
     ) -> None:
         names = [model.name for model in models]
         if not names or len(set(names)) != len(names) or MIXTURE in names:
@@ -77,7 +87,12 @@ class Ensemble:
         self.config = config
         self.generation = generation or GenerationConfig()
         self.backends = tuple(models)
-        self.vocabulary = SharedVocabulary(self.models, [model.tokenizer for model in models])
+        tokenizers = [model.tokenizer for model in models]
+        self.vocabulary: Vocabulary = (
+            SharedVocabulary(self.models, tokenizers)
+            if bridge == "shared"
+            else join(self.models, tokenizers)
+        )
         self.policy = resolve_policy(policy or {"kind": "single"}, base_dir=base_dir)
         self._check(self.policy)
 
@@ -102,6 +117,7 @@ class Ensemble:
             generation=config.generation,
             config=config,
             base_dir=config.base_dir,
+            bridge=config.bridge,
         )
 
     def generate(
@@ -202,6 +218,11 @@ class Ensemble:
         return resolve_policy(self.policy if policy is None else policy, params)
 
     @property
+    def bridges(self) -> list[Pair]:
+        """How each two models hand over to each other, and why in this way."""
+        return pairs(self.vocabulary, [model.tokenizer for model in self.backends])
+
+    @property
     def facts(self) -> list[ModelFacts]:
         """What each model is, the base model first."""
         return [ModelFacts(m.name, m.identity, m.hidden_size) for m in self.backends]
@@ -220,6 +241,7 @@ class Ensemble:
             CapabilityError: if it needs what a model cannot show, or was made for other models.
         """
         _check_signals(policy, self.models, [model.signals for model in self.backends])
+        _check_vocabulary(policy, self.vocabulary)
         policy.check_models(self.facts)
 
     def _rows(
@@ -282,6 +304,25 @@ def _check_signals(
             )
 
 
+def _check_vocabulary(policy: Policy, vocabulary: Vocabulary) -> None:
+    """Refuse a policy that adds up distributions over different tokens.
+
+    Raises:
+        CapabilityError: naming the policy and two models.
+    """
+    if policy.acts == "select":
+        return
+    used = sorted(policy.uses(vocabulary.models))
+    for k in used[1:]:
+        if vocabulary.groups[k] != vocabulary.groups[used[0]]:
+            one, other = vocabulary.models[used[0]], vocabulary.models[k]
+            raise CapabilityError(
+                f"policy '{policy.name}' compares the models' probabilities token by token, and "
+                f"'{one}' and '{other}' have different vocabularies; choose a policy that selects "
+                "one model per token, such as cosd-rule, or models of one family."
+            )
+
+
 def load(source: str | Path | EnsembleConfig) -> Ensemble:
     """Load an ensemble with its models.
 
@@ -292,7 +333,7 @@ def load(source: str | Path | EnsembleConfig) -> Ensemble:
     Raises:
         ConfigError: if the file is missing or not right; it names line and column.
         ModelError: if a model cannot be loaded.
-        VocabularyError: if the models have different tokenizers.
+        VocabularyError: if the tokens of a tokenizer cannot be turned into bytes.
     """
     config = source if isinstance(source, EnsembleConfig) else load_ensemble(source)
     return Ensemble.from_config(config)

@@ -100,6 +100,27 @@ class ScoreTable:
         base = {name: feature[which] for name, feature in self.base.items()}
         return replace(self, **changed, base=base)
 
+    def merged(self, open_: Bool[Tensor, "positions bridged"]) -> ScoreTable:
+        """Positions merged into spans that begin and end between tokens of every model.
+
+        A span's numbers are those of its first position; its log-probabilities are summed, and it
+        is known where all of its positions are.
+
+        Args:
+            open_: per position and model of another vocabulary than the base model's, whether one
+                of the model's own tokens begins there; true at the first position of every text.
+        """
+        begins = open_.all(-1)
+        span = begins.long().cumsum(0) - 1
+        first = self.rows(begins)
+        zeros = torch.zeros_like(first.gold_logprobs)
+        n_unknown = zeros.index_add(0, span, (~self.known).to(zeros.dtype))
+        return replace(
+            first,
+            gold_logprobs=zeros.index_add(0, span, self.gold_logprobs),
+            known=n_unknown == 0,
+        )
+
     def split(self, held_out: float, seed: int) -> tuple[ScoreTable, ScoreTable]:
         """Positions to learn from, and those of a held-out part of the texts.
 

@@ -9,7 +9,7 @@ from multicolm.backend.base import Model
 from multicolm.decoding.router import Router
 from multicolm.decoding.row import Row
 from multicolm.decoding.threads import torch_threads
-from multicolm.tokenizer.shared import SharedVocabulary
+from multicolm.tokenizer.vocabulary import Vocabulary
 from multicolm.types import MIXTURE, Answer, Piece, Trace, TracedToken, Usage
 from multicolm.views import ModelNames
 
@@ -81,7 +81,7 @@ class Run:
         router: Router,
         rows: Sequence[Row],
         models: ModelNames,
-        vocabulary: SharedVocabulary,
+        vocabulary: Vocabulary,
         policy: str,
     ) -> None:
         self.router = router

@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import click
 
 from multicolm.cli.options import as_json, json_option
+
+if TYPE_CHECKING:
+    from multicolm.config.validation import Report
 
 __all__ = ["command"]
 
 
 @click.command
 @click.argument("sources", metavar="FILE_OR_NAME...", nargs=-1, required=True)
+@click.option("--load", "loads", is_flag=True, help="Load the models of an ensemble, too.")
 @json_option
 @click.pass_context
-def command(ctx: click.Context, sources: tuple[str, ...], as_json_: bool) -> None:
+def command(ctx: click.Context, sources: tuple[str, ...], loads: bool, as_json_: bool) -> None:
     """Check ensembles and policies without loading a model.
 
-    What was checked is printed. Nothing is fetched, so models of the Hub are not looked up.
+    What was checked is printed. Nothing is fetched, so models of the Hub are not looked up. With
+    --load an ensemble is loaded, and how each two of its models hand over to each other is printed.
     """
     from multicolm.config import validate
 
     reports = [validate(source) for source in sources]
+    for report in reports if loads else ():
+        if report.kind == "ensemble" and not report.errors:
+            _load(report)
     for report in reports:
         if as_json_:
             click.echo(as_json(report.as_json()))
@@ -35,3 +45,17 @@ def command(ctx: click.Context, sources: tuple[str, ...], as_json_: bool) -> Non
                 click.echo(f"  {sign}  {line}")
     if any(report.errors for report in reports):
         ctx.exit(2)
+
+
+def _load(report: Report) -> None:
+    """Add what is known of an ensemble once it is loaded."""
+    import multicolm
+    from multicolm.errors import MulticolmError
+
+    try:
+        ensemble = multicolm.load(report.source)
+    except MulticolmError as error:
+        report.errors.extend(str(error).splitlines())
+        return
+    report.checked.append(f"loaded {len(ensemble.models)} models")
+    report.checked.extend(f"bridge {pair}" for pair in ensemble.bridges)

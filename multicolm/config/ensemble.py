@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field, PrivateAttr, model_validator
 
@@ -43,6 +44,9 @@ class EnsembleConfig(Strict):
         models: settings by name, in the order of the file.
         policy: who writes if a call does not say.
         generation: settings of calls that do not give their own.
+        bridge: how models of different vocabularies hand over. ``auto`` takes ``shared`` where
+            vocabularies agree in content, else ``boundary``; ``shared`` refuses models that do not
+            agree.
     """
 
     summary: str = ""
@@ -52,6 +56,7 @@ class EnsembleConfig(Strict):
     )
     policy: PolicyConfig = Field(default_factory=_single)
     generation: GenerationConfig = Field(default_factory=GenerationConfig)
+    bridge: Literal["auto", "shared", "boundary"] = "auto"
     _base_dir: Path | None = PrivateAttr(default=None)
 
     @model_validator(mode="after")

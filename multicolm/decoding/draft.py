@@ -96,24 +96,46 @@ class Shown:
     Attributes:
         look: its predictions, one after another.
         line_of: per position that was looked at, its line in ``look``.
+        closed: positions at which the model cannot go on, for they lie within a token of its own;
+            there it shows that it knows nothing: all tokens are equally likely.
     """
 
     look: Look
     line_of: dict[int, int]
+    closed: frozenset[int] = frozenset()
+
+    def knows(self, which: Sequence[int]) -> bool:
+        """Whether it shows something at all positions numbered ``which``."""
+        return all(i in self.line_of or i in self.closed for i in which)
 
     def logits(self, which: Sequence[int]) -> Tensor:
         """Logits at the positions numbered ``which``: [len(which), vocab]."""
-        lines = [self.line_of[i] for i in which]
-        if lines == list(range(self.look.logits.shape[0])):
-            return self.look.logits
-        return self.look.logits[torch.tensor(lines, device=self.look.logits.device)]
+        return self._lines(self.look.logits, which)
 
     def hidden(self, which: Sequence[int]) -> Tensor | None:
         """Hidden states at the positions numbered ``which``, if there are any."""
-        if self.look.hidden is None:
-            return None
-        lines = [self.line_of[i] for i in which]
-        return self.look.hidden[torch.tensor(lines, device=self.look.hidden.device)]
+        return None if self.look.hidden is None else self._lines(self.look.hidden, which)
+
+    def joined(self, other: Shown) -> Shown:
+        """What it shows at these positions and at others."""
+        n_lines = len(self.look.logits)
+        states = [look.hidden for look in (self.look, other.look) if look.hidden is not None]
+        look = Look(
+            torch.cat([self.look.logits, other.look.logits]),
+            torch.cat(states) if len(states) == 2 else None,
+        )
+        moved = {i: n_lines + line for i, line in other.line_of.items()}
+        return Shown(look, {**self.line_of, **moved}, self.closed | other.closed)
+
+    def _lines(self, shown: Tensor, which: Sequence[int]) -> Tensor:
+        lines = [-1 if i in self.closed else self.line_of[i] for i in which]
+        if lines == list(range(shown.shape[0])):
+            return shown
+        index = torch.tensor(lines, device=shown.device)
+        if not self.closed:
+            return shown[index]
+        blank = torch.zeros(1, shown.shape[1], dtype=shown.dtype, device=shown.device)
+        return torch.cat([shown, blank])[index]
 
 
 @dataclass
@@ -128,6 +150,9 @@ class Draft:
         tokens: per position, the token that the base model would write; empty if it was not run.
         deferring: per position, whether the policy may want another writer.
         scores: per position, the number the policy decides on, as far as it is known.
+        foreseen: per position without a drafted token, who goes on there if nobody else does, and
+            with which token; absent at the start of a text.
+        closed: per model index, positions at which it was found that the model cannot go on.
     """
 
     positions: Positions
@@ -135,6 +160,17 @@ class Draft:
     tokens: list[int] = field(default_factory=list)
     deferring: list[bool] = field(default_factory=list)
     scores: list[float | None] = field(default_factory=list)
+    foreseen: dict[int, tuple[int, int]] = field(default_factory=dict)
+    closed: dict[int, set[int]] = field(default_factory=dict)
+
+    def goes_on(self, i: int) -> tuple[int, int] | None:
+        """Who goes on at position ``i`` if nobody else does, and with which token, if known."""
+        return (0, self.tokens[i]) if self.tokens else self.foreseen.get(i)
+
+    def able(self, k: int, i: int) -> int:
+        """Model ``k``, or who goes on at position ``i`` if ``k`` cannot."""
+        goes_on = self.goes_on(i)
+        return k if goes_on is None or i not in self.closed.get(k, ()) else goes_on[0]
 
     @cached_property
     def by_row(self) -> dict[Row, list[int]]:

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 from multicolm.backend.base import Model
 from multicolm.errors import InputError
-from multicolm.tokenizer.shared import SharedVocabulary
+from multicolm.tokenizer.vocabulary import Vocabulary
 from multicolm.types import Message, Prompt
 
 __all__ = ["check_prompt", "encode_prompt", "prompt_ids"]
@@ -17,7 +17,7 @@ def prompt_ids(
     prompt: Prompt,
     number: int,
     models: Sequence[Model],
-    vocabulary: SharedVocabulary,
+    vocabulary: Vocabulary,
     used: Collection[int],
 ) -> list[list[int]]:
     """What each model reads before the text, in its own tokens; nothing for models not in use.
@@ -107,7 +107,7 @@ def check_prompt(prompt: Any, where: str) -> None:
         _check_unicode(message["content"], where)
 
 
-def encode_prompt(prompt: Prompt, k: int, model: Model, vocabulary: SharedVocabulary) -> list[int]:
+def encode_prompt(prompt: Prompt, k: int, model: Model, vocabulary: Vocabulary) -> list[int]:
     """What model ``k`` reads for a prompt, in its own tokens.
 
     Raises:

@@ -2,17 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from multicolm.backend.base import Look, Model
 from multicolm.decoding.row import Row
-from multicolm.tokenizer.shared import SharedVocabulary
+from multicolm.tokenizer.vocabulary import Follower, Vocabulary
 from multicolm.types import Usage
 
 __all__ = ["Reader"]
+
+
+@dataclass(frozen=True, slots=True)
+class _Last:
+    """What a model showed last of a row, in case it is asked again.
+
+    Attributes:
+        n_own: after how many own tokens.
+        logits: over the ensemble's vocabulary.
+        hidden: if it was asked for.
+    """
+
+    n_own: int
+    logits: Float[Tensor, "vocab"]
+    hidden: Float[Tensor, "hidden"] | None
+
+    def shows(self, hidden: bool) -> bool:
+        """Whether that is all that is wanted."""
+        return self.hidden is not None or not hidden
 
 
 class Reader:
@@ -23,7 +44,7 @@ class Reader:
     Args:
         model: the model.
         index: its index in the ensemble.
-        vocabulary: the shared vocabulary.
+        vocabulary: what the ensemble writes in.
         n_slots: how many rows there can be at a time.
         clock: current time in seconds.
     """
@@ -32,7 +53,7 @@ class Reader:
         self,
         model: Model,
         index: int,
-        vocabulary: SharedVocabulary,
+        vocabulary: Vocabulary,
         n_slots: int,
         clock: Callable[[], float],
     ) -> None:
@@ -42,104 +63,148 @@ class Reader:
         self._clock = clock
         self._session = model.open(n_slots)
         self._straight = vocabulary.is_straight(index)
-        # Per slot: the model's own tokens of the text so far, and where each shared token ends.
-        self._own: list[list[int]] = [[] for _ in range(n_slots)]
-        self._ends: list[list[int]] = [[0] for _ in range(n_slots)]
+        self._followers: dict[int, Follower] = {}
+        self._last: dict[int, _Last] = {}
         self.usage = Usage()
 
     def start(self, row: Row) -> None:
         """Begin a new text in the row's slot."""
         self._session.truncate(row.slot, 0)
-        self._own[row.slot] = list(row.prompt_ids[self._index])
-        self._ends[row.slot] = [len(self._own[row.slot])]
+        self._last.pop(row.slot, None)
+        prompt = row.prompt_ids[self._index]
+        self._followers[row.slot] = self._vocabulary.follow(self._index, prompt)
 
     def rollback(self, row: Row, n_tokens: int) -> None:
         """The text keeps its first ``n_tokens`` tokens; what was read behind them is void."""
-        ends = self._ends[row.slot]
-        if len(ends) - 1 <= n_tokens:
-            return
-        del ends[n_tokens + 1 :]
-        del self._own[row.slot][ends[-1] :]
-        if self._session.lengths[row.slot] > ends[-1]:
-            self._session.truncate(row.slot, ends[-1])
+        self._followers[row.slot].cut(n_tokens)
+
+    def length(self, row: Row) -> int:
+        """How many own tokens the prompt and the text have; the text has been written so far."""
+        self._follow(row, len(row.written))
+        return len(self._followers[row.slot].own)
+
+    def can_go_on(
+        self, row: Row, places: Sequence[int], token: int, writer: int
+    ) -> dict[int, bool | None]:
+        """Where the model could go on writing, if the text goes on as foreseen.
+
+        It can at a place where none of its own tokens would lie across it. Whether that is so
+        depends on the token that follows the place if nobody else goes on there.
+
+        Args:
+            row: the text, and behind it what is foreseen.
+            places: ascending.
+            token: foreseen at the last place.
+            writer: of that token.
+
+        Returns:
+            Per place whether it can; ``None`` where that cannot be told together with the places
+            before, from there on.
+        """
+        follower = self._followers[row.slot]
+        self._follow(row, places[0])
+        flags: dict[int, bool | None] = {}
+        for place in range(places[0], places[-1] + 1):
+            known = place < len(row.ids)
+            new = (row.ids[place], row.writer(place)) if known else (token, writer)
+            if follower.n_tokens == place:
+                follower.extend([new[0]], [new[1]])
+            if place in places:
+                flags[place] = follower.reach(place) is not None
+        # A place may be open as far as one token behind it tells, and lie within an own token once
+        # more is known: it is decided again when it is the first.
+        for place in places:
+            if flags[place] and follower.reach(place) is None:
+                if place == places[0]:
+                    follower.cut(place + 1)
+                    later = places[1:]
+                else:
+                    later = [p for p in places if p >= place]
+                return flags | dict.fromkeys(later, None)
+        return flags
 
     def look(
         self,
         rows: Sequence[Row],
-        firsts: Sequence[int],
-        lasts: Sequence[int],
+        places: Sequence[Sequence[int]],
         *,
         hidden: bool = False,
     ) -> Look:
-        """What the model predicts at consecutive places of each row.
+        """What the model predicts at some places of each row.
 
         Args:
             rows: distinct rows.
-            firsts: per row, the first place: the prediction of token ``first`` of the text.
-            lasts: per row, the last place, ``first`` or later; tokens before it are read.
+            places: per row, ascending places at which it can go on; place ``i`` is before token
+                ``i`` of the text.
             hidden: whether hidden states are wanted.
 
         Returns:
-            Predictions over the shared vocabulary, row after row, by ascending place.
+            Predictions over the ensemble's vocabulary, row after row, by ascending place.
         """
         order = sorted(range(len(rows)), key=lambda i: rows[i].slot)
-        slots, fed, n_last = [], [], []
+        slots, fed, reached, remembered = [], [], [], {}
         for i in order:
             slot = rows[i].slot
-            self._follow(rows[i], lasts[i])
-            begin = self._ends[slot][firsts[i]] - 1
-            if self._session.lengths[slot] > begin:
-                # The prediction at the end of a text that was cut has to be made once more.
-                self._session.truncate(slot, begin)
-            end = self._ends[slot][lasts[i]]
+            self._follow(rows[i], places[i][-1])
+            reach = [self._reach(slot, place) for place in places[i]]
+            self._forget(slot)
+            known = self._last.get(slot)
+            if known is not None and reach == [known.n_own] and known.shows(hidden):
+                remembered[i] = known
+                continue
+            # The prediction at the end of a text that was cut has to be made once more.
+            if self._session.lengths[slot] >= reach[0]:
+                self._session.truncate(slot, reach[0] - 1)
             slots.append(slot)
-            fed.append(self._own[slot][self._session.lengths[slot] : end])
-            n_last.append(end - begin)
+            fed.append(self._followers[slot].own[self._session.lengths[slot] : reach[-1]])
+            reached.append(reach)
+        asked = [i for i in order if i not in remembered]
+        look = self._feed([rows[i] for i in asked], slots, fed, reached, hidden) if asked else None
+        return _arrange(look, len(rows), asked, reached, remembered)
+
+    def _feed(
+        self,
+        rows: Sequence[Row],
+        slots: Sequence[int],
+        fed: Sequence[Sequence[int]],
+        reached: Sequence[Sequence[int]],
+        hidden: bool,
+    ) -> Look:
+        """Run the model, and remember what it shows at the last place of each row."""
         start = self._clock()
+        n_last = [reach[-1] - reach[0] + 1 for reach in reached]
         look = self._session.feed(slots, fed, n_last, hidden=hidden)
         self._model.wait()
-        self._account([rows[i] for i in order], fed, self._clock() - start, look.n_passes)
-        shared = replace(look, logits=self._vocabulary.logits(self._index, look.logits))
-        return self._arrange(shared, rows, order, firsts, lasts, n_last)
+        self._account(rows, fed, self._clock() - start, look.n_passes)
+        look = replace(look, logits=self._vocabulary.logits(self._index, look.logits))
+        if not self._vocabulary.is_shared:
+            line = -1
+            for slot, reach, n in zip(slots, reached, n_last, strict=True):
+                line += n
+                states = None if look.hidden is None else look.hidden[line]
+                self._last[slot] = _Last(reach[-1], look.logits[line], states)
+        return look
 
-    def _follow(self, row: Row, last: int) -> None:
-        """Translate the tokens of the text up to place ``last`` that were not yet."""
-        own, ends = self._own[row.slot], self._ends[row.slot]
-        n_known = len(ends) - 1
-        if n_known >= last:
-            return
-        if self._straight:
-            own.extend(row.ids[n_known:last])
-            ends.extend(range(ends[-1] + 1, ends[-1] + 1 + last - n_known))
-            return
-        for token in row.ids[n_known:last]:
-            own.extend(self._vocabulary.read(self._index, [token]))
-            ends.append(len(own))
+    def _forget(self, slot: int) -> None:
+        """What was read and shown behind a place where the text has changed is void."""
+        kept = self._followers[slot].take_kept()
+        if self._session.lengths[slot] > kept:
+            self._session.truncate(slot, kept)
+        if slot in self._last and self._last[slot].n_own > kept:
+            del self._last[slot]
 
-    def _arrange(
-        self,
-        look: Look,
-        rows: Sequence[Row],
-        order: Sequence[int],
-        firsts: Sequence[int],
-        lasts: Sequence[int],
-        n_last: Sequence[int],
-    ) -> Look:
-        """From the session's order and own tokens to the caller's order and shared tokens."""
-        in_order = list(order) == list(range(len(rows)))
-        if in_order and self._straight:
-            return look
-        offset = dict(zip(order, _offsets(n_last), strict=True))
-        index: list[int] = []
-        for i, row in enumerate(rows):
-            ends = self._ends[row.slot]
-            start = ends[firsts[i]]
-            index.extend(
-                offset[i] + ends[place] - start for place in range(firsts[i], lasts[i] + 1)
-            )
-        chosen = torch.tensor(index, device=look.logits.device)
-        hidden = None if look.hidden is None else look.hidden[chosen]
-        return replace(look, logits=look.logits[chosen], hidden=hidden)
+    def _follow(self, row: Row, place: int) -> None:
+        """Follow the tokens of the text up to a place that were not yet."""
+        follower = self._followers[row.slot]
+        n_known = follower.n_tokens
+        if n_known < place:
+            writers = [] if self._straight else [row.writer(p) for p in range(n_known, place)]
+            follower.extend(row.ids[n_known:place], writers)
+
+    def _reach(self, slot: int, place: int) -> int:
+        reach = self._followers[slot].reach(place)
+        assert reach is not None, "a model is asked only where it can go on"
+        return reach
 
     def _account(
         self, rows: Sequence[Row], fed: Sequence[Sequence[int]], seconds: float, n_passes: int
@@ -150,9 +215,30 @@ class Reader:
             row.usage[self._index] += Usage(1, len(new), 0, seconds * len(new) / n_read)
 
 
-def _offsets(counts: Sequence[int]) -> list[int]:
-    offsets, total = [], 0
-    for count in counts:
-        offsets.append(total)
-        total += count
-    return offsets
+def _arrange(
+    look: Look | None,
+    n_rows: int,
+    asked: Sequence[int],
+    reached: Sequence[Sequence[int]],
+    remembered: Mapping[int, _Last],
+) -> Look:
+    """From the session's order, token by token, to the caller's order, place by place."""
+    lines: dict[int, list[int]] = {}
+    first = 0
+    for i, reach in zip(asked, reached, strict=True):
+        lines[i] = [first + own - reach[0] for own in reach]
+        first += reach[-1] - reach[0] + 1
+    for number, i in enumerate(remembered):
+        lines[i] = [first + number]
+    index = [line for i in range(n_rows) for line in lines[i]]
+    if look is not None and index == list(range(first)):
+        return look
+    logits = [] if look is None else [look.logits]
+    states = [] if look is None or look.hidden is None else [look.hidden]
+    for last in remembered.values():
+        logits.append(last.logits[None])
+        if last.hidden is not None and (look is None or look.hidden is not None):
+            states.append(last.hidden[None])
+    chosen = torch.tensor(index, device=logits[0].device)
+    hidden = torch.cat(states)[chosen] if states else None
+    return Look(torch.cat(logits)[chosen], hidden, 0 if look is None else look.n_passes)

@@ -9,7 +9,7 @@ what is written.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -24,7 +24,7 @@ from multicolm.decoding.row import Row, Written
 from multicolm.decoding.sampling import Noise, Sampling
 from multicolm.decoding.settle import PolicyDesk, Verdict
 from multicolm.policy.base import Policy
-from multicolm.tokenizer.shared import SharedVocabulary
+from multicolm.tokenizer.vocabulary import Vocabulary
 from multicolm.types import MIXTURE, Piece
 from multicolm.views import ModelNames
 
@@ -36,7 +36,7 @@ class Router:
 
     Args:
         models: the models, the base model first.
-        vocabulary: what they share.
+        vocabulary: what they write in.
         policy: decides who writes.
         sampling: how tokens are drawn.
         block_size: the most tokens that the base model drafts in one round; 1 is ``stepwise``.
@@ -53,7 +53,7 @@ class Router:
     def __init__(
         self,
         models: Sequence[Model],
-        vocabulary: SharedVocabulary,
+        vocabulary: Vocabulary,
         policy: Policy,
         sampling: Sampling,
         *,
@@ -78,6 +78,9 @@ class Router:
         self._ends.append(vocabulary.end_ids(None))  # of a mixture: any model's
         # Models that the policy cannot use have no say in where a text must end.
         self._used = sorted(policy.uses(self._names))
+        needs = self._desk.needs
+        involved = {*self._used, *needs.always, *needs.deferred}
+        self._is_bridged = len({vocabulary.groups[k] for k in involved}) > 1
         self.finished: deque[Row] = deque()
         self._active: list[Row] = []
         self._enough = self._part_to_wait_for()
@@ -114,26 +117,30 @@ class Router:
                     reader.start(row)
                 self._active.append(row)
             if self._drafter is None:
-                decided = self._active
-                draft = self._blank(decided)
+                decided, draft = self._active, self._blank(self._active)
             else:
-                undecided += self._drafter.advance(
-                    [row for row in self._active if row not in undecided]
-                )
-                if not undecided or len(undecided) < self._enough * len(self._active):
+                ready = [row for row in self._active if row not in undecided]
+                if self._is_bridged:
+                    ready = yield from self._go_on(ready)
+                    free = self._clear(free)
+                if ready:
+                    undecided += self._drafter.advance(ready)
+                few = len(undecided) < self._enough * len(self._active)
+                if not undecided or (few and ready):
                     continue
                 decided, undecided = sorted(undecided, key=lambda row: row.slot), []
                 draft = self._drafter.take(decided)
             verdict = self._settle(draft)
             for row in decided:
                 yield from self._commit(row, draft, verdict)
-            done = [row for row in decided if row.finish_reason is not None]
-            self.finished.extend(done)
-            free = sorted(free + [row.slot for row in done])
-            self._active = sorted(
-                (row for row in self._active if row.finish_reason is None),
-                key=lambda row: row.slot,
-            )
+            free = self._clear(free)
+
+    def _clear(self, free: Sequence[int]) -> list[int]:
+        """Take out the rows that are done; returns the slots that are free then."""
+        done = [row for row in self._active if row.finish_reason is not None]
+        self.finished.extend(done)
+        self._active = [row for row in self._active if row.finish_reason is None]
+        return sorted([*free, *(row.slot for row in done)])
 
     def _reader(self, k: int) -> Reader:
         """The reader of model ``k``; a model that nobody looks at costs no memory."""
@@ -145,8 +152,74 @@ class Router:
         return self._readers[k]
 
     def _blank(self, rows: Sequence[Row]) -> Draft:
+        """One empty position per row, at its end."""
         positions = self._positions(rows, [len(row.written) for row in rows])
-        return Draft(positions, deferring=[True] * len(rows), scores=[None] * len(rows))
+        draft = Draft(positions, deferring=[True] * len(rows), scores=[None] * len(rows))
+        if self._is_bridged:
+            self._foresee(draft)
+        return draft
+
+    def _foresee(self, draft: Draft) -> None:
+        """Run those who wrote last: how they would go on tells where others can."""
+        behind = [i for i, row in enumerate(draft.positions.rows) if row.written]
+        last = {i: draft.positions.rows[i].previous for i in behind}
+        for k in sorted(set(last.values())):
+            theirs = [i for i in behind if last[i] == k]
+            self._look(k, draft, theirs)
+            tokens = draft.positions.draw(draft.shown[k].logits(theirs), theirs).tolist()
+            draft.foreseen |= {i: (k, token) for i, token in zip(theirs, tokens, strict=True)}
+
+    def _go_on(self, rows: Sequence[Row]) -> Generator[Piece, None, list[Row]]:
+        """Let assistants write up to a place where the base model can go on.
+
+        Returns:
+            The rows in which it can do so now.
+        """
+        groups = self._vocabulary.groups
+        behind = [row for row in rows if row.written and not row.n_drafted]
+        behind = [row for row in behind if groups[row.previous] != groups[0]]
+        if not behind:
+            return list(rows)
+        draft = self._blank(behind)
+        draft.deferring = [False] * len(behind)
+        reader, held, verdict = self._reader(0), [], Verdict()
+        for i, row in enumerate(behind):
+            place, (writer, token) = len(row.written), draft.foreseen[i]
+            if not reader.can_go_on(row, [place], token, writer)[place]:
+                held.append(row)
+                self._desk.write(draft, writer, [i], verdict)
+            reader.rollback(row, place)
+        for row in held:
+            yield from self._commit(row, draft, verdict)
+        return [row for row in rows if row not in held]
+
+    def _survey(self, models: Sequence[int], draft: Draft, which: Sequence[int]) -> list[int]:
+        """Find out where models can go on that have another vocabulary than who writes.
+
+        Returns:
+            Those of the positions that can be decided now; the others wait for another round.
+        """
+        if not self._is_bridged:
+            return list(which)
+        groups = self._vocabulary.groups
+        late: dict[Row, int] = {}
+        for k in models:
+            asked: dict[Row, list[int]] = {}
+            for i in which:
+                goes_on = draft.goes_on(i)
+                if goes_on is not None and groups[goes_on[0]] != groups[k]:
+                    asked.setdefault(draft.positions.rows[i], []).append(i)
+            for row, numbers in asked.items():
+                places = [draft.positions.places[i] for i in numbers]
+                goes_on = draft.goes_on(numbers[-1])
+                assert goes_on is not None
+                flags = self._reader(k).can_go_on(row, places, goes_on[1], goes_on[0])
+                closed = draft.closed.setdefault(k, set())
+                closed.update(i for i, p in zip(numbers, places, strict=True) if not flags[p])
+                unknown = [place for place in places if flags[place] is None]
+                late[row] = min([late.get(row, len(row.ids) + 1), *unknown])
+        every = draft.positions
+        return [i for i in which if every.places[i] < late.get(every.rows[i], every.places[i] + 1)]
 
     def _positions(self, rows: Sequence[Row], places: Sequence[int]) -> Positions:
         return Positions(rows, places, self._noise, self._sampling)
@@ -156,8 +229,13 @@ class Router:
         unread = [*row.ids[len(row.written) :], *ahead]
         for k in self._used:
             limit = self._models[k].context_length
+            if limit is None:
+                continue
             n_more = sum(self._vocabulary.n_read(k, token) for token in unread)
-            if limit is not None and row.lengths[k] + n_more > limit:
+            if row.lengths[k] + n_more > limit and self._is_bridged:
+                # What others wrote was counted as its bytes, the most tokens that it can be.
+                row.lengths[k] = self._reader(k).length(row)
+            if row.lengths[k] + n_more > limit:
                 return False
         return True
 
@@ -174,7 +252,8 @@ class Router:
 
     def _look_at_base(self, rows: Sequence[Row], places: Sequence[int]) -> Look:
         hidden = "hidden" in self._desk.needs.of(0)
-        return self._at_home(self._reader(0).look(rows, places, places, hidden=hidden))
+        look = self._reader(0).look(rows, [[place] for place in places], hidden=hidden)
+        return self._at_home(look)
 
     def _embed(self, k: int, shared_ids: Tensor) -> Tensor:
         """Input embeddings of model ``k`` for tokens that it has, where decisions are made."""
@@ -193,10 +272,11 @@ class Router:
         if not asked:
             return verdict
         needs = self._desk.needs
-        for k in range(1, len(self._models)):
-            if k in needs.always or k in needs.deferred:
-                self._look(k, draft, asked)
-        waiting = self._desk.decide(draft, asked, verdict)
+        looked_at = sorted({*needs.always, *needs.deferred} - {0})
+        now = self._survey(looked_at, draft, asked)
+        for k in looked_at:
+            self._look(k, draft, now)
+        waiting = self._desk.decide(draft, now, verdict)
         self._hear_late_writers(draft, waiting, verdict)
         return verdict
 
@@ -211,27 +291,37 @@ class Router:
             if any(i in waiting for i in numbers)
         ]
         for k in sorted({waiting[i] for i in first}):
-            theirs = [i for i in first if waiting[i] == k]
+            theirs = self._survey([k], draft, [i for i in first if waiting[i] == k])
             self._look(k, draft, theirs)
-            self._desk.write(draft, k, theirs, verdict)
+            for writer in sorted({draft.able(k, i) for i in theirs}):
+                able = [i for i in theirs if draft.able(k, i) == writer]
+                self._desk.write(draft, writer, able, verdict)
 
     def _look(self, k: int, draft: Draft, which: Sequence[int]) -> None:
         """Run model ``k`` once so that it shows the positions numbered ``which``."""
-        places = draft.positions.places
-        wanted: dict[Row, list[int]] = {}
+        before = draft.shown.get(k)
+        if before is not None:
+            which = [i for i in which if not before.knows([i])]
+        if before is not None and not which:
+            return
+        positions, closed = draft.positions, draft.closed.get(k, set())
+        numbers: dict[Row, list[int]] = {}
         for i in which:
-            wanted.setdefault(draft.positions.rows[i], []).append(places[i])
-        rows = list(wanted)
-        firsts, lasts = [min(wanted[row]) for row in rows], [max(wanted[row]) for row in rows]
+            if i not in closed:
+                numbers.setdefault(positions.rows[i], []).append(i)
         hidden = "hidden" in self._desk.needs.of(k)
-        look = self._at_home(self._reader(k).look(rows, firsts, lasts, hidden=hidden))
-        start: dict[Row, int] = {}
-        line = 0
-        for row, first, last in zip(rows, firsts, lasts, strict=True):
-            start[row] = line - first
-            line += last - first + 1
-        line_of = {i: start[draft.positions.rows[i]] + places[i] for i in which}
-        draft.shown[k] = Shown(look, line_of)
+        if numbers:
+            rows = list(numbers)
+            places = [[positions.places[i] for i in numbers[row]] for row in rows]
+            look = self._at_home(self._reader(k).look(rows, places, hidden=hidden))
+        else:
+            width = self._models[k].hidden_size or 0
+            states = torch.zeros(0, width) if hidden else None
+            look = self._at_home(Look(torch.zeros(0, self._vocabulary.size), states, 0))
+        lines = [i for row_numbers in numbers.values() for i in row_numbers]
+        line_of = {i: line for line, i in enumerate(lines)}
+        shown = Shown(look, line_of, frozenset(closed & set(which)))
+        draft.shown[k] = shown if before is None else before.joined(shown)
 
     def _at_home(self, look: Look) -> Look:
         """All looks on one device, that of the first: models may be spread over several."""
@@ -251,6 +341,8 @@ class Router:
                 break
             token, writer = verdict.tokens[i], verdict.writers[i]
             foreseen = bool(draft.tokens) and token == draft.tokens[i]
+            # What another group wrote is read in another way, though it be the same text.
+            foreseen = foreseen and self._same_group(writer)
             if not foreseen:
                 row.drop_draft()
             row.write(Written(token, writer, verdict.logprobs[i], draft.scores[i]))
@@ -269,6 +361,11 @@ class Router:
         n_right = n_foreseen - n_before
         longer = 2 * n_right if n_right == len(numbers) else max(1, n_right)
         row.draft_length = min(self._block_size, longer)
+
+    def _same_group(self, writer: int) -> bool:
+        """Whether a writer has the base model's vocabulary."""
+        groups = self._vocabulary.groups
+        return writer == len(groups) or groups[writer] == groups[0]
 
     def _show(self, row: Row) -> Iterator[Piece]:
         """Let out the text of the token just written, and see whether the row is done."""

@@ -89,6 +89,10 @@ class Row:
         """Whether deferral has meant another token in half of the cases or more, so far."""
         return 2 * (self.n_changed + 1) > self.n_deferred
 
+    def writer(self, place: int) -> int:
+        """Who wrote the token at a place; what is drafted is the base model's."""
+        return self.written[place].writer if place < len(self.written) else 0
+
     def write(self, new: Written) -> None:
         """Add a token behind the written ones; the draft must agree or be gone."""
         place = len(self.written)

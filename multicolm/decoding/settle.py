@@ -77,7 +77,7 @@ class PolicyDesk:
         device = torch.device("cpu")
         views: dict[int, View] = {}
         for k, model in shown.items():
-            if not all(i in model.line_of for i in which):
+            if not model.knows(which):
                 continue
             logits = model.logits(which)
             device = logits.device
@@ -159,7 +159,7 @@ class PolicyDesk:
     ) -> dict[int, int]:
         answer = policy.select(views)
         self._check(answer, views, "select", {torch.int64, torch.int32})
-        writers = answer.tolist()
+        writers: list[int] = answer.tolist()
         wrong = sorted(set(writers) - self._uses)
         if wrong:
             used = ", ".join(f"{k} {self.models[k]}" for k in sorted(self._uses))
@@ -167,6 +167,8 @@ class PolicyDesk:
                 f"policy '{policy.name}' chose model {wrong[0]}; allowed are those that it uses "
                 f"({used})."
             )
+        # Between the places where it can go on, another model's turn is that of who writes.
+        writers = [draft.able(k, i) for i, k in zip(which, writers, strict=True)]
         waiting: dict[int, int] = {}
         for k in sorted(set(writers)):
             theirs = [i for i, writer in zip(which, writers, strict=True) if writer == k]

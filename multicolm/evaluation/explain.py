@@ -111,6 +111,7 @@ class Explainer:
     ) -> dict[int, _Seen]:
         """What every model that can read these prompts predicts."""
         needs = policy.needs(self._ensemble.models)
+        names = [*self._ensemble.models, MIXTURE]
         seen = {}
         for k, model in enumerate(self._ensemble.backends):
             try:
@@ -118,6 +119,7 @@ class Explainer:
                     Text(
                         encode_prompt(question.asked, k, model, self._ensemble.vocabulary),
                         [token[0] for token in record["tokens"]],
+                        [names.index(token[2]) for token in record["tokens"]],
                     )
                     for question, record in batch
                 ]

@@ -32,12 +32,14 @@ class _Node:
     """The beginning of a text.
 
     Attributes:
-        ids: its tokens, in the shared vocabulary.
+        ids: its tokens, in the ensemble's vocabulary.
+        writers: of each.
         n_bytes: its length.
         fitting: right completions that begin like it.
     """
 
     ids: list[int]
+    writers: list[int]
     n_bytes: int
     fitting: Sequence[bytes]
 
@@ -73,7 +75,7 @@ def can_be_written(
     searches = [_Search(riddle) for riddle in riddles]
     for search in searches:
         texts = [text.encode() for text in search.riddle.completions]
-        search.stack.append(_Node([], 0, texts))
+        search.stack.append(_Node([], [], 0, texts))
     for start in range(0, len(searches), batch_size):
         _Walk(ensemble, searches[start : start + batch_size]).run()
     return [search.found for search in searches]
@@ -117,7 +119,8 @@ class _Walk:
                 text for text in node.fitting if content and text.startswith(content, node.n_bytes)
             ]
             if fitting and token not in new:
-                new[token] = _Node([*node.ids, token], node.n_bytes + len(content), fitting)
+                ids, writers = [*node.ids, token], [*node.writers, k]
+                new[token] = _Node(ids, writers, node.n_bytes + len(content), fitting)
         if not self._any_ends:  # Nobody can end a text, so it is right once it is whole.
             search.found |= any(
                 len(text) == child.n_bytes for child in new.values() for text in child.fitting
@@ -141,7 +144,9 @@ class _PrefixReader:
         """Row and most likely token; rows whose prefix is beyond the context have none."""
         rows, tokens = [], []
         for row, node in nodes.items():
-            own = [*prompts[row], *self._vocabulary.read(self._k, node.ids)]
+            follower = self._vocabulary.follow(self._k, prompts[row])
+            follower.extend(node.ids, node.writers)
+            own = follower.own
             limit = self._model.context_length
             if limit is not None and len(own) > limit:
                 continue

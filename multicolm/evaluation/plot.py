@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import itertools
 import math
+import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -21,13 +22,14 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["Box", "front", "pareto", "placed"]
+__all__ = ["Box", "front", "pareto", "placed", "short_names"]
 
 _INK, _MUTED, _FAINT = "#1b2330", "#6b7686", "#d9dee6"
 # After Okabe and Ito, darkened where white paper asks for it; the base model comes first.
 _COLOURS = (_INK, "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 _MIXED = "#b3bac5"
-_RADIUS = {"model": 6.5, "policy": 7.5, "random": 5.0, "sweep": 4.0}
+_RADIUS = {"model": 6.0, "policy": 7.0, "random": 3.6, "sweep": 3.0}
+_NAMED = ("policy", "model")
 _STYLE = {
     "font.family": "DejaVu Sans",
     "font.size": 9,
@@ -74,31 +76,38 @@ def front(rows: Sequence[RowResult]) -> list[RowResult]:
 
 
 def placed(
-    anchors: Sequence[tuple[float, float, float]],
-    sizes: Sequence[tuple[float, float]],
+    anchor: tuple[float, float, float],
+    size: tuple[float, float],
     frame: Box,
     taken: Sequence[Box] = (),
-) -> list[Box]:
-    """Where labels go so that they cover neither each other nor the marks, one after the other.
+    lines: Sequence[Box] = (),
+    *,
+    strict: bool = True,
+) -> Box | None:
+    """Where a label goes beside its mark.
 
     Args:
-        anchors: of each label's mark, its centre and its radius.
-        sizes: of each label, its width and height.
-        frame: what they have to stay in.
-        taken: what else they should not cover.
+        anchor: centre and radius of the mark.
+        size: width and height of the label.
+        frame: what it has to stay in.
+        taken: what it must not cover.
+        lines: what it should not cover.
+        strict: whether there is no place for it if it would cover something or leave the frame;
+            otherwise it is put where that is least.
     """
-    marks = [Box(x - r, y - r, 2 * r, 2 * r) for x, y, r in anchors]
-    boxes: list[Box] = []
-    for anchor, size in zip(anchors, sizes, strict=True):
-        others = [*marks, *taken, *boxes]
 
-        def badness(choice: tuple[float, Box], others: list[Box] = others) -> float:
-            effort, box = choice
-            outside = box.width * box.height - box.overlap(frame)
-            return effort + sum(map(box.overlap, others)) + 10 * outside
+    def clash(box: Box) -> float:
+        outside = box.width * box.height - box.overlap(frame)
+        return sum(map(box.overlap, taken)) + 10 * outside
 
-        boxes.append(min(_places(anchor, size), key=badness)[1])
-    return boxes
+    def badness(choice: tuple[float, Box]) -> tuple[bool, float]:
+        effort, box = choice
+        covered = clash(box)
+        crossed = sum(map(box.overlap, lines))
+        return bool(covered > 1.0), float(effort + covered + 0.2 * crossed)
+
+    box = min(_places(anchor, size), key=badness)[1]
+    return None if strict and clash(box) > 1.0 else box
 
 
 def _places(
@@ -106,8 +115,11 @@ def _places(
 ) -> Iterator[tuple[float, Box]]:
     """Places around a mark with the effort of looking there: right and near first."""
     (x, y, radius), (width, height) = anchor, size
-    sides = ((1, 0), (-1, 0), (0, 1), (0, -1), (0.8, 0.8), (0.8, -0.8), (-0.8, 0.8), (-0.8, -0.8))
-    for far, (side, (dx, dy)) in itertools.product((3, 9, 18, 30), enumerate(sides)):
+    sides = (
+        (1.0, 0.0), (-1.0, 0.0), (0.0, 1.0), (0.0, -1.0),
+        (0.8, 0.8), (0.8, -0.8), (-0.8, 0.8), (-0.8, -0.8),
+    )  # fmt: skip
+    for far, (side, (dx, dy)) in itertools.product((3, 9, 18, 30, 48), enumerate(sides)):
         reach = radius + far
         centre_x = x + dx * reach + _sign(dx) * width / 2
         centre_y = y + dy * reach + _sign(dy) * height / 2
@@ -128,8 +140,8 @@ def pareto(comparison: Comparison, kind: Literal["png", "svg"]) -> bytes:
     from matplotlib.figure import Figure
 
     with matplotlib.style.context(_STYLE):
-        figure = Figure(figsize=(7.2, 4.6), dpi=200)
-        figure.subplots_adjust(left=0.085, right=0.985, top=0.855, bottom=0.185)
+        figure = Figure(figsize=(7.2, 4.9), dpi=200)
+        figure.subplots_adjust(left=0.085, right=0.985, top=0.86, bottom=0.22)
         _draw(figure, comparison)
         out = io.BytesIO()
         plain: dict[str, Any] = {"Date": None} if kind == "svg" else {"Software": None}
@@ -177,7 +189,8 @@ def _frame(axes: Axes, comparison: Comparison) -> None:
         title, loc="left", color=_INK, fontsize=11.5, fontweight="bold", pad=24, x=-0.055
     )
     axes.annotate(
-        f"{n} questions, bars: 95 % intervals, pies: who wrote the tokens, step line: Pareto front",
+        f"{n} questions; bars: 95 % intervals; pies: who wrote; small: other thresholds; "
+        "hollow: lotteries",
         (-0.055, 1), (0, 9), xycoords="axes fraction", textcoords="offset points",
         color=_MUTED, fontsize=8,
     )  # fmt: skip
@@ -203,16 +216,13 @@ def _front(axes: Axes, rows: Sequence[RowResult]) -> None:
 
 
 def _curves(axes: Axes, rows: Sequence[RowResult]) -> None:
-    """Join every policy with its sweep's points, and with the random row at its shares."""
+    """Join every policy with its sweep's points."""
     for head in (row for row in rows if row.kind == "policy"):
         sweep = [row for row in rows if row.kind == "sweep" and row.of == head.name]
         if sweep:
             curve = sorted([head, *sweep], key=lambda row: (row.cost, row.quality))
             ys = [100 * row.quality for row in curve]
-            axes.plot([row.cost for row in curve], ys, color=_INK, lw=1.2, zorder=4)
-        for row in (row for row in rows if row.kind == "random" and row.of == head.name):
-            ys = [100 * head.quality, 100 * row.quality]
-            axes.plot([head.cost, row.cost], ys, color=_MUTED, lw=1, ls=":", zorder=2.5)
+            axes.plot([row.cost for row in curve], ys, color=_INK, lw=0.9, alpha=0.55, zorder=3.5)
 
 
 def _mark(axes: Axes, row: RowResult) -> None:
@@ -245,38 +255,76 @@ def _mark(axes: Axes, row: RowResult) -> None:
 
 
 def _labels(axes: Axes, comparison: Comparison, rows: Sequence[RowResult]) -> None:
+    """Name policies and models; where there is no room, by a number that is explained below."""
     figure = axes.figure
     pixel = figure.dpi / 72
-    # The weighty ones choose their places first.
-    order = {"policy": 0, "model": 1, "random": 2, "sweep": 3}
-    shown = sorted(rows, key=lambda row: order[row.kind])
-    texts = [
-        axes.annotate(
-            _name(row), (0, 0), xycoords="figure pixels", va="bottom", annotation_clip=False,
-            color=_INK if row.kind in ("policy", "model") else _MUTED, zorder=7,
-            fontsize=9 if row.kind in ("policy", "model") else 7.5,
-            fontweight="bold" if row.kind == "policy" else "normal",
-        )
-        for row in shown
-    ]  # fmt: skip
-    middles = [axes.transData.transform((row.cost, 100 * row.quality)) for row in shown]
-    radii = [_RADIUS[row.kind] * pixel for row in shown]
-    extents = [text.get_window_extent() for text in texts]
     window = axes.get_window_extent()
-    boxes = placed(
-        [(float(x), float(y), r) for (x, y), r in zip(middles, radii, strict=True)],
-        [(extent.width, extent.height) for extent in extents],
-        Box(window.x0, window.y0, window.width, window.height),
-        [*_lines(axes, rows), *_oracles(axes, comparison)],
-    )
-    for text, box, (x, y) in zip(texts, boxes, middles, strict=True):
+    frame = Box(window.x0, window.y0, window.width, window.height)
+    named = [row for row in rows if row.kind in _NAMED]
+    labelled = list(zip(named, short_names([row.name for row in named]), strict=True))
+    # The best ones choose their places first.
+    labelled.sort(key=lambda pair: -pair[0].quality)
+    taken = [*_marks(axes, rows, pixel), *_oracles(axes, comparison)]
+    lines = _lines(axes)
+    key: list[str] = []
+    for row, name in labelled:
+        x, y = map(float, axes.transData.transform((row.cost, 100 * row.quality)))
+        anchor = (x, y, _RADIUS[row.kind] * pixel)
+        text = _text(axes, name, row)
+        box = placed(anchor, _size(text), frame, taken, lines)
+        if box is None:
+            text.remove()
+            key.append(name)
+            text = _text(axes, str(len(key)), row)
+            box = placed(anchor, _size(text), frame, taken, lines, strict=False)
+            assert box is not None
+        taken.append(box)
         text.xy = (box.x, box.y)
         text.set_position((box.x, box.y))
-        near_x, near_y = _nearest(box, float(x), float(y))
-        if math.hypot(near_x - x, near_y - y) > 16 * pixel:
-            inverse = axes.transData.inverted()
-            ends = inverse.transform([(x, y), (near_x, near_y)])
+        near_x, near_y = _nearest(box, x, y)
+        if math.hypot(near_x - x, near_y - y) > 14 * pixel:
+            ends = axes.transData.inverted().transform([(x, y), (near_x, near_y)])
             axes.plot(ends[:, 0], ends[:, 1], color=_MUTED, lw=0.5, zorder=3.5)
+    if key:
+        explained = "    ".join(f"{number}  {name}" for number, name in enumerate(key, start=1))
+        axes.annotate(
+            "\n".join(textwrap.wrap(explained, 110)), (-0.065, -0.245), xycoords="axes fraction",
+            va="top", color=_MUTED, fontsize=8, annotation_clip=False,
+        )  # fmt: skip
+
+
+def _text(axes: Axes, words: str, row: RowResult) -> Any:
+    return axes.annotate(
+        words, (0, 0), xycoords="figure pixels", va="bottom", annotation_clip=False, color=_INK,
+        zorder=7, fontsize=8.5, fontweight="bold" if row.kind == "policy" else "normal",
+    )  # fmt: skip
+
+
+def _size(text: Any) -> tuple[float, float]:
+    extent = text.get_window_extent()
+    return float(extent.width), float(extent.height)
+
+
+def short_names(names: Sequence[str]) -> list[str]:
+    """The last part of every path, where that tells it from the others.
+
+    >>> short_names(["runs/co-llm", "cosd-rule", "a/x", "b/x"])
+    ['co-llm', 'cosd-rule', 'a/x', 'b/x']
+    """
+    last = [name.rstrip("/").rpartition("/")[2] or name for name in names]
+    return [
+        visible(short if last.count(short) == 1 else name)
+        for name, short in zip(names, last, strict=True)
+    ]
+
+
+def _marks(axes: Axes, rows: Sequence[RowResult], pixel: float) -> list[Box]:
+    boxes = []
+    for row in rows:
+        x, y = map(float, axes.transData.transform((row.cost, 100 * row.quality)))
+        r = _RADIUS[row.kind] * pixel
+        boxes.append(Box(x - r, y - r, 2 * r, 2 * r))
+    return boxes
 
 
 def _nearest(box: Box, x: float, y: float) -> tuple[float, float]:
@@ -287,15 +335,7 @@ def _nearest(box: Box, x: float, y: float) -> tuple[float, float]:
     )
 
 
-def _name(row: RowResult) -> str:
-    if row.kind == "random":
-        return "random"
-    if row.kind == "sweep" and row.point:
-        return ", ".join(f"{visible(str(value))}" for value in row.point.values())
-    return visible(row.name)
-
-
-def _lines(axes: Axes, rows: Sequence[RowResult]) -> list[Box]:
+def _lines(axes: Axes) -> list[Box]:
     """Where error bars, curves and the front run, as small squares along them."""
     paths = [line.get_xydata() for line in axes.get_lines() if line.get_xydata() is not None]
     squares = []
@@ -313,8 +353,8 @@ def _oracles(axes: Axes, comparison: Comparison) -> list[Box]:
     boxes = []
     for row in (row for row in comparison.rows if row.kind == "oracle"):
         text = axes.annotate(
-            f"{visible(row.name)}: the best choice of writers", (0, 100 * row.quality), (4, 3),
-            xycoords=("axes fraction", "data"), textcoords="offset points",
+            f"{visible(row.name)}: the best choice of writers", (1, 100 * row.quality), (-4, 3),
+            xycoords=("axes fraction", "data"), textcoords="offset points", ha="right",
             color=_MUTED, fontsize=7.5,
         )  # fmt: skip
         extent = text.get_window_extent()

@@ -269,8 +269,14 @@ def _bullets(pairs: Sequence[tuple[str, str]]) -> list[str]:
 
 
 def _notes(comparison: Comparison) -> list[str]:
-    notes = [(row.name, row.note) for row in in_order(comparison.rows) if row.note]
+    notes = [(row.name, row.note) for row in noted(comparison)]
     return ["\n".join(_bullets(notes))] if notes else []
+
+
+def noted(comparison: Comparison) -> list[RowResult]:
+    """The rows whose notes are shown; those of lotteries and sweeps are in ``results.json``."""
+    shown = ("model", "policy", "oracle")
+    return [row for row in in_order(comparison.rows) if row.note and row.kind in shown]
 
 
 def _speeds(comparison: Comparison) -> list[str]:

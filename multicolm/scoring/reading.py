@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from multicolm.backend.base import Model
-from multicolm.tokenizer.shared import SharedVocabulary
+from multicolm.tokenizer.vocabulary import Vocabulary
 
 __all__ = ["Reading", "Text", "read_texts"]
 
@@ -24,11 +24,14 @@ class Text:
 
     Attributes:
         prompt_ids: what the model reads before it, in its own tokens; at least one.
-        ids: the tokens of the text, in the shared vocabulary.
+        ids: the tokens of the text, in the ensemble's vocabulary.
+        writers: per token, the index of the model that wrote it; the base model all of them if not
+            given.
     """
 
     prompt_ids: Sequence[int]
     ids: Sequence[int]
+    writers: Sequence[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ class Reading:
     Attributes:
         numbers: which of the texts, from 0.
         places: how many tokens of the text stand before the predicted one.
-        logits: unnormalised log-probabilities over the shared vocabulary.
+        logits: unnormalised log-probabilities over the ensemble's vocabulary.
         hidden: last hidden state after the final norm, if it was asked for.
     """
 
@@ -55,19 +58,19 @@ class _Line:
     Attributes:
         number: which of the texts.
         tokens: in the model's own vocabulary, up to the last place that is looked at.
-        looks: per place of the text, after which token (from 0) the model predicts it; places
-            beyond its context are missing.
+        looks: pairs of a place of the text, and after which token (from 0) the model predicts it;
+            places beyond its context, and within a token of its own, are missing.
     """
 
     number: int
     tokens: Sequence[int]
-    looks: Sequence[int]
+    looks: Sequence[tuple[int, int]]
 
 
 def read_texts(
     model: Model,
     k: int,
-    vocabulary: SharedVocabulary,
+    vocabulary: Vocabulary,
     texts: Sequence[Text],
     *,
     hidden: bool = False,
@@ -81,14 +84,14 @@ def read_texts(
     Args:
         model: reads them.
         k: its index in the ensemble.
-        vocabulary: what the ensemble's models share.
+        vocabulary: what the ensemble writes in.
         texts: in any order.
         hidden: whether hidden states are wanted.
         batch_tokens: the most tokens of one pass, padding included.
 
     Yields:
         Every place of every text once, in no particular order; without places that lie beyond the
-        model's context.
+        model's context or within a token of its own vocabulary.
     """
     lines = [_line(number, text, model, k, vocabulary) for number, text in enumerate(texts)]
     lines = sorted((line for line in lines if line.looks), key=lambda line: len(line.tokens))
@@ -97,17 +100,17 @@ def read_texts(
         yield from _read_batch(batch, model, k, vocabulary, hidden, budget)
 
 
-def _line(number: int, text: Text, model: Model, k: int, vocabulary: SharedVocabulary) -> _Line:
-    tokens = list(text.prompt_ids)
-    looks: list[int] = []
+def _line(number: int, text: Text, model: Model, k: int, vocabulary: Vocabulary) -> _Line:
+    follower = vocabulary.follow(k, text.prompt_ids)
+    follower.extend(text.ids, text.writers or [0] * len(text.ids))
+    reaches = ((place, follower.reach(place)) for place in range(len(text.ids)))
     limit = model.context_length
-    for place, token in enumerate(text.ids):
-        if limit is not None and len(tokens) > limit:
-            break
-        looks.append(len(tokens) - 1)
-        if place + 1 < len(text.ids):
-            tokens += vocabulary.read(k, [token])
-    return _Line(number, tokens[: looks[-1] + 1] if looks else [], looks)
+    looks = [
+        (place, reach - 1)
+        for place, reach in reaches
+        if reach is not None and (limit is None or reach <= limit)
+    ]
+    return _Line(number, follower.own[: looks[-1][1] + 1] if looks else [], looks)
 
 
 def _batches(lines: Sequence[_Line], budget: int) -> Iterator[list[_Line]]:
@@ -126,7 +129,7 @@ def _read_batch(
     batch: Sequence[_Line],
     model: Model,
     k: int,
-    vocabulary: SharedVocabulary,
+    vocabulary: Vocabulary,
     hidden: bool,
     budget: int,
 ) -> Iterator[Reading]:
@@ -137,7 +140,7 @@ def _read_batch(
         pieces = [batch[row].tokens[start : start + width] for row in rows]
         ends = [start + len(piece) for piece in pieces]
         wanted = [
-            [(place, at) for place, at in enumerate(batch[row].looks) if start <= at < end]
+            [(place, at) for place, at in batch[row].looks if start <= at < end]
             for row, end in zip(rows, ends, strict=True)
         ]
         # A session looks after one token at least; a piece of a prompt shows what nobody reads.

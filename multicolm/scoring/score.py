@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from multicolm.errors import (
 from multicolm.files import locked, sha256, write_whole
 from multicolm.scoring.corpus import Corpus, Example
 from multicolm.scoring.reading import Text, read_texts
+from multicolm.scoring.spans import spans_of, to_base_tokens
 from multicolm.scoring.store import (
     FEATURES,
     TEXT,
@@ -34,7 +36,8 @@ from multicolm.scoring.store import (
     TableFiles,
     read_index,
 )
-from multicolm.tokenizer.shared import SharedVocabulary
+from multicolm.tokenizer.bridged import BridgedVocabulary
+from multicolm.tokenizer.vocabulary import Vocabulary
 from multicolm.types import Prompt, Signal, prompt_digest
 from multicolm.views import View
 
@@ -209,10 +212,14 @@ def _plan(
     kept = tuple(sorted(set(features)))
     models = tuple(
         ScoredModel(
-            model.name, model.identity, model.precision, cost, kept if model is base else ()
+            model.name,
+            model.identity,
+            model.precision,
+            ensemble.costs[k],
+            kept if k == 0 else (),
+            bridge="boundary" if ensemble.vocabulary.groups[k] else "shared",
         )
-        for base in ensemble.backends[:1]
-        for model, cost in zip(ensemble.backends, ensemble.costs, strict=True)
+        for k, model in enumerate(ensemble.backends)
     )
     return Index(
         multicolm=multicolm.__version__,
@@ -335,7 +342,7 @@ class _Scorer:
 
     def __init__(self, ensemble: Ensemble, files: TableFiles, batch_tokens: int) -> None:
         self._models = ensemble.backends
-        self._vocabulary: SharedVocabulary = ensemble.vocabulary
+        self._vocabulary: Vocabulary = ensemble.vocabulary
         self._files = files
         self._index = files.index
         self._batch_tokens = batch_tokens
@@ -377,7 +384,7 @@ class _Scorer:
             self._files.write(TEXT, number, self._text(shard, examples, ids, gold))
         for k, model in enumerate(self._models):
             if model.name in parts:
-                scores = self._read(k, model, shard, examples, ids, gold.long())
+                scores = self._read(k, model, examples, ids, gold.long())
                 self._files.write(model.name, number, scores)
 
     def _text(
@@ -399,19 +406,50 @@ class _Scorer:
         self,
         k: int,
         model: Model,
-        shard: Shard,
         examples: list[Example],
         ids: list[list[int]],
         gold: Tensor,
     ) -> dict[str, Tensor]:
         """What one model gave to the tokens of a shard."""
+        vocabulary = self._vocabulary
+        if not isinstance(vocabulary, BridgedVocabulary) or vocabulary.groups[k] == 0:
+            return self._read_tokens(k, model, examples, ids, gold)
+        spans = [spans_of(vocabulary, k, text, self._reader.end) for text in ids]
+        own = [list(text.own) for text in spans]
+        own_gold = torch.tensor([token for text in own for token in text])
+        columns = to_base_tokens(self._read_tokens(k, model, examples, own, own_gold), spans)
+        # The right token of one's own counts as the right one; others are told by their content.
+        right = columns["top1_ids"] == own_gold[columns.pop("number")]
+        named = [self._known_everywhere(vocabulary, i) for i in columns["top1_ids"].tolist()]
+        columns["top1_ids"] = torch.where(right, gold, torch.tensor(named)).int()
+        return columns
+
+    def _known_everywhere(self, vocabulary: BridgedVocabulary, token: int) -> int:
+        """A token of the base model's group, or a negative number that hangs on its content.
+
+        So scores of one model do not hang on which others are in the ensemble.
+        """
+        if token < vocabulary.shared[0].size:
+            return token
+        content = vocabulary.token_bytes(token) or vocabulary.name(token).encode()
+        return -1 - (zlib.crc32(content) & 0x7FFFFFFE)
+
+    def _read_tokens(
+        self,
+        k: int,
+        model: Model,
+        examples: list[Example],
+        ids: list[list[int]],
+        gold: Tensor,
+    ) -> dict[str, Tensor]:
+        """What one model gave to tokens of texts that are also its own."""
         features = self._index.models[k].features
         texts = [
-            Text(self._reader.prompt(example, k), text)
+            Text(self._reader.prompt(example, k), text, [k] * len(text))
             for example, text in zip(examples, ids, strict=True)
         ]
         starts = torch.tensor([0, *(len(text) for text in ids)]).cumsum(0)
-        columns = _Columns(shard.n_positions)
+        columns = _Columns(len(gold))
         for reading in read_texts(
             model,
             k,

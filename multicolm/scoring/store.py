@@ -70,6 +70,8 @@ class ScoredModel:
         cost: of one forward pass for one text, in the ensemble's unit.
         features: what was kept of it besides its scores.
         n_unknown: positions that it could not score, as its context does not reach that far.
+        bridge: how its tokens and the base model's meet: ``shared``, one vocabulary; ``boundary``,
+            where tokens of both begin.
     """
 
     name: str
@@ -78,6 +80,7 @@ class ScoredModel:
     cost: float
     features: tuple[str, ...] = ()
     n_unknown: int = 0
+    bridge: str = "shared"
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +129,7 @@ class Index:
             model = next(model for model in self.models if model.name == part)
             facts += [model.identity or model.name, model.precision, model.features]
             facts += [self.top_k if "topk" in model.features else 0]
+            facts += [model.bridge] if model.bridge != "shared" else []
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
 
     def parts(self) -> Iterator[tuple[str, int]]:
@@ -286,7 +290,7 @@ def load_table(folder: str | Path, models: Sequence[str] | None = None) -> Score
         return torch.stack([torch.cat([s[name] for s in scores[k]]) for k in wanted], dim=1)
 
     base = described[wanted[0]]
-    return ScoreTable(
+    table = ScoreTable(
         models=ModelNames(wanted),
         gold_ids=torch.cat([text["gold_ids"] for text in texts]).long(),
         gold_logprobs=column("gold_logprobs"),
@@ -302,6 +306,11 @@ def load_table(folder: str | Path, models: Sequence[str] | None = None) -> Score
         identities=tuple(described[name].identity for name in wanted),
         digest=index.digest,
     )
+    bridged = [name for name in wanted if described[name].bridge != "shared"]
+    if not bridged:
+        return table
+    opens = [torch.cat([s["open"] for s in scores[name]]) for name in bridged]
+    return table.merged(torch.stack(opens, dim=1).bool())
 
 
 def load_prompt_digests(folder: str | Path) -> list[str]:

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import cached_property
 
+from multicolm.errors import InputError
+from multicolm.tokenizer.cuts import Cuts
 from multicolm.types import Message
 
 __all__ = ["TokenizerAdapter"]
+
+# Bytes that are no UTF-8, as `surrogateescape` shows them.
+_BROKEN = re.compile("([\udc80-\udcff]+)")
 
 
 class TokenizerAdapter(ABC):
     """Turns one model's tokens into bytes and back.
 
-    Law: ``decode(encode(text)) == text.encode()`` for every text that the tokenizer covers, and
-    decoding in pieces equals decoding at once.
+    Law: ``decode(encode_continuation(text)) == text.encode()`` for every text that the tokenizer
+    covers (:meth:`covers_text`), and decoding in pieces equals decoding at once.
 
     Attributes:
         n_tokens: number of ids, 0..n_tokens-1; ids without a token have no bytes and no name.
@@ -24,13 +31,75 @@ class TokenizerAdapter(ABC):
     n_tokens: int
     end_ids: frozenset[int]
 
+    @property
+    def settings(self) -> dict[str, object] | None:
+        """How continuations are cut, as a ``tokenizer.json`` says it; ``None`` if that is unknown.
+
+        :mod:`multicolm.tokenizer.canonical` works out from them which tokens may follow which.
+        """
+        return None
+
     @abstractmethod
     def encode(self, text: str) -> list[int]:
-        """Token ids of a prompt, with whatever the tokenizer puts at the start of a text."""
+        """Token ids of a prompt, with whatever the tokenizer puts at the start of a text.
+
+        Names of special tokens in the text are text.
+        """
 
     @abstractmethod
     def encode_continuation(self, text: str) -> list[int]:
         """Token ids of text that continues another; nothing is put in front, no special tokens."""
+
+    def encode_bytes(self, content: bytes) -> list[int]:
+        """Token ids of bytes that continue a text, be they UTF-8 or not.
+
+        Law: for valid UTF-8, those of :meth:`encode_continuation`. Bytes that are none, such as a
+        part of a character at the end, are written byte by byte where the vocabulary has a token
+        for each; else they are encoded as U+FFFD, together with the text around them.
+
+        Raises:
+            InputError: if there is no token for something in it.
+        """
+        ids: list[int] = []
+        pending = ""
+        for part in _BROKEN.split(content.decode("utf-8", "surrogateescape")):
+            broken = part.encode("utf-8", "surrogateescape") if _BROKEN.match(part) else b""
+            if not all(byte in self._broken_byte_ids for byte in broken):
+                pending += broken.decode("utf-8", "replace")
+            elif broken:
+                ids += self.encode_continuation(pending) if pending else []
+                ids += [self._broken_byte_ids[byte] for byte in broken]
+                pending = ""
+            else:
+                pending += part
+        return ids + (self.encode_continuation(pending) if pending else [])
+
+    @cached_property
+    def _broken_byte_ids(self) -> dict[int, int]:
+        """The first token of each byte that is no character of its own."""
+        ids: dict[int, int] = {}
+        for token_id in range(self.n_tokens):
+            content = self.token_bytes(token_id)
+            if len(content) == 1 and content[0] >= 0x80:
+                ids.setdefault(content[0], token_id)
+        return ids
+
+    def covers_text(self, text: str) -> bool:
+        """Whether a text comes back as it was when its tokens are decoded.
+
+        It does not where the tokenizer puts characters together or replaces them (Unicode
+        normalisation; U+2581 in SentencePiece), or has no token for one, or if it is no Unicode.
+        """
+        try:
+            content = text.encode()
+            return self.decode(self.encode_continuation(text)) == content
+        except (InputError, UnicodeEncodeError):
+            return False
+
+    @property
+    def cuts(self) -> Cuts | None:
+        """Where texts can be cut; ``None`` if not known, so that they are encoded as a whole."""
+        return None
 
     @abstractmethod
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:

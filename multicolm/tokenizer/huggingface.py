@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from multicolm.errors import InputError, VocabularyError
 from multicolm.tokenizer.base import TokenizerAdapter
+from multicolm.tokenizer.cuts import Cuts, cuts_of
 from multicolm.types import Message
 
 __all__ = ["HuggingFaceTokenizer"]
@@ -73,14 +74,26 @@ class HuggingFaceTokenizer(TokenizerAdapter):
                 table.append(spelled(piece))
         return table
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, read_specials: bool = False) -> list[int]:
         """Token ids of a prompt, with the tokenizer's own beginning-of-text token if it has one.
+
+        Args:
+            text: the prompt.
+            read_specials: whether names of special tokens in it stand for these tokens, as in a
+                text that a chat template has made. Otherwise they are text.
 
         Raises:
             InputError: if the text holds a token that the model's weights do not know.
         """
-        ids = list(self._tokenizer(text, add_special_tokens=True, verbose=False)["input_ids"])
-        return self._readable(ids)
+        if read_specials:
+            return self._readable(self._encode_with_specials(text, at_start=True))
+        return self._readable(list(self._outer.encode(text, add_special_tokens=True).ids))
+
+    def _encode_with_specials(self, text: str, *, at_start: bool) -> list[int]:
+        encoded = self._tokenizer(
+            text, add_special_tokens=at_start, split_special_tokens=False, verbose=False
+        )
+        return list(encoded["input_ids"])
 
     def _readable(self, ids: list[int]) -> list[int]:
         for token_id in ids:
@@ -98,18 +111,30 @@ class HuggingFaceTokenizer(TokenizerAdapter):
         return self._readable(list(encoded.ids))
 
     @cached_property
+    def cuts(self) -> Cuts | None:
+        """Where texts can be cut; ``None`` for a tokenizer of an unknown manner."""
+        pieces = self._tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False)
+        return cuts_of(self.settings, pieces)
+
+    @property
+    def settings(self) -> dict[str, object]:
+        """How continuations are cut: the ``tokenizer.json`` without what is put in front."""
+        settings: dict[str, object] = json.loads(self._tokenizer.backend_tokenizer.to_str())
+        settings.update({part: _without_prefix(settings[part]) for part in _PREFIXING})
+        return settings
+
+    @cached_property
+    def _outer(self) -> Any:
+        """The tokenizer for text at the start of a prompt, in which no special is seen."""
+        return _without_specials(self._tokenizer.backend_tokenizer.to_str())
+
+    @cached_property
     def _inner(self) -> Any:
         """The tokenizer for text in mid-text: no space is put in front, no special is seen."""
-        from tokenizers import Tokenizer
-
-        backend = self._tokenizer.backend_tokenizer
-        settings = json.loads(backend.to_str())
-        without = {part: _without_prefix(settings[part]) for part in _PREFIXING}
-        inner = Tokenizer.from_str(json.dumps({**settings, **without}))
-        inner.encode_special_tokens = True
-        inner.no_truncation()
-        inner.no_padding()
-        return inner
+        settings = json.loads(self._tokenizer.backend_tokenizer.to_str())
+        if all(settings[part] == _without_prefix(settings[part]) for part in _PREFIXING):
+            return self._outer
+        return _without_specials(json.dumps(self.settings))
 
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of a chat in the model's own template, ready for the reply.
@@ -134,8 +159,8 @@ class HuggingFaceTokenizer(TokenizerAdapter):
             raise InputError(
                 f"the chat template of model '{self._name}' refuses these messages: {error}"
             ) from error
-        encoded = self._tokenizer(str(text), add_special_tokens=False, verbose=False)
-        return self._readable(list(encoded["input_ids"]))
+        # What the tokenizer puts at the start of a text is in the template if it should be there.
+        return self._readable(self._encode_with_specials(str(text), at_start=False))
 
     def token_bytes(self, token_id: int) -> bytes:
         """What the token adds to a text; empty for special tokens and ids without a token."""
@@ -152,6 +177,21 @@ class HuggingFaceTokenizer(TokenizerAdapter):
     def is_added(self, token_id: int) -> bool:
         """Whether the token is in no merge list or score table, only in the list of added ones."""
         return self._is_added[token_id]
+
+
+def _without_specials(settings: str) -> Any:
+    """A tokenizer for which names of special tokens are text.
+
+    Args:
+        settings: its ``tokenizer.json``.
+    """
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_str(settings)
+    tokenizer.encode_special_tokens = True
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
 def _decoder_of(tokenizer: PreTrainedTokenizerBase, name: str) -> Any:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from multicolm.errors import InputError
 from multicolm.tokenizer.base import TokenizerAdapter
+from multicolm.tokenizer.cuts import Cuts, GreedyCuts
 from multicolm.types import Message
 
 __all__ = ["LiteralTokenizer"]
@@ -36,6 +37,7 @@ class LiteralTokenizer(TokenizerAdapter):
         texts = [token for token in self._tokens if token not in self._specials]
         self._longest_first = sorted(texts, key=len, reverse=True)
         self._ids = {token: i for i, token in enumerate(self._tokens)}
+        self._cuts = GreedyCuts(texts)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a prompt.
@@ -60,6 +62,11 @@ class LiteralTokenizer(TokenizerAdapter):
     def encode_continuation(self, text: str) -> list[int]:
         """The same as :meth:`encode`: nothing is put in front of a text."""
         return self.encode(text)
+
+    @property
+    def cuts(self) -> Cuts:
+        """Behind every token that no longer one could have replaced."""
+        return self._cuts
 
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
         """The messages' contents, one after another."""

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from multicolm.errors import VocabularyError
 from multicolm.tokenizer.base import TokenizerAdapter
+from multicolm.tokenizer.vocabulary import Follower, Vocabulary
 from multicolm.views import ModelNames
 
 __all__ = ["SharedVocabulary"]
@@ -50,11 +50,12 @@ class _Known:
                 self.texts[piece] = i
 
 
-class SharedVocabulary:
+class SharedVocabulary(Vocabulary):
     """The vocabulary that the models of an ensemble share.
 
     Attributes:
         size: number of shared ids.
+        groups: all models are in group 0.
     """
 
     def __init__(self, models: ModelNames, tokenizers: Sequence[TokenizerAdapter]) -> None:
@@ -64,6 +65,7 @@ class SharedVocabulary:
             VocabularyError: if the text tokens of two models differ.
         """
         self.models = models
+        self.groups = (0,) * len(models)
         self._tokenizers = list(tokenizers)
         n_base = tokenizers[0].n_tokens
         self._owners: list[tuple[int, int]] = [(0, i) for i in range(n_base)]
@@ -127,9 +129,13 @@ class SharedVocabulary:
         for shared_id in (own < 0).nonzero().flatten().tolist():
             # A special token of another model means nothing to this one; text is read as text.
             content = self.token_bytes(shared_id)
-            reads[shared_id] = tuple(_as_text(self._tokenizers[k], content)) if content else ()
+            reads[shared_id] = tuple(self._tokenizers[k].encode_bytes(content))
         straight = bool((own == torch.arange(self.size)).all())
         return _Translation(own, reads, straight)
+
+    def follow(self, model: int, prompt: Sequence[int]) -> Follower:
+        """Begin to follow a text behind a prompt, which is in the model's own tokens."""
+        return _TokenFollower(self, model, prompt)
 
     def read(self, model: int, shared_ids: Sequence[int]) -> list[int]:
         """What ``model`` is fed for these tokens of the shared vocabulary."""
@@ -192,23 +198,45 @@ class SharedVocabulary:
             return frozenset().union(*self._end_ids)
         return self._end_ids[model]
 
-    @cached_property
-    def starts_word(self) -> Bool[Tensor, "vocab"]:
-        """Per token, whether it begins a new word: white space in front, or a special token."""
-        flags = []
-        for shared_id in range(self.size):
-            content = self.token_bytes(shared_id)
-            flags.append(not content or content[:1].isspace())
-        return torch.tensor(flags)
 
+class _TokenFollower(Follower):
+    """Reads the text token by token."""
 
-def _as_text(tokenizer: TokenizerAdapter, content: bytes) -> list[int]:
-    """The tokens of some bytes that another model wrote as one token."""
-    try:
-        return tokenizer.encode_continuation(content.decode())
-    except UnicodeDecodeError:  # a part of a character: byte by byte, where there are such tokens
-        single = {tokenizer.token_bytes(i): i for i in reversed(range(tokenizer.n_tokens))}
-        parts = [bytes([byte]) for byte in content]
-        if all(part in single for part in parts):
-            return [single[part] for part in parts]
-        return tokenizer.encode_continuation(content.decode(errors="replace"))
+    def __init__(self, vocabulary: SharedVocabulary, model: int, prompt: Sequence[int]) -> None:
+        self._vocabulary = vocabulary
+        self._model = model
+        self._straight = vocabulary.is_straight(model)
+        self.own = list(prompt)
+        self._ends = [len(self.own)]
+        self._kept = 0
+
+    @property
+    def n_tokens(self) -> int:
+        """How many tokens of the text it has followed."""
+        return len(self._ends) - 1
+
+    def extend(self, tokens: Sequence[int], writers: Sequence[int]) -> None:
+        """Follow more tokens of the text; who wrote them makes no difference."""
+        if self._straight:
+            self.own.extend(tokens)
+            self._ends.extend(range(self._ends[-1] + 1, self._ends[-1] + 1 + len(tokens)))
+            return
+        for token in tokens:
+            self.own.extend(self._vocabulary.read(self._model, [token]))
+            self._ends.append(len(self.own))
+
+    def cut(self, n_tokens: int) -> None:
+        """Go back to the first ``n_tokens`` tokens of the text."""
+        if n_tokens < self.n_tokens:
+            del self._ends[n_tokens + 1 :]
+            del self.own[self._ends[-1] :]
+            self._kept = min(self._kept, len(self.own))
+
+    def reach(self, place: int) -> int:
+        """How many own tokens stand before a place of the text."""
+        return self._ends[place]
+
+    def take_kept(self) -> int:
+        """How many own tokens in front have not changed since the last call."""
+        kept, self._kept = self._kept, len(self.own)
+        return kept

@@ -141,9 +141,10 @@ def test_a_prompt_begins_as_the_tokenizer_begins_texts_and_a_continuation_does_n
     assert tokenizer.decode(tokenizer.encode_continuation(" the")) == b" the"
 
 
-def test_names_of_special_tokens_in_a_continuation_are_text() -> None:
+def test_names_of_special_tokens_in_a_text_are_text_unless_asked_otherwise() -> None:
     tokenizer = adapter("byte-level")
-    assert tokenizer.encode(END) == list(tokenizer.end_ids)
+    assert tokenizer.encode(END, read_specials=True) == list(tokenizer.end_ids)
+    assert tokenizer.decode(tokenizer.encode(END)) == END.encode()
     assert tokenizer.decode(tokenizer.encode_continuation(END)) == END.encode()
 
 
@@ -236,7 +237,7 @@ def test_tokens_behind_the_last_embedding_are_none() -> None:
     assert all(i < tokenizer.n_tokens for i in tokenizer.end_ids)
     for text in ("<pad>", "a <think>"):
         with pytest.raises(InputError, match=r"model 'm' has a token '<.*>' \(id 26"):
-            tokenizer.encode(text)
+            tokenizer.encode(text, read_specials=True)
 
 
 def test_a_chat_becomes_tokens_by_the_models_own_template() -> None:

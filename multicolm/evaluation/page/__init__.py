@@ -27,6 +27,7 @@ from multicolm.evaluation.table import (
     facts,
     headline,
     in_order,
+    noted,
     p_value,
     percent,
     plain,
@@ -135,7 +136,7 @@ def _warnings(comparison: Comparison) -> str:
 
 
 def _notes(comparison: Comparison) -> str:
-    rows = [row for row in in_order(comparison.rows) if row.note]
+    rows = noted(comparison)
     return "".join(
         f'<p class="note"><b>{_text(row.name)}</b>: {_text(row.note)}</p>' for row in rows
     )

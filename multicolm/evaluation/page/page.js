@@ -96,7 +96,7 @@ given.forEach((row) => {
 // ---- the plot -----------------------------------------------------------------------------------
 
 const plot = document.getElementById("plot");
-const RADIUS = { model: 8, policy: 10, random: 7, sweep: 6 };
+const RADIUS = { model: 8, policy: 10, random: 5, sweep: 4.5 };
 
 function ticks(low, high, n) {
   const raw = (high - low) / n;
@@ -155,22 +155,22 @@ function overlap(a, b) {
   return Math.max(0, across) * Math.max(0, down);
 }
 
-/** Where labels go so that they cover neither each other nor anything drawn, one after the other. */
-function placed(labels, frame, taken) {
-  const marks = labels.map(({ x, y, r }) => ({ x: x - r, y: y - r, width: 2 * r, height: 2 * r }));
+/** Where labels go, the best rows' first; null for one that would cover a mark or another label. */
+function placed(labels, frame, taken, lines) {
   const sides = [[1, 0], [-1, 0], [0, -1], [0, 1], [0.8, -0.8], [0.8, 0.8], [-0.8, -0.8], [-0.8, 0.8]];
   const boxes = [];
   for (const { x, y, r, width, height } of labels) {
     let best = null;
-    for (const far of [4, 10, 20, 34]) {
+    for (const far of [4, 10, 20, 34, 50]) {
       sides.forEach(([dx, dy], side) => {
         const box = {
           x: x + dx * (r + far) + Math.sign(dx) * width / 2 - width / 2,
           y: y + dy * (r + far) + Math.sign(dy) * height / 2 - height / 2, width, height,
         };
-        const covered = sum([...marks, ...taken, ...boxes].map((other) => overlap(box, other)));
-        const bad = far + side / 4 + covered + 10 * (width * height - overlap(box, frame));
-        if (best === null || bad < best.bad) best = { ...box, bad };
+        const others = [...taken, ...boxes.filter((other) => other !== null)];
+        const clash = sum(others.map((other) => overlap(box, other))) + width * height - overlap(box, frame);
+        const bad = far + side / 4 + 0.2 * sum(lines.map((other) => overlap(box, other)));
+        if (clash <= 1 && (best === null || bad < best.bad)) best = { ...box, bad };
       });
     }
     boxes.push(best);
@@ -188,9 +188,11 @@ function along(points) {
   return squares;
 }
 
-const labelOf = (row) =>
-  row.kind === "random" ? "random"
-    : row.kind === "sweep" && Object.keys(row.point).length ? Object.values(row.point).join(", ") : row.name;
+/** The last part of a path, where that tells it from the others. */
+function labelsOf(named) {
+  const last = named.map((row) => row.name.replace(/\/+$/, "").split("/").pop() || row.name);
+  return last.map((short, i) => last.filter((other) => other === short).length === 1 ? short : named[i].name);
+}
 
 function described(row) {
   const lines = [`${percent(row.quality)} ${data.metric} (${percent(row.low)} to ${percent(row.high)})`];
@@ -223,8 +225,9 @@ function drawPlot() {
   const bottom = height - edge.bottom;
   const picture = svg("svg", { viewBox: `0 0 ${width} ${height}`, role: "group", "aria-label": `Quality against cost of ${real.length} rows` });
   const taken = [];
+  const lines = [];
   const line = (cls, points, group = picture) => {
-    taken.push(...along(points));
+    lines.push(...along(points));
     group.append(svg("polyline", { class: cls, fill: "none", points: points.map((p) => p.map((v) => v.toFixed(1)).join()).join(" ") }));
   };
 
@@ -250,30 +253,35 @@ function drawPlot() {
     picture.append(svg("line", { class: "oracle", x1: edge.left, x2: width - edge.right, y1: y, y2: y }));
     const words = svg("text", { x: width - edge.right - 4, y: y - 5, "text-anchor": "end" }, `${oracle.name} ${percent(oracle.quality)}`);
     picture.append(words);
-    taken.push(...along([[edge.left, y], [width - edge.right, y]]), { x: width - edge.right - 130, y: y - 18, width: 130, height: 18 });
+    taken.push({ x: width - edge.right - 130, y: y - 18, width: 130, height: 18 });
   }
   line("front", stairs);
   for (const head of real.filter((row) => row.kind === "policy")) {
     const own = (kind) => real.filter((row) => row.kind === kind && row.of === head.name);
     const curve = [head, ...own("sweep")].sort((a, b) => a.cost - b.cost || a.quality - b.quality);
     if (curve.length > 1) line("curve", curve.map((row) => [X(row.cost), Y(row.quality)]));
-    for (const row of own("random")) line("tie", [[X(head.cost), Y(head.quality)], [X(row.cost), Y(row.quality)]]);
   }
   for (const row of real) line("error", [[X(row.cost), Y(row.low)], [X(row.cost), Y(row.high)]]);
 
   plot.replaceChildren(picture, tip);
-  const weight = { policy: 0, model: 1, random: 2, sweep: 3 };
-  const shownRows = [...real].sort((a, b) => weight[a.kind] - weight[b.kind]);
-  const labels = shownRows.map((row) => {
-    const words = svg("text", { class: "name", "aria-hidden": "true" }, ...shown(labelOf(row), { breaks: false }).map((node) => typeof node === "string" ? node : node.textContent));
+  const shownRows = real.filter((row) => row.kind === "policy" || row.kind === "model").sort((a, b) => b.quality - a.quality);
+  const names = labelsOf(shownRows);
+  const labels = shownRows.map((row, i) => {
+    const words = svg("text", { class: "name", "aria-hidden": "true" }, ...shown(names[i], { breaks: false }).map((node) => typeof node === "string" ? node : node.textContent));
     const holder = svg("g", { class: row.kind }, words);
     picture.append(holder);
     const size = words.getBBox();
     return { holder, words, x: X(row.cost), y: Y(row.quality), r: RADIUS[row.kind], width: size.width, height: size.height };
   });
+  for (const row of real) {
+    const r = RADIUS[row.kind];
+    taken.push({ x: X(row.cost) - r, y: Y(row.quality) - r, width: 2 * r, height: 2 * r });
+  }
   const frame = { x: edge.left, y: edge.top, width: width - edge.left - edge.right, height: bottom - edge.top };
-  placed(labels, frame, taken).forEach((box, i) => {
+  placed(labels, frame, taken, lines).forEach((box, i) => {
     const { holder, words, x, y, r } = labels[i];
+    // A mark without room for its name says it when it is pointed at.
+    if (box === null) return holder.remove();
     words.setAttribute("x", box.x);
     words.setAttribute("y", box.y + 0.78 * box.height);
     const nearX = Math.min(Math.max(x, box.x), box.x + box.width);

@@ -1,0 +1,88 @@
+"""Which bridge leads from one model's tokens to another's, and what there is to know of the two."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Literal
+
+from multicolm.tokenizer.base import TokenizerAdapter
+from multicolm.tokenizer.vocabulary import Vocabulary
+
+__all__ = ["BridgeKind", "Pair", "pairs"]
+
+BridgeKind = Literal["shared", "boundary"]
+"""How two models hand over: between any two tokens of their common vocabulary, or only where a
+token of both ends."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """Two models of an ensemble.
+
+    Attributes:
+        one: the name of the first.
+        other: the name of the second.
+        bridge: between them.
+        shared: part of the other's tokens of text that the first one has too, by their bytes.
+        same_split: whether both cut a text into the same pieces before they make tokens of it.
+        specials: special tokens of the other that are the same event for the first.
+    """
+
+    one: str
+    other: str
+    bridge: BridgeKind
+    shared: float
+    same_split: bool
+    specials: tuple[str, ...]
+
+    def __str__(self) -> str:
+        """One line for people."""
+        reason = (
+            "one vocabulary"
+            if self.bridge == "shared"
+            else f"{100 * self.shared:.0f} % of the tokens of '{self.other}' are in '{self.one}', "
+            f"{'the same' if self.same_split else 'different'} pre-tokenizers"
+        )
+        mapped = f"special tokens in common: {', '.join(self.specials) or 'none'}"
+        return f"{self.one} - {self.other}: {self.bridge} ({reason}; {mapped})"
+
+
+def pairs(vocabulary: Vocabulary, tokenizers: Sequence[TokenizerAdapter]) -> list[Pair]:
+    """What leads from each model to each other.
+
+    Args:
+        vocabulary: of the ensemble.
+        tokenizers: of its models, in their order.
+    """
+    return [_pair(vocabulary, tokenizers, i, k) for i, k in combinations(range(len(tokenizers)), 2)]
+
+
+def _split(tokenizer: TokenizerAdapter) -> object:
+    """How it cuts a text into pieces; the tokenizer itself if that is not known."""
+    settings = tokenizer.settings
+    return id(tokenizer) if settings is None else settings.get("pre_tokenizer")
+
+
+def _pair(vocabulary: Vocabulary, tokenizers: Sequence[TokenizerAdapter], i: int, k: int) -> Pair:
+    one, other = tokenizers[i], tokenizers[k]
+    contents = {one.token_bytes(token) for token in range(one.n_tokens)} - {b""}
+    theirs = [other.token_bytes(token) for token in range(other.n_tokens)]
+    texts = [content for content in theirs if content]
+    mine = {name for t in range(one.n_tokens) if (name := one.special_name(t)) is not None}
+    specials = [
+        name
+        for token in range(other.n_tokens)
+        if (name := other.special_name(token)) is not None and name in mine
+    ]
+    ends = vocabulary.end_ids(i) & vocabulary.end_ids(k)
+    specials += [n for end in sorted(ends) if (n := vocabulary.name(end)) not in specials]
+    return Pair(
+        vocabulary.models[i],
+        vocabulary.models[k],
+        "shared" if vocabulary.groups[i] == vocabulary.groups[k] else "boundary",
+        sum(content in contents for content in texts) / max(1, len(texts)),
+        _split(one) == _split(other),
+        tuple(specials),
+    )

@@ -1,0 +1,130 @@
+"""What the models of an ensemble write in: one set of token ids, which every model can read.
+
+Each model follows the growing text in its own tokens (:class:`Follower`). Where models have one
+vocabulary, a token of the text is a token of theirs. Where they do not, what others wrote is read
+as bytes, and a token of the text may end in the middle of a model's own.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from functools import cached_property
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from multicolm.views import ModelNames
+
+__all__ = ["Follower", "Vocabulary"]
+
+
+class Follower(ABC):
+    """One text as the tokens of one model.
+
+    Attributes:
+        own: the model's own tokens, those of the prompt included.
+    """
+
+    own: list[int]
+
+    @property
+    @abstractmethod
+    def n_tokens(self) -> int:
+        """How many tokens of the text it has followed."""
+
+    @abstractmethod
+    def extend(self, tokens: Sequence[int], writers: Sequence[int]) -> None:
+        """Follow more tokens of the text.
+
+        Args:
+            tokens: in the ensemble's vocabulary.
+            writers: per token, the index of the model that wrote it; the number of models for a
+                mixture.
+        """
+
+    @abstractmethod
+    def cut(self, n_tokens: int) -> None:
+        """Go back to the first ``n_tokens`` tokens of the text."""
+
+    @abstractmethod
+    def reach(self, place: int) -> int | None:
+        """How many own tokens stand before a place of the text (0 is before its first token).
+
+        ``None`` where an own token lies across the place, so that the model cannot go on there.
+        """
+
+    @abstractmethod
+    def take_kept(self) -> int:
+        """How many own tokens in front have not changed since the last call."""
+
+
+class Vocabulary(ABC):
+    """The tokens that an ensemble writes with, and every model's way to them.
+
+    Attributes:
+        models: the names.
+        size: number of ids.
+        groups: per model, a number that is equal for models with one vocabulary; the base model's
+            is 0.
+    """
+
+    models: ModelNames
+    size: int
+    groups: tuple[int, ...]
+
+    @abstractmethod
+    def follow(self, model: int, prompt: Sequence[int]) -> Follower:
+        """Begin to follow a text behind a prompt, which is in the model's own tokens."""
+
+    @abstractmethod
+    def read(self, model: int, ids: Sequence[int]) -> list[int]:
+        """The model's own tokens for ids that stand alone, as in a prompt of ids."""
+
+    @abstractmethod
+    def n_read(self, model: int, token: int) -> int:
+        """How many own tokens the model reads for a token of the text, at most."""
+
+    @abstractmethod
+    def own_ids(self, model: int, ids: Int[Tensor, "positions"]) -> Int[Tensor, "positions"]:
+        """A model's own ids; -1 for tokens that it does not have."""
+
+    @abstractmethod
+    def logits(
+        self, model: int, own: Float[Tensor, "positions own_vocab"]
+    ) -> Float[Tensor, "positions vocab"]:
+        """A model's logits over all ids; -inf for tokens that it does not have.
+
+        Columns of a padded head that belong to no token are dropped.
+        """
+
+    @abstractmethod
+    def token_bytes(self, token: int) -> bytes:
+        """What a token adds to the text; empty for special tokens."""
+
+    @abstractmethod
+    def name(self, token: int) -> str:
+        """How a trace shows a token: its text, or its special name."""
+
+    @abstractmethod
+    def end_ids(self, model: int | None) -> frozenset[int]:
+        """Ids with which ``model`` ends a text; ``None``: with which any model does."""
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether all models have one vocabulary."""
+        return not any(self.groups)
+
+    def is_straight(self, model: int) -> bool:
+        """Whether every id is the model's own, so that texts need no translation."""
+        return False
+
+    @cached_property
+    def starts_word(self) -> Bool[Tensor, "vocab"]:
+        """Per token, whether it begins a new word: white space in front, or a special token."""
+        flags = []
+        for token in range(self.size):
+            content = self.token_bytes(token)
+            flags.append(not content or content[:1].isspace())
+        return torch.tensor(flags)

@@ -1,0 +1,216 @@
+"""Models of different vocabularies: the laws hold, and hand-overs fall between tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from tables import random_table
+
+import multicolm
+from multicolm import Ensemble, SelectPolicy, Views
+from multicolm.backend.table import TableModel
+from multicolm.errors import CapabilityError, VocabularyError
+from multicolm.plugins import policies
+from multicolm.testing import check_removable, check_routing
+
+BASE = ("a", "b", "c", " ", "d", " d", "e", ".")
+LEFT = ("a", "b", "c", " ", "d", "e", "ab", "bc", "<stop>")
+RIGHT = ("a", "b", "c", " ", "d", "e", "cab", "ea", "<stop>")
+PROMPTS = ["a", "bc", "a d", "e", "cab"]
+
+SELECTING = [
+    kind
+    for kind in policies
+    if not hasattr(policies.get(kind), "fit") and issubclass(policies.get(kind), SelectPolicy)
+]
+
+
+def models(seed: int = 0) -> list[TableModel]:
+    return [
+        random_table("base", seed + 1, BASE),
+        random_table("left", seed + 2, LEFT),
+        random_table("right", seed + 3, RIGHT),
+    ]
+
+
+@pytest.fixture(scope="module")
+def mixed() -> Ensemble:
+    return Ensemble(models())
+
+
+def certain(name: str, tokens: str, choices: dict[Any, str], **settings: Any) -> TableModel:
+    """A model that is sure of everything; its last token ends a text."""
+    listed = tokens.split()
+    table = {context: {token: 1.0} for context, token in choices.items()}
+    return TableModel(name, listed, table, listed[-1:], **settings)
+
+
+def written(ensemble: Ensemble, policy: Any = None, **settings: Any) -> list[list[tuple[str, str]]]:
+    settings = {"max_new_tokens": 20, "seed": 0, **settings}
+    answers = ensemble.generate(PROMPTS, policy, **settings)
+    return [[(token.text, token.model) for token in answer.trace] for answer in answers]
+
+
+@pytest.mark.parametrize("kind", SELECTING)
+def test_every_policy_that_selects_keeps_the_laws_of_the_loop(kind: str) -> None:
+    check_routing(Ensemble(models(len(kind))), PROMPTS[:4], kind, max_new_tokens=16)
+
+
+@pytest.mark.parametrize("k", range(3))
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_model_that_writes_alone_writes_what_it_writes_outside(
+    k: int, temperature: float
+) -> None:
+    own = models()
+    together = written(Ensemble(own), {"kind": "single", "params": {"model": k}})
+    assert together == written(Ensemble([own[k]]))
+
+
+def test_a_model_that_is_never_chosen_can_be_removed_unnoticed(mixed: Ensemble) -> None:
+    mute = random_table("mute", 9, ("a", "b", "c", " ", "d", "e", "abc", "<never>"))
+    chosen = Ensemble([*mixed.backends, mute])
+    check_removable(chosen, PROMPTS, "mute", policies.get("single")(model="left"))
+
+
+class InTurn(SelectPolicy):
+    """Every model in its turn, by place alone: it would hand over at every token."""
+
+    base_signals: ClassVar = {"top1"}
+
+    def select(self, views: Views) -> torch.Tensor:
+        return views.place % len(views.models)
+
+
+class Shuffled(InTurn):
+    """The same in another order, without a look at the base model."""
+
+    base_signals: ClassVar = set()
+
+    def select(self, views: Views) -> torch.Tensor:
+        return (views.place * 7 + 1) % len(views.models)
+
+
+@pytest.mark.parametrize("policy", [InTurn(), Shuffled()])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_who_goes_on_within_a_token_of_the_next_writer_is_who_wrote(
+    policy: SelectPolicy, temperature: float
+) -> None:
+    """Told by a second look at what was written, with nothing but the tokenizers."""
+    n_checked = n_held = 0
+    for seed in range(6):
+        own = models(20 * seed)
+        ensemble = Ensemble(own)
+        settings = {"temperature": temperature, "max_new_tokens": 20, "seed": seed}
+        for answer in ensemble.generate(PROMPTS, policy, **settings):
+            names, tokens = list(ensemble.models), answer.trace.tokens
+            for place, token in enumerate(tokens):
+                k = names.index(token.model)
+                wanted = names.index(wanted_at(policy, place, names))
+                if k == wanted and place and tokens[place - 1].model != token.model:
+                    # It could begin here: what the others wrote before is whole tokens of its own.
+                    n_checked += 1
+                    run = run_before(tokens, place, token.model)
+                    encoder = own[k].tokenizer
+                    ids = encoder.encode_continuation(run)
+                    assert encoder.decode(ids).decode() == run
+                elif k != wanted:
+                    n_held += 1
+                    # Someone could not: who wrote before goes on, or the base model.
+                    assert token.model in {tokens[place - 1].model, "base"}
+    assert n_checked > 20 and n_held > 2
+
+
+def wanted_at(policy: SelectPolicy, place: int, names: Sequence[str]) -> str:
+    number = place if isinstance(policy, InTurn) and type(policy) is InTurn else place * 7 + 1
+    return names[number % len(names)]
+
+
+def run_before(tokens: Sequence[Any], place: int, name: str) -> str:
+    text = ""
+    while place and tokens[place - 1].model != name:
+        place -= 1
+        text = tokens[place].text + text
+    return text
+
+
+def test_nobody_begins_in_the_middle_of_a_token_of_its_own() -> None:
+    # The base model writes `a` and would write `b`; `ab` is one token of the other.
+    base = certain("base", "q a b .", {"": "b", "q": "a", "b": "."})
+    other = certain("other", "q a ab b x .", {"": "x", "ab": "."})
+
+    class AssistantSecond(InTurn):
+        def select(self, views: Views) -> torch.Tensor:
+            return (views.place == 1).long()
+
+    [answer] = Ensemble([base, other]).generate(["q"], AssistantSecond(), max_new_tokens=3)
+    assert [(t.text, t.model) for t in answer.trace] == [
+        ("a", "base"),
+        ("b", "base"),
+        (".", "base"),
+    ]
+    # Where the base model would end, the text before is whole, and the other can go on.
+    short = certain("base", "q a b x .", {"": ".", "q": "a"})
+    [answer] = Ensemble([short, other]).generate(["q"], AssistantSecond(), max_new_tokens=3)
+    assert [t.model for t in answer.trace][:2] == ["base", "other"]
+
+
+def test_each_model_reads_what_others_wrote_in_its_own_tokens() -> None:
+    # `a`, `b` of the base model is `ab` to the other, which says so by what it writes then.
+    base = certain("base", "q a b c x y .", {"": "c", "q": "a", "a": "b"})
+    other = certain("other", "q a ab b c x y !", {"": "y", ("q", "ab"): "x"})
+
+    class AssistantThird(InTurn):
+        def select(self, views: Views) -> torch.Tensor:
+            return (views.place == 2).long()
+
+    [answer] = Ensemble([base, other]).generate(["q"], AssistantThird(), max_new_tokens=3)
+    assert [(t.text, t.model) for t in answer.trace] == [
+        ("a", "base"),
+        ("b", "base"),
+        ("x", "other"),
+    ]
+
+
+def test_the_end_of_a_text_is_one_event_however_each_model_writes_it(mixed: Ensemble) -> None:
+    ends = [mixed.vocabulary.end_ids(k) for k in range(3)]
+    assert ends[0] == ends[1] == ends[2] and len(ends[0]) == 1
+    answers = mixed.generate(PROMPTS, Shuffled(), max_new_tokens=60, temperature=1.0, seed=1)
+    assert {answer.finish_reason for answer in answers} >= {"eos"}
+
+
+def test_mixtures_of_different_vocabularies_are_refused_by_name(mixed: Ensemble) -> None:
+    for kind in ("average", "speculative", "proxy-tuning"):
+        with pytest.raises(CapabilityError, match=f"policy '{kind}' compares .* token by token"):
+            mixed.generate("a", kind)
+
+
+def test_a_shared_bridge_refuses_models_that_do_not_agree() -> None:
+    with pytest.raises(VocabularyError, match="have different tokenizers"):
+        Ensemble(models(), bridge="shared")
+
+
+def test_a_context_ends_a_text_only_when_it_is_full() -> None:
+    """What others wrote is counted in one's own tokens, of which there may be fewer than bytes."""
+    base = certain("base", "q abc .", {"": "abc"})
+    other = certain("other", "q abcabc a b c .", {"": "a"}, context_length=5)
+
+    class Late(InTurn):
+        def select(self, views: Views) -> torch.Tensor:
+            return (views.place == 50).long()
+
+    [answer] = Ensemble([base, other]).generate(["q"], Late(), max_new_tokens=30)
+    # `q` and twice `abcabc` are three tokens; a fifth `abc` is three more of its own.
+    assert answer.finish_reason == "context"
+    assert len(answer.trace.tokens) == 5
+
+
+def test_three_embedded_vocabularies_write_together() -> None:
+    ensemble = multicolm.load("tiny-mixed")
+    assert ensemble.vocabulary.groups == (0, 1, 2)
+    prompts = ["Question: What does Zosos treat?\nResponse:", "2 * x if x = 7?"]
+    check_routing(ensemble, prompts, "max-confidence", max_new_tokens=16)
+    answers = ensemble.generate(prompts, "max-confidence", max_new_tokens=24)
+    assert sum(answer.trace.handovers for answer in answers) >= 3

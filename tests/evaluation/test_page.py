@@ -1,0 +1,141 @@
+"""The page of a report in a real browser: it works, asks for nothing, and keeps what it shows."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from browser import CHROMIUM, Browser, Page
+from fake_results import answer, fake_comparison, fake_traces
+
+from multicolm.evaluation.page import as_page
+
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    with Browser(tmp_path_factory.mktemp("profile")) as browser:
+        yield browser
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("page") / "report.html"
+    path.write_text(as_page(fake_comparison(), fake_traces()), encoding="utf-8")
+    return path.as_uri()
+
+
+@pytest.fixture
+def page(browser: Browser, address: str) -> Page:
+    return browser.open(address)
+
+
+def test_it_asks_for_nothing_and_complains_of_nothing(page: Page, address: str) -> None:
+    assert page.requests == [address]
+    assert page.complaints == []
+    assert page.value("document.querySelectorAll('#plot svg .mark').length") == 10
+    policy = page.value("document.querySelector('meta[http-equiv]').content")
+    assert "default-src 'none'" in policy and "unsafe" not in policy
+
+
+def test_a_click_on_a_heading_sorts_and_a_third_one_undoes_it(page: Page) -> None:
+    def names() -> list[str]:
+        return [text.split("\n")[0] for text in page.texts("#results tbody th")]
+
+    before = names()
+    heading = "#results thead th:nth-child(2) button"
+    page.click(heading)
+    values = page.value(
+        "[...document.querySelectorAll('#results tbody tr')].map(r => r.cells[1].dataset.value)"
+    )
+    numbers = [float(value) for value in values if value is not None]
+    assert numbers == sorted(numbers, reverse=True) and names() != before
+    page.click(heading)
+    page.click(heading)
+    assert names() == before
+
+
+def test_a_click_on_a_token_shows_what_every_model_and_the_policy_thought(page: Page) -> None:
+    page.choose("#row", "confidence")
+    page.choose("#question", "dose-000")
+    page.click(".answers .token:nth-of-type(3)")
+    shown = page.text("#panel")
+    for name in ("generalist", "facts", "sums"):
+        assert name in shown
+    assert page.value("document.querySelectorAll('#panel .bar, #panel meter, #panel rect').length")
+    assert page.value("document.querySelector('.token[aria-pressed=true]') !== null")
+
+
+def test_tokens_can_be_walked_along_with_the_keyboard(page: Page) -> None:
+    page.choose("#row", "confidence")
+    page.value("document.querySelector('.answers .token').focus()")
+    page.press("ArrowRight")
+    focused = "document.activeElement.dataset.i"
+    assert page.value(focused) == "1"
+    page.press("Enter")
+    assert page.value("document.activeElement.getAttribute('aria-pressed')") == "true"
+
+
+def test_answers_are_filtered_by_right_and_wrong(page: Page) -> None:
+    page.choose("#row", "confidence")
+
+    def count() -> int:
+        return int(page.text("#count").split(" of ")[1].split()[0])
+
+    total = count()
+    counts = []
+    for option in page.texts("#filter option")[1:3]:
+        page.choose("#filter", option)
+        counts.append(count())
+    assert all(0 < n < total for n in counts) and sum(counts) == total
+
+
+def test_what_models_write_cannot_break_out_of_the_page(page: Page) -> None:
+    page.value("window.broken = false; window.alert = () => { window.broken = true; }")
+    page.choose("#row", "confidence")
+    for question in page.texts("#question option"):
+        if question.startswith("odd-"):
+            page.choose("#question", question)
+    page.choose("#question", "odd-script")
+    assert "</script>" in page.text(".answers")
+    assert page.value("window.broken") is False
+    assert page.value("document.querySelectorAll('.answers script, .answers img').length") == 0
+    assert page.complaints == []
+
+
+def test_two_rows_are_shown_side_by_side(page: Page) -> None:
+    page.choose("#row", "confidence")
+    page.choose("#other", "average")
+    assert len(page.texts(".answers .answer")) == 2
+
+
+def test_nothing_scrolls_sideways_on_a_phone(browser: Browser, address: str) -> None:
+    page = browser.open(address, width=390)
+    width = page.value("document.documentElement.scrollWidth")
+    assert width <= 390 and page.complaints == []
+
+
+def test_it_follows_the_colour_scheme(browser: Browser, address: str) -> None:
+    background = "getComputedStyle(document.body).backgroundColor"
+    light, dark = (browser.open(address, dark=dark).value(background) for dark in (False, True))
+    assert light != dark
+
+
+def test_two_thousand_answers_open_at_once(browser: Browser, tmp_path: Path) -> None:
+    import random
+
+    rng = random.Random(0)
+    some = [answer("confidence", i, rng, right=True) for i in range(20)]
+    traces = [replace(some[i % 20], question=f"q{i}") for i in range(2000)]
+    path = tmp_path / "large.html"
+    path.write_text(as_page(fake_comparison(), traces), encoding="utf-8")
+    start = time.monotonic()
+    page = browser.open(path.as_uri())
+    # Only what is looked at is made; so it is a matter of reading the file.
+    assert time.monotonic() - start < 20
+    assert page.value("document.querySelectorAll('.token').length") < 1000
+    assert "of 2000" in page.text("#count").replace(",", "")
