@@ -7,17 +7,21 @@ time. Everything else (which rows, catching up, translating tokens) is the loop'
 
 from __future__ import annotations
 
+import codecs
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from jaxtyping import Float, Int
 
 from multicolm.config import ModelConfig
-from multicolm.errors import CapabilityError
+from multicolm.errors import CapabilityError, InputError
 from multicolm.tokenizer.base import TokenizerAdapter
 from multicolm.types import Signal, Tensor
+
+if TYPE_CHECKING:
+    from multicolm.backend.byte_session import ByteSession
 
 __all__ = ["Look", "Model", "Session"]
 
@@ -122,3 +126,57 @@ class Model(ABC):
     @abstractmethod
     def open(self, n_rows: int) -> Session:
         """A session of ``n_rows`` empty rows."""
+
+    def next_byte_logprobs(self, prefix: bytes) -> Float[Tensor, "257"]:
+        """What the model expects after a text, byte by byte, under the exact byte bridge.
+
+        Marginal over all tokens that spell the text, as :mod:`multicolm.tokenizer.cover` defines
+        it. The text begins as the tokenizer begins texts. Where it puts nothing in front, the
+        first token of the text's own encoding is taken for certain: nothing predicts it.
+
+        Args:
+            prefix: the text; it may end within a character.
+
+        Returns:
+            Natural logs for the 256 bytes and, the last one, for the end of the text.
+
+        Raises:
+            InputError: if nothing stands before the first prediction, or the model cannot write
+                the text.
+            VocabularyError: if the bridge does not cover the tokenizer.
+        """
+        logprobs: Float[Tensor, "257"] = self._read(prefix).next_byte_logprobs([0])[0]
+        return logprobs
+
+    def span_logprob(self, prefix: bytes, span: bytes) -> float:
+        """How likely the model finds some bytes after a text, in nats.
+
+        Args:
+            prefix: the text, as in :meth:`next_byte_logprobs`.
+            span: what follows; it need not end where a token or a character does.
+
+        Raises:
+            InputError: as :meth:`next_byte_logprobs`.
+            VocabularyError: if the bridge does not cover the tokenizer.
+        """
+        session = self._read(prefix)
+        before = session.logprob(0)
+        if before == float("-inf"):
+            raise InputError(f"model '{self.name}' cannot write the {len(prefix)} bytes in front.")
+        session.feed([0], [span])
+        return session.logprob(0) - before
+
+    def _read(self, prefix: bytes) -> ByteSession:
+        from multicolm.backend.byte_session import ByteSession
+
+        session = ByteSession(self, 1, prune=0.0)
+        start = self.tokenizer.encode("")
+        given = [] if start else self.tokenizer.encode_continuation(_characters(prefix))[:1]
+        session.begin(0, start, given)
+        session.feed([0], [prefix[len(self.tokenizer.decode(given)) :]])
+        return session
+
+
+def _characters(content: bytes) -> str:
+    """The characters of a text that may break off within one."""
+    return codecs.getincrementaldecoder("utf-8")("ignore").decode(content)

@@ -83,6 +83,11 @@ class Reader:
         self._follow(row, len(row.written))
         return len(self._followers[row.slot].own)
 
+    def is_settled(self, row: Row) -> bool:
+        """Whether the model can go on behind what is written, whatever else might follow there."""
+        self._follow(row, len(row.written))
+        return self._followers[row.slot].is_settled
+
     def can_go_on(
         self, row: Row, places: Sequence[int], token: int, writer: int
     ) -> dict[int, bool | None]:

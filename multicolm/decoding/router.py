@@ -177,12 +177,18 @@ class Router:
         """
         groups = self._vocabulary.groups
         behind = [row for row in rows if row.written and not row.n_drafted]
-        behind = [row for row in behind if groups[row.previous] != groups[0]]
+        reader = self._reader(0)
+        # Who wrote last is asked how it would go on only where that can matter.
+        behind = [
+            row
+            for row in behind
+            if groups[row.previous] != groups[0] and not reader.is_settled(row)
+        ]
         if not behind:
             return list(rows)
         draft = self._blank(behind)
         draft.deferring = [False] * len(behind)
-        reader, held, verdict = self._reader(0), [], Verdict()
+        held, verdict = [], Verdict()
         for i, row in enumerate(behind):
             place, (writer, token) = len(row.written), draft.foreseen[i]
             if not reader.can_go_on(row, [place], token, writer)[place]:

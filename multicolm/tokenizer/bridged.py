@@ -272,9 +272,12 @@ class _ByteFollower(Follower):
 
     def extend(self, tokens: Sequence[int], writers: Sequence[int]) -> None:
         """Follow more tokens of the text."""
+        waiting: tuple[_Run, int] | None = None  # what is to be encoded, once it is all there
         for token, writer in zip(tokens, writers, strict=True):
             is_own = self._vocabulary.group_of(token, writer) == self._group
             if not self._runs or (self._runs[-1].encoder is None) != is_own:
+                self._renew(waiting)
+                waiting = None
                 encoder = None if is_own else self._vocabulary.encoder(self._model)
                 self._runs.append(_Run(self.n_tokens, len(self.own), encoder))
             run = self._runs[-1]
@@ -282,10 +285,10 @@ class _ByteFollower(Follower):
                 self.own += self._vocabulary.own_tokens(self._model, token)
                 run.ends.append(len(self.own) - run.start)
             else:
-                stable = run.encoder.stable
+                waiting = waiting or (run, run.encoder.stable)
                 run.encoder.append(self._vocabulary.token_bytes(token))
                 run.ends.append(run.encoder.n_bytes)
-                self._renew(run, stable)
+        self._renew(waiting)
 
     def cut(self, n_tokens: int) -> None:
         """Go back to the first ``n_tokens`` tokens of the text."""
@@ -301,14 +304,17 @@ class _ByteFollower(Follower):
             self._keep(run.start + run.ends[-1])
         elif run.encoder.n_bytes > run.ends[-1]:
             run.encoder.truncate(run.ends[-1])
-            self._renew(run, min(run.encoder.stable, len(run.encoder.ids)))
+            self._renew((run, run.encoder.stable))
 
     def _keep(self, n_own: int) -> None:
         del self.own[n_own:]
         self._kept = min(self._kept, len(self.own))
 
-    def _renew(self, run: _Run, stable: int) -> None:
-        """Take over what the encoder has changed; its first ``stable`` tokens are as they were."""
+    def _renew(self, changed: tuple[_Run, int] | None) -> None:
+        """Take over what an encoder has changed behind its tokens that stay as they are."""
+        if changed is None:
+            return
+        run, stable = changed
         assert run.encoder is not None
         at = run.start + stable
         new = run.encoder.ids[stable:]
@@ -326,6 +332,12 @@ class _ByteFollower(Follower):
             return self._n_prompt
         i = bisect_left(self._runs, place, key=lambda run: run.first + len(run.ends))
         return self._runs[i].reach(place)
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether its own tokens stay as they are, however the text goes on."""
+        encoder = self._runs[-1].encoder if self._runs else None
+        return encoder is None or encoder.stable == len(encoder.ids)
 
     def take_kept(self) -> int:
         """How many own tokens in front have not changed since the last call."""

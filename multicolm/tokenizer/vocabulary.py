@@ -55,6 +55,11 @@ class Follower(ABC):
         ``None`` where an own token lies across the place, so that the model cannot go on there.
         """
 
+    @property
+    def is_settled(self) -> bool:
+        """Whether its own tokens stay as they are, however the text goes on."""
+        return True
+
     @abstractmethod
     def take_kept(self) -> int:
         """How many own tokens in front have not changed since the last call."""

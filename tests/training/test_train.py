@@ -431,13 +431,16 @@ def test_fit_by_hand_equals_train(tmp_path, scores) -> None:
 
 
 @pytest.mark.slow
-def test_the_embedded_experts_answer_together_what_none_of_them_can(tmp_path) -> None:
+@pytest.mark.parametrize(("name", "wanted"), [("tiny", 0.95), ("tiny-mixed", 0.93)])
+def test_the_embedded_experts_answer_together_what_none_of_them_can(
+    name: str, wanted: float, tmp_path
+) -> None:
     """Trained on the questions for training, judged on medicines that no question there names."""
     from multicolm import catalog
     from multicolm.tiny.world import is_right
 
     questions = Path(str(catalog.path("models", "tiny-facts"))).parent.parent / "tiny/questions"
-    ensemble = multicolm.load("tiny")
+    ensemble = multicolm.load(name)
     corpus = open_corpus(questions / "train.jsonl")
     score(ensemble, corpus, tmp_path / "scores", features=["hidden"], shard_positions=8192)
     made = train(CoLlmPolicy(), tmp_path / "scores", tmp_path / "ckpt")
@@ -447,7 +450,7 @@ def test_the_embedded_experts_answer_together_what_none_of_them_can(tmp_path) ->
         [q["prompt"] for q in asked], made.policy, batch_size=64, max_new_tokens=64, seed=0
     )
     right = [is_right(a.text, q["answer"]) for a, q in zip(answers, asked, strict=True)]
-    assert sum(right) / len(right) >= 0.95
+    assert sum(right) / len(right) >= wanted
     report = made.provenance["train"]["report"]
     assert report["nll_nats"] < min(report["nll_nats_alone"].values())
     seen = set(made.provenance["train"]["prompts"])

@@ -194,6 +194,7 @@ def make_job(
 
     Raises:
         ArtefactError: if the table is of other models.
+        CapabilityError: if an assistant has another vocabulary than the base model.
         ConfigError: if accelerate is set up for something else.
     """
     config: EnsembleConfig = rest["config"]
@@ -203,6 +204,13 @@ def make_job(
     known = identities(config)
     scored = {model.name: model.identity for model in index.models}
     check_identities({name: known[name] for name in names}, scored, str(scores))
+    for model in index.models:
+        if model.name in names and model.bridge != "shared":
+            raise CapabilityError(
+                f"model '{model.name}' has another vocabulary than the base model "
+                f"'{config.base_model}', which is trained token by token; train the head alone "
+                "(without --train-base), or the base model alone with --policy single."
+            )
     accelerator = open_accelerator(settings.mixed_precision)
     facts = {
         **settings.model_dump(),

@@ -1,0 +1,27 @@
+#!/bin/sh
+# Three models with three vocabularies, from raw data to the comparison, in minutes on two CPU cores.
+#
+#     sh examples/any-tokenizer/run.sh [FOLDER]
+#
+# Run it again after a stop: every step goes on where it was. LIMIT asks only so many questions.
+set -eu
+
+OUT=${1:-runs/any-tokenizer}
+DATA=${DATA:-registry/tiny/questions/train.jsonl}
+TASK=${TASK:-tiny-world}
+LIMIT=${LIMIT:+--limit $LIMIT}
+MULTICOLM=${MULTICOLM:-multicolm}
+
+# Which models share tokens, and how each two of them hand over to each other.
+$MULTICOLM validate tiny-mixed --load
+
+# Each model reads the texts in its own tokens; scores are kept of stretches that are whole for all.
+$MULTICOLM score tiny-mixed "$DATA" --hidden --out "$OUT/scores"
+$MULTICOLM train tiny-mixed "$OUT/scores" --policy co-llm --out "$OUT/co-llm"
+$MULTICOLM train tiny-mixed "$OUT/scores" --policy mlp-router --out "$OUT/mlp-router"
+
+# The learned policies beside rules, each model alone, lotteries and the oracle.
+$MULTICOLM compare tiny-mixed --task "$TASK" $LIMIT --sweep 0 --out "$OUT/comparison" --policies \
+"$OUT/co-llm,$OUT/mlp-router,cosd-rule,confidence,max-confidence"
+
+echo "open $OUT/comparison/report.html"

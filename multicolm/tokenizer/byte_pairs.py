@@ -1,0 +1,473 @@
+"""Valid paths of byte-pair encodings of the tokenizers library."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Int
+
+from multicolm.tokenizer.base import TokenizerAdapter
+from multicolm.tokenizer.canonical import Canonical, State, sorted_slots
+from multicolm.tokenizer.patterns import Atoms, Threads, UnknownPattern
+from multicolm.tokenizer.plan import BLANK, NotCovered, Plan, plan_of
+from multicolm.tokenizer.pretokens import DEAD, START, Splitter, Stage
+from multicolm.tokenizer.seams import Seams
+
+__all__ = ["BytePairs"]
+
+_BYTE = re.compile("<0x([0-9A-Fa-f]{2})>")
+
+
+class _Path(NamedTuple):
+    """A state of byte-pair encodings.
+
+    Attributes:
+        groups: (word, arrival of the splitter), or (word, place) if a character is unfinished. The
+            word says which whole word of the vocabulary the current piece may still become; see
+            :class:`_Words`.
+        tail: the bytes of an unfinished character.
+        last: slot of the last token, -1 if there is none.
+    """
+
+    groups: tuple[tuple[int, int], ...]
+    tail: bytes
+    last: int
+
+
+@dataclass(frozen=True)
+class _Part:
+    """The tokens that may follow an unfinished character (or none), as strings of atoms.
+
+    Attributes:
+        slots: their slots, ascending.
+        columns: per place in the string: the tokens that reach it (their numbers), and the atoms.
+        n_atoms: per token, the length of its string.
+        tails: per token, the bytes of the unfinished character it ends with.
+    """
+
+    slots: Int[np.ndarray, "some"]
+    columns: list[tuple[np.ndarray, np.ndarray]]
+    n_atoms: Int[np.ndarray, "some"]
+    tails: list[bytes]
+
+
+@dataclass
+class _Row:
+    """What the tokens of a part lead to from one place of the splitter.
+
+    Attributes:
+        outcome: per token the arrival, or the place if it ends with an unfinished character; -1.
+        is_live: which of them can be continued to a text, behind a cut (True) and else (False).
+    """
+
+    outcome: Int[np.ndarray, "some"]
+    is_live: dict[bool, Bool[np.ndarray, "some"]] = field(default_factory=dict)
+
+
+_OFF, _CLOSED = 0, 1
+
+
+class _Words:
+    """Whole words of the vocabulary that the merges do not make, for ``ignore_merges``.
+
+    A piece that is such a word is encoded as that one token. So the tokens that the merges make of
+    it may stand at the beginning of a longer piece, and not be a piece. States: 0 is off all such
+    words, 1 is a piece that must end here, others are inner nodes of a trie of tokens.
+    """
+
+    def __init__(self, encodings: Iterable[Sequence[int]]) -> None:
+        self._after: dict[tuple[int, int], int] = {}
+        self._is_word: set[int] = set()
+        root, n = -1, 2
+        for slots in encodings:
+            node = root
+            for slot in slots:
+                if (node, slot) not in self._after:
+                    self._after[node, slot] = n
+                    n += 1
+                node = self._after[node, slot]
+            self._is_word.add(node)
+        self.following: dict[int, list[int]] = {}
+        for node, slot in self._after:
+            self.following.setdefault(node, []).append(slot)
+
+    def first(self, slot: int) -> int:
+        return self._after.get((-1, slot), _OFF)
+
+    def then(self, word: int, slot: int) -> int:
+        return self._after.get((word, slot), _OFF)
+
+    def may_stop(self, word: int) -> bool:
+        return word not in self._is_word
+
+
+class BytePairs(Canonical):
+    """Paths of byte-pair encodings of the tokenizers library."""
+
+    def __init__(self, adapter: TokenizerAdapter, settings: Mapping[str, Any]) -> None:
+        plan, model = plan_of(settings), settings["model"]
+        vocab: dict[str, int] = model["vocab"]
+        self._ignores_merges = bool(model.get("ignore_merges"))
+        symbols = _symbols(vocab, plan.is_byte_level)
+        self._bytes = (
+            set()
+            if plan.is_byte_level
+            else {i for piece, i in vocab.items() if _BYTE.fullmatch(piece)}
+        )
+        self._seams = _seams(vocab, model["merges"], {*symbols.values(), *self._bytes})
+        added = {
+            i: c for c, i in (plan.raw_added | plan.late_added).items() if i < adapter.n_tokens
+        }
+        own = {i for i in vocab.values() if i < adapter.n_tokens}
+        usable = {
+            i
+            for i in own
+            if adapter.special_name(i) is None and (self._ignores_merges or self._seams.is_made[i])
+        }
+        ids, self.contents = sorted_slots(adapter, usable | added.keys())
+        self.ids = np.array(ids, dtype=np.int64)
+        self._is_plain = np.array([i in usable for i in ids], dtype=bool)
+        self._is_made = np.array(
+            [i in usable and bool(self._seams.is_made[i]) for i in ids], dtype=bool
+        )
+        self._known = (
+            frozenset()
+            if plan.is_byte_level
+            else frozenset(p.replace(BLANK, " ") for p in symbols) | {BLANK}
+        )
+        self._build_splitter(plan)
+        self._added = [
+            (self.slot_of[i], [self._atoms.of(character) for character in content])
+            for i, content in added.items()
+            if adapter.token_bytes(i) == content.encode()
+        ]
+        self._words = self._unmade_words(vocab, symbols)
+        self._parts: dict[bytes, _Part] = {}
+        self._rows: dict[tuple[int, bytes], _Row] = {}
+        self._added_after: dict[int, dict[int, int]] = {}
+        self._lives: dict[_Path, bool] = {}
+        self.start: State = _Path(((_OFF, START),), b"", -1)
+
+    def _build_splitter(self, plan: Plan) -> None:
+        self._atoms = Atoms()
+        threads = Threads(self._atoms)
+        stages = [
+            Stage(threads.literals(contents), is_added=True)
+            for contents in (plan.raw_added, plan.late_added)
+            if contents
+        ]
+        for kind, source in plan.patterns:
+            if kind == "digits":
+                digit = threads.node("set", self._atoms.add("digit", ""), 0)
+                if source == "+":
+                    loop = threads.node("split", digit, 0)
+                    threads.nodes[digit] = (*threads.nodes[digit][:2], loop)
+                stages.append(Stage((digit,)))
+                continue
+            try:
+                stages.append(Stage(threads.compile(source)))
+            except UnknownPattern as reason:
+                raise NotCovered(
+                    f"its pre-tokenizer has an expression with {reason}, which is unknown here"
+                ) from reason
+        self._splitter = Splitter(threads, stages)
+
+    def _unmade_words(self, vocab: Mapping[str, int], symbols: Mapping[str, int]) -> _Words:
+        encodings: list[list[int]] = []
+        if self._ignores_merges:
+            for piece, token_id in vocab.items():
+                if self._seams.is_made[token_id] or any(c not in symbols for c in piece):
+                    continue
+                made = self._seams.encode([symbols[character] for character in piece])
+                if all(part in self.slot_of for part in made):
+                    encodings.append([self.slot_of[part] for part in made])
+        return _Words(encodings)
+
+    # Tokens as strings of atoms.
+
+    def _part(self, tail: bytes) -> _Part:
+        if tail not in self._parts:
+            self._parts[tail] = self._make_part(tail)
+        return self._parts[tail]
+
+    def _make_part(self, tail: bytes) -> _Part:
+        # A byte that goes on with a character is one of 80..BF, so these tokens are neighbours.
+        slots = [
+            slot
+            for slot in np.flatnonzero(self._is_plain).tolist()
+            if (0x80 <= self.contents[slot][0] < 0xC0) == bool(tail)
+        ]
+        read = [(slot, *self._characters(tail, slot)) for slot in slots]
+        fitting = [(slot, text, rest) for slot, text, rest in read if text is not None]
+        self._atoms.learn(character for _, text, _ in fitting for character in text)
+        strings = [[self._atoms.of(character) for character in text] for _, text, _ in fitting]
+        n_atoms = np.array([len(string) for string in strings], dtype=np.int64)
+        columns = []
+        for place in range(int(n_atoms.max(initial=0))):
+            reaching = np.flatnonzero(n_atoms > place)
+            atoms = np.array([strings[i][place] for i in reaching.tolist()], dtype=np.int64)
+            columns.append((reaching, atoms))
+        return _Part(
+            np.array([slot for slot, _, _ in fitting], dtype=np.int64),
+            columns,
+            n_atoms,
+            [rest for _, _, rest in fitting],
+        )
+
+    def _characters(self, tail: bytes, slot: int) -> tuple[str | None, bytes]:
+        """The characters that a token completes behind a tail, and the new tail; None: none."""
+        content = tail + self.contents[slot]
+        cut = _unfinished(content)
+        try:
+            text = content[: len(content) - cut].decode()
+        except UnicodeDecodeError:
+            return None, b""
+        rest = content[len(content) - cut :]
+        if int(self.ids[slot]) in self._bytes and text in self._known:
+            return None, b""  # bytes stand only for characters without a token
+        return text, rest
+
+    def _row(self, place: int, tail: bytes) -> _Row:
+        key = (place, tail)
+        if key not in self._rows:
+            part, splitter = self._part(tail), self._splitter
+            state = np.full(len(part.slots), splitter.of_text(place), dtype=np.int64)
+            outcome = np.full(len(part.slots), DEAD, dtype=np.int64)
+            has_tail = np.array([bool(rest) for rest in part.tails], dtype=bool)
+            for column, (reaching, atoms) in enumerate(part.columns):
+                alive = state[reaching] >= 0
+                reaching, atoms = reaching[alive], atoms[alive]
+                arrivals = splitter.steps(state[reaching], atoms).astype(np.int64)
+                is_last = (part.n_atoms[reaching] == column + 1) & ~has_tail[reaching]
+                outcome[reaching[is_last]] = arrivals[is_last]
+                whole = np.array(splitter.whole, dtype=np.int64)
+                state[reaching] = np.where(arrivals >= 0, whole[arrivals], DEAD)
+            outcome[has_tail] = state[has_tail]
+            self._rows[key] = _Row(outcome)
+        return self._rows[key]
+
+    def _live(self, place: int, tail: bytes, behind_cut: bool) -> Bool[np.ndarray, "some"]:
+        """Tokens after which a text can be finished, whatever token stood before."""
+        row = self._row(place, tail)
+        if behind_cut not in row.is_live:
+            part = self._part(tail)
+            usable = (self._is_plain if behind_cut else self._is_made)[part.slots]
+            possible = (row.outcome >= 0) & usable
+            has_tail = np.array([bool(rest) for rest in part.tails], dtype=bool)
+            can_end = np.array(self._splitter.can_end, dtype=bool)
+            live = possible & ~has_tail
+            live[live] = can_end[row.outcome[live]]
+            for i in np.flatnonzero(possible & ~live).tolist():
+                slot = int(part.slots[i])
+                word = self._first(slot) if behind_cut else _OFF
+                path = _Path(((word, int(row.outcome[i])),), part.tails[i], slot)
+                live[i] = self._can_be_finished(path)
+            row.is_live[behind_cut] = live
+        return row.is_live[behind_cut]
+
+    def _first(self, slot: int) -> int:
+        return self._words.first(slot) if self._is_made[slot] else _CLOSED
+
+    def _added_behind(self, place: int) -> dict[int, int]:
+        """Added tokens that may begin at a place, and the arrivals behind them."""
+        if place not in self._added_after:
+            after = {slot: self._splitter.read_added(place, a) for slot, a in self._added}
+            live = {}
+            for slot, arrival in after.items():
+                path = _Path(((_CLOSED, arrival),), b"", slot)
+                if arrival != DEAD and self._can_be_finished(path):
+                    live[slot] = arrival
+            self._added_after[place] = live
+        return self._added_after[place]
+
+    # Paths.
+
+    def may_end(self, state: State) -> bool:
+        """Whether no character is unfinished and the splits are those of the text as it stands."""
+        assert isinstance(state, _Path)
+        return not state.tail and any(
+            self._splitter.can_end[arrival] and self._words.may_stop(word)
+            for word, arrival in state.groups
+        )
+
+    def allowed(self, state: State) -> Bool[np.ndarray, "slots"]:
+        """Tokens that leave a valid path."""
+        assert isinstance(state, _Path)
+        mask = np.zeros(len(self.ids), dtype=bool)
+        checked: set[int] = set()
+        for word, at in state.groups:
+            cut = DEAD if state.tail or not self._words.may_stop(word) else self._splitter.cut[at]
+            if cut != DEAD:
+                part = self._part(b"")
+                mask[part.slots] |= self._live(cut, b"", behind_cut=True)
+                mask[list(self._added_behind(cut))] = True
+            whole = at if state.tail else self._splitter.whole[at]
+            if whole != DEAD and word != _CLOSED:
+                part = self._part(state.tail)
+                if part.slots.size:
+                    live = self._live(whole, state.tail, behind_cut=False)
+                    mask[part.slots] |= live & self._neighbours(state.last)[part.slots]
+                checked.update(self._words.following.get(word, ()))
+        for slot in checked:
+            after = self._step(state, slot)
+            mask[slot] = after is not None and self._can_be_finished(after)
+        return mask
+
+    def _neighbours(self, slot: int) -> Bool[np.ndarray, "slots"]:
+        return np.asarray(self._seams.row(int(self.ids[slot]))[self._own_ids] & self._is_made)
+
+    @cached_property
+    def _own_ids(self) -> Int[np.ndarray, "slots"]:
+        """Ids of slots as the merges know them; added tokens stand for any, they are not made."""
+        return np.where(self._is_made, self.ids, 0)
+
+    def after(self, state: State, slot: int) -> State:
+        """The path with one more token."""
+        assert isinstance(state, _Path)
+        after = self._step(state, slot)
+        assert after is not None, "the token is allowed"
+        return after
+
+    def _step(self, state: _Path, slot: int) -> _Path | None:
+        """A path with one more token; ``None`` if the splits or the merges forbid it."""
+        found: dict[int, set[int]] = {}
+        tail = b""
+        for word, at in state.groups:
+            cut = DEAD if state.tail or not self._words.may_stop(word) else self._splitter.cut[at]
+            if cut != DEAD:
+                arrival = self._added_behind(cut).get(slot, DEAD)
+                if arrival != DEAD:
+                    found.setdefault(_CLOSED, set()).add(arrival)
+                outcome, rest = self._outcome(cut, b"", slot)
+                if outcome != DEAD:
+                    found.setdefault(self._first(slot), set()).add(outcome)
+                    tail = rest
+            whole = at if state.tail else self._splitter.whole[at]
+            if whole == DEAD or word == _CLOSED or not self._is_made[slot]:
+                continue
+            outcome, rest = self._outcome(whole, state.tail, slot)
+            if outcome != DEAD and self._seams.allows(
+                int(self.ids[state.last]), int(self.ids[slot])
+            ):
+                found.setdefault(self._words.then(word, slot), set()).add(outcome)
+                tail = rest
+        if not found:
+            return None
+        join = self._splitter.join_places if tail else self._splitter.join_arrivals
+        return _Path(tuple((word, join(ats)) for word, ats in sorted(found.items())), tail, slot)
+
+    def _outcome(self, place: int, tail: bytes, slot: int) -> tuple[int, bytes]:
+        part = self._part(tail)
+        i = int(np.searchsorted(part.slots, slot))
+        if i == len(part.slots) or part.slots[i] != slot:
+            return DEAD, b""
+        return int(self._row(place, tail).outcome[i]), part.tails[i]
+
+    def _can_be_finished(self, path: _Path) -> bool:
+        """Whether some tokens after a path make it a complete text; searched without haste."""
+        if path not in self._lives:
+            self._lives[path] = self._search(path)
+        return self._lives[path]
+
+    def _search(self, path: _Path) -> bool:
+        stack, seen = [path] if self._fits(path) else [], {path}
+        while stack:
+            at = stack.pop()
+            if self.may_end(at) or self._lives.get(at, False):
+                return True
+            for slot in self._candidates(at):
+                after = self._step(at, slot)
+                if after is None or after in seen:
+                    continue
+                if self.may_end(after):
+                    return True
+                seen.add(after)
+                if self._fits(after):
+                    stack.append(after)
+        return False
+
+    def _fits(self, path: _Path) -> bool:
+        """Whether some character begins with the tail and may stand there; needed, not enough."""
+        step, atoms = self._splitter.step, self._atoms
+        return not path.tail or any(
+            step(place, atom) != DEAD
+            for _, place in path.groups
+            for atom in atoms.behind(path.tail)
+        )
+
+    def _candidates(self, path: _Path) -> Iterator[int]:
+        """Tokens that may come next as far as the splits go; those that can end first."""
+        can_end = self._splitter.can_end
+        for word, at in path.groups:
+            stops = not path.tail and self._words.may_stop(word)
+            places = [(self._splitter.cut[at], b"")] if stops else []
+            if word != _CLOSED:
+                places.append((at if path.tail else self._splitter.whole[at], path.tail))
+            for place, tail in places:
+                if place == DEAD:
+                    continue
+                part, outcome = self._part(tail), self._row(place, tail).outcome
+                ready: list[int] = []
+                others: list[int] = []
+                for i in np.flatnonzero(outcome >= 0).tolist():
+                    ends = not part.tails[i] and can_end[outcome[i]]
+                    (ready if ends else others).append(int(part.slots[i]))
+                yield from ready
+                yield from others
+            yield from (slot for slot, _ in self._added)
+
+
+def _symbols(vocab: Mapping[str, int], is_byte_level: bool) -> dict[str, int]:
+    """The symbols with which every string begins, by their pieces.
+
+    Raises:
+        NotCovered: if some text has none.
+    """
+    single = {piece: i for piece, i in vocab.items() if len(piece) == 1}
+    if is_byte_level:
+        from tokenizers import pre_tokenizers
+
+        missing = [c for c in pre_tokenizers.ByteLevel.alphabet() if c not in single]
+    else:
+        missing = [f"<0x{b:02X}>" for b in range(256) if f"<0x{b:02X}>" not in vocab]
+        missing += [] if BLANK in vocab else [BLANK]
+    if missing:
+        raise NotCovered(f"it has no token for every text, such as {min(missing)!r}")
+    return single
+
+
+def _seams(
+    vocab: Mapping[str, int], merges: Sequence[Sequence[str] | str], symbols: Iterable[int]
+) -> Seams:
+    pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
+    lengths = [0] * (max(vocab.values()) + 1)
+    for piece, i in vocab.items():
+        lengths[i] = len(piece)
+    ranked = [(vocab[a], vocab[b], vocab[a + b]) for a, b in pairs]
+    return Seams(len(lengths), symbols, ranked, lengths)
+
+
+def _unfinished(content: bytes) -> int:
+    """How many bytes at the end may be the beginning of a character."""
+    for n in range(1, min(3, len(content)) + 1):
+        byte = content[-n]
+        if byte & 0xC0 == 0x80:
+            continue
+        length = 4 if byte >= 0xF0 else 3 if byte >= 0xE0 else 2 if byte >= 0xC2 else 0
+        if length <= n or byte > 0xF4:
+            return 0
+        if n > 1:
+            # Not every second byte makes a character (RFC 3629).
+            low, high = _SECOND.get(byte, (0x80, 0xBF))
+            if not low <= content[1 - n] <= high:
+                return 0
+        return n
+    return 0
+
+
+_SECOND = {0xE0: (0xA0, 0xBF), 0xED: (0x80, 0x9F), 0xF0: (0x90, 0xBF), 0xF4: (0x80, 0x8F)}

@@ -1,0 +1,174 @@
+"""Scores across vocabularies: merged spans, and what every model gave to each."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tables import random_table
+
+import multicolm
+from multicolm import Ensemble, catalog
+from multicolm.backend.table import TableModel
+from multicolm.errors import CapabilityError
+from multicolm.scoring.corpus import open_corpus
+from multicolm.scoring.score import score
+from multicolm.scoring.store import TableFiles, load_table, read_index
+
+BASE = ("a", "b", "c", " ", "d", " d", "e", ".")
+LEFT = ("a", "b", "c", " ", "d", "e", "ab", "bc", "<stop>")
+RIGHT = ("a", "b", "c", " ", "d", "e", "cab", "ea", "<stop>")
+RECORDS = [
+    {"prompt": "a", "completion": "abc d"},
+    {"prompt": "cab", "completion": "e"},
+    {"prompt": "e d", "completion": "cabcab dea"},
+    {"prompt": "bc", "completion": "bcbcab"},
+]
+
+
+def models() -> list[TableModel]:
+    tables = (("base", 1, BASE), ("left", 2, LEFT), ("right", 3, RIGHT))
+    return [random_table(*table) for table in tables]
+
+
+def scored(folder: Path, members: list[TableModel], **settings: Any) -> Any:
+    data = folder / "d.jsonl"
+    data.write_text("".join(json.dumps(record) + "\n" for record in RECORDS))
+    score(Ensemble(members), open_corpus(data), folder / "scores", **settings)
+    return load_table(folder / "scores")
+
+
+def by_hand(model: TableModel, prompt: str, text: str) -> list[tuple[str, float]]:
+    """The model's own tokens of a text and its end, each with its log-probability."""
+    read = model.tokenizer.encode(prompt)
+    ids = [*model.tokenizer.encode_continuation(text), *model.tokenizer.end_ids]
+    found = []
+    for token in ids:
+        session = model.open(1)
+        logprobs = session.feed([0], [read], [1]).logits[0].log_softmax(-1)
+        found.append((model.tokenizer.piece(token), float(logprobs[token])))
+        read = [*read, token]
+    return found
+
+
+def spans_by_hand(text: str, members: list[TableModel]) -> list[tuple[int, int]]:
+    """Stretches between offsets at which every model has a token's end, the text's end last."""
+    common: set[int] | None = None
+    for model in members:
+        at, ends = 0, {0}
+        for token in model.tokenizer.encode_continuation(text):
+            at += len(model.tokenizer.token_bytes(token))
+            ends.add(at)
+        common = ends if common is None else common & ends
+    assert common is not None
+    cuts = sorted(common)
+    return [*itertools.pairwise(cuts), (len(text), len(text))]
+
+
+def test_a_span_has_the_product_of_the_models_own_tokens_in_it(tmp_path: Path) -> None:
+    members = models()
+    table = scored(tmp_path, members)
+    row = n_merged = 0
+    for number, record in enumerate(RECORDS):
+        text = record["completion"]
+        spans = spans_by_hand(text, members)
+        n_merged += sum(stop - start > 2 for start, stop in spans)
+        for start, stop in spans:
+            assert int(table.example[row]) == number
+            for k, model in enumerate(members):
+                at, wanted = 0, 0.0
+                *own, end = by_hand(model, record["prompt"], text)
+                for piece, logprob in own:
+                    wanted += logprob if start <= at < stop else 0.0
+                    at += len(piece)
+                wanted = end[1] if start == stop else wanted
+                assert float(table.gold_logprobs[row, k]) == pytest.approx(wanted, abs=1e-5)
+            row += 1
+    assert row == len(table) and n_merged >= 2 and bool(table.known.all())
+
+
+def test_the_spans_of_a_text_have_the_probability_of_the_text(tmp_path: Path) -> None:
+    members = models()
+    table = scored(tmp_path, members)
+    for k, model in enumerate(members):
+        total = sum(p for r in RECORDS for _, p in by_hand(model, r["prompt"], r["completion"]))
+        assert float(table.gold_logprobs[:, k].double().sum()) == pytest.approx(total, abs=1e-4)
+
+
+def test_a_table_of_models_with_one_vocabulary_is_not_merged(tmp_path: Path) -> None:
+    twin = random_table("twin", 7, BASE)
+    table = scored(tmp_path, [models()[0], twin])
+    n_tokens = sum(len(twin.tokenizer.encode_continuation(r["completion"])) + 1 for r in RECORDS)
+    assert len(table) == n_tokens
+
+
+def test_the_index_says_which_bridge_made_the_scores(tmp_path: Path) -> None:
+    scored(tmp_path, [*models()[:2], random_table("twin", 7, BASE)])
+    bridges = {model.name: model.bridge for model in read_index(tmp_path / "scores").models}
+    assert bridges == {"base": "shared", "left": "boundary", "twin": "shared"}
+
+
+def test_a_model_that_is_added_later_changes_no_score_of_the_others(tmp_path: Path) -> None:
+    base, left, right = models()
+    first = scored(tmp_path, [base, left])
+    before = {
+        name: (tmp_path / "scores" / name / "00000.safetensors").read_bytes()
+        for name in ("base", "left")
+    }
+    both = scored(tmp_path, [base, left, right])
+    for name, content in before.items():
+        assert (tmp_path / "scores" / name / "00000.safetensors").read_bytes() == content
+    assert len(both) < len(first)  # merged further
+    again = load_table(tmp_path / "scores", ["base", "left"])
+    assert torch.equal(again.gold_logprobs, first.gold_logprobs)
+
+
+def test_the_right_token_of_ones_own_counts_as_right(tmp_path: Path) -> None:
+    choices = {"": {"<stop>": 1.0}, "q": {"ab": 0.9, "a": 0.1}, "ab": {"c": 1.0}}
+    base = TableModel("base", ["q", "a", "b", "c", "."], {"": {"b": 1.0}}, ["."])
+    other = TableModel("other", ["q", "ab", "a", "b", "c", "<stop>"], choices, ["<stop>"])
+    data = tmp_path / "d.jsonl"
+    data.write_text(json.dumps({"prompt": "q", "completion": "abc"}))
+    score(Ensemble([base, other]), open_corpus(data), tmp_path / "scores")
+    table = load_table(tmp_path / "scores")
+    assert table.correct[:, 1].tolist() == [True, True, True]  # ab, c, the end
+    assert table.correct[:, 0].tolist() == [False, False, False]
+    assert float(table.gold_logprobs[0, 1]) == pytest.approx(math.log(0.9))
+
+
+def test_what_lies_beyond_a_context_is_unknown_as_a_whole_span(tmp_path: Path) -> None:
+    base, left, _ = models()
+    short = random_table("left", 2, LEFT)
+    short.context_length = 4
+    table = scored(tmp_path, [base, short])
+    (tmp_path / "whole").mkdir()
+    whole = scored(tmp_path / "whole", [base, left])
+    assert len(table) == len(whole) and not bool(table.known.all())
+    known = table.known[:, 1]
+    assert torch.equal(table.gold_logprobs[known], whole.gold_logprobs[known])
+    files = TableFiles(tmp_path / "scores", read_index(tmp_path / "scores"))
+    assert "open" in files.read("left", 0)
+
+
+def test_training_the_base_model_across_vocabularies_is_refused_by_name(tmp_path: Path) -> None:
+    from multicolm.config import load_ensemble
+    from multicolm.policy.co_llm import CoLlmPolicy
+    from multicolm.training.joint.train import train_joint
+
+    config = load_ensemble("tiny-mixed")
+    questions = catalog.registry() / "tiny" / "questions" / "train.jsonl"
+    lines = questions.read_text(encoding="utf-8").splitlines()[:4]
+    (tmp_path / "d.jsonl").write_text("\n".join(lines))
+    score(
+        multicolm.load("tiny-mixed"),
+        open_corpus(tmp_path / "d.jsonl"),
+        tmp_path / "scores",
+        features=["hidden"],
+    )
+    with pytest.raises(CapabilityError, match="'facts' has another vocabulary than the base"):
+        train_joint(CoLlmPolicy(), tmp_path / "scores", tmp_path / "out", config=config, how="lora")
