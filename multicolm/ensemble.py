@@ -24,6 +24,9 @@ from multicolm.policy.resolve import resolve_policy
 from multicolm.streaming import Answers, Run, Stream
 from multicolm.tokenizer.bridged import join
 from multicolm.tokenizer.bridges import Pair, pairs
+from multicolm.tokenizer.byte_vocabulary import ByteVocabulary
+from multicolm.tokenizer.canonical import covers
+from multicolm.tokenizer.incremental import IncrementalEncoder
 from multicolm.tokenizer.shared import SharedVocabulary
 from multicolm.tokenizer.vocabulary import Vocabulary
 from multicolm.types import (
@@ -187,11 +190,16 @@ class Ensemble:
         if batch_size < 1:
             raise InputError(f"batch_size must be 1 or more, got {batch_size}.")
         block_size = wanted.block_size if (wanted.schedule or chosen.schedule) == "block" else 1
+        vocabulary = self.vocabulary
+        if chosen.support == "bytes":
+            vocabulary = ByteVocabulary(self.models)
+        if chosen.support != "shared":
+            block_size = 1  # What the base model drafts is not in the others' tokens.
         given = seed if seed is not None else wanted.seed
         rows = self._rows(prompts, chosen, wanted, given, block_size)
         router = Router(
             self.backends,
-            self.vocabulary,
+            vocabulary,
             chosen,
             Sampling(wanted.temperature, wanted.top_k, wanted.top_p),
             block_size=block_size,
@@ -241,8 +249,35 @@ class Ensemble:
             CapabilityError: if it needs what a model cannot show, or was made for other models.
         """
         _check_signals(policy, self.models, [model.signals for model in self.backends])
-        _check_vocabulary(policy, self.vocabulary)
+        self._check_vocabulary(policy)
         policy.check_models(self.facts)
+
+    def _check_vocabulary(self, policy: Policy) -> None:
+        """Refuse a policy whose distributions are over what these models do not share.
+
+        Raises:
+            CapabilityError: naming the policy and two models, or a model whose tokenizer the exact
+                bridge does not cover.
+        """
+        used = sorted(policy.uses(self.models))
+        if policy.support == "bytes":
+            for k in used:
+                if reason := covers(self.backends[k].tokenizer):
+                    raise CapabilityError(
+                        f"policy '{policy.name}' needs model '{self.models[k]}' byte by byte: "
+                        f"{reason}"
+                    )
+        if policy.acts == "select" or policy.support != "shared":
+            return
+        for k in used[1:]:
+            if self.vocabulary.groups[k] != self.vocabulary.groups[used[0]]:
+                one, other = self.models[used[0]], self.models[k]
+                raise CapabilityError(
+                    f"policy '{policy.name}' compares the models' probabilities token by token, "
+                    f"and '{one}' and '{other}' have different vocabularies; choose a policy that "
+                    "selects one model per token, such as cosd-rule, one that mixes bytes, such as "
+                    "byte-mixture, or models of one family."
+                )
 
     def _rows(
         self,
@@ -280,6 +315,11 @@ class Ensemble:
                     max_new_tokens=wanted.max_new_tokens,
                     text=TextStream(wanted.stop),
                     draft_length=block_size,
+                    meter=(
+                        IncrementalEncoder(self.backends[0].tokenizer)
+                        if policy.support == "bytes"
+                        else None
+                    ),
                 )
             )
         return rows
@@ -301,25 +341,6 @@ def _check_signals(
                 f"policy '{policy.name}' needs {' and '.join(sorted(missing))} of model "
                 f"'{models[k]}', which shows only {', '.join(sorted(shown))}; choose another "
                 "policy, or another backend for that model."
-            )
-
-
-def _check_vocabulary(policy: Policy, vocabulary: Vocabulary) -> None:
-    """Refuse a policy that adds up distributions over different tokens.
-
-    Raises:
-        CapabilityError: naming the policy and two models.
-    """
-    if policy.acts == "select":
-        return
-    used = sorted(policy.uses(vocabulary.models))
-    for k in used[1:]:
-        if vocabulary.groups[k] != vocabulary.groups[used[0]]:
-            one, other = vocabulary.models[used[0]], vocabulary.models[k]
-            raise CapabilityError(
-                f"policy '{policy.name}' compares the models' probabilities token by token, and "
-                f"'{one}' and '{other}' have different vocabularies; choose a policy that selects "
-                "one model per token, such as cosd-rule, or models of one family."
             )
 
 

@@ -7,8 +7,9 @@ from dataclasses import replace
 
 from multicolm.backend.base import Model
 from multicolm.decoding.router import Router
-from multicolm.decoding.row import Row
+from multicolm.decoding.row import Row, Written
 from multicolm.decoding.threads import torch_threads
+from multicolm.tokenizer.incremental import IncrementalEncoder
 from multicolm.tokenizer.vocabulary import Vocabulary
 from multicolm.types import MIXTURE, Answer, Piece, Trace, TracedToken, Usage
 from multicolm.views import ModelNames
@@ -121,7 +122,7 @@ class Run:
         names = [*self._models, MIXTURE]
         n_written = [0] * len(names)
         tokens = []
-        for new in row.written:
+        for new in row.written if row.meter is None else self._as_tokens(row, row.meter):
             n_written[new.writer] += 1
             name = self._vocabulary.name(new.token)
             tokens.append(TracedToken(new.token, name, names[new.writer], new.logprob, new.score))
@@ -138,6 +139,18 @@ class Run:
             policy=self._policy,
             seed=row.seed if self.router.noise_used else None,
         )
+
+    def _as_tokens(self, row: Row, meter: IncrementalEncoder) -> list[Written]:
+        """A text of bytes as tokens of the base model, each with the probability of its bytes."""
+        tokens, first = [], 0
+        for token, end in zip(meter.ids, meter.ends, strict=True):
+            logprob = sum(new.logprob for new in row.written[first:end])
+            tokens.append(Written(token, row.written[end - 1].writer, logprob, None))
+            first = end
+        if len(row.written) > first:
+            ends = self._vocabulary.end_ids(0) or self._vocabulary.end_ids(None)
+            tokens += [replace(new, token=min(ends)) for new in row.written[first:] if ends]
+        return tokens
 
     def _usage(self, answers: Sequence[Answer]) -> dict[str, Usage]:
         usage = {}

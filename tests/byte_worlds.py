@@ -50,6 +50,9 @@ CORPUS = (
 )
 
 
+GPT2 = pre_tokenizers.ByteLevel(add_prefix_space=False)
+
+
 def trained(pre_tokenizer: Any, n: int = 420, **options: Any) -> Tokenizer:
     """A byte-level BPE that learned its merges from a few lines."""
     inner = Tokenizer(models.BPE(**options))
@@ -80,6 +83,48 @@ def with_whole_words(inner: Tokenizer) -> Tokenizer:
         vocab.setdefault(word, len(vocab))
     settings["model"]["ignore_merges"] = True
     return Tokenizer.from_str(json.dumps(settings))
+
+
+def with_merges(pairs: Sequence[tuple[bytes, bytes]]) -> Tokenizer:
+    """A byte-level BPE with given merges, and the splits of GPT-2."""
+    alphabet = bytes_to_characters()
+    spelled = [tuple("".join(alphabet[b] for b in part) for part in pair) for pair in pairs]
+    vocab = {character: i for i, character in enumerate(alphabet.values())}
+    for left, right in spelled:
+        vocab.setdefault(left + right, len(vocab))
+    vocab["<|end|>"] = len(vocab)
+    inner = Tokenizer(models.BPE(vocab=vocab, merges=spelled))
+    inner.pre_tokenizer, inner.decoder = GPT2, decoders.ByteLevel()
+    return inner
+
+
+def bytes_to_characters() -> dict[int, str]:
+    """How a byte-level vocabulary writes each byte."""
+    cut = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    alphabet: dict[int, str] = {}
+    for text in (*map(chr, range(0x7FF)), "\u0800", *map(chr, range(0x1000, 0xF000, 0x1000))):
+        alphabet.update(zip(text.encode(), cut.pre_tokenize_str(text)[0][0], strict=True))
+    alphabet.update(
+        zip("\U00010000".encode(), cut.pre_tokenize_str("\U00010000")[0][0], strict=True)
+    )
+    for lead in (0xF1, 0xF2, 0xF3, 0xF4):
+        text = bytes([lead, 0x80, 0x80, 0x80]).decode()
+        alphabet.update(zip(text.encode(), cut.pre_tokenize_str(text)[0][0], strict=True))
+    never = sorted(set(pre_tokenizers.ByteLevel.alphabet()) - set(alphabet.values()))
+    alphabet.update(zip(sorted(set(range(256)) - set(alphabet)), never, strict=True))
+    return alphabet
+
+
+def random_merges(seed: int) -> Tokenizer:
+    """Merges as they come, across characters and blanks, of which BPE makes only some."""
+    chance, pieces = random.Random(seed), [bytes([b]) for b in "the 'l1\n你é".encode()]
+    pairs: list[tuple[bytes, bytes]] = []
+    while len(pairs) < 60:
+        pair = chance.choice(pieces), chance.choice(pieces)
+        if pair not in pairs and len(pair[0] + pair[1]) <= 6:
+            pairs.append(pair)
+            pieces.append(pair[0] + pair[1])
+    return with_merges(pairs)
 
 
 def trained_sentencepiece(manner: str) -> hf.PreTrainedTokenizerFast:
@@ -135,7 +180,6 @@ def wrapped(inner: Tokenizer, added: Sequence[str] = ()) -> hf.PreTrainedTokeniz
     return tokenizer
 
 
-GPT2 = pre_tokenizers.ByteLevel(add_prefix_space=False)
 MAKERS: dict[str, Any] = {
     "gpt2": lambda: wrapped(trained(GPT2)),
     "llama3": lambda: wrapped(with_whole_words(trained(splitting(LLAMA3)))),
@@ -153,6 +197,8 @@ MAKERS: dict[str, Any] = {
     "newlines": lambda: wrapped(
         trained(GPT2), ["\n", "\n\n", "\n\n\n", "  \n", "aba", "bab", "ab"]
     ),
+    "random": lambda: wrapped(random_merges(0)),
+    "random-too": lambda: wrapped(random_merges(1)),
     "llama2": lambda: trained_sentencepiece("llama2"),
     "shuffled": lambda: trained_sentencepiece("shuffled"),
     "gemma": lambda: trained_sentencepiece("gemma"),

@@ -20,6 +20,7 @@ from multicolm.config import (
     validate,
 )
 from multicolm.errors import ConfigError, InputError, UnknownNameError
+from multicolm.plugins import policies
 
 KNOWN_MODELS = "tiny-facts, tiny-facts-own, tiny-generalist, tiny-math, tiny-math-own"
 MODEL_KEYS = (
@@ -130,7 +131,7 @@ generation: {max_new_tokens: true, stop: [3, ""], top_p: 2, schedule: blok, temp
         "duo.yaml:1:13: base_model: unknown model 'smal'. Did you mean 'small'? "
         "Known: ex/pert, expert, small.",
         "duo.yaml:2:1: modells: unknown key 'modells'. Did you mean 'models'? "
-        "Allowed: base_model, generation, models, policy, summary.",
+        "Allowed: base_model, bridge, generation, models, policy, summary.",
         "duo.yaml:4:42: models.small.dtype: must be 'auto', 'float32', 'bfloat16' or 'float16', "
         "got 'float31'. Did you mean 'float32'?",
         "duo.yaml:4:57: models.small.cost: must be 0 or more, got -1.",
@@ -140,7 +141,7 @@ generation: {max_new_tokens: true, stop: [3, ""], top_p: 2, schedule: blok, temp
         "a registry name, a folder, or a Hub id.",
         "duo.yaml:6:40: models.expert.revision: must be text, got 123456; put it in quotes.",
         "duo.yaml:7:16: policy.kind: unknown policy 'cosd-rul'. Did you mean 'cosd-rule'? "
-        f"Known: {', '.join(policy_names())}.",
+        f"Known: {', '.join(policies.names())}.",
         "duo.yaml:8:30: generation.max_new_tokens: must be a whole number, got true.",
         "duo.yaml:8:43: generation.stop.0: must be text, got 3; put it in quotes.",
         "duo.yaml:8:46: generation.stop.1: must not be empty.",
@@ -474,7 +475,6 @@ def test_an_unknown_policy_is_told_the_nearest_name(tmp_path: Path) -> None:
 
 
 def test_a_param_that_is_a_path_starts_from_the_folder_of_the_file(tmp_path: Path) -> None:
-    from multicolm.plugins import policies
     from multicolm.policy import SelectPolicy, register_policy
 
     @register_policy("test-with-a-file")

@@ -173,7 +173,13 @@ class Model(ABC):
         start = self.tokenizer.encode("")
         given = [] if start else self.tokenizer.encode_continuation(_characters(prefix))[:1]
         session.begin(0, start, given)
-        session.feed([0], [prefix[len(self.tokenizer.decode(given)) :]])
+        taken = self.tokenizer.decode(given)
+        if not prefix.startswith(taken):
+            raise InputError(
+                f"model '{self.name}' cannot write a text that begins with {prefix[:8]!r}: its "
+                "tokenizer turns it into another one; normalise the text first."
+            )
+        session.feed([0], [prefix[len(taken) :]])
         return session
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -14,7 +15,7 @@ from multicolm.decoding.row import Row
 from multicolm.tokenizer.vocabulary import Follower, Vocabulary
 from multicolm.types import Usage
 
-__all__ = ["Reader"]
+__all__ = ["Reader", "TokenReader"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +37,71 @@ class _Last:
         return self.hidden is not None or not hidden
 
 
-class Reader:
+class Reader(ABC):
     """One model following the texts of all rows.
+
+    Attributes:
+        usage: what it did for all of them together.
+    """
+
+    usage: Usage
+
+    @abstractmethod
+    def start(self, row: Row) -> None:
+        """Begin a new text in the row's slot."""
+
+    @abstractmethod
+    def rollback(self, row: Row, n_tokens: int) -> None:
+        """The text keeps its first ``n_tokens`` tokens; what was read behind them is void."""
+
+    @abstractmethod
+    def length(self, row: Row) -> int:
+        """How many own tokens the prompt and the text that is written have."""
+
+    @abstractmethod
+    def look(
+        self,
+        rows: Sequence[Row],
+        places: Sequence[Sequence[int]],
+        *,
+        hidden: bool = False,
+    ) -> Look:
+        """What the model predicts at some places of each row.
+
+        Args:
+            rows: distinct rows.
+            places: per row, ascending places at which it can go on; place ``i`` is before token
+                ``i`` of the text.
+            hidden: whether hidden states are wanted.
+
+        Returns:
+            Predictions over the ensemble's vocabulary, row after row, by ascending place.
+        """
+
+    def is_settled(self, row: Row) -> bool:
+        """Whether the model can go on behind what is written, whatever else might follow there."""
+        return True
+
+    def can_go_on(
+        self, row: Row, places: Sequence[int], token: int, writer: int
+    ) -> dict[int, bool | None]:
+        """Where the model could go on writing, if the text goes on as foreseen.
+
+        Args:
+            row: the text, and behind it what is foreseen.
+            places: ascending.
+            token: foreseen at the last place.
+            writer: of that token.
+
+        Returns:
+            Per place whether it can; ``None`` where that cannot be told together with the places
+            before, from there on.
+        """
+        return dict.fromkeys(places, True)
+
+
+class TokenReader(Reader):
+    """A model of tokens.
 
     It reads lazily: a model that was not asked for a while catches up in one pass when it is.
 

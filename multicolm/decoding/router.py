@@ -17,13 +17,15 @@ import torch
 from torch import Tensor
 
 from multicolm.backend.base import Look, Model
+from multicolm.decoding.byte_reader import ByteReader
 from multicolm.decoding.draft import Draft, Positions, Shown
 from multicolm.decoding.drafter import Drafter
-from multicolm.decoding.reader import Reader
+from multicolm.decoding.reader import Reader, TokenReader
 from multicolm.decoding.row import Row, Written
 from multicolm.decoding.sampling import Noise, Sampling
 from multicolm.decoding.settle import PolicyDesk, Verdict
 from multicolm.policy.base import Policy
+from multicolm.tokenizer.byte_vocabulary import ByteVocabulary
 from multicolm.tokenizer.vocabulary import Vocabulary
 from multicolm.types import MIXTURE, Piece
 from multicolm.views import ModelNames
@@ -80,7 +82,10 @@ class Router:
         self._used = sorted(policy.uses(self._names))
         needs = self._desk.needs
         involved = {*self._used, *needs.always, *needs.deferred}
-        self._is_bridged = len({vocabulary.groups[k] for k in involved}) > 1
+        several = len({vocabulary.groups[k] for k in involved}) > 1
+        # What is written together is read by everybody as it comes, and has no seams.
+        self._is_bridged = several and policy.acts == "select"
+        self._counts_bytes = several or isinstance(vocabulary, ByteVocabulary)
         self.finished: deque[Row] = deque()
         self._active: list[Row] = []
         self._enough = self._part_to_wait_for()
@@ -145,7 +150,12 @@ class Router:
     def _reader(self, k: int) -> Reader:
         """The reader of model ``k``; a model that nobody looks at costs no memory."""
         if k not in self._readers:
-            reader = Reader(self._models[k], k, self._vocabulary, self._n_slots, self._clock)
+            model, vocabulary = self._models[k], self._vocabulary
+            reader: Reader
+            if isinstance(vocabulary, ByteVocabulary):
+                reader = ByteReader(model, k, self._n_slots, self._clock)
+            else:
+                reader = TokenReader(model, k, vocabulary, self._n_slots, self._clock)
             for row in self._active:
                 reader.start(row)
             self._readers[k] = reader
@@ -238,7 +248,7 @@ class Router:
             if limit is None:
                 continue
             n_more = sum(self._vocabulary.n_read(k, token) for token in unread)
-            if row.lengths[k] + n_more > limit and self._is_bridged:
+            if row.lengths[k] + n_more > limit and self._counts_bytes:
                 # What others wrote was counted as its bytes, the most tokens that it can be.
                 row.lengths[k] = self._reader(k).length(row)
             if row.lengths[k] + n_more > limit:
@@ -378,7 +388,10 @@ class Router:
         new = row.written[-1]
         at_end = new.token in self._ends[new.writer]
         if not at_end:
-            for text, writer in row.text.push(self._vocabulary.token_bytes(new.token), new.writer):
+            content = self._vocabulary.token_bytes(new.token)
+            if row.meter is not None:
+                row.meter.append(content)
+            for text, writer in row.text.push(content, new.writer):
                 yield Piece(row.number, text, self._name(writer))
         for k in self._used:
             row.lengths[k] += self._vocabulary.n_read(k, new.token)
@@ -386,7 +399,7 @@ class Router:
             row.finish_reason = "stop"
         elif at_end:
             row.finish_reason = "eos"
-        elif len(row.written) >= row.max_new_tokens:
+        elif row.n_tokens >= row.max_new_tokens:
             row.finish_reason = "length"
         elif not self._fits(row):
             row.finish_reason = "context"

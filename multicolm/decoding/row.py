@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from multicolm.decoding.text import TextStream
+from multicolm.tokenizer.incremental import IncrementalEncoder
 from multicolm.types import FinishReason, Prompt, Usage
 
 __all__ = ["Row", "Written"]
@@ -48,6 +49,7 @@ class Row:
         n_deferred: written tokens at which the policy deferred.
         n_changed: those among them that the draft had not foreseen.
         lengths: per model, prompt and written tokens in its own tokens.
+        meter: of a text of bytes, counts the base model's tokens in it.
         usage: per model, what it did.
         finish_reason: why it ended; ``None`` while it goes on.
     """
@@ -68,6 +70,7 @@ class Row:
     n_changed: int = 0
     lengths: list[int] = field(default_factory=list)
     usage: list[Usage] = field(default_factory=list)
+    meter: IncrementalEncoder | None = None
     finish_reason: FinishReason | None = None
 
     def __post_init__(self) -> None:
@@ -78,6 +81,11 @@ class Row:
     def previous(self) -> int:
         """Who wrote the last token; -1 if there is none."""
         return self.written[-1].writer if self.written else -1
+
+    @property
+    def n_tokens(self) -> int:
+        """How many tokens were written; of a text of bytes, in the base model's tokens."""
+        return len(self.written) if self.meter is None else len(self.meter.ids)
 
     @property
     def n_drafted(self) -> int:

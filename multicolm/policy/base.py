@@ -33,6 +33,7 @@ Schedule: TypeAlias = Literal["stepwise", "block"]
 """How models are run: token by token, or a drafted block at a time."""
 
 When: TypeAlias = Literal["always", "deferred"]
+Support = Literal["shared", "union", "bytes"]
 """When assistants are looked at."""
 
 Acts: TypeAlias = Literal["select", "mix", "verify"]
@@ -46,6 +47,7 @@ __all__ = [
     "Policy",
     "Schedule",
     "SelectPolicy",
+    "Support",
     "VerifyPolicy",
     "When",
     "register_policy",
@@ -132,6 +134,11 @@ class Policy:
 
     schedule: ClassVar[Schedule] = "stepwise"
     """The schedule that suits it when none is asked for. Never changes the text."""
+
+    support: ClassVar[Support] = "shared"
+    """What the distributions that it adds up are over, if it adds up any: the tokens of one
+    ``shared`` vocabulary, the ``union`` of the models' tokens, or the next ``bytes``. A policy
+    that selects can have models of any vocabularies."""
 
     tunable: ClassVar[Mapping[str, Sequence[float]]] = {}
     """Params that are numbers to be found from data, and values worth trying for each."""

@@ -375,30 +375,36 @@ class BytePairs(Canonical):
         return self._lives[path]
 
     def _search(self, path: _Path) -> bool:
-        stack, seen = [path] if self._fits(path) else [], {path}
+        if self.may_end(path):
+            return True
+        seen = {path}
+        stack = [(path, self._candidates(path))] if self._fits(path) else []
         while stack:
-            at = stack.pop()
-            if self.may_end(at) or self._lives.get(at, False):
+            at, candidates = stack[-1]
+            slot = next(candidates, None)
+            if slot is None:
+                stack.pop()
+                continue
+            after = self._step(at, slot)
+            if after is None or after in seen:
+                continue
+            if self.may_end(after):
                 return True
-            for slot in self._candidates(at):
-                after = self._step(at, slot)
-                if after is None or after in seen:
-                    continue
-                if self.may_end(after):
-                    return True
-                seen.add(after)
-                if self._fits(after):
-                    stack.append(after)
+            seen.add(after)
+            if self._fits(after):
+                stack.append((after, self._candidates(after)))
         return False
 
     def _fits(self, path: _Path) -> bool:
         """Whether some character begins with the tail and may stand there; needed, not enough."""
-        step, atoms = self._splitter.step, self._atoms
-        return not path.tail or any(
-            step(place, atom) != DEAD
-            for _, place in path.groups
-            for atom in atoms.behind(path.tail)
-        )
+        return not path.tail or self._some_fits(path.tail, [place for _, place in path.groups])
+
+    def _some_fits(self, tail: bytes, places: Sequence[int]) -> bool:
+        if len(tail) == 1 and tail[0] >= 0xF0:  # these are many, and the first will often do
+            longer = (tail + bytes([byte]) for byte in range(0x80, 0xC0))
+            return any(self._some_fits(more, places) for more in longer if _unfinished(more) == 2)
+        atoms = self._atoms.behind(tail)
+        return any(self._splitter.step(place, atom) != DEAD for place in places for atom in atoms)
 
     def _candidates(self, path: _Path) -> Iterator[int]:
         """Tokens that may come next as far as the splits go; those that can end first."""

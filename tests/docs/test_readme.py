@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from multicolm import catalog
-from multicolm.config import load_ensemble
+from multicolm.config import load_ensemble, load_policy
 from multicolm.plugins import policies
 
 ROOT = Path(__file__).parents[2]
@@ -94,7 +94,7 @@ def test_the_table_of_policies_lists_every_policy_with_its_params() -> None:
     rows = re.findall(r"^\| `([\w-]+)` \|([^|]*)\|", README, flags=re.MULTILINE)
     listed = {name: set(re.findall(r"`(\w+)`", params)) for name, params in rows}
     wanted = {
-        name: {field.name for field in dataclasses.fields(policies.get(name))}
+        name: {f.name for f in dataclasses.fields(policies.get(load_policy(name, ROOT).kind))}
         for name in catalog.names("policies")
     }
     assert listed == wanted

@@ -117,8 +117,8 @@ def test_kill_9_at_any_moment_changes_nothing_but_times(start, tmp_path: Path) -
         else:
             finish(start(out))
         assert read(out) == expected
-    # Not all of them came before the first answer or after the last.
-    assert n_midway >= n_runs
+    # Some of them came between the first answer and the last.
+    assert n_midway > 0
 
 
 def test_two_at_once_in_one_folder_are_refused(start, tmp_path: Path, capfd) -> None:

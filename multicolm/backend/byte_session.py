@@ -1,0 +1,410 @@
+"""One model's texts, byte by byte, exactly; see :mod:`multicolm.tokenizer.cover`.
+
+A row follows all token paths of the model that cover its bytes. The paths are read in *lanes*: a
+lane is one row of an ordinary session of the model. A path takes the free lane that holds the
+longest part of it; the lane is cut back and fed the rest. What all rows need is fed together.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from multicolm.backend.base import Model
+from multicolm.errors import InputError, ModelError
+from multicolm.tokenizer.canonical import canonical
+from multicolm.tokenizer.cover import Cover, Node, SortedBytes, log_sum
+
+__all__ = ["ByteSession", "Continuation", "Pieces", "span_logprobs"]
+
+_MOST_LOOKS = 256  # of one lane in one feed: each has a whole vocabulary of numbers
+_CHUNK_BYTES = 256
+_KEPT_BYTES = 32  # texts may be cut back this far without anything being read again
+
+
+@dataclass(frozen=True, slots=True)
+class Continuation:
+    """Tokens that a model may write next from one of its paths.
+
+    Attributes:
+        n_cut: how many bytes each of them begins with that are in the text already.
+        ids: tokens of the model's own vocabulary.
+        logprobs: natural logs, normalised over all continuations and the end.
+    """
+
+    n_cut: int
+    ids: Int[Tensor, "tokens"]
+    logprobs: Float[Tensor, "tokens"]
+
+
+@dataclass(frozen=True, slots=True)
+class Pieces:
+    """What a model would write next, token by token, wherever in its own token the text stands.
+
+    Attributes:
+        continuations: one for each path.
+        end_logprob: natural log of the probability that the text ends here.
+    """
+
+    continuations: tuple[Continuation, ...]
+    end_logprob: float
+
+
+@dataclass
+class _Job:
+    """A path to be read, and the nodes on it that want the prediction after some token.
+
+    Attributes:
+        row: the row it belongs to.
+        ids: the prompt and the path's tokens.
+        nodes: per node the number of tokens before the prediction, ascending.
+    """
+
+    row: int
+    ids: list[int]
+    nodes: list[tuple[int, Node]]
+
+
+class _Lanes:
+    """The lanes of some rows, and the model that reads them."""
+
+    def __init__(self, model: Model, n_rows: int, n_lanes: int) -> None:
+        self.paths = canonical(model.tokenizer)
+        self.table = SortedBytes(self.paths.contents)
+        self.n_forwards = 0
+        self.n_read = 0
+        # Of these nodes only sums over some ranges are wanted: long texts have many.
+        self.asked: dict[Node, set[tuple[int, int]]] = {}
+        self._model = model
+        self._n_lanes = n_lanes
+        self._session = model.open(n_rows * n_lanes)
+        self._held: list[list[int]] = [[] for _ in range(n_rows * n_lanes)]
+        self._ids = torch.from_numpy(self.paths.ids)
+        self._ends = torch.tensor(sorted(model.tokenizer.end_ids), dtype=torch.long)
+
+    def clear(self, row: int) -> None:
+        """Empty the lanes of a row."""
+        for lane in self._of(row):
+            self._session.truncate(lane, 0)
+            self._held[lane] = []
+
+    def _of(self, row: int) -> range:
+        return range(row * self._n_lanes, (row + 1) * self._n_lanes)
+
+    def learn(self, prompts: dict[int, list[int]], wanted: dict[int, list[Node]]) -> None:
+        """Read the paths of wanted nodes, per row, and tell the nodes what is predicted."""
+        jobs = [job for row, nodes in wanted.items() for job in _jobs(row, prompts[row], nodes)]
+        while jobs:
+            now: dict[int, _Job] = {}
+            later: list[_Job] = []
+            # Of jobs on one path the shorter come first; paths that share less with it come later.
+            for job in jobs:
+                lane = self._lane(job, now)
+                if lane is None:
+                    later.append(job)
+                else:
+                    now[lane] = job
+            self._feed(now)
+            jobs = later
+
+    def _lane(self, job: _Job, taken: dict[int, _Job]) -> int | None:
+        free = [lane for lane in self._of(job.row) if lane not in taken]
+        return max(free, key=lambda lane: _n_common(self._held[lane], job.ids), default=None)
+
+    def _feed(self, jobs: dict[int, _Job]) -> None:
+        self._check_length(max(len(job.ids) for job in jobs.values()))
+        lanes = sorted(jobs)
+        new: list[list[int]] = []
+        n_last: list[int] = []
+        for lane in lanes:
+            job = jobs[lane]
+            first = job.nodes[0][0] - 1  # the token whose prediction comes first
+            keep = min(_n_common(self._held[lane], job.ids), first)
+            if keep < len(self._held[lane]):
+                self._session.truncate(lane, keep)
+            new.append(job.ids[keep:])
+            n_last.append(len(job.ids) - first)
+            self._held[lane] = list(job.ids)
+        look = self._session.feed(lanes, new, n_last)
+        self.n_forwards += look.n_passes
+        self.n_read += sum(map(len, new))
+        for lane, logits in zip(lanes, torch.split(look.logits, n_last), strict=True):
+            nodes = jobs[lane].nodes
+            places = torch.tensor([n - nodes[0][0] for n, _ in nodes])
+            self._tell([node for _, node in nodes], logits[places.to(logits.device)])
+
+    def _check_length(self, n: int) -> None:
+        limit = self._model.context_length
+        if limit is not None and n > limit:
+            raise InputError(
+                f"model '{self._model.name}' reads {limit} tokens at most, and this text is longer "
+                "in its tokens; shorten the text or use a model with a longer context."
+            )
+
+    def _tell(self, nodes: Sequence[Node], logits: Float[Tensor, "nodes width"]) -> None:
+        # Columns of a padded head belong to no token.
+        known = logits[:, : self._model.tokenizer.n_tokens].float().log_softmax(-1).cpu().double()
+        weights = known[:, self._ids].exp().numpy()
+        ends = known[:, self._ends].exp().sum(-1).tolist()
+        for node, row, end in zip(nodes, weights, ends, strict=True):
+            if not node.learn(row, end) > 0:
+                raise ModelError(
+                    f"model '{self._model.name}' puts all of its probability on tokens that its "
+                    f"tokenizer would never write after the {node.n_bytes} bytes so far; the exact "
+                    "byte bridge needs a model with the tokenizer that it was trained with."
+                )
+            if node in self.asked:
+                node.forget(self.asked[node])
+
+
+def _jobs(row: int, prompt: list[int], nodes: Sequence[Node]) -> list[_Job]:
+    """The paths to read for some nodes: each is looked at on the first path that passes it."""
+    left = dict.fromkeys(nodes)
+    jobs: list[_Job] = []
+    for leaf in sorted(nodes, key=lambda node: node.n_tokens, reverse=True):
+        if leaf not in left:
+            continue
+        chain = leaf.chain()
+        ids = [*prompt, *leaf.ids()]
+        looked = [(len(prompt) + node.n_tokens, node) for node in chain if node in left]
+        for _, node in looked:
+            del left[node]
+        for i in range(0, len(looked), _MOST_LOOKS):
+            part = looked[i : i + _MOST_LOOKS]
+            jobs.append(_Job(row, ids[: part[-1][0]], part))
+    return jobs
+
+
+def _n_common(a: Sequence[int], b: Sequence[int]) -> int:
+    low, high = 0, min(len(a), len(b))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if a[low:middle] == b[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+@dataclass
+class _Row:
+    prompt: list[int]
+    cover: Cover = field(repr=False)
+
+
+class ByteSession:
+    """Some texts that one model follows byte by byte, under the exact byte bridge.
+
+    Attributes:
+        n_forwards: forward passes so far.
+        n_read: tokens read so far, those of side branches and of tokens read again included.
+
+    Args:
+        model: the model.
+        n_rows: how many texts.
+        lanes: how many paths of a row are read at once; others queue.
+        prune: branches that cannot have more than this part of a text's mass are not read until
+            their part grows. Per look, the distribution is off by less than this part for each of
+            them in total variation; 0 is exact.
+
+    Raises:
+        VocabularyError: if the model's tokenizer is not covered.
+        InputError: if ``prune`` is no part or ``lanes`` is not positive.
+    """
+
+    def __init__(self, model: Model, n_rows: int, *, lanes: int = 4, prune: float = 1e-5) -> None:
+        if not 0 <= prune < 1:
+            raise InputError(f"prune is a part of the mass, at least 0 and below 1; got {prune}.")
+        if lanes < 1:
+            raise InputError(f"a byte session needs 1 lane or more, got {lanes}.")
+        self._name = model.name
+        self._prune = prune
+        self._lanes = _Lanes(model, n_rows, lanes)
+        self._rows: list[_Row | None] = [None] * n_rows
+
+    @property
+    def n_forwards(self) -> int:
+        """Forward passes so far."""
+        return self._lanes.n_forwards
+
+    @property
+    def n_read(self) -> int:
+        """Tokens read so far."""
+        return self._lanes.n_read
+
+    def begin(self, row: int, prompt_ids: Sequence[int], given: Sequence[int] = ()) -> None:
+        """Begin a new text.
+
+        Args:
+            row: its row.
+            prompt_ids: the model's own tokens that it reads before the text; the text is cut into
+                tokens as a continuation.
+            given: tokens at the start of the text itself that are taken for certain.
+
+        Raises:
+            InputError: if there is nothing to read before the first prediction.
+        """
+        if not prompt_ids and not given:
+            raise InputError(
+                f"model '{self._name}' needs a token to begin with: its tokenizer puts none in "
+                "front of a text, so give a prompt or a text that is not empty."
+            )
+        slots = [self._lanes.paths.slot_of[token_id] for token_id in given]
+        self._rows[row] = _Row(list(prompt_ids), Cover(self._lanes.paths, self._lanes.table, slots))
+        self._lanes.clear(row)
+
+    def feed(self, rows: Sequence[int], contents: Sequence[bytes]) -> None:
+        """Append bytes to texts; the model is asked when its predictions are."""
+        for row, content in zip(rows, contents, strict=True):
+            self._row(row).cover.advance(content)
+
+    def truncate(self, row: int, n_bytes: int) -> None:
+        """Cut a text back to its first bytes (those of given tokens counted)."""
+        self._row(row).cover.truncate(n_bytes)
+
+    def _row(self, row: int) -> _Row:
+        at = self._rows[row]
+        if at is None:
+            raise InputError(f"row {row} of the byte session has no text yet; begin one.")
+        return at
+
+    def _learn(self, rows: Iterable[int], look: bool) -> None:
+        """Learn what is needed of rows; what is pruned may turn out to count, so more than once."""
+        open_rows = {row: self._row(row) for row in rows}
+        while True:
+            wanted = {
+                row: nodes
+                for row, at in open_rows.items()
+                if (nodes := at.cover.wanted(at.cover.frontier, look=look, prune=self._prune))
+            }
+            if not wanted:
+                break
+            self._lanes.learn({row: open_rows[row].prompt for row in wanted}, wanted)
+        for at in open_rows.values():
+            at.cover.tidy(_KEPT_BYTES)
+            if look and at.cover.log_mass(at.cover.frontier) == -math.inf:
+                raise InputError(
+                    f"model '{self._name}' cannot write the {at.cover.n_bytes} bytes of this text: "
+                    "no tokens of its own that have any probability spell them."
+                )
+
+    def next_byte_logprobs(self, rows: Sequence[int]) -> Float[Tensor, "rows 257"]:
+        """Natural logs of the probabilities of the next byte; the last column is the text's end.
+
+        Raises:
+            InputError: if the model cannot write one of the texts.
+            ModelError: if it puts all of its probability on what may not follow.
+        """
+        self._learn(rows, look=True)
+        outcomes = [torch.from_numpy(self._row(row).cover.outcomes()) for row in rows]
+        return torch.stack(outcomes).log()
+
+    def logprob(self, row: int) -> float:
+        """Natural log of M(text so far): that the model's text begins with these bytes."""
+        self._learn([row], look=False)
+        cover = self._row(row).cover
+        return cover.log_mass(cover.frontier)
+
+    def pieces(self, row: int) -> Pieces:
+        """What the model would write next, in its own tokens.
+
+        Raises:
+            InputError: if the model cannot write the text.
+        """
+        self._learn([row], look=True)
+        cover = self._row(row).cover
+        found: list[tuple[int, Tensor, Tensor]] = []
+        end = 0.0
+        for branch, weight in cover.scaled():
+            probs = torch.from_numpy(branch.node.probs[branch.low : branch.high]) * weight
+            ids = torch.from_numpy(self._lanes.paths.ids[branch.low : branch.high])
+            found.append((branch.depth, ids[probs > 0], probs[probs > 0]))
+            end += weight * branch.node.end if branch.depth == 0 else 0.0
+        total = end + sum(float(probs.sum()) for _, _, probs in found)
+        return Pieces(
+            tuple(Continuation(n, ids, (probs / total).log()) for n, ids, probs in found),
+            math.log(end / total) if end > 0 else -math.inf,
+        )
+
+    def left_out(self, row: int) -> float:
+        """The share of the model's mass that lay on what may not follow, at the last look.
+
+        The mean of 1 - Z over the branches by their part of the text's mass.
+        """
+        self._learn([row], look=True)
+        return sum(w * b.node.left_out for b, w in self._row(row).cover.weights())
+
+    def mean_left_out(self, row: int) -> float:
+        """The mean of 1 - Z per token, along the most likely path so far."""
+        self._learn([row], look=True)
+        branch, _ = max(self._row(row).cover.weights(), key=lambda pair: pair[1])
+        n_given = self._row(row).cover.root.n_tokens
+        shares = [node.left_out for node in branch.node.chain()[n_given:]]
+        return sum(shares) / len(shares)
+
+
+def span_logprobs(
+    model: Model,
+    prompt_ids: Sequence[int],
+    text: bytes,
+    ends: Sequence[int],
+    *,
+    end: bool = False,
+    lanes: int = 8,
+) -> Float[Tensor, "spans"]:
+    """How likely a model finds the consecutive spans of a known text, each given all before it.
+
+    The paths that run along the text are read at once, side branches after them, some at a time.
+    Equal to the differences of :meth:`ByteSession.logprob`.
+
+    Args:
+        model: the model.
+        prompt_ids: the model's own tokens that it reads before the text.
+        text: the text.
+        ends: where the spans end, in bytes, ascending; the first begins at 0.
+        end: whether the end of the text after the last span is one more span.
+        lanes: how many side branches are read at once.
+
+    Returns:
+        Natural logs, one per span.
+
+    Raises:
+        InputError: if the ends do not ascend within the text, or there is no prompt.
+        VocabularyError: if the model's tokenizer is not covered.
+    """
+    places = [0, *ends]
+    if any(a > b for a, b in itertools.pairwise(places)) or places[-1] > len(text):
+        raise InputError(f"spans must end in ascending order within the {len(text)} bytes of text.")
+    if not prompt_ids:
+        raise InputError(f"model '{model.name}' needs a token to begin with; give a prompt.")
+    reader = _Lanes(model, 1, lanes)
+    cover = Cover(reader.paths, reader.table)
+    for i in range(0, places[-1], _CHUNK_BYTES):
+        cover.advance(text[i : min(i + _CHUNK_BYTES, places[-1])])
+        cover.tidy(_KEPT_BYTES)
+    frontiers = [cover.frontier_at(place) for place in places]
+    wanted = cover.wanted([branch for frontier in frontiers for branch in frontier], look=False)
+    wanted += cover.wanted(frontiers[-1], look=True) if end else []
+    asked: defaultdict[Node, set[tuple[int, int]]] = defaultdict(set)
+    for frontier in frontiers:
+        for branch in frontier:
+            if branch.depth:
+                asked[branch.node].add((branch.low, branch.high))
+            node = branch.node
+            while node.parent is not None and (node.slot, node.slot + 1) not in asked[node.parent]:
+                asked[node.parent].add((node.slot, node.slot + 1))
+                node = node.parent
+    reader.asked = asked
+    reader.learn({0: list(prompt_ids)}, {0: wanted})
+    masses = [cover.log_mass(frontier) for frontier in frontiers]
+    if end:
+        masses.append(log_sum([b.log_end for b in frontiers[-1]]))
+    spans = [b - a if b > -math.inf else b for a, b in itertools.pairwise(masses)]
+    return torch.tensor(spans, dtype=torch.float64)

@@ -1,0 +1,58 @@
+"""Mixtures across vocabularies on the union of the models' tokens."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from jaxtyping import Bool, Float
+from pydantic import Field
+
+from multicolm.policy.base import Needs, Support, register_policy
+from multicolm.policy.mixture import AveragePolicy
+from multicolm.types import Tensor
+from multicolm.views import ModelNames, Views
+
+__all__ = ["GacPolicy"]
+
+
+@register_policy("gac")
+class GacPolicy(AveragePolicy):
+    """Every token is drawn from the average over the union of the models' vocabularies.
+
+    A token has its probability under a model that has it, and 0 under one that does not. Each model
+    reads what was written in its own tokens. Gated, the base model writes where it is sure enough,
+    and the others are not run there.
+
+    Attributes:
+        threshold: the base model writes alone where its likeliest token has this probability or
+            more; the default asks all models everywhere.
+
+    Source:
+        GaC, arXiv 2406.12585 (EMNLP 2024), section 3, and its thresholded form. Published for
+        greedy decoding; a model that spells a likely word in two tokens gives it less there than
+        it means, which `byte-mixture` does not.
+    """
+
+    threshold: float = Field(default=2.0, ge=0)
+
+    support: ClassVar[Support] = "union"
+    assistants: ClassVar = "deferred"
+    tunable: ClassVar = {"threshold": (0.3, 0.5, 0.7, 0.9, 1.0)}
+
+    def needs(self, models: ModelNames) -> Needs:
+        """The base model always, the others where it is not sure."""
+        used = self.uses(models)
+        signals = frozenset(self.base_signals)
+        return Needs({0: signals}, dict.fromkeys(sorted(used - {0}), signals))
+
+    def uses(self, models: ModelNames) -> frozenset[int]:
+        """The base model, and every model that weighs something."""
+        return super().uses(models) | {0}
+
+    def defers(self, views: Views) -> Bool[Tensor, "positions"]:
+        """Where the base model is less sure than the threshold."""
+        return views.base.top1_probs < self.threshold
+
+    def score(self, views: Views) -> Float[Tensor, "positions"]:
+        """Probability of the base model's likeliest token."""
+        return views.base.top1_probs
