@@ -72,7 +72,7 @@ class Ensemble:
         generation: GenerationConfig | None = None,
         config: EnsembleConfig | None = None,
         base_dir: Path | None = None,
-        bridge: Literal["auto", "shared", "boundary"] = "auto",
+        bridge: Literal["auto", "shared", "boundary", "exact"] = "auto",
     ) -> None:
         names = [model.name for model in models]
         if not names or len(set(names)) != len(names) or MIXTURE in names:
@@ -94,7 +94,7 @@ class Ensemble:
         self.vocabulary: Vocabulary = (
             SharedVocabulary(self.models, tokenizers)
             if bridge == "shared"
-            else join(self.models, tokenizers)
+            else join(self.models, tokenizers, exact=bridge == "exact")
         )
         self.policy = resolve_policy(policy or {"kind": "single"}, base_dir=base_dir)
         self._check(self.policy)

@@ -303,7 +303,7 @@ def test_an_unknown_ensemble_is_told_the_nearest_name() -> None:
     with pytest.raises(UnknownNameError) as caught:
         load_ensemble("tny")
     assert str(caught.value) == (
-        "unknown ensemble 'tny'. Did you mean 'tiny'? Known: tiny, tiny-mixed. "
+        "unknown ensemble 'tny'. Did you mean 'tiny'? Known: tiny, tiny-mixed, tiny-mixed-exact. "
         "A file's name ends in .yaml; a folder needs an ensemble.yaml."
     )
 

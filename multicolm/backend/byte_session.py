@@ -312,6 +312,15 @@ class ByteSession:
         cover = self._row(row).cover
         return cover.log_mass(cover.frontier)
 
+    def pieces_of(self, rows: Sequence[int]) -> list[Pieces]:
+        """:meth:`pieces` of several rows, which are read together.
+
+        Raises:
+            InputError: if the model cannot write one of the texts.
+        """
+        self._learn(rows, look=True)
+        return [self.pieces(row) for row in rows]
+
     def pieces(self, row: int) -> Pieces:
         """What the model would write next, in its own tokens.
 

@@ -46,7 +46,7 @@ class EnsembleConfig(Strict):
         generation: settings of calls that do not give their own.
         bridge: how models of different vocabularies hand over. ``auto`` takes ``shared`` where
             vocabularies agree in content, else ``boundary``; ``shared`` refuses models that do not
-            agree.
+            agree; ``exact`` lets assistants go on within their own tokens.
     """
 
     summary: str = ""
@@ -56,7 +56,7 @@ class EnsembleConfig(Strict):
     )
     policy: PolicyConfig = Field(default_factory=_single)
     generation: GenerationConfig = Field(default_factory=GenerationConfig)
-    bridge: Literal["auto", "shared", "boundary"] = "auto"
+    bridge: Literal["auto", "shared", "boundary", "exact"] = "auto"
     _base_dir: Path | None = PrivateAttr(default=None)
 
     @model_validator(mode="after")

@@ -1,21 +1,27 @@
-"""One model following the texts of all rows byte by byte, under the exact byte bridge."""
+"""Models that follow the texts of all rows byte by byte, under the exact byte bridge."""
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
 from multicolm.backend.base import Look, Model
-from multicolm.backend.byte_session import ByteSession
+from multicolm.backend.byte_session import ByteSession, Pieces
 from multicolm.decoding.reader import Reader
 from multicolm.decoding.row import Row
+from multicolm.tokenizer.bridged import BridgedVocabulary
 from multicolm.tokenizer.incremental import IncrementalEncoder
 from multicolm.types import Usage
 
-__all__ = ["ByteReader"]
+__all__ = ["ByteReader", "ExactReader"]
 
 
-class ByteReader(Reader):
-    """A model of bytes.
+class _Bytes(Reader):
+    """Follows texts as bytes.
 
     Args:
         model: the model.
@@ -32,26 +38,42 @@ class ByteReader(Reader):
         self._index = index
         self._clock = clock
         self._session = ByteSession(model, n_slots)
-        self._n_bytes = [0] * n_slots
+        self._ends: list[list[int]] = [[0] for _ in range(n_slots)]  # in bytes, per place
+        self._n_fed = [0] * n_slots
         self._encoders: dict[int, IncrementalEncoder] = {}
         self.usage = Usage()
+
+    @abstractmethod
+    def _content(self, token: int) -> bytes:
+        """What a token adds to the text."""
+
+    @abstractmethod
+    def _shown(self, slots: Sequence[int]) -> Float[Tensor, "rows vocab"]:
+        """What the model predicts at the end of the texts in some slots."""
 
     def start(self, row: Row) -> None:
         """Begin a new text in the row's slot."""
         self._session.begin(row.slot, row.prompt_ids[self._index])
-        self._n_bytes[row.slot] = 0
+        self._ends[row.slot] = [0]
+        self._n_fed[row.slot] = 0
         self._encoders[row.slot] = IncrementalEncoder(self._model.tokenizer)
 
     def rollback(self, row: Row, n_tokens: int) -> None:
-        """The text keeps its first ``n_tokens`` bytes."""
-        if n_tokens < self._n_bytes[row.slot]:
-            self._session.truncate(row.slot, n_tokens)
-            self._n_bytes[row.slot] = n_tokens
+        """The text keeps its first ``n_tokens`` tokens."""
+        ends = self._ends[row.slot]
+        if n_tokens < len(ends) - 1:
+            del ends[n_tokens + 1 :]
+            self._cut(row.slot, ends[-1])
+
+    def _cut(self, slot: int, n_bytes: int) -> None:
+        if n_bytes < self._n_fed[slot]:
+            self._session.truncate(slot, n_bytes)
+            self._n_fed[slot] = n_bytes
 
     def length(self, row: Row) -> int:
         """How many own tokens the prompt and the written text have."""
         encoder = self._encoders[row.slot]
-        written = bytes(new.token for new in row.written if new.token < 256)
+        written = b"".join(self._content(new.token) for new in row.written)
         encoder.append(written[encoder.n_bytes :])
         return len(row.prompt_ids[self._index]) + len(encoder.ids)
 
@@ -62,30 +84,106 @@ class ByteReader(Reader):
         *,
         hidden: bool = False,
     ) -> Look:
-        """The log-probabilities of the next byte, or of the end, at one place of each row.
+        """What the model predicts at some places of each row.
 
         Args:
             rows: distinct rows.
-            places: per row one place, counted in bytes.
-            hidden: has to be false: bytes have no hidden states.
+            places: per row, ascending.
+            hidden: has to be false: what is summed over many paths has no hidden state.
         """
-        assert not hidden and all(len(wanted) == 1 for wanted in places)
+        assert not hidden
         start = self._clock()
         n_forwards, n_read = self._session.n_forwards, self._session.n_read
-        for row, [place] in zip(rows, places, strict=True):
-            self.rollback(row, place)
-            self._session.feed([row.slot], [bytes(row.ids[self._n_bytes[row.slot] : place])])
-            self._n_bytes[row.slot] = place
-        logprobs = self._session.next_byte_logprobs([row.slot for row in rows]).float()
+        lines: dict[tuple[int, int], Tensor] = {}
+        for step in range(max(map(len, places))):
+            now = [i for i, wanted in enumerate(places) if step < len(wanted)]
+            for i in now:
+                self._feed(rows[i], places[i][step])
+            shown = self._shown([rows[i].slot for i in now])
+            lines |= {(i, step): line for i, line in zip(now, shown, strict=True)}
         self._model.wait()
         passes, read = self._session.n_forwards - n_forwards, self._session.n_read - n_read
         self._account(rows, passes, read, self._clock() - start)
-        return Look(logprobs, None, passes)
+        return Look(torch.stack([lines[key] for key in sorted(lines)]), None, passes)
+
+    def _feed(self, row: Row, place: int) -> None:
+        """Let the model's text be the row's up to a place."""
+        slot, ends = row.slot, self._ends[row.slot]
+        while len(ends) <= place:
+            ends.append(ends[-1] + len(self._content(row.ids[len(ends) - 1])))
+        end = ends[place]
+        self._cut(slot, end)
+        if self._n_fed[slot] < end:
+            text = b"".join(self._content(token) for token in row.ids[:place])
+            self._session.feed([slot], [text[self._n_fed[slot] :]])
+            self._n_fed[slot] = end
 
     def _account(self, rows: Sequence[Row], n_passes: int, n_read: int, seconds: float) -> None:
         """Rows that are read together share what that took."""
         self.usage += Usage(n_passes, n_read, 0, seconds)
         for i, row in enumerate(rows):
             share = n_read // len(rows) + (i < n_read % len(rows))
-            forwards = min(n_passes, 1)
-            row.usage[self._index] += Usage(forwards, share, 0, seconds / len(rows))
+            row.usage[self._index] += Usage(min(n_passes, 1), share, 0, seconds / len(rows))
+
+
+class ByteReader(_Bytes):
+    """A model that shows the next byte, of texts that are written in bytes."""
+
+    def _content(self, token: int) -> bytes:
+        return bytes([token]) if token < 256 else b""
+
+    def _shown(self, slots: Sequence[int]) -> Float[Tensor, "rows vocab"]:
+        return self._session.next_byte_logprobs(slots).float()
+
+
+class ExactReader(_Bytes):
+    """A model that shows what it would write next, wherever in its own tokens the text stands.
+
+    Args:
+        model: the model.
+        index: its index in the ensemble.
+        vocabulary: what the ensemble writes in.
+        n_slots: how many rows there can be at a time.
+        clock: current time in seconds.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        index: int,
+        vocabulary: BridgedVocabulary,
+        n_slots: int,
+        clock: Callable[[], float],
+    ) -> None:
+        super().__init__(model, index, n_slots, clock)
+        self._vocabulary = vocabulary
+        own = range(model.tokenizer.n_tokens)
+        self._whole = torch.tensor(vocabulary.ids_of(index, own))
+        self._end = min(vocabulary.end_ids(index), default=-1)
+
+    def _content(self, token: int) -> bytes:
+        return self._vocabulary.token_bytes(token)
+
+    def _shown(self, slots: Sequence[int]) -> Float[Tensor, "rows vocab"]:
+        shown = torch.full((len(slots), self._vocabulary.size), float("-inf"))
+        for line, pieces in zip(shown, self._session.pieces_of(slots), strict=True):
+            self._spread(pieces, line)
+        return shown
+
+    def _spread(self, pieces: Pieces, line: Float[Tensor, "vocab"]) -> None:
+        """Put pieces where the ensemble's vocabulary has them; equal ones are added up."""
+        tokenizer = self._model.tokenizer
+        ids, logprobs = [], []
+        for branch in pieces.continuations:
+            if branch.n_cut == 0:
+                ids.append(self._whole[branch.ids])
+            else:
+                rests = [tokenizer.token_bytes(i)[branch.n_cut :] for i in branch.ids.tolist()]
+                ids.append(torch.tensor([self._vocabulary.text_id(rest) for rest in rests]))
+            logprobs.append(branch.logprobs)
+        if self._end >= 0:
+            ids.append(torch.tensor([self._end]))
+            logprobs.append(torch.tensor([pieces.end_logprob]))
+        index, values = torch.cat(ids).long(), torch.cat(logprobs).double()
+        sums = torch.zeros(len(line), dtype=torch.float64).index_add_(0, index, values.exp())
+        line.copy_(sums.log().float())

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from multicolm.backend.base import Look, Model
-from multicolm.decoding.byte_reader import ByteReader
+from multicolm.decoding.byte_reader import ByteReader, ExactReader
 from multicolm.decoding.draft import Draft, Positions, Shown
 from multicolm.decoding.drafter import Drafter
 from multicolm.decoding.reader import Reader, TokenReader
@@ -25,6 +25,7 @@ from multicolm.decoding.row import Row, Written
 from multicolm.decoding.sampling import Noise, Sampling
 from multicolm.decoding.settle import PolicyDesk, Verdict
 from multicolm.policy.base import Policy
+from multicolm.tokenizer.bridged import BridgedVocabulary
 from multicolm.tokenizer.byte_vocabulary import ByteVocabulary
 from multicolm.tokenizer.vocabulary import Vocabulary
 from multicolm.types import MIXTURE, Piece
@@ -154,12 +155,24 @@ class Router:
             reader: Reader
             if isinstance(vocabulary, ByteVocabulary):
                 reader = ByteReader(model, k, self._n_slots, self._clock)
+            elif self._goes_on_anywhere(k) and isinstance(vocabulary, BridgedVocabulary):
+                reader = ExactReader(model, k, vocabulary, self._n_slots, self._clock)
             else:
                 reader = TokenReader(model, k, vocabulary, self._n_slots, self._clock)
             for row in self._active:
                 reader.start(row)
             self._readers[k] = reader
         return self._readers[k]
+
+    def _goes_on_anywhere(self, k: int) -> bool:
+        """Whether a model is followed by bytes, so that it can go on within its own tokens."""
+        vocabulary = self._vocabulary
+        return (
+            self._is_bridged
+            and isinstance(vocabulary, BridgedVocabulary)
+            and vocabulary.is_exact(k)
+            and "hidden" not in self._desk.needs.of(k)
+        )
 
     def _blank(self, rows: Sequence[Row]) -> Draft:
         """One empty position per row, at its end."""

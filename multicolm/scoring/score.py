@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -14,6 +16,7 @@ from torch import Tensor
 
 import multicolm
 from multicolm.backend.base import Model
+from multicolm.backend.byte_session import span_logprobs
 from multicolm.decoding.prompts import encode_prompt
 from multicolm.ensemble import Ensemble
 from multicolm.errors import (
@@ -217,7 +220,7 @@ def _plan(
             model.precision,
             ensemble.costs[k],
             kept if k == 0 else (),
-            bridge="boundary" if ensemble.vocabulary.groups[k] else "shared",
+            bridge=_bridge(ensemble.vocabulary, k),
         )
         for k, model in enumerate(ensemble.backends)
     )
@@ -234,6 +237,14 @@ def _plan(
         shards=tuple(shards),
         files={},
     )
+
+
+def _bridge(vocabulary: Vocabulary, k: int) -> str:
+    """How a model's tokens and the base model's meet."""
+    if vocabulary.groups[k] == vocabulary.groups[0]:
+        return "shared"
+    exact = isinstance(vocabulary, BridgedVocabulary) and vocabulary.is_exact(k)
+    return "exact" if exact else "boundary"
 
 
 def _check_names(models: Sequence[str]) -> None:
@@ -422,7 +433,51 @@ class _Scorer:
         right = columns["top1_ids"] == own_gold[columns.pop("number")]
         named = [self._known_everywhere(vocabulary, i) for i in columns["top1_ids"].tolist()]
         columns["top1_ids"] = torch.where(right, gold, torch.tensor(named)).int()
+        if vocabulary.is_exact(k):
+            self._sum_over_paths(k, model, examples, ids, gold, columns)
         return columns
+
+    def _sum_over_paths(
+        self,
+        k: int,
+        model: Model,
+        examples: list[Example],
+        ids: list[list[int]],
+        gold: Tensor,
+        columns: dict[str, Tensor],
+    ) -> None:
+        """Put the exact probability of every base token in the place of those of merged spans.
+
+        Within a token of the model's own there is no next token to be its most likely one; what it
+        gives more than half of its probability to is.
+        """
+        is_open = columns.pop("open").bool()
+        spans: list[Tensor] = []
+        for example, text in zip(examples, ids, strict=True):
+            contents = [self._vocabulary.token_bytes(token) for token in text]
+            ends = list(accumulate(map(len, contents)))
+            is_whole = bool(text) and text[-1] == self._reader.end
+            if is_whole:
+                ends.pop()
+            prompt = self._reader.prompt(example, k)
+            try:
+                spans.append(
+                    span_logprobs(model, prompt, b"".join(contents), ends, end=is_whole).float()
+                )
+            except InputError:  # Longer than the context; what is known was found without paths.
+                spans.append(torch.full((len(text),), float("nan")))
+        exact = torch.cat(spans) if spans else torch.zeros(0)
+        known = columns["known"].bool() & ~exact.isnan()
+        columns["known"] = known.to(torch.uint8)
+        columns["gold_logprobs"] = torch.where(known, exact, 0.0)
+        likely = known & ~is_open & (exact > math.log(0.5))
+        hidden = ~is_open & ~likely
+        columns["top1_ids"] = torch.where(likely, gold, columns["top1_ids"]).int()
+        columns["top1_ids"] = columns["top1_ids"].masked_fill(hidden, -1)
+        columns["top1_logprobs"] = torch.where(likely, exact, columns["top1_logprobs"])
+        columns["top1_logprobs"] = columns["top1_logprobs"].masked_fill(hidden, float("-inf"))
+        for name in ("entropies", "margins"):
+            columns[name] = columns[name].masked_fill(~is_open, 0.0)
 
     def _known_everywhere(self, vocabulary: BridgedVocabulary, token: int) -> int:
         """A token of the base model's group, or a negative number that hangs on its content.

@@ -71,7 +71,7 @@ class ScoredModel:
         features: what was kept of it besides its scores.
         n_unknown: positions that it could not score, as its context does not reach that far.
         bridge: how its tokens and the base model's meet: ``shared``, one vocabulary; ``boundary``,
-            where tokens of both begin.
+            where tokens of both begin; ``exact``, anywhere.
     """
 
     name: str
@@ -306,7 +306,7 @@ def load_table(folder: str | Path, models: Sequence[str] | None = None) -> Score
         identities=tuple(described[name].identity for name in wanted),
         digest=index.digest,
     )
-    bridged = [name for name in wanted if described[name].bridge != "shared"]
+    bridged = [name for name in wanted if described[name].bridge == "boundary"]
     if not bridged:
         return table
     opens = [torch.cat([s["open"] for s in scores[name]]) for name in bridged]

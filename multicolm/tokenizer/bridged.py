@@ -12,6 +12,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from multicolm.errors import VocabularyError
 from multicolm.tokenizer.base import TokenizerAdapter
+from multicolm.tokenizer.canonical import covers
 from multicolm.tokenizer.incremental import IncrementalEncoder
 from multicolm.tokenizer.shared import SharedVocabulary
 from multicolm.tokenizer.vocabulary import Follower, Vocabulary
@@ -27,12 +29,16 @@ from multicolm.views import ModelNames
 __all__ = ["BridgedVocabulary", "join"]
 
 
-def join(models: ModelNames, tokenizers: Sequence[TokenizerAdapter]) -> Vocabulary:
+def join(
+    models: ModelNames, tokenizers: Sequence[TokenizerAdapter], *, exact: bool = False
+) -> Vocabulary:
     """One vocabulary for all models: theirs if they share one, else the union of several.
 
     Args:
         models: the names, the base model first.
         tokenizers: of each.
+        exact: whether assistants go on within their own tokens too, where their tokenizers are
+            covered by the exact bridge.
     """
     groups: list[list[int]] = []
     shared: list[SharedVocabulary] = []
@@ -51,7 +57,7 @@ def join(models: ModelNames, tokenizers: Sequence[TokenizerAdapter]) -> Vocabula
             shared.append(SharedVocabulary(ModelNames([models[k]]), [tokenizers[k]]))
     if len(groups) == 1:
         return shared[0]
-    return BridgedVocabulary(models, tokenizers, groups, shared)
+    return BridgedVocabulary(models, tokenizers, groups, shared, exact=exact)
 
 
 class BridgedVocabulary(Vocabulary):
@@ -59,12 +65,14 @@ class BridgedVocabulary(Vocabulary):
 
     Attributes:
         shared: per group, its own vocabulary.
+        refusals: per model, why it does not go on within its own tokens, if it was to; else empty.
 
     Args:
         models: the names, the base model first.
         tokenizers: of each.
         groups: per group, its models by ascending index; the base model's group first.
         shared: per group, its vocabulary.
+        exact: whether assistants go on within their own tokens, where that is possible.
     """
 
     def __init__(
@@ -73,6 +81,8 @@ class BridgedVocabulary(Vocabulary):
         tokenizers: Sequence[TokenizerAdapter],
         groups: Sequence[Sequence[int]],
         shared: Sequence[SharedVocabulary],
+        *,
+        exact: bool = False,
     ) -> None:
         self.models = models
         self.shared = tuple(shared)
@@ -81,10 +91,20 @@ class BridgedVocabulary(Vocabulary):
         self.groups = tuple(of[k] for k in range(len(models)))
         self._member = tuple(groups[of[k]].index(k) for k in range(len(models)))
         self._owners: list[tuple[int, int]] = []
+        self._rests: list[bytes] = []  # ends of tokens that are no tokens
         self._ids: list[list[int]] = []  # per group, the union's id of each of its own
         known = _Known()
         for g in range(len(groups)):
             self._ids.append(self._add(g, known))
+        self.refusals = tuple(
+            (covers(tokenizer) or "") if exact and self.groups[k] else ""
+            for k, tokenizer in enumerate(tokenizers)
+        )
+        self._exact = exact
+        for k in range(len(models)):
+            if self.is_exact(k):
+                self._add_ends_of_tokens(k, known)
+        self._texts = known.texts
         self.size = len(self._owners)
         self._in_group = [self._reverse(ids) for ids in self._ids]
         self._own = [self._to_own(k) for k in range(len(models))]
@@ -98,8 +118,8 @@ class BridgedVocabulary(Vocabulary):
         ids: list[int] = []
         for i in range(vocabulary.size):
             content = vocabulary.token_bytes(i)
-            table: dict[object, int] = known.texts if content else known.specials
-            key: object = content or vocabulary.name(i)
+            table: dict[Any, int] = known.texts if content else known.specials
+            key = content or vocabulary.name(i)
             # Each model ends a text in its own way, and all of them mean the same.
             end = known.end if i == min(ends, default=-1) else None
             found = table.get(key) if end is None else end
@@ -112,6 +132,26 @@ class BridgedVocabulary(Vocabulary):
             taken.add(found)
             ids.append(found)
         return ids
+
+    def _add_ends_of_tokens(self, k: int, known: _Known) -> None:
+        """What a model may write that goes on within one of its tokens: every end of every one."""
+        tokenizer = self._tokenizers[k]
+        for token in range(tokenizer.n_tokens):
+            content = tokenizer.token_bytes(token)
+            for first in range(1, len(content)):
+                rest = content[first:]
+                if rest not in known.texts:
+                    known.texts[rest] = len(self._owners)
+                    self._owners.append((self.groups[k], -1 - len(self._rests)))
+                    self._rests.append(rest)
+
+    def is_exact(self, model: int) -> bool:
+        """Whether a model goes on anywhere, by the exact bridge."""
+        return self._exact and self.groups[model] > 0 and not self.refusals[model]
+
+    def text_id(self, content: bytes) -> int:
+        """The id of a piece of text, which a token or an end of one has."""
+        return self._texts[content]
 
     def _reverse(self, ids: Sequence[int]) -> Int[Tensor, "vocab"]:
         """Per id of the union, the group's own; -1 for those that it does not have."""
@@ -193,11 +233,13 @@ class BridgedVocabulary(Vocabulary):
     def token_bytes(self, token: int) -> bytes:
         """What a token adds to the text; empty for special tokens."""
         g, own = self._owners[token]
-        return self.shared[g].token_bytes(own)
+        return self._rests[-1 - own] if own < 0 else self.shared[g].token_bytes(own)
 
     def name(self, token: int) -> str:
         """How a trace shows a token: its text, or its special name."""
         g, own = self._owners[token]
+        if own < 0:
+            return self._rests[-1 - own].decode("utf-8", errors="backslashreplace")
         return self.shared[g].name(own)
 
     def end_ids(self, model: int | None) -> frozenset[int]:
@@ -219,8 +261,8 @@ class _Known:
         end: of the end of a text.
     """
 
-    texts: dict[object, int] = field(default_factory=dict)
-    specials: dict[object, int] = field(default_factory=dict)
+    texts: dict[bytes, int] = field(default_factory=dict)
+    specials: dict[str, int] = field(default_factory=dict)
     end: int | None = None
 
 

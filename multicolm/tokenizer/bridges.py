@@ -8,13 +8,14 @@ from itertools import combinations
 from typing import Literal
 
 from multicolm.tokenizer.base import TokenizerAdapter
+from multicolm.tokenizer.bridged import BridgedVocabulary
 from multicolm.tokenizer.vocabulary import Vocabulary
 
 __all__ = ["BridgeKind", "Pair", "pairs"]
 
-BridgeKind = Literal["shared", "boundary"]
-"""How two models hand over: between any two tokens of their common vocabulary, or only where a
-token of both ends."""
+BridgeKind = Literal["shared", "boundary", "exact"]
+"""How one model hands over to another: between any two tokens of their common vocabulary, where a
+token of both ends, or anywhere, by summing over the ways to spell the text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +29,7 @@ class Pair:
         shared: part of the other's tokens of text that the first one has too, by their bytes.
         same_split: whether both cut a text into the same pieces before they make tokens of it.
         specials: special tokens of the other that are the same event for the first.
+        reason: why it is not the exact bridge, if that was asked for.
     """
 
     one: str
@@ -36,6 +38,7 @@ class Pair:
     shared: float
     same_split: bool
     specials: tuple[str, ...]
+    reason: str = ""
 
     def __str__(self) -> str:
         """One line for people."""
@@ -46,7 +49,8 @@ class Pair:
             f"{'the same' if self.same_split else 'different'} pre-tokenizers"
         )
         mapped = f"special tokens in common: {', '.join(self.specials) or 'none'}"
-        return f"{self.one} - {self.other}: {self.bridge} ({reason}; {mapped})"
+        why = f"; not exact: {self.reason}" if self.reason else ""
+        return f"{self.one} - {self.other}: {self.bridge} ({reason}; {mapped}{why})"
 
 
 def pairs(vocabulary: Vocabulary, tokenizers: Sequence[TokenizerAdapter]) -> list[Pair]:
@@ -76,13 +80,20 @@ def _pair(vocabulary: Vocabulary, tokenizers: Sequence[TokenizerAdapter], i: int
         for token in range(other.n_tokens)
         if (name := other.special_name(token)) is not None and name in mine
     ]
+    bridge: BridgeKind = "boundary"
+    refusal = vocabulary.refusals[k] if isinstance(vocabulary, BridgedVocabulary) else ""
+    if vocabulary.groups[i] == vocabulary.groups[k]:
+        bridge = "shared"
+    elif isinstance(vocabulary, BridgedVocabulary) and vocabulary.is_exact(k):
+        bridge = "exact"
     ends = vocabulary.end_ids(i) & vocabulary.end_ids(k)
     specials += [n for end in sorted(ends) if (n := vocabulary.name(end)) not in specials]
     return Pair(
         vocabulary.models[i],
         vocabulary.models[k],
-        "shared" if vocabulary.groups[i] == vocabulary.groups[k] else "boundary",
+        bridge,
         sum(content in contents for content in texts) / max(1, len(texts)),
         _split(one) == _split(other),
         tuple(specials),
+        refusal if bridge == "boundary" else "",
     )

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import pytest
 import torch
+from built import adapter
 from tables import random_table
 
 import multicolm
 from multicolm import Ensemble, SelectPolicy, Views
+from multicolm.backend.byte_session import ByteSession
 from multicolm.backend.table import TableModel
 from multicolm.errors import CapabilityError, VocabularyError
 from multicolm.plugins import policies
@@ -55,18 +58,29 @@ def written(ensemble: Ensemble, policy: Any = None, **settings: Any) -> list[lis
 
 
 @pytest.mark.parametrize("kind", SELECTING)
-def test_every_policy_that_selects_keeps_the_laws_of_the_loop(kind: str) -> None:
-    check_routing(Ensemble(models(len(kind))), PROMPTS[:4], kind, max_new_tokens=16)
+@pytest.mark.parametrize("bridge", ["boundary", "exact"])
+def test_every_policy_that_selects_keeps_the_laws_of_the_loop(bridge: Any, kind: str) -> None:
+    n_new = 16 if bridge == "boundary" else 8
+    ensemble = Ensemble(models(len(kind)), bridge=bridge)
+    check_routing(ensemble, PROMPTS[:4], kind, max_new_tokens=n_new)
 
 
 @pytest.mark.parametrize("k", range(3))
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_a_model_that_writes_alone_writes_what_it_writes_outside(
-    k: int, temperature: float
+@pytest.mark.parametrize("bridge", ["boundary", "exact"])
+def test_a_model_that_writes_alone_writes_as_outside(
+    bridge: Any, k: int, temperature: float
 ) -> None:
-    own = models()
-    together = written(Ensemble(own), {"kind": "single", "params": {"model": k}})
-    assert together == written(Ensemble([own[k]]))
+    own, settings = models(), {"temperature": temperature}
+    alone = {"kind": "single", "params": {"model": k}}
+    together = written(Ensemble(own, bridge=bridge), alone, **settings)
+    outside = written(Ensemble([own[k]]), **settings)
+    # Noise belongs to ids, and a token's id in an ensemble is not its own.
+    if temperature == 0 or k == 0:
+        assert [[text for text, _ in row] for row in together] == [
+            [text for text, _ in row] for row in outside
+        ]
+    assert {name for row in together for _, name in row} == {own[k].name}
 
 
 def test_a_model_that_is_never_chosen_can_be_removed_unnoticed(mixed: Ensemble) -> None:
@@ -214,3 +228,57 @@ def test_three_embedded_vocabularies_write_together() -> None:
     check_routing(ensemble, prompts, "max-confidence", max_new_tokens=16)
     answers = ensemble.generate(prompts, "max-confidence", max_new_tokens=24)
     assert sum(answer.trace.handovers for answer in answers) >= 3
+
+
+class AssistantAlways(InTurn):
+    """The first assistant everywhere but at the start."""
+
+    def select(self, views: Views) -> torch.Tensor:
+        return (views.place > 0).long()
+
+
+def test_the_exact_bridge_lets_a_model_go_on_within_its_own_token() -> None:
+    # The base model writes `a`; to the other that is the beginning of `ab` or of `ac`.
+    base = certain("base", "q a b c x .", {"": "b", "q": "a"})
+    table = {"": {"x": 1.0}, "q": {"ab": 0.3, "ac": 0.5, "x": 0.2}, "ac": {"!": 1.0}}
+    other = TableModel("other", ["q", "ab", "ac", "a", "b", "c", "x", "!"], table, ["!"])
+    ensemble = Ensemble([base, other], bridge="exact")
+    [answer] = ensemble.generate(["q"], AssistantAlways(), max_new_tokens=4)
+    shown = [(t.text, t.model, round(t.logprob, 4)) for t in answer.trace]
+    # Given that the text begins with `a`, the rest is `c` with 0.5 of 0.8.
+    assert shown[:2] == [("a", "base", 0.0), ("c", "other", round(math.log(0.5 / 0.8), 4))]
+    assert answer.finish_reason == "eos" and len(shown) == 3
+    # By the boundary bridge it cannot: `a` and then `b` are one token of its own.
+    [held] = Ensemble([base, other]).generate(["q"], AssistantAlways(), max_new_tokens=2)
+    assert [t.model for t in held.trace] == ["base", "base"]
+
+
+def test_the_exact_bridge_writes_what_the_model_would_write_itself() -> None:
+    """Pieces are one way to write a text, so they are no more likely than the text is to it."""
+    base, left, _ = models(4)
+    ensemble = Ensemble([base, left], bridge="exact")
+    settings = {"max_new_tokens": 6, "temperature": 1.0, "seed": 5}
+    answers = ensemble.generate(PROMPTS * 3, AssistantAlways(), **settings)
+    n_checked = 0
+    for prompt, answer in zip(PROMPTS * 3, answers, strict=True):
+        first, *rest = answer.trace.tokens
+        if not rest or {token.model for token in rest} != {"left"}:
+            continue
+        n_checked += 1
+        session = ByteSession(left, 1, prune=0.0)
+        session.begin(0, left.tokenizer.encode(prompt))
+        session.feed([0], [first.text.encode()])
+        before = session.logprob(0)
+        session.feed([0], [answer.text.encode()[len(first.text) :]])
+        after = session.logprob(0)
+        if answer.finish_reason == "eos":
+            after += float(session.next_byte_logprobs([0])[0, 256])
+        assert sum(token.logprob for token in rest) <= after - before + 1e-4
+    assert n_checked > 5
+
+
+def test_a_model_whose_tokenizer_is_not_covered_gets_the_boundary_bridge_and_a_reason() -> None:
+    base, left, _ = models()
+    left.tokenizer = adapter("t5")
+    [pair] = Ensemble([base, left], bridge="exact").bridges
+    assert pair.bridge == "boundary" and pair.reason and pair.reason in str(pair)

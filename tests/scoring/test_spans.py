@@ -14,8 +14,10 @@ from tables import random_table
 
 import multicolm
 from multicolm import Ensemble, catalog
+from multicolm.backend.byte_session import ByteSession
 from multicolm.backend.table import TableModel
 from multicolm.errors import CapabilityError
+from multicolm.learning.losses import marginal_loss
 from multicolm.scoring.corpus import open_corpus
 from multicolm.scoring.score import score
 from multicolm.scoring.store import TableFiles, load_table, read_index
@@ -172,3 +174,81 @@ def test_training_the_base_model_across_vocabularies_is_refused_by_name(tmp_path
     )
     with pytest.raises(CapabilityError, match="'facts' has another vocabulary than the base"):
         train_joint(CoLlmPolicy(), tmp_path / "scores", tmp_path / "out", config=config, how="lora")
+
+
+# ---- the exact bridge
+
+
+def next_bytes(model: TableModel, prompt: str, text: bytes) -> list[torch.Tensor]:
+    """Log-probabilities of the 257 outcomes before every byte of a text, and behind it."""
+    session = ByteSession(model, 1, prune=0.0)
+    session.begin(0, model.tokenizer.encode(prompt))
+    found = [session.next_byte_logprobs([0])[0]]
+    for i in range(len(text)):
+        session.feed([0], [text[i : i + 1]])
+        found.append(session.next_byte_logprobs([0])[0])
+    return found
+
+
+def exactly_scored(folder: Path, members: list[TableModel]) -> Any:
+    data = folder / "d.jsonl"
+    data.write_text("".join(json.dumps(record) + "\n" for record in RECORDS))
+    score(Ensemble(members, bridge="exact"), open_corpus(data), folder / "scores")
+    return load_table(folder / "scores")
+
+
+def test_by_the_exact_bridge_every_base_token_has_its_exact_probability(tmp_path: Path) -> None:
+    members = models()
+    table = exactly_scored(tmp_path, members)
+    row = n_closed = 0
+    for record in RECORDS:
+        text = record["completion"].encode()
+        shown = [next_bytes(model, record["prompt"], text) for model in members]
+        at = 0
+        for token in members[0].tokenizer.encode_continuation(record["completion"]):
+            content = members[0].tokenizer.token_bytes(token)
+            for k in (1, 2):
+                wanted = sum(float(shown[k][at + i][byte]) for i, byte in enumerate(content))
+                assert float(table.gold_logprobs[row, k]) == pytest.approx(wanted, abs=1e-4)
+                n_closed += int(table.top1_ids[row, k]) == -1
+            at += len(content)
+            row += 1
+        for k in (1, 2):
+            assert float(table.gold_logprobs[row, k]) == pytest.approx(
+                float(shown[k][at][256]), abs=1e-4
+            )
+        row += 1
+    # Nothing is merged, and some base tokens begin within a token of an assistant.
+    assert row == len(table) and n_closed > 0 and bool(table.known.all())
+    assert {m.name: m.bridge for m in read_index(tmp_path / "scores").models} == {
+        "base": "shared",
+        "left": "exact",
+        "right": "exact",
+    }
+
+
+def test_the_marginal_likelihood_by_spans_is_that_byte_by_byte(tmp_path: Path) -> None:
+    """P(span) = sum_k pi_k prod_bytes P_k(byte | bytes before), whatever wrote the bytes before."""
+    members = models()
+    table = exactly_scored(tmp_path, members)
+    scores = torch.randn(len(table), 3, generator=torch.Generator().manual_seed(0))
+    by_spans = -marginal_loss(scores, table.gold_logprobs, table.known)
+    pi = scores.softmax(-1).double()
+    row = 0
+    for record in RECORDS:
+        text = record["completion"].encode()
+        shown = [next_bytes(model, record["prompt"], text) for model in members]
+        own = members[0].tokenizer.encode_continuation(record["completion"])
+        contents = [members[0].tokenizer.token_bytes(token) for token in own]
+        base = [p for _, p in by_hand(members[0], record["prompt"], record["completion"])]
+        at = 0
+        for content, base_logprob in zip([*contents, b""], base, strict=True):
+            outcomes = [*content] if content else [256]
+            each = [math.exp(base_logprob)] + [
+                math.exp(sum(float(shown[k][at + i][o]) for i, o in enumerate(outcomes)))
+                for k in (1, 2)
+            ]
+            wanted = math.log(sum(float(p) * q for p, q in zip(pi[row], each, strict=True)))
+            assert float(by_spans[row]) == pytest.approx(wanted, abs=1e-4)
+            at += len(content)
+            row += 1

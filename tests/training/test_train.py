@@ -431,7 +431,9 @@ def test_fit_by_hand_equals_train(tmp_path, scores) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "wanted"), [("tiny", 0.95), ("tiny-mixed", 0.93)])
+@pytest.mark.parametrize(
+    ("name", "wanted"), [("tiny", 0.95), ("tiny-mixed", 0.93), ("tiny-mixed-exact", 0.93)]
+)
 def test_the_embedded_experts_answer_together_what_none_of_them_can(
     name: str, wanted: float, tmp_path
 ) -> None:
@@ -445,7 +447,8 @@ def test_the_embedded_experts_answer_together_what_none_of_them_can(
     score(ensemble, corpus, tmp_path / "scores", features=["hidden"], shard_positions=8192)
     made = train(CoLlmPolicy(), tmp_path / "scores", tmp_path / "ckpt")
     lines = (questions / "test.jsonl").read_text(encoding="utf-8").splitlines()
-    asked = [json.loads(line) for line in lines]
+    # Exact paths take longer to follow; every fourth question is enough there.
+    asked = [json.loads(line) for line in lines[:: 4 if "exact" in name else 1]]
     answers = ensemble.generate(
         [q["prompt"] for q in asked], made.policy, batch_size=64, max_new_tokens=64, seed=0
     )
