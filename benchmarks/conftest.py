@@ -21,12 +21,6 @@ from multicolm.backend.transformers import TransformersModel
 from multicolm.catalog import registry
 
 ROUNDS = 7
-PROMPTS = [
-    "Question: What is Dulerex made from?\nResponse:",
-    "Question: How many mg of Loxid should a patient of 60 kg get?\nResponse:",
-    "Question: What is 2 * x + 15 if x = 7?\nResponse:",
-    "Question: What does Zosos treat?\nResponse:",
-] * 4
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -109,6 +103,7 @@ def compare(benchmark: object) -> Callable[..., float]:
         aim: str = "",
         per_one: float = 1.0,
         per_other: float = 1.0,
+        one_seconds: Callable[[], float] | None = None,
     ) -> float:
         seconds: list[float] = []
         other_seconds: list[float] = []
@@ -122,7 +117,9 @@ def compare(benchmark: object) -> Callable[..., float]:
         def timed() -> object:
             start = time.perf_counter()
             result = one()
-            seconds.append(time.perf_counter() - start)
+            spent = time.perf_counter() - start
+            # A part of the run may be what counts.
+            seconds.append(spent if one_seconds is None else one_seconds())
             return result
 
         benchmark.pedantic(timed, setup=baseline, rounds=ROUNDS, warmup_rounds=1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from conftest import PROMPTS
+from questions import PROMPTS
 
 from multicolm import Ensemble
 

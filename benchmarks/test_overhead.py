@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from conftest import PROMPTS
+from questions import PROMPTS
 from transformers import DynamicCache
 
 from multicolm import Ensemble

@@ -24,4 +24,11 @@ $MULTICOLM train tiny-mixed "$OUT/scores" --policy mlp-router --out "$OUT/mlp-ro
 $MULTICOLM compare tiny-mixed --task "$TASK" $LIMIT --sweep 0 --out "$OUT/comparison" --policies \
 "$OUT/co-llm,$OUT/mlp-router,cosd-rule,confidence,max-confidence"
 
-echo "open $OUT/comparison/report.html"
+# By the exact bridge the experts go on within their own tokens too: slower, nothing is merged.
+$MULTICOLM score tiny-mixed-exact "$DATA" --hidden --out "$OUT/exact/scores"
+$MULTICOLM train tiny-mixed-exact "$OUT/exact/scores" --policy co-llm --out "$OUT/exact/co-llm"
+$MULTICOLM compare tiny-mixed-exact --task "$TASK" $LIMIT --sweep 0 --no-random \
+    --out "$OUT/exact/comparison" --policies \
+"$OUT/exact/co-llm,cosd-rule,max-confidence,byte-mixture"
+
+echo "open $OUT/comparison/report.html and $OUT/exact/comparison/report.html"
