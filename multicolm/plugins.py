@@ -123,6 +123,7 @@ policies: Registry[object] = Registry(
         "random": "multicolm.policy.fixed:RandomPolicy",
         "single": "multicolm.policy.fixed:SinglePolicy",
         "speculative": "multicolm.policy.speculative:SpeculativePolicy",
+        "unite": "multicolm.policy.unite:UnitePolicy",
     },
 )
 """Policy kinds; see :mod:`multicolm.policy`."""

@@ -252,6 +252,7 @@ class Views:
         context: Mapping[str, Callable[[], Tensor]] | None = None,
         drawn: Callable[[Tensor], Tensor] | None = None,
         starts_word: Bool[Tensor, "vocab"] | None = None,
+        first_tokens: Callable[[int], Tensor] | None = None,
     ) -> None:
         """Bundle views.
 
@@ -262,7 +263,10 @@ class Views:
             context: how to work out ``previous``, ``base_run``, ``place`` and ``uniform``.
             drawn: turns logits into the probabilities that tokens are drawn from.
             starts_word: per token of the shared vocabulary, whether it begins a new word.
+            first_tokens: per model index, see :meth:`first_tokens`; every token is itself if not
+                given.
         """
+        self._first_tokens = first_tokens
         self.models = models
         self.n_positions = n_positions
         self._views = views
@@ -295,6 +299,13 @@ class Views:
     def assistants(self) -> list[int]:
         """Indices of the assistants that were looked at, ascending."""
         return [index for index in self if index > 0]
+
+    def first_tokens(self, role: Role) -> Int[Tensor, "vocab"] | None:
+        """Per token, the first one with which a model spells the same text in its own tokens.
+
+        ``None`` where all models have one vocabulary, and every token is itself.
+        """
+        return None if self._first_tokens is None else self._first_tokens(self.models.role(role))
 
     def stack(self, number: Callable[[View], Tensor]) -> Tensor:
         """``number(view)`` of every model that was looked at, by ascending index: [models, ...]."""

@@ -157,8 +157,7 @@ class ExactReader(_Bytes):
     ) -> None:
         super().__init__(model, index, n_slots, clock)
         self._vocabulary = vocabulary
-        own = range(model.tokenizer.n_tokens)
-        self._whole = torch.tensor(vocabulary.ids_of(index, own))
+        self._starts, self._ids = vocabulary.ends_of_tokens(index)
         self._end = min(vocabulary.end_ids(index), default=-1)
 
     def _content(self, token: int) -> bytes:
@@ -172,15 +171,8 @@ class ExactReader(_Bytes):
 
     def _spread(self, pieces: Pieces, line: Float[Tensor, "vocab"]) -> None:
         """Put pieces where the ensemble's vocabulary has them; equal ones are added up."""
-        tokenizer = self._model.tokenizer
-        ids, logprobs = [], []
-        for branch in pieces.continuations:
-            if branch.n_cut == 0:
-                ids.append(self._whole[branch.ids])
-            else:
-                rests = [tokenizer.token_bytes(i)[branch.n_cut :] for i in branch.ids.tolist()]
-                ids.append(torch.tensor([self._vocabulary.text_id(rest) for rest in rests]))
-            logprobs.append(branch.logprobs)
+        ids = [self._ids[self._starts[b.ids] + b.n_cut] for b in pieces.continuations]
+        logprobs = [branch.logprobs for branch in pieces.continuations]
         if self._end >= 0:
             ids.append(torch.tensor([self._end]))
             logprobs.append(torch.tensor([pieces.end_logprob]))

@@ -68,7 +68,10 @@ class Router:
         self._names = ModelNames(model.name for model in models)
         self._vocabulary = vocabulary
         embeds = {k: partial(self._embed, k) for k in range(len(models))}
-        self._desk = PolicyDesk(policy, self._names, sampling, vocabulary.starts_word, embeds)
+        first_tokens = None if vocabulary.is_shared else vocabulary.first_tokens
+        self._desk = PolicyDesk(
+            policy, self._names, sampling, vocabulary.starts_word, embeds, first_tokens
+        )
         self._policy = policy
         self._sampling = sampling
         self._noise = Noise()

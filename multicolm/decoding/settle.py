@@ -50,6 +50,8 @@ class PolicyDesk:
         sampling: how tokens are drawn.
         starts_word: per shared token, whether it begins a word.
         embeds: per model index, what gives the input embeddings of shared ids.
+        first_tokens: per model index, with which token it begins to spell each token, where models
+            have different vocabularies.
 
     Raises:
         CapabilityError: if the policy speaks of a model that is not there.
@@ -62,6 +64,7 @@ class PolicyDesk:
         sampling: Sampling,
         starts_word: Tensor,
         embeds: Mapping[int, Callable[[Tensor], Tensor]] | None = None,
+        first_tokens: Callable[[int], Tensor] | None = None,
     ) -> None:
         self.policy = policy
         self.models = models
@@ -69,6 +72,7 @@ class PolicyDesk:
         self._sampling = sampling
         self._starts_word = starts_word
         self._embeds = embeds or {}
+        self._first_tokens = first_tokens
         self._uses = policy.uses(models)
         self._scores = type(policy).score is not Policy.score
 
@@ -98,6 +102,7 @@ class PolicyDesk:
             context=context,
             drawn=self._sampling.probs,
             starts_word=self._starts_word,
+            first_tokens=self._first_tokens,
         )
 
     def defers(self, views: Views) -> list[bool]:

@@ -109,6 +109,7 @@ class BridgedVocabulary(Vocabulary):
         self._in_group = [self._reverse(ids) for ids in self._ids]
         self._own = [self._to_own(k) for k in range(len(models))]
         self._union = [self._to_union(k) for k in range(len(models))]
+        self._first: dict[int, Tensor] = {}
 
     def _add(self, g: int, known: _Known) -> list[int]:
         """The union's ids of a group's tokens; those that are new are added."""
@@ -149,9 +150,34 @@ class BridgedVocabulary(Vocabulary):
         """Whether a model goes on anywhere, by the exact bridge."""
         return self._exact and self.groups[model] > 0 and not self.refusals[model]
 
-    def text_id(self, content: bytes) -> int:
-        """The id of a piece of text, which a token or an end of one has."""
-        return self._texts[content]
+    def first_tokens(self, model: int) -> Int[Tensor, "vocab"]:
+        """Per id, that of the first token with which a model spells the same text itself."""
+        if model not in self._first:
+            first = torch.arange(self.size)
+            for token in (self._own[model] < 0).nonzero()[:, 0].tolist():
+                own = self._encoded(model, self.token_bytes(token))
+                spelled = [i for i in own[:-1] if self._tokenizers[model].token_bytes(i) != b" "]
+                if own:
+                    first[token] = self._union[model][(spelled or own[-1:])[0]]
+            self._first[model] = first
+        return self._first[model]
+
+    def ends_of_tokens(self, model: int) -> tuple[Int[Tensor, "own_vocab"], Int[Tensor, "ends"]]:
+        """The ids of what is left of a model's tokens behind their first bytes.
+
+        Returns:
+            Per own token, where its entries begin; and the entries: what is left behind 0 bytes,
+            behind 1, and so on up to the last byte. Special tokens have none.
+        """
+        tokenizer = self._tokenizers[model]
+        starts: list[int] = []
+        ids: list[int] = []
+        for token, whole in enumerate(self._union[model].tolist()):
+            starts.append(len(ids))
+            content = tokenizer.token_bytes(token)
+            if content:
+                ids += [whole, *(self._texts[content[i:]] for i in range(1, len(content)))]
+        return torch.tensor(starts), torch.tensor(ids)
 
     def _reverse(self, ids: Sequence[int]) -> Int[Tensor, "vocab"]:
         """Per id of the union, the group's own; -1 for those that it does not have."""

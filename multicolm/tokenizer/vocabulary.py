@@ -104,6 +104,13 @@ class Vocabulary(ABC):
         Columns of a padded head that belong to no token are dropped.
         """
 
+    def first_tokens(self, model: int) -> Int[Tensor, "vocab"]:
+        """Per id, that of the first token with which a model spells the same text itself.
+
+        A token that the model has is its own first one. A space alone in front is passed over.
+        """
+        return torch.arange(self.size)
+
     @abstractmethod
     def token_bytes(self, token: int) -> bytes:
         """What a token adds to the text; empty for special tokens."""

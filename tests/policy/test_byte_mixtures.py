@@ -138,7 +138,9 @@ def test_contrast_with_beta_0_is_the_expert_greedily() -> None:
     assert [text for text, _ in shown] == [text for text, _ in expert]
 
 
-@pytest.mark.parametrize("name", ["byte-mixture", "byte-proxy-tuning", "byte-contrastive", "gac"])
+@pytest.mark.parametrize(
+    "name", ["byte-mixture", "byte-proxy-tuning", "byte-contrastive", "gac", "unite"]
+)
 def test_the_laws_hold_on_three_vocabularies(name: str) -> None:
     check_routing(Ensemble(models()), PROMPTS[:3], name, max_new_tokens=6)
     check_policy(multicolm.policy.resolve.resolve_policy(name))
@@ -200,6 +202,33 @@ def test_the_gate_lets_the_base_model_write_alone_where_it_is_sure() -> None:
     open_ = trio.generate(PROMPTS, "gac", max_new_tokens=12)
     reads = [sum(a.usage["left"].forwards for a in answers) for answers in (gated, open_)]
     assert 0 < reads[0] < reads[1]
+
+
+def test_unite_renormalises_over_the_union_of_the_likeliest_tokens() -> None:
+    ours, theirs = {"a": 0.5, "b": 0.3, "c": 0.2}, {"ab": 0.6, "b": 0.3, "a": 0.1}
+    base = TableModel("base", ["q", "a", "b", "c", "."], {"": ours}, ["."])
+    other = TableModel("other", ["q", "a", "b", "ab", "c", "!"], {"": theirs}, ["!"])
+    ensemble = Ensemble([base, other])
+    # The union of the likeliest one of each is {a, ab}; `ab` counts as `a` to the base model.
+    [answer] = ensemble.generate(["q"], kind("unite", top_k=1), max_new_tokens=1)
+    a, ab = (0.5 / 1.0 + 0.1 / 0.7) / 2, (0.5 / 1.0 + 0.6 / 0.7) / 2
+    [token] = answer.trace.tokens
+    assert (token.text, round(math.exp(token.logprob), 4)) == ("ab", round(ab / (a + ab), 4))
+
+
+@pytest.mark.parametrize("top_k", [1, 3, 10])
+def test_unite_of_equal_models_is_the_greedy_text_of_one(top_k: int) -> None:
+    twins = Ensemble([random_table(name, 1, BASE) for name in ("base", "left")])
+    one = [a.text for a in twins.generate(PROMPTS, "single", max_new_tokens=12)]
+    both = twins.generate(PROMPTS, kind("unite", top_k=top_k), max_new_tokens=12)
+    assert [a.text for a in both] == one
+
+
+def test_unite_with_all_weight_on_the_base_model_is_its_greedy_text() -> None:
+    trio = Ensemble(models())
+    shown = trio.generate(PROMPTS, kind("unite", weights=[1.0, 0.0, 0.0]), max_new_tokens=12)
+    alone = trio.generate(PROMPTS, "single", max_new_tokens=12)
+    assert [a.text for a in shown] == [a.text for a in alone]
 
 
 # ---- presets of other kinds
