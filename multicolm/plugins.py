@@ -121,6 +121,7 @@ policies: Registry[object] = Registry(
         "nudging": "multicolm.policy.nudging:NudgingPolicy",
         "proxy-tuning": "multicolm.policy.logit_arithmetic:ProxyTuningPolicy",
         "random": "multicolm.policy.fixed:RandomPolicy",
+        "safe": "multicolm.policy.safe:SafePolicy",
         "single": "multicolm.policy.fixed:SinglePolicy",
         "speculative": "multicolm.policy.speculative:SpeculativePolicy",
         "unite": "multicolm.policy.unite:UnitePolicy",

@@ -253,6 +253,7 @@ class Views:
         drawn: Callable[[Tensor], Tensor] | None = None,
         starts_word: Bool[Tensor, "vocab"] | None = None,
         first_tokens: Callable[[int], Tensor] | None = None,
+        closed: Mapping[int, Tensor] | None = None,
     ) -> None:
         """Bundle views.
 
@@ -265,8 +266,10 @@ class Views:
             starts_word: per token of the shared vocabulary, whether it begins a new word.
             first_tokens: per model index, see :meth:`first_tokens`; every token is itself if not
                 given.
+            closed: per model index, where it could not go on; nowhere if not given.
         """
         self._first_tokens = first_tokens
+        self._closed = closed or {}
         self.models = models
         self.n_positions = n_positions
         self._views = views
@@ -299,6 +302,18 @@ class Views:
     def assistants(self) -> list[int]:
         """Indices of the assistants that were looked at, ascending."""
         return [index for index in self if index > 0]
+
+    def is_open(self, role: Role) -> Bool[Tensor, "positions"]:
+        """Where a model could go on writing: no token of its own would lie across the place.
+
+        Everywhere in an ensemble of one vocabulary. Elsewhere its view says that it knows nothing.
+        """
+        import torch
+
+        index = self.models.role(role)
+        if index in self._closed:
+            return ~self._closed[index]
+        return torch.ones(self.n_positions, dtype=torch.bool)
 
     def first_tokens(self, role: Role) -> Int[Tensor, "vocab"] | None:
         """Per token, the first one with which a model spells the same text in its own tokens.

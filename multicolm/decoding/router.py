@@ -89,6 +89,7 @@ class Router:
         several = len({vocabulary.groups[k] for k in involved}) > 1
         # What is written together is read by everybody as it comes, and has no seams.
         self._is_bridged = several and policy.acts == "select"
+        self._has_seams = several and (policy.acts == "select" or policy.seams)
         self._counts_bytes = several or isinstance(vocabulary, ByteVocabulary)
         self.finished: deque[Row] = deque()
         self._active: list[Row] = []
@@ -231,7 +232,7 @@ class Router:
         Returns:
             Those of the positions that can be decided now; the others wait for another round.
         """
-        if not self._is_bridged:
+        if not self._has_seams:
             return list(which)
         groups = self._vocabulary.groups
         late: dict[Row, int] = {}

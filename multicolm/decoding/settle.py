@@ -103,6 +103,11 @@ class PolicyDesk:
             drawn=self._sampling.probs,
             starts_word=self._starts_word,
             first_tokens=self._first_tokens,
+            closed={
+                k: torch.tensor([i in model.closed for i in which], device=device)
+                for k, model in shown.items()
+                if k in views and model.closed
+            },
         )
 
     def defers(self, views: Views) -> list[bool]:

@@ -140,6 +140,10 @@ class Policy:
     ``shared`` vocabulary, the ``union`` of the models' tokens, or the next ``bytes``. A policy
     that selects can have models of any vocabularies."""
 
+    seams: ClassVar[bool] = False
+    """Whether a policy that mixes asks where models of other vocabularies could go on
+    (:meth:`multicolm.views.Views.is_open`); for one that selects that is always found out."""
+
     tunable: ClassVar[Mapping[str, Sequence[float]]] = {}
     """Params that are numbers to be found from data, and values worth trying for each."""
 

@@ -7,7 +7,7 @@ from typing import ClassVar
 from jaxtyping import Bool, Float
 from pydantic import Field
 
-from multicolm.policy.base import Needs, Support, register_policy
+from multicolm.policy.base import Needs, Support, When, register_policy
 from multicolm.policy.mixture import AveragePolicy
 from multicolm.types import Tensor
 from multicolm.views import ModelNames, Views
@@ -36,7 +36,7 @@ class GacPolicy(AveragePolicy):
     threshold: float = Field(default=2.0, ge=0)
 
     support: ClassVar[Support] = "union"
-    assistants: ClassVar = "deferred"
+    assistants: ClassVar[When] = "deferred"
     tunable: ClassVar = {"threshold": (0.3, 0.5, 0.7, 0.9, 1.0)}
 
     def needs(self, models: ModelNames) -> Needs:

@@ -95,7 +95,8 @@ def chunks(out: Path) -> list[str]:
 def test_kill_9_at_any_moment_changes_no_byte_and_nothing_finished_is_done_again(
     start, tmp_path: Path
 ) -> None:
-    seconds = finish(start(tmp_path / "whole"))
+    # The first run is slower than those after it, and a kill that comes too late is none.
+    seconds = min(finish(start(tmp_path / name)) for name in ("first", "whole"))
     expected = contents(tmp_path / "whole")
     assert set(expected) == {"README.md", "config.json", "policy.yaml", "provenance.json"}
     chance = random.Random(0)

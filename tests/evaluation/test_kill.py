@@ -96,7 +96,8 @@ def read(out: Path) -> Any:
 
 @pytest.mark.slow
 def test_kill_9_at_any_moment_changes_nothing_but_times(start, tmp_path: Path) -> None:
-    seconds = finish(start(tmp_path / "whole"))
+    # The first run is slower than those after it, and a kill that comes too late is none.
+    seconds = min(finish(start(tmp_path / name)) for name in ("first", "whole"))
     expected = read(tmp_path / "whole")
     chance = random.Random(0)
     n_runs = n_kills = n_midway = 0

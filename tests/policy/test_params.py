@@ -195,7 +195,7 @@ def test_with_one_model_a_policy_lets_it_write_or_says_what_is_missing(kind: str
     solo = Ensemble([BASE])
     if kind in OF_ONE:
         assert writers(solo, kind) == {"base"}
-    elif kind in ("average", "gac", "unite"):
+    elif kind in ("average", "gac", "safe", "unite"):
         assert writers(solo, kind) == {"mixture"}
     else:
         with pytest.raises(CapabilityError) as caught:
