@@ -265,6 +265,13 @@ class ByteSession:
         for row, content in zip(rows, contents, strict=True):
             self._row(row).cover.advance(content)
 
+    def is_covered(self, row: int) -> bool:
+        """Whether any path of the model's tokens covers the text; what is no UTF-8 has none.
+
+        The model is not asked.
+        """
+        return bool(self._row(row).cover.frontier)
+
     def truncate(self, row: int, n_bytes: int) -> None:
         """Cut a text back to its first bytes (those of given tokens counted)."""
         self._row(row).cover.truncate(n_bytes)

@@ -160,6 +160,16 @@ class ExactReader(_Bytes):
         self._starts, self._ids = vocabulary.ends_of_tokens(index)
         self._end = min(vocabulary.end_ids(index), default=-1)
 
+    def can_go_on(
+        self, row: Row, places: Sequence[int], token: int, writer: int
+    ) -> dict[int, bool | None]:
+        """Anywhere, unless others have written bytes that no tokens of its own spell."""
+        flags: dict[int, bool | None] = {}
+        for place in places:
+            self._feed(row, place)
+            flags[place] = self._session.is_covered(row.slot)
+        return flags
+
     def _content(self, token: int) -> bytes:
         return self._vocabulary.token_bytes(token)
 

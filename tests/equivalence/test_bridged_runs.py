@@ -8,13 +8,16 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from built import adapter
+from built import adapter, built
 from tables import random_table
+from tiny_models import fresh_network
+from transformers import LlamaConfig
 
 import multicolm
 from multicolm import Ensemble, SelectPolicy, Views
 from multicolm.backend.byte_session import ByteSession
 from multicolm.backend.table import TableModel
+from multicolm.backend.transformers import TransformersModel
 from multicolm.errors import CapabilityError, VocabularyError
 from multicolm.plugins import policies
 from multicolm.testing import check_removable, check_routing
@@ -282,3 +285,40 @@ def test_a_model_whose_tokenizer_is_not_covered_gets_the_boundary_bridge_and_a_r
     left.tokenizer = adapter("t5")
     [pair] = Ensemble([base, left], bridge="exact").bridges
     assert pair.bridge == "boundary" and pair.reason and pair.reason in str(pair)
+
+
+def real(name: str, kind: str, seed: int) -> TransformersModel:
+    """A random network behind a tokenizer of some manner; it writes any bytes."""
+    tokenizer = built(kind)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    return TransformersModel(name, fresh_network(config, seed), tokenizer)
+
+
+@pytest.mark.parametrize("bridge", ["boundary", "exact"])
+@pytest.mark.parametrize(
+    "kinds",
+    [
+        ("gpt2", "llama2", "llama3"),
+        ("llama3", "smollm", "tekken"),
+        ("mistral", "qwen2", "gemma"),
+        ("t5", "gpt2", "llama2"),
+    ],
+)
+def test_tokenizers_of_every_manner_write_together_whatever_bytes_they_write(
+    bridge: Any, kinds: tuple[str, str, str]
+) -> None:
+    members = zip(("base", "left", "right"), kinds, range(3), strict=True)
+    ensemble = Ensemble([real(*member) for member in members], bridge=bridge)
+    prompts = ["The quick brown fox", "héllo wörld 😀 12345 don't"]
+    for kind in ("max-confidence", "random"):
+        check_routing(ensemble, prompts, kind, max_new_tokens=8, temperatures=(0.0,))
