@@ -11,7 +11,6 @@ Equal inputs give equal bytes. A file is there whole or not at all.
 from __future__ import annotations
 
 import json
-import os
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from multicolm.evaluation.page import as_page
 from multicolm.evaluation.plot import pareto
 from multicolm.evaluation.results import Comparison, TracedAnswer
 from multicolm.evaluation.table import as_markdown, plain
+from multicolm.files import write_whole
 from multicolm.types import MIXTURE
 
 __all__ = ["MissingPlotWarning", "write_report"]
@@ -52,7 +52,11 @@ def write_report(
     _check(comparison, traces)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        return [_write(folder / name, data) for name, data in _files(comparison, traces, folder)]
+        paths = []
+        for name, data in _files(comparison, traces, folder):
+            write_whole(folder / name, data)
+            paths.append(folder / name)
+        return paths
     except OSError as error:
         raise ArtefactError(
             f"{folder}: the report cannot be written ({error}); give a folder that can be."
@@ -88,17 +92,6 @@ def _json(value: Any, indent: int | None = None) -> bytes:
     pair, which UTF-8 cannot.
     """
     return (json.dumps(plain(value), indent=indent, allow_nan=False) + "\n").encode("ascii")
-
-
-def _write(path: Path, data: bytes) -> Path:
-    """Write to a temporary name first, so that nobody ever sees half of a file."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_bytes(data)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-    return path
 
 
 def _check(comparison: Comparison, traces: Sequence[TracedAnswer]) -> None:

@@ -10,11 +10,28 @@ from multicolm.policy.base import MixPolicy, Needs, Schedule, register_policy
 from multicolm.types import Signal, Tensor
 from multicolm.views import ModelNames, Views
 
-__all__ = ["AveragePolicy"]
+__all__ = ["AveragePolicy", "WeightedPolicy"]
+
+
+class WeightedPolicy(MixPolicy):
+    """Mixes models by the weights in its field ``weights``; one of weight 0 is never run."""
+
+    weights: list[float] | dict[str, float] | None
+
+    base_signals: ClassVar[set[Signal]] = {"logprobs"}
+    assistant_signals: ClassVar[set[Signal]] = {"logprobs"}
+
+    def needs(self, models: ModelNames) -> Needs:
+        """Every model that weighs something."""
+        return Needs({k: frozenset(self.base_signals) for k in self.uses(models)}, {})
+
+    def uses(self, models: ModelNames) -> frozenset[int]:
+        """Every model that weighs something."""
+        return frozenset(k for k, w in enumerate(models.weights(self.weights)) if w > 0)
 
 
 @register_policy("average")
-class AveragePolicy(MixPolicy):
+class AveragePolicy(WeightedPolicy):
     """Every token is drawn from the weighted average of all models' distributions.
 
     Attributes:
@@ -30,17 +47,7 @@ class AveragePolicy(MixPolicy):
     weights: list[float] | dict[str, float] | None = None
     mean: Literal["arithmetic", "geometric"] = "arithmetic"
 
-    base_signals: ClassVar[set[Signal]] = {"logprobs"}
-    assistant_signals: ClassVar[set[Signal]] = {"logprobs"}
     schedule: ClassVar[Schedule] = "block"
-
-    def needs(self, models: ModelNames) -> Needs:
-        """Every model that weighs something."""
-        return Needs({k: frozenset(self.base_signals) for k in self.uses(models)}, {})
-
-    def uses(self, models: ModelNames) -> frozenset[int]:
-        """Every model that weighs something."""
-        return frozenset(k for k, w in enumerate(models.weights(self.weights)) if w > 0)
 
     def mix(self, views: Views) -> Float[Tensor, "positions vocab"]:
         """Logarithm of the average (of a geometric one, up to a constant)."""

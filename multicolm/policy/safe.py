@@ -7,8 +7,8 @@ from typing import Annotated, ClassVar
 from jaxtyping import Float
 from pydantic import Field
 
-from multicolm.policy.base import Needs, When, register_policy
-from multicolm.policy.gac import GacPolicy
+from multicolm.policy.base import Support, register_policy
+from multicolm.policy.mixture import AveragePolicy
 from multicolm.types import Tensor
 from multicolm.views import ModelNames, Views
 
@@ -16,7 +16,7 @@ __all__ = ["SafePolicy"]
 
 
 @register_policy("safe")
-class SafePolicy(GacPolicy):
+class SafePolicy(AveragePolicy):
     """The base model writes, and all are mixed only where that is safe and worth it.
 
     That is where every other model could go on (no token of its own lies across the place), one of
@@ -35,13 +35,17 @@ class SafePolicy(GacPolicy):
 
     threshold: Annotated[float, Field(ge=0, le=1)] = 0.5
 
-    assistants: ClassVar[When] = "always"
+    support: ClassVar[Support] = "union"
     seams: ClassVar[bool] = True
     tunable: ClassVar = {"threshold": (0.1, 0.3, 0.5, 0.7, 0.9)}
 
-    def needs(self, models: ModelNames) -> Needs:
-        """The base model and every model that weighs something, always."""
-        return Needs({k: frozenset(self.base_signals) for k in self.uses(models)}, {})
+    def uses(self, models: ModelNames) -> frozenset[int]:
+        """The base model, and every model that weighs something."""
+        return super().uses(models) | {0}
+
+    def score(self, views: Views) -> Float[Tensor, "positions"]:
+        """Probability of the base model's likeliest token."""
+        return views.base.top1_probs
 
     def mix(self, views: Views) -> Float[Tensor, "positions vocab"]:
         """The mixture where that is safe and worth it, else what the base model says."""

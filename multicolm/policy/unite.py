@@ -7,9 +7,10 @@ from typing import ClassVar
 from jaxtyping import Float
 from pydantic import Field
 
-from multicolm.policy.base import MixPolicy, Needs, Support, register_policy
-from multicolm.types import Signal, Tensor
-from multicolm.views import ModelNames, Views
+from multicolm.policy.base import Support, register_policy
+from multicolm.policy.mixture import WeightedPolicy
+from multicolm.types import Tensor
+from multicolm.views import Views
 
 __all__ = ["UnitePolicy"]
 
@@ -17,7 +18,7 @@ _NEVER = float("-inf")
 
 
 @register_policy("unite")
-class UnitePolicy(MixPolicy):
+class UnitePolicy(WeightedPolicy):
     """Every model weighs the union of all models' likeliest tokens, and the average writes.
 
     A model's probabilities are renormalised over the union. A token that it does not have counts as
@@ -37,17 +38,7 @@ class UnitePolicy(MixPolicy):
     top_k: int = Field(default=10, ge=1)
     weights: list[float] | dict[str, float] | None = None
 
-    base_signals: ClassVar[set[Signal]] = {"logprobs"}
-    assistant_signals: ClassVar[set[Signal]] = {"logprobs"}
     support: ClassVar[Support] = "union"
-
-    def needs(self, models: ModelNames) -> Needs:
-        """Every model that weighs something."""
-        return Needs({k: frozenset(self.base_signals) for k in self.uses(models)}, {})
-
-    def uses(self, models: ModelNames) -> frozenset[int]:
-        """Every model that weighs something."""
-        return frozenset(k for k, w in enumerate(models.weights(self.weights)) if w > 0)
 
     def mix(self, views: Views) -> Float[Tensor, "positions vocab"]:
         """Logarithm of the average over the union; -inf outside of it."""

@@ -464,7 +464,7 @@ class _Scorer:
                 spans.append(
                     span_logprobs(model, prompt, b"".join(contents), ends, end=is_whole).float()
                 )
-            except InputError:  # Longer than the context; what is known was found without paths.
+            except InputError:  # Longer than the context: unknown as a whole.
                 spans.append(torch.full((len(text),), float("nan")))
         exact = torch.cat(spans) if spans else torch.zeros(0)
         known = columns["known"].bool() & ~exact.isnan()

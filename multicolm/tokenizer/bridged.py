@@ -216,9 +216,15 @@ class BridgedVocabulary(Vocabulary):
         """Turns bytes into a model's own tokens as they come."""
         return IncrementalEncoder(self._tokenizers[model])
 
-    def group_of(self, token: int, writer: int) -> int:
-        """The group that wrote a token; of a mixture, that of the token."""
-        return self.groups[writer] if writer < len(self.groups) else self._owners[token][0]
+    def is_own(self, model: int, token: int, writer: int) -> bool:
+        """Whether a model reads a token as it was written: one of its group's, by its group.
+
+        What was written together is the group's that has the token first. The end of a token,
+        which a model may write by the exact bridge, is text that others may have begun.
+        """
+        mixed = writer == len(self.groups)
+        g = self._owners[token][0] if mixed else self.groups[writer]
+        return g == self.groups[model] and int(self._in_group[g][token]) >= 0
 
     def read(self, model: int, ids: Sequence[int]) -> list[int]:
         """The model's own tokens for ids that stand alone, as in a prompt of ids."""
@@ -327,7 +333,6 @@ class _ByteFollower(Follower):
     def __init__(self, vocabulary: BridgedVocabulary, model: int, prompt: Sequence[int]) -> None:
         self._vocabulary = vocabulary
         self._model = model
-        self._group = vocabulary.groups[model]
         self.own = list(prompt)
         self._n_prompt = len(self.own)
         self._runs: list[_Run] = []
@@ -342,7 +347,7 @@ class _ByteFollower(Follower):
         """Follow more tokens of the text."""
         waiting: tuple[_Run, int] | None = None  # what is to be encoded, once it is all there
         for token, writer in zip(tokens, writers, strict=True):
-            is_own = self._vocabulary.group_of(token, writer) == self._group
+            is_own = self._vocabulary.is_own(self._model, token, writer)
             if not self._runs or (self._runs[-1].encoder is None) != is_own:
                 self._renew(waiting)
                 waiting = None

@@ -17,40 +17,16 @@ and what comes of ``confidence`` at the only thresholds that differ (capitals: t
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from duo_world import QUESTIONS, duo_ensemble
 
-from multicolm.backend.table import TableModel
 from multicolm.ensemble import Ensemble
 from multicolm.evaluation.task import Task, load_task
 
-TOKENS = ["1", "2", "3", "4", "x", "y", "<end>"]
-BASE: Mapping[Any, Mapping[str, float]] = {
-    "": {"<end>": 1.0},
-    "1": {"x": 0.9, "y": 0.1},
-    "2": {"x": 0.6, "y": 0.4},
-    "3": {"x": 0.9, "y": 0.1},
-    "4": {"x": 1.0},
-    "x": {"<end>": 0.9, "y": 0.1},
-    ("3", "x"): {"<end>": 0.6, "y": 0.4},
-}
-HELPER: Mapping[Any, Mapping[str, float]] = {
-    "": {"<end>": 1.0},
-    "1": {"y": 1.0},
-    "2": {"y": 0.9, "x": 0.1},
-    "3": {"y": 0.8, "x": 0.2},
-    "4": {"x": 1.0},
-    ("3", "x"): {"y": 1.0},
-}
-QUESTIONS = [
-    {"id": "one", "ask": "1", "answer": "x"},
-    {"id": "two", "ask": "2", "answer": "y"},
-    {"id": "three", "ask": "3", "answer": "xy"},
-    {"id": "four", "ask": "4", "answer": "yy"},
-]
 TESTED = [{"id": "other", "ask": "41", "answer": "x"}]
 TASK = """
 data: {test: NAME-test.jsonl, dev: NAME-dev.jsonl}
@@ -69,8 +45,7 @@ def lines(records: Sequence[Any]) -> str:
 
 @pytest.fixture
 def duo() -> Ensemble:
-    tables = {"base_": BASE, "helper": HELPER}
-    return Ensemble([TableModel(name, TOKENS, table, ["<end>"]) for name, table in tables.items()])
+    return duo_ensemble()
 
 
 @pytest.fixture

@@ -6,13 +6,13 @@ import json
 import os
 import random
 import signal
-import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from children import finish, kill
 from score_worlds import contents
 from tables import TOKENS, random_table
 
@@ -64,20 +64,6 @@ def start(make_task) -> Callable[[Path], int]:
             os._exit(1)
 
     return fork
-
-
-def finish(child: int) -> float:
-    """Wait until a child has ended well; how long that took, in seconds."""
-    begin = time.monotonic()
-    assert os.waitpid(child, 0)[1] == 0
-    return time.monotonic() - begin
-
-
-def kill(child: int, delay: float) -> int:
-    """Kill a child after so many seconds; its wait status, of its own end if it came first."""
-    time.sleep(delay)
-    os.kill(child, signal.SIGKILL)
-    return os.waitpid(child, 0)[1]
 
 
 def chunks(out: Path) -> list[str]:

@@ -322,3 +322,17 @@ def test_tokenizers_of_every_manner_write_together_whatever_bytes_they_write(
     prompts = ["The quick brown fox", "héllo wörld 😀 12345 don't"]
     for kind in ("max-confidence", "random"):
         check_routing(ensemble, prompts, kind, max_new_tokens=8, temperatures=(0.0,))
+
+
+def test_what_a_model_wrote_within_its_own_token_is_not_lost_to_who_reads_the_trace() -> None:
+    base = certain("base", "q a b c .", {"": "b", "q": "a"})
+    table = {"": {"abc": 1.0}, "abc": {"!": 1.0}}
+    other = TableModel("other", ["q", "abc", "a", "b", "c", "!"], table, ["!"])
+    ensemble = Ensemble([base, other], bridge="exact")
+    [answer] = ensemble.generate(["q"], AssistantAlways(), max_new_tokens=3)
+    assert [t.text for t in answer.trace][:2] == ["a", "bc"]
+    vocabulary, names = ensemble.vocabulary, list(ensemble.models)
+    tokens = answer.trace.tokens[:2]
+    follower = vocabulary.follow(1, [])
+    follower.extend([t.id for t in tokens], [names.index(t.model) for t in tokens])
+    assert other.tokenizer.decode(follower.own) == b"abc"

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import signal
-import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from children import finish, kill
 from tables import TOKENS, random_table
 
 from multicolm.ensemble import Ensemble
@@ -74,20 +73,6 @@ def start(make_task, monkeypatch) -> Callable[[Path], int]:
             os._exit(1)
 
     return fork
-
-
-def finish(child: int) -> float:
-    """Wait until a child has ended well; how long that took, in seconds."""
-    begin = time.monotonic()
-    assert os.waitpid(child, 0)[1] == 0
-    return time.monotonic() - begin
-
-
-def kill(child: int, delay: float) -> int:
-    """Kill a child after so many seconds; its wait status, of its own end if it came first."""
-    time.sleep(delay)
-    os.kill(child, signal.SIGKILL)
-    return os.waitpid(child, 0)[1]
 
 
 def read(out: Path) -> Any:

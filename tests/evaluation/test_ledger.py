@@ -102,7 +102,9 @@ def test_another_run_is_refused_by_what_differs_and_its_file_stays_as_it_is(path
 
 def test_a_header_of_tuples_is_the_same_as_one_of_lists(path: Path) -> None:
     Ledger.open(path, {"stop": ("a", "b")}).close()
+    before = path.read_bytes()
     Ledger.open(path, {"stop": ["a", "b"]}).close()
+    assert path.read_bytes() == before
 
 
 def test_what_json_cannot_hold_is_refused_and_leaves_no_trace(path: Path) -> None:

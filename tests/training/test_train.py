@@ -107,7 +107,8 @@ def test_no_model_is_loaded(tmp_path, scores, monkeypatch) -> None:
     for cls in (TableModel, TransformersModel):
         monkeypatch.setattr(cls, "from_config", refuse)
         monkeypatch.setattr(cls, "__init__", refuse)
-    train(CoLlmPolicy(), scores, tmp_path / "ckpt", options=SHORT)
+    made = train(CoLlmPolicy(), scores, tmp_path / "ckpt", options=SHORT)
+    assert made.policy.head is not None
 
 
 def test_a_part_of_the_scored_models_may_be_trained_for(tmp_path, scores) -> None:
