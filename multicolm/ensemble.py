@@ -97,7 +97,7 @@ class Ensemble:
             else join(self.models, tokenizers, exact=bridge == "exact")
         )
         self.policy = resolve_policy(policy or {"kind": "single"}, base_dir=base_dir)
-        self._check(self.policy)
+        self.check(self.policy)
 
     @classmethod
     def from_config(cls, config: EnsembleConfig) -> Ensemble:
@@ -185,7 +185,7 @@ class Ensemble:
             MulticolmError: see :meth:`generate`.
         """
         chosen = self.policy if policy is None and not params else self.resolve(policy, params)
-        self._check(chosen)
+        self.check(chosen)
         wanted = self.generation.updated(dict(settings))
         if batch_size < 1:
             raise InputError(f"batch_size must be 1 or more, got {batch_size}.")
@@ -242,7 +242,7 @@ class Ensemble:
             return [1.0] * len(self.models)
         return [self.config.models[name].cost for name in self.models]
 
-    def _check(self, policy: Policy) -> None:
+    def check(self, policy: Policy) -> None:
         """Refuse a policy that does not fit these models.
 
         Raises:
