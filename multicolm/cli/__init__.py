@@ -25,6 +25,7 @@ _VERBS = {
     "chat": "Talk with an ensemble.",
     "score": "Let every model read texts, and keep what it gives to each token.",
     "compare": "Compare policies with each other and with every model alone.",
+    "eval": "Judge policies by tasks of the lm-evaluation-harness.",
     "train": "Train a policy on a score table.",
     "tune": "Find the thresholds of a policy from data.",
     "show": "Show what a checkpoint holds, its decision tree as text.",

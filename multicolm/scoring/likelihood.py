@@ -163,6 +163,18 @@ class LikelihoodReader:
         self._looked_at = sorted({*needs.always, *needs.deferred})
         self.kinds: tuple[Kind, ...] = self._kinds()
 
+    def check(self, kind: Kind) -> None:
+        """Refuse a likelihood that is not known under this policy.
+
+        Raises:
+            CapabilityError: naming those that are.
+        """
+        if kind not in self.kinds:
+            raise CapabilityError(
+                f"policy '{self._policy.name}' has no {kind} likelihood ({_REASONS[kind]}); it has "
+                f"the {self.kinds[0]} one."
+            )
+
     def passage(self, prompt: Prompt, text: str, *, written: str = "") -> Passage:
         """A text as the models read it.
 
@@ -285,11 +297,7 @@ class LikelihoodReader:
             PolicyError: if the policy broke its contract.
         """
         kind = kind or self.kinds[0]
-        if kind not in self.kinds:
-            raise CapabilityError(
-                f"policy '{self._policy.name}' has no {kind} likelihood "
-                f"({_REASONS[kind]}); it has the {self.kinds[0]} one."
-            )
+        self.check(kind)
         found: list[Likelihood] = []
         with torch.no_grad():
             for batch in self._batches(passages):
