@@ -506,7 +506,7 @@ def test_what_cannot_be_done_is_refused_before_any_model_runs(
 def test_a_task_that_cannot_be_loaded_is_named(tiny: Ensemble, tmp_path: Path) -> None:
     write_tasks(tmp_path, records(2))
     (tmp_path / "data.jsonl").unlink()
-    with pytest.raises(ConfigError, match="task 'tiny_choice' cannot be loaded: .*data.jsonl"):
+    with pytest.raises(ConfigError, match=r"task 'tiny_choice' cannot be loaded: .*data.jsonl"):
         evaluate_tasks(tiny, [], ["tiny_choice"], include_path=[tmp_path])
 
 
