@@ -25,7 +25,7 @@ LAYERS = [
     {"decoding"},
     {"ensemble", "streaming"},
     {"scoring"},
-    {"testing", "tiny", "training", "calibration", "evaluation"},
+    {"testing", "tiny", "training", "calibration", "evaluation", "hub"},
     {"cli", "__main__"},
 ]
 # Within one layer: these never meet.

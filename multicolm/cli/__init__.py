@@ -28,6 +28,8 @@ _VERBS = {
     "eval": "Judge policies by tasks of the lm-evaluation-harness.",
     "train": "Train a policy on a score table.",
     "tune": "Find the thresholds of a policy from data.",
+    "push": "Push a router, an ensemble or a score table to the Hub.",
+    "pull": "Fetch one of them from the Hub.",
     "show": "Show what a checkpoint holds, its decision tree as text.",
     "ls": "List what the catalogue holds.",
     "validate": "Check ensemble and policy files without loading a model.",
