@@ -82,6 +82,12 @@ class Plan:
     point: Mapping[str, Any] = field(default_factory=dict)
     note: str = ""
 
+    @property
+    def checked(self) -> Policy:
+        """The policy of a row that has one."""
+        assert self.policy is not None
+        return self.policy
+
     @cached_property
     def key(self) -> str:
         """What the row's records are kept under: another policy of the same name has another."""

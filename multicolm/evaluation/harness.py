@@ -76,8 +76,8 @@ class _Row:
 
     @property
     def policy(self) -> Policy:
-        assert self.plan.policy is not None
-        return self.plan.policy
+        """The plan's."""
+        return self.plan.checked
 
 
 @dataclass(frozen=True)
@@ -161,9 +161,12 @@ def evaluate_tasks(
     _check_numbers(limit, num_fewshot, batch_size)
     named = [p if isinstance(p, NamedPolicy) else named_policy(p) for p in policies]
     plans = _plans(ensemble, named, alone)
-    variants = {plan.key: _variants(ensemble, plan, likelihood) for plan in plans}
+    for plan in plans:
+        ensemble.check(plan.checked)
     with _quiet():
         units = _units(tasks, include_path, num_fewshot, gen_kwargs, limit)
+    # Found out now, so that no policy is refused when others have run for hours.
+    rows = {unit.name: list(_rows(ensemble, plans, unit, likelihood)) for unit in units}
     settings = {
         "limit": limit,
         "num_fewshot": num_fewshot,
@@ -184,12 +187,7 @@ def evaluate_tasks(
     figures: list[HarnessFigure] = []
     with _ledger(out, header) as ledger:
         for unit in units:
-            rows = [
-                row
-                for plan in plans
-                for row in (variants[plan.key] if unit.asks_for_likelihoods else [_Row(plan, None)])
-            ]
-            for row in rows:
+            for row in rows[unit.name]:
                 figures += run.figures(row, unit, ledger)
         results = HarnessResults(
             ensemble=title or ", ".join(ensemble.models),
@@ -240,23 +238,27 @@ def _plans(ensemble: Ensemble, named: Sequence[NamedPolicy], alone: bool) -> lis
     return plans
 
 
-def _variants(ensemble: Ensemble, plan: Plan, wanted: Likelihoods) -> list[_Row]:
-    """A row for each likelihood that a plan is judged by.
+def _rows(
+    ensemble: Ensemble, plans: Sequence[Plan], unit: _Unit, wanted: Likelihoods
+) -> Iterator[_Row]:
+    """A row for each plan and each likelihood that it is judged by.
 
     Raises:
-        CapabilityError: if the policy does not fit, or has no such likelihood.
+        CapabilityError: if a policy has no such likelihood.
     """
-    assert plan.policy is not None
-    reader = LikelihoodReader(ensemble, plan.policy)
-    if plan.kind == "model" or wanted == "auto":
-        return [_Row(plan, reader.kinds[0])]
-    if wanted == "both":
-        return [_Row(plan, kind) for kind in reader.kinds]
-    # What several models write together is written by all of them: there is one likelihood.
-    if plan.policy.acts == "select":
-        reader.check(wanted)
-        return [_Row(plan, wanted)]
-    return [_Row(plan, reader.kinds[0])]
+    for plan in plans:
+        if not unit.asks_for_likelihoods:
+            yield _Row(plan, None)
+            continue
+        reader = LikelihoodReader(ensemble, plan.checked)
+        if plan.kind != "model" and wanted == "both":
+            reader.check()
+            yield from (_Row(plan, kind) for kind in reader.kinds)
+        elif plan.kind == "model" or wanted in ("auto", "both") or plan.checked.acts != "select":
+            # What several models write together is written by all: there is one likelihood.
+            yield _Row(plan, reader.check())
+        else:
+            yield _Row(plan, reader.check("joint" if wanted == "joint" else "routed"))
 
 
 # --- tasks ---------------------------------------------------------------------------------------

@@ -53,7 +53,7 @@ class EnsembleLM(LM):  # type: ignore[misc]
     """An ensemble under one policy, as the harness wants a model.
 
     Attributes:
-        likelihood: which log-likelihoods it gives.
+        likelihood: which log-likelihoods it gives; ``None`` where the policy has none.
         n_cut: requests whose context was too long and was cut on the left.
 
     Args:
@@ -90,7 +90,7 @@ class EnsembleLM(LM):  # type: ignore[misc]
         )
         if likelihood is not None:
             self._reader.check(likelihood)
-        self.likelihood: Kind = likelihood or self._reader.kinds[0]
+        self.likelihood: Kind | None = likelihood or next(iter(self._reader.kinds), None)
         self.n_cut = 0
         self._batch_size = batch_size
         self._seed = seed
@@ -101,7 +101,11 @@ class EnsembleLM(LM):  # type: ignore[misc]
     # --- likelihoods -----------------------------------------------------------------------------
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
-        """Per request its continuation's log-likelihood in nats, and whether it is greedy."""
+        """Per request its continuation's log-likelihood in nats, and whether it is greedy.
+
+        Raises:
+            CapabilityError: if the policy has no likelihoods.
+        """
         passages = [self._passage(*request.args[:2]) for request in requests]
         return [(found.logprob, found.is_greedy) for found in self._likelihoods(passages)]
 

@@ -5,6 +5,9 @@
               as it is; one that selects has it if it gives probabilities of who writes.
     routed    the probability of every token under the model that the policy lets write there.
 
+A policy that writes characters, or rates segments, has neither: what it writes does not follow a
+distribution over next tokens.
+
 Texts are read, not written: each model reads each text once, and the policy is asked about all
 places of it, as it would be asked while the text is written. All log-probabilities are in nats,
 without temperature, top-k and top-p.
@@ -12,6 +15,7 @@ without temperature, top-k and top-p.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -25,6 +29,7 @@ from multicolm.backend.base import Look
 from multicolm.backend.byte_session import ByteSession, span_logprobs
 from multicolm.decoding.draft import Draft, Positions, Shown
 from multicolm.decoding.prompts import encode_prompt
+from multicolm.decoding.reader import TokenReader
 from multicolm.decoding.row import Row, Written
 from multicolm.decoding.sampling import Noise, Sampling, row_key
 from multicolm.decoding.settle import PolicyDesk, Verdict
@@ -124,7 +129,8 @@ class LikelihoodReader:
     """Tells how likely an ensemble finds texts under one policy.
 
     Attributes:
-        kinds: what it can tell, the likelihood that the policy is best known by first.
+        kinds: what it can tell, the likelihood that the policy is best known by first; nothing
+            for policies that have none.
 
     Args:
         ensemble: whose models read.
@@ -163,17 +169,27 @@ class LikelihoodReader:
         self._looked_at = sorted({*needs.always, *needs.deferred})
         self.kinds: tuple[Kind, ...] = self._kinds()
 
-    def check(self, kind: Kind) -> None:
-        """Refuse a likelihood that is not known under this policy.
+    def check(self, kind: Kind | None = None) -> Kind:
+        """The likelihood that is meant, if it is known under this policy.
+
+        Args:
+            kind: one of :attr:`kinds`; the first of them if not given.
 
         Raises:
             CapabilityError: naming those that are.
         """
-        if kind not in self.kinds:
+        if not self.kinds:
+            raise CapabilityError(
+                f"policy '{self._policy.name}' gives no likelihood to a text: what it writes does "
+                "not follow a distribution over next tokens; choose another one, or tasks that "
+                "have texts written."
+            )
+        if kind is not None and kind not in self.kinds:
             raise CapabilityError(
                 f"policy '{self._policy.name}' has no {kind} likelihood ({_REASONS[kind]}); it has "
                 f"the {self.kinds[0]} one."
             )
+        return kind or self.kinds[0]
 
     def passage(self, prompt: Prompt, text: str, *, written: str = "") -> Passage:
         """A text as the models read it.
@@ -296,8 +312,7 @@ class LikelihoodReader:
             ModelError: if a model gives NaN.
             PolicyError: if the policy broke its contract.
         """
-        kind = kind or self.kinds[0]
-        self.check(kind)
+        kind = self.check(kind)
         found: list[Likelihood] = []
         with torch.no_grad():
             for batch in self._batches(passages):
@@ -305,6 +320,8 @@ class LikelihoodReader:
         return found
 
     def _kinds(self) -> tuple[Kind, ...]:
+        if self._policy.acts == "segment" or self._policy.support == "characters":
+            return ()
         if self._policy.acts != "select":
             return ("joint",)
         if type(self._policy).model_probs is Policy.model_probs:
@@ -408,7 +425,8 @@ class LikelihoodReader:
         return list(b"".join(vocabulary.token_bytes(token) for token in ids))
 
     def _rows(self, batch: Sequence[Passage]) -> list[Row]:
-        return [
+        """The texts as a policy is told about them."""
+        rows = [
             Row(
                 number=number,
                 prompt="",
@@ -421,6 +439,21 @@ class LikelihoodReader:
             )
             for number, passage in enumerate(batch)
         ]
+        if self._policy.prompts:
+            self._score_prompts(rows)
+        return rows
+
+    def _score_prompts(self, rows: Sequence[Row]) -> None:
+        """How unlikely each model finds the prompts, for policies that weigh models by that."""
+        for row in rows:
+            row.slot = row.number
+            row.prompt_nats = [math.nan] * len(self._models)
+        for k in self._used:
+            model, vocabulary = self._models[k], self._ensemble.vocabulary
+            reader = TokenReader(model, k, vocabulary, len(rows), lambda: 0.0)
+            for row in rows:
+                reader.start(row)
+                row.prompt_nats[k] = reader.prompt_nats(row) / max(1, len(row.prompt_ids[0]) - 1)
 
     def _begins(self, seen: Mapping[int, _Reading], n_positions: int) -> Bool[Tensor, "positions"]:
         """Positions at which all models can go on that the policy looks at or lets write."""
@@ -593,8 +626,15 @@ class LikelihoodReader:
     def _mixed(self, place: _Places, seen: Mapping[int, _Reading]) -> tuple[Tensor, Tensor]:
         """Log-probability of every token under the policy's mixture."""
         draft, told = self._draft(place, seen, range(len(place)))
-        verdict = Verdict()
-        self._desk.decide(draft, range(len(place)), verdict)
+        verdict, asked = Verdict(), list(range(len(place)))
+        if self._policy.assistants == "deferred":
+            flags = self._desk.defers(self._always(draft))
+            alone = [i for i in asked if not flags[i]]
+            asked = [i for i in asked if flags[i]]
+            if alone:
+                self._desk.write(draft, 0, alone, verdict)
+        if asked:
+            self._desk.decide(draft, asked, verdict)
         logprobs = [verdict.logprobs[i] for i in range(len(place))]
         misses = [float(told.likeliest[i] != place.gold[i]) for i in range(len(place))]
         return torch.tensor(logprobs), torch.tensor(misses)

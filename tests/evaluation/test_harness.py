@@ -447,6 +447,14 @@ def test_a_policy_can_be_judged_by_both_likelihoods(tiny: Ensemble, tasks: Path)
     assert [f.row for f in results.figures if f.metric == "chars"] == ["random", "cosd-rule"]
 
 
+def test_a_policy_without_likelihoods_is_judged_by_its_texts(tiny: Ensemble, tasks: Path) -> None:
+    settings: dict[str, Any] = {"include_path": [tasks], "alone": False, "limit": 2}
+    results = evaluate_tasks(tiny, ["cool-fusion"], ["tiny_answer"], **settings)
+    assert [f.row for f in results.figures] == ["cool-fusion"]
+    with pytest.raises(CapabilityError, match="'cool-fusion' gives no likelihood to a text"):
+        evaluate_tasks(tiny, ["average", "cool-fusion"], ["tiny_choice"], **settings)
+
+
 def test_groups_and_tags_have_rows_too(tiny: Ensemble, tasks: Path) -> None:
     settings: dict[str, Any] = {"include_path": [tasks], "alone": False, "limit": 3}
     grouped = evaluate_tasks(tiny, ["average"], ["tiny_group"], **settings)
@@ -514,8 +522,10 @@ def test_a_task_that_cannot_be_loaded_is_named(tiny: Ensemble, tmp_path: Path) -
 
 
 def test_the_page_of_a_comparison_shows_the_figures_too(
-    tiny: Ensemble, tasks: Path, tmp_path: Path
+    tiny: Ensemble, tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # Its own tests draw the figure.
+    monkeypatch.setattr("multicolm.evaluation.report.pareto", lambda *_: b"")
     write_report(fake_comparison(), fake_traces(), tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     assert b"lm-evaluation-harness" not in before["report.html"]

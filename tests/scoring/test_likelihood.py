@@ -54,7 +54,8 @@ def head(width: int, n_assistants: int) -> Weights:
     "name",
     [
         *("single", "cosd-rule", "confidence", "entropy", "margin", "max-confidence", "nudging"),
-        *("bild", "average", "unite", "gac", "safe", "mod", "proxy-tuning", "byte-mixture"),
+        *("bild", "average", "unite", "gac", "safe", "proxy-tuning", "byte-mixture"),
+        "pack-llm",
     ],
 )
 def test_a_text_is_as_likely_as_the_trace_of_its_writing_says(
@@ -62,8 +63,8 @@ def test_a_text_is_as_likely_as_the_trace_of_its_writing_says(
 ) -> None:
     tiny, policy = loaded["tiny"], resolve_policy(name)
     reader = LikelihoodReader(tiny, policy)
-    for record in RECORDS[:3]:
-        [answer] = tiny.generate([record["prompt"]], policy, max_new_tokens=20)
+    for record in RECORDS[: 1 if policy.support == "bytes" else 3]:
+        [answer] = tiny.generate([record["prompt"]], policy, max_new_tokens=12)
         ends = tiny.vocabulary.end_ids(None)
         written = [token for token in answer.trace if token.id not in ends]
         prompts = reader.passage(record["prompt"], "x").prompt_ids
@@ -234,6 +235,16 @@ def test_a_likelihood_that_a_policy_does_not_have_is_refused() -> None:
         LikelihoodReader(both, resolve_policy("cosd-rule")).check("joint")
     with pytest.raises(CapabilityError, match=r"'average' has no routed likelihood \(its models"):
         LikelihoodReader(both, resolve_policy("average")).check("routed")
+
+
+@pytest.mark.parametrize("name", ["chared", "cool-fusion"])
+def test_a_policy_that_follows_no_distribution_over_tokens_has_no_likelihood(
+    name: str, loaded: dict[str, Ensemble]
+) -> None:
+    reader = LikelihoodReader(loaded["tiny"], resolve_policy(name))
+    assert reader.kinds == ()
+    with pytest.raises(CapabilityError, match=f"'{name}' gives no likelihood to a text"):
+        reader.likelihoods([reader.passage("a", "b")])
 
 
 def test_an_empty_text_and_one_that_nothing_stands_before_are_refused() -> None:
