@@ -24,7 +24,7 @@ LAYERS = [
     {"policy", "tokenizer", "backend"},
     {"decoding"},
     {"ensemble", "streaming"},
-    {"scoring"},
+    {"scoring", "generative"},
     {"testing", "tiny", "training", "calibration", "evaluation", "hub"},
     {"cli", "__main__"},
 ]

@@ -112,6 +112,11 @@ class HuggingFaceTokenizer(TokenizerAdapter):
         return self._readable(list(encoded.ids))
 
     @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """What transformers loaded."""
+        return self._tokenizer
+
+    @property
     def start_ids(self) -> list[int]:
         """What the tokenizer puts at the start of a text, or else its own first or last token."""
         own = (self._tokenizer.bos_token_id, self._tokenizer.eos_token_id)
