@@ -123,12 +123,13 @@ def load(source: str, policy: str | None, pairs: tuple[str, ...]) -> tuple[Ensem
     """
     import multicolm
     from multicolm.cli.console import console
+    from multicolm.cli.processes import on_own_device
     from multicolm.config import load_ensemble
     from multicolm.policy.resolve import resolve_policy
     from multicolm.views import ModelNames
 
     # First, so that a slip of the pen costs no import of torch and no loading of weights.
-    config = load_ensemble(source)
+    config = on_own_device(load_ensemble(source))
     chosen = resolve_policy(policy or config.policy, parameters(pairs))
     chosen.needs(ModelNames(config.names))
     if any(model.backend == "transformers" for model in config.models.values()):
