@@ -23,7 +23,7 @@ LAYERS = [
     {"learning"},
     {"policy", "tokenizer", "backend"},
     {"decoding"},
-    {"ensemble", "streaming"},
+    {"ensemble", "live", "streaming"},
     {"scoring", "generative"},
     {"testing", "tiny", "training", "calibration", "evaluation", "hub"},
     {"cli", "__main__"},

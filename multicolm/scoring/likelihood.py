@@ -52,6 +52,8 @@ Kind: TypeAlias = Literal["joint", "routed"]
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
+# Distributions count as the models and the policy give them.
+_AS_THEY_ARE = Sampling(temperature=1.0)
 # The most numbers that all models' logits may hold while texts are read; 256 MiB.
 _MAX_LOGITS = 1 << 26
 
@@ -90,17 +92,29 @@ class _Told(Positions):
 
     Attributes:
         gold: per position, that token.
-        likeliest: per position at which something was drawn, the most likely token.
+        numbers: per position, what it is numbered in ``likeliest``.
+        likeliest: at which something was drawn, the most likely token.
     """
 
     gold: Sequence[int] = ()
+    numbers: Sequence[int] = ()
     likeliest: dict[int, int] = field(default_factory=dict)
 
-    def draw(self, logits: Tensor, which: Sequence[int] | None = None) -> Int[Tensor, "drawn"]:
+    def draw(self, logits: Float[Tensor, "positions vocab"]) -> Int[Tensor, "positions"]:
         """The tokens that stand there."""
-        chosen = range(len(self)) if which is None else which
-        self.likeliest.update(zip(chosen, logits.argmax(-1).tolist(), strict=True))
-        return torch.tensor([self.gold[i] for i in chosen], device=logits.device)
+        self.likeliest.update(zip(self.numbers, logits.argmax(-1).tolist(), strict=True))
+        return torch.tensor(self.gold, device=logits.device)
+
+    def at(self, which: Sequence[int]) -> _Told:
+        """Some of these positions."""
+        return _Told(
+            [self.rows[i] for i in which],
+            [self.places[i] for i in which],
+            self.noise,
+            [self.gold[i] for i in which],
+            [self.numbers[i] for i in which],
+            self.likeliest,
+        )
 
 
 @dataclass(frozen=True)
@@ -160,7 +174,6 @@ class LikelihoodReader:
         self._desk = PolicyDesk(
             policy,
             ensemble.models,
-            Sampling(temperature=1.0),
             self._vocabulary.starts_word,
             {k: self._embedder(k) for k in range(len(self._models))},
             first_tokens,
@@ -436,6 +449,7 @@ class LikelihoodReader:
                 max_new_tokens=len(passage.ids),
                 text=TextStream(()),
                 draft_length=1,
+                sampling=_AS_THEY_ARE,
             )
             for number, passage in enumerate(batch)
         ]
@@ -557,8 +571,8 @@ class LikelihoodReader:
             [place.rows[place.text[i]] for i in which],
             [place.place[i] for i in which],
             place.noise,
-            Sampling(temperature=1.0),
-            gold=[place.gold[i] for i in which],
+            [place.gold[i] for i in which],
+            range(len(which)),
         )
         shown = self._shown(place, seen, which)
         return Draft(told, shown=shown, scores=[None] * len(which)), told
