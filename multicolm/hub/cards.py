@@ -76,6 +76,8 @@ def _facts(config: EnsembleConfig, name: str) -> tuple[str, str]:
         return model.model, load_model_file(model.model).licence
     if model.resolved.is_local:
         return "in this repository", "see its files"
+    if url := getattr(model, "url", None):
+        return f"{model.location}, in a server at {url}", "its own"
     revision = model.resolved_revision
     return f"{model.location}{f' at {revision}' if revision else ', not pinned'}", "its own"
 

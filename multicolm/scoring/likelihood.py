@@ -160,6 +160,14 @@ class LikelihoodReader:
         self, ensemble: Ensemble, policy: Policy, *, seed: int = 0, batch_tokens: int = 4096
     ) -> None:
         ensemble.check(policy)
+        for k in policy.uses(ensemble.models):
+            known = getattr(ensemble.backends[k], "n_likeliest", None)
+            if known is not None:
+                raise CapabilityError(
+                    f"model '{ensemble.models[k]}' runs in a server that tells the probabilities "
+                    f"of {known} tokens only, and the likelihood of a given text needs those of "
+                    "all; set `logprobs: all` if the server allows it."
+                )
         self._ensemble = ensemble
         self._policy = policy
         self._seed = seed

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -393,6 +394,21 @@ def test_the_commands_say_what_was_done(
     capfd.readouterr()
     assert main(["pull", "org/none", str(tmp_path / "none")]) == 1
     assert capfd.readouterr().err.startswith("Error: the Hub has no repository org/none")
+
+
+def test_who_pulls_is_told_to_which_servers_prompts_would_go(
+    hub: Hub,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    push("tiny", "org/tiny")
+    models = {"far": SimpleNamespace(url="http://far.example/v1"), "near": SimpleNamespace()}
+    found = SimpleNamespace(config=SimpleNamespace(models=models))
+    monkeypatch.setattr(SharedEnsemble, "from_pretrained", lambda folder: found)
+    assert main(["pull", "org/tiny", str(tmp_path / "got")]) == 0
+    warning = "Warning: model 'far' runs in a server at http://far.example/v1: what you ask goes"
+    assert warning in capfd.readouterr().err
 
 
 def test_what_is_pulled_is_recognised_by_its_files(scores: Path, tmp_path: Path) -> None:
