@@ -260,8 +260,8 @@ def test_a_model_of_which_only_the_likeliest_tokens_are_known_is_refused() -> No
     both = tables("p", "q")
     vars(both.backends[1])["n_likeliest"] = 20
     with pytest.raises(CapabilityError, match=r"model 'q' runs in a server .* of 20 "):
-        LikelihoodReader(both, resolve_policy("average"))
-    LikelihoodReader(both, resolve_policy("single"))
+        LikelihoodReader(both, resolve_policy("average")).check()
+    assert LikelihoodReader(both, resolve_policy("single")).check() == "routed"
 
 
 def test_an_untrained_policy_is_refused_before_anything_is_read() -> None:
