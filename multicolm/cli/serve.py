@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import click
 
 from multicolm.cli.options import load
 from multicolm.errors import ConfigError, InputError
-
-if TYPE_CHECKING:
-    from multicolm.serving.menu import Menu
 
 __all__ = ["command"]
 
@@ -65,7 +60,7 @@ def command(
     """
     try:
         from multicolm.serving.app import Limits
-        from multicolm.serving.server import Settings, serve
+        from multicolm.serving.server import Server, Settings
     except ImportError as error:
         raise ConfigError(
             f"`multicolm serve` needs the library {error.name}: pip install 'multicolm[serve]'."
@@ -87,13 +82,15 @@ def command(
     loaded, _ = load(ensemble, None, ())
     served = _name(ensemble) if name is None else name
 
-    def ready(address: str, menu: Menu) -> None:
-        click.echo(f"{served} is served at {address}; Ctrl-C ends it.", err=True)
-        click.echo(f"models: {', '.join(menu.ids())}", err=True)
+    server = Server(loaded, served, settings)
+
+    def ready() -> None:
+        click.echo(f"{served} is served at {server.address}; Ctrl-C ends it.", err=True)
+        click.echo(f"models: {', '.join(server.menu.ids())}", err=True)
         if api_key is None and host not in ("127.0.0.1", "localhost", "::1"):
             click.echo("Anybody who reaches this address may ask: set MULTICOLM_API_KEY.", err=True)
 
-    closing = serve(loaded, served, settings, ready)
+    closing = server.run(ready)
     click.echo(
         f"ended; finished meanwhile: {closing.finished}, broken off: {closing.broken_off}.",
         err=True,

@@ -46,6 +46,12 @@ _PROMPTS = (
 )
 
 
+_CONTENT = (
+    'must be text, or a list of parts {"type": "text", "text": ...}; images, audio and files are '
+    "not served."
+)
+
+
 class Refusal(InputError):
     """A request that is refused, and the field that is to blame.
 
@@ -248,6 +254,10 @@ def read(body: bytes, schema: type[A]) -> A:
         if first.place[:1] == ("prompt",) and "prompt" in given:
             raise Refusal(_PROMPTS, "prompt")
         where = ".".join(map(str, first.place))
+        if first.place[:1] == ("messages",) and first.place[2:3] == ("content",):
+            if first.text.startswith("required"):
+                raise Refusal(f"'{where}' is missing; say what was said.", where)
+            raise Refusal(f"'{where}' {_CONTENT}", where)
         lead = f"'{where}': " if where and not first.at_key else ""
         raise Refusal(f"{lead}{first.text}".replace("unknown key", "unknown field"), where or None)
     _check_together(asked)

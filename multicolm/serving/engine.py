@@ -174,7 +174,7 @@ class Engine:
 
     Args:
         ensemble: whose models write. Nobody else may use it meanwhile.
-        max_batch: how many texts are written at a time.
+        max_concurrent: how many texts are written at a time.
         max_waiting: how many more may wait.
         clock: current time in seconds.
 
@@ -186,17 +186,17 @@ class Engine:
         self,
         ensemble: Ensemble,
         *,
-        max_batch: int = 16,
+        max_concurrent: int = 16,
         max_waiting: int = 64,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        if max_batch < 1 or max_waiting < 0:
+        if max_concurrent < 1 or max_waiting < 0:
             raise InputError(
-                f"max_batch must be 1 or more and max_waiting 0 or more, got {max_batch} and "
-                f"{max_waiting}."
+                "max_concurrent must be 1 or more and max_waiting 0 or more, got "
+                f"{max_concurrent} and {max_waiting}."
             )
         self.ensemble = ensemble
-        self.max_batch = max_batch
+        self.max_concurrent = max_concurrent
         self.max_waiting = max_waiting
         self._clock = clock
         self._numbers = itertools.count()
@@ -240,7 +240,7 @@ class Engine:
     @property
     def capacity(self) -> int:
         """How many texts there can be at a time, written and waiting."""
-        return self.max_batch + self.max_waiting
+        return self.max_concurrent + self.max_waiting
 
     def submit(
         self, orders: Sequence[Order], deliver: Sequence[Callable[[Event], None]]
@@ -312,7 +312,7 @@ class Engine:
             return Stats(
                 active,
                 max(0, self._n_texts - active),
-                self.max_batch,
+                self.max_concurrent,
                 self.max_waiting,
                 models,
                 dict(self._outcomes),
@@ -394,7 +394,7 @@ class Engine:
         return shop
 
     def _open(self, choice: Choice) -> Live:
-        return self.ensemble.live(choice.policy, n_slots=self.max_batch)
+        return self.ensemble.live(choice.policy, n_slots=self.max_concurrent)
 
     def _retire(self, shop: _Shop) -> None:
         """Let go of a policy and its caches, but not of what was counted; under the lock."""
@@ -407,7 +407,7 @@ class Engine:
 
     def _admit(self) -> None:
         """Give slots to those who wait, first come, first served."""
-        while self._queue and self._n_active < self.max_batch:
+        while self._queue and self._n_active < self.max_concurrent:
             number, ticket = next(iter(self._queue.items()))
             del self._queue[number]
             shop = self._shops[ticket.order.choice.key]

@@ -19,7 +19,7 @@ from multicolm.serving.app import Limits, create_app
 from multicolm.serving.engine import Closing, Engine
 from multicolm.serving.menu import Menu
 
-__all__ = ["Settings", "serve"]
+__all__ = ["Server", "Settings"]
 
 _LOOPBACK = ("127.0.0.1", "localhost", "::1", "[::1]")
 _LAST_WORDS = 5  # seconds for clients to read the end of what they asked for
@@ -35,7 +35,7 @@ class Settings:
         api_key: that clients must show; anybody may ask if ``None``.
         allowed: see :class:`multicolm.serving.menu.Menu`.
         limits: what a request may be at the most.
-        max_batch: how many texts are written at a time.
+        max_concurrent: how many texts are written at a time.
         max_waiting: how many more may wait.
         grace: seconds in which what runs may be finished when the server ends.
     """
@@ -45,52 +45,72 @@ class Settings:
     api_key: str | None = None
     allowed: Sequence[str] | None = None
     limits: Limits = field(default_factory=Limits)
-    max_batch: int = 16
+    max_concurrent: int = 16
     max_waiting: int = 64
     grace: float = 10.0
 
 
-def serve(
-    ensemble: Ensemble, name: str, settings: Settings, ready: Callable[[str, Menu], None]
-) -> Closing:
-    """Serve an ensemble until SIGINT or SIGTERM; a second one does not wait for what runs.
+class Server:
+    """An ensemble behind a socket.
 
     Args:
-        ensemble: whose models write.
+        ensemble: whose models write; nobody else may use it meanwhile.
         name: by which clients ask for it.
         settings: how it is served.
-        ready: called with the server's address and menu when it can be reached.
 
-    Returns:
-        How many texts were finished after the signal, and how many were broken off.
+    Attributes:
+        address: where it can be reached while it runs.
+        engine: writes the texts.
+        menu: which policies clients may choose.
 
     Raises:
         InputError: if a setting is out of range, or the address cannot be listened at.
         MulticolmError: if a policy that is allowed is not known or does not fit.
     """
-    menu = Menu(ensemble, name, settings.allowed)
-    engine = Engine(ensemble, max_batch=settings.max_batch, max_waiting=settings.max_waiting)
-    local = settings.host in _LOOPBACK
-    app = create_app(
-        engine,
-        menu,
-        api_key=settings.api_key,
-        limits=settings.limits,
-        hosts=_LOOPBACK if local and settings.api_key is None else None,
-    )
-    config = uvicorn.Config(
-        app,
-        log_config=None,
-        access_log=False,
-        lifespan="off",
-        server_header=False,
-        timeout_graceful_shutdown=math.ceil(settings.grace) + _LAST_WORDS,
-    )
-    with _listening(settings.host, settings.port) as listening, engine:
-        address = _address(settings.host, listening.getsockname()[1])
-        server = _Server(config, engine, settings.grace, lambda: ready(address, menu))
-        server.run(sockets=[listening])
-        return server.closing
+
+    def __init__(self, ensemble: Ensemble, name: str, settings: Settings | None = None) -> None:
+        settings = settings or Settings()
+        self.menu = Menu(ensemble, name, settings.allowed)
+        self.engine = Engine(
+            ensemble, max_concurrent=settings.max_concurrent, max_waiting=settings.max_waiting
+        )
+        local = settings.host in _LOOPBACK
+        app = create_app(
+            self.engine,
+            self.menu,
+            api_key=settings.api_key,
+            limits=settings.limits,
+            hosts=_LOOPBACK if local and settings.api_key is None else None,
+        )
+        config = uvicorn.Config(
+            app,
+            log_config=None,
+            access_log=False,
+            lifespan="off",
+            server_header=False,
+            timeout_graceful_shutdown=math.ceil(settings.grace) + _LAST_WORDS,
+        )
+        self._socket = _listening(settings.host, settings.port)
+        self.address = _address(settings.host, self._socket.getsockname()[1])
+        self._server = _Server(config, self.engine, settings.grace)
+
+    def run(self, ready: Callable[[], None] = lambda: None) -> Closing:
+        """Serve until it is stopped, or SIGINT or SIGTERM comes; a second one is in a hurry.
+
+        Args:
+            ready: called when it can be reached.
+
+        Returns:
+            How many texts were finished after that, and how many were broken off.
+        """
+        self._server.ready = ready
+        with self._socket, self.engine:
+            self._server.run(sockets=[self._socket])
+        return self._server.closing
+
+    def stop(self) -> None:
+        """End it, from any thread."""
+        self._server.should_exit = True
 
 
 def _listening(host: str, port: int) -> socket.socket:
@@ -116,13 +136,11 @@ def _address(host: str, port: int) -> str:
 class _Server(uvicorn.Server):
     """Ends with its engine: what runs may be finished, and what is not is told so."""
 
-    def __init__(
-        self, config: uvicorn.Config, engine: Engine, grace: float, ready: Callable[[], None]
-    ) -> None:
+    def __init__(self, config: uvicorn.Config, engine: Engine, grace: float) -> None:
         super().__init__(config)
         self._engine = engine
         self._grace = grace
-        self._ready = ready
+        self.ready: Callable[[], None] = lambda: None
         self.closing = Closing(0, 0)
 
     @contextlib.contextmanager
@@ -144,7 +162,7 @@ class _Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Begin to listen."""
         await super().startup(sockets)
-        self._ready()
+        self.ready()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Let nobody in, let what runs be finished, break off the rest."""
