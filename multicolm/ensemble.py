@@ -20,7 +20,9 @@ from multicolm.policy.resolve import resolve_policy
 from multicolm.streaming import Answers, Run, Stream
 from multicolm.tokenizer.bridged import join
 from multicolm.tokenizer.bridges import Pair, pairs
+from multicolm.tokenizer.byte_vocabulary import ByteVocabulary
 from multicolm.tokenizer.canonical import covers
+from multicolm.tokenizer.character_vocabulary import CharacterVocabulary
 from multicolm.tokenizer.shared import SharedVocabulary
 from multicolm.tokenizer.vocabulary import Vocabulary
 from multicolm.types import (
@@ -90,6 +92,7 @@ class Ensemble:
             if bridge == "shared"
             else join(self.models, tokenizers, exact=bridge == "exact")
         )
+        self._characters: CharacterVocabulary | None = None  # made when it is first asked for
         self.policy = resolve_policy(policy or {"kind": "single"}, base_dir=base_dir)
         self._check(self.policy)
 
@@ -234,7 +237,8 @@ class Ensemble:
 
     def _live(self, chosen: Policy, asked: PolicySource | None, **how: Unpack[_How]) -> Live:
         name = asked if isinstance(asked, str) else chosen.name
-        return Live(self.backends, self.vocabulary, chosen, name, **how)
+        written_in = self._vocabulary(chosen)
+        return Live(self.backends, self.vocabulary, written_in, chosen, name, **how)
 
     def resolve(
         self, policy: PolicySource | None, params: Mapping[str, Any] | None = None
@@ -263,6 +267,17 @@ class Ensemble:
             return [1.0] * len(self.models)
         return [self.config.models[name].cost for name in self.models]
 
+    def _vocabulary(self, policy: Policy) -> Vocabulary:
+        """What a policy's texts are written in."""
+        if policy.support == "bytes":
+            return ByteVocabulary(self.models)
+        if policy.support == "characters":
+            if self._characters is None:
+                tokenizers = [model.tokenizer for model in self.backends]
+                self._characters = CharacterVocabulary(self.models, tokenizers)
+            return self._characters
+        return self.vocabulary
+
     def _check(self, policy: Policy) -> None:
         """Refuse a policy that does not fit these models.
 
@@ -288,7 +303,7 @@ class Ensemble:
                         f"policy '{policy.name}' needs model '{self.models[k]}' byte by byte: "
                         f"{reason}"
                     )
-        if policy.acts == "select" or policy.support != "shared":
+        if policy.acts in ("select", "segment") or policy.support != "shared":
             return
         for k in used[1:]:
             if self.vocabulary.groups[k] != self.vocabulary.groups[used[0]]:

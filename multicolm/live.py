@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import accumulate
 
 from multicolm.backend.base import Model
 from multicolm.config import GenerationConfig
@@ -14,7 +16,6 @@ from multicolm.decoding.row import Row, Written
 from multicolm.decoding.sampling import Sampling, row_key
 from multicolm.decoding.text import TextStream
 from multicolm.policy.base import Policy, Schedule
-from multicolm.tokenizer.byte_vocabulary import ByteVocabulary
 from multicolm.tokenizer.incremental import IncrementalEncoder
 from multicolm.tokenizer.vocabulary import Vocabulary
 from multicolm.types import MIXTURE, Answer, Piece, Prompt, Trace, TracedToken, Usage
@@ -32,7 +33,9 @@ class Live:
 
     Args:
         models: the base model first.
-        vocabulary: what they write in.
+        vocabulary: the tokens of prompts and of traces.
+        written_in: what is written in, for this policy; ``vocabulary`` itself, or bytes or
+            characters.
         policy: decides who writes.
         name: the policy's, for answers.
         schedule: how models are run; ``None`` takes what suits the policy.
@@ -51,6 +54,7 @@ class Live:
         self,
         models: Sequence[Model],
         vocabulary: Vocabulary,
+        written_in: Vocabulary,
         policy: Policy,
         name: str,
         *,
@@ -62,16 +66,17 @@ class Live:
         self._models = tuple(models)
         self._names = ModelNames(model.name for model in models)
         self._vocabulary = vocabulary
-        self._policy = policy
+        self._written_in = written_in
         self._name = name
         self._used = sorted(policy.uses(self._names))
-        drafts = (schedule or policy.schedule) == "block" and policy.support == "shared"
-        # Where texts are no tokens of the base model alone, what it drafts is not in the others'.
-        self._block_size = block_size if drafts else 1
-        in_bytes = policy.support == "bytes"
+        drafts = (schedule or policy.schedule) == "block"
+        # Elsewhere what the base model drafts is not in the others' tokens.
+        same = policy.support == "shared" or written_in.is_shared
+        self._block_size = block_size if drafts and same and written_in is vocabulary else 1
+        self._is_metered = policy.support in ("bytes", "characters")
         self.router = Router(
             models,
-            ByteVocabulary(self._names) if in_bytes else vocabulary,
+            written_in,
             policy,
             block_size=self._block_size,
             n_slots=n_slots,
@@ -96,7 +101,6 @@ class Live:
             InputError: if the prompt is empty, or longer than a context.
         """
         ids = prompt_ids(prompt, number, self._models, self._vocabulary, self._used)
-        in_bytes = self._policy.support == "bytes"
         return Row(
             number=number,
             prompt=prompt,
@@ -107,7 +111,7 @@ class Live:
             text=TextStream(wanted.stop),
             draft_length=self._block_size,
             sampling=Sampling(wanted.temperature, wanted.top_k, wanted.top_p),
-            meter=IncrementalEncoder(self._models[0].tokenizer) if in_bytes else None,
+            meter=IncrementalEncoder(self._models[0].tokenizer) if self._is_metered else None,
         )
 
     def add(self, row: Row) -> None:
@@ -140,8 +144,8 @@ class Live:
     def tokens(self, row: Row, first: int = 0) -> list[TracedToken]:
         """The tokens of a text from number ``first`` on, as far as they are certain by now.
 
-        Of a text that is written in bytes, tokens are those of the base model, and certain a
-        little later than its characters.
+        Of a text that is written in bytes or characters, tokens are those of the base model, and
+        certain a little later than its characters.
         """
         names = [*self._names, MIXTURE]
         written = row.written if row.meter is None else self._as_tokens(row, row.meter)
@@ -177,15 +181,25 @@ class Live:
         )
 
     def _as_tokens(self, row: Row, meter: IncrementalEncoder) -> list[Written]:
-        """A text of bytes as tokens of the base model, each with the probability of its bytes."""
+        """A text of bytes or characters as tokens of the base model.
+
+        Each has the probability of what was written since the one before; what ends within a
+        token counts to it.
+        """
         done = row.finish_reason is not None
         n_certain = len(meter.ids) if done else meter.stable
+        sizes = [len(self._written_in.token_bytes(new.token)) for new in row.written]
+        ends = list(accumulate(sizes))
         tokens, first = [], 0
         for token, end in zip(meter.ids[:n_certain], meter.ends, strict=False):
-            logprob = sum(new.logprob for new in row.written[first:end])
-            tokens.append(Written(token, row.written[end - 1].writer, logprob, None))
-            first = end
-        if done and len(row.written) > first:
-            ends = self._vocabulary.end_ids(0) or self._vocabulary.end_ids(None)
-            tokens += [replace(new, token=min(ends)) for new in row.written[first:] if ends]
+            last = max(first, bisect_right(ends, end))
+            logprob = sum(new.logprob for new in row.written[first:last])
+            writer = row.written[min(last, len(row.written)) - 1].writer
+            tokens.append(Written(token, writer, logprob, None))
+            first = last
+        end_ids = self._vocabulary.end_ids(0) or self._vocabulary.end_ids(None)
+        text_ends = self._written_in.end_ids(None)
+        for new in row.written[first:] if done else ():
+            if new.token in text_ends and end_ids:
+                tokens.append(replace(new, token=min(end_ids)))
         return tokens

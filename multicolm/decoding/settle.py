@@ -92,6 +92,8 @@ class PolicyDesk:
         context = here.context(device)
         if not self.policy.history:
             del context["previous"], context["base_run"]
+        if not self.policy.prompts:
+            del context["prompt_nats"]
         return Views(
             self.models,
             views,
@@ -143,7 +145,7 @@ class PolicyDesk:
         else:
             raise PolicyError(
                 f"policy '{self.policy.name}' is a {type(self.policy).__name__}; a policy derives "
-                "from SelectPolicy, MixPolicy or VerifyPolicy."
+                "from SelectPolicy, MixPolicy, VerifyPolicy or SegmentPolicy."
             )
         return {}
 
