@@ -237,9 +237,8 @@ class Ensemble:
 
     def _live(self, chosen: Policy, asked: PolicySource | None, **how: Unpack[_How]) -> Live:
         name = asked if isinstance(asked, str) else chosen.name
-        return Live(
-            self.backends, self.vocabulary, chosen, name, written_in=self._vocabulary(chosen), **how
-        )
+        written_in = self._vocabulary(chosen)
+        return Live(self.backends, self.vocabulary, written_in, chosen, name, **how)
 
     def resolve(
         self, policy: PolicySource | None, params: Mapping[str, Any] | None = None

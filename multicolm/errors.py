@@ -10,7 +10,9 @@
     │                              other models or other data
     ├── TrainingError              training cannot go on: a loss that is no number, nothing to learn
     ├── InputError                 a prompt or a setting of one call (empty, too long, out of range)
-    └── PolicyError                a policy broke its contract while the text was being written
+    ├── PolicyError                a policy broke its contract while the text was being written
+    ├── BusyError                  a server has no place for another text just now
+    └── ClosedError                a server is shutting down, or has
 
 Bugs of multicolm itself are not in this tree: they keep their traceback.
 """
@@ -22,7 +24,9 @@ from collections.abc import Iterable
 
 __all__ = [
     "ArtefactError",
+    "BusyError",
     "CapabilityError",
+    "ClosedError",
     "ConfigError",
     "InputError",
     "ModelError",
@@ -79,6 +83,22 @@ class InputError(MulticolmError):
 
 class PolicyError(MulticolmError):
     """A policy broke its contract: a wrong shape, no such model, an undeclared signal."""
+
+
+class BusyError(MulticolmError):
+    """A server has no place for another text just now.
+
+    Attributes:
+        retry_after: in how many seconds it is worth asking again.
+    """
+
+    def __init__(self, message: str, retry_after: int = 1) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class ClosedError(MulticolmError):
+    """A server is shutting down, or has."""
 
 
 def unknown(noun: str, name: str, known: Iterable[str]) -> str:

@@ -25,12 +25,12 @@ LAYERS = [
     {"decoding"},
     {"ensemble", "live", "streaming"},
     {"scoring"},
-    {"testing", "tiny", "training", "calibration", "evaluation"},
+    {"testing", "tiny", "training", "calibration", "evaluation", "serving"},
     {"cli", "__main__"},
 ]
 # Within one layer: these never meet.
 STRANGERS = {("policy", "backend"), ("backend", "policy"), ("policy", "tokenizer")}
-HEAVY = ("torch", "transformers", "sklearn", "accelerate", "peft")
+HEAVY = ("torch", "transformers", "sklearn", "accelerate", "peft", "fastapi", "uvicorn")
 
 
 def part_of(module: str) -> str:

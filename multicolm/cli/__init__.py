@@ -23,6 +23,7 @@ __all__ = ["cli", "main"]
 _VERBS = {
     "generate": "Write a text for each prompt.",
     "chat": "Talk with an ensemble.",
+    "serve": "Serve an ensemble over HTTP, as OpenAI's interface does.",
     "score": "Let every model read texts, and keep what it gives to each token.",
     "compare": "Compare policies with each other and with every model alone.",
     "train": "Train a policy on a score table.",
