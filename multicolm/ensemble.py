@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import secrets
 import time
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -17,7 +19,13 @@ from multicolm.decoding.router import Router
 from multicolm.decoding.row import Row
 from multicolm.decoding.sampling import Sampling, row_key
 from multicolm.decoding.text import TextStream
-from multicolm.errors import CapabilityError, ConfigError, InputError
+from multicolm.errors import (
+    CapabilityError,
+    ConfigError,
+    InputError,
+    MulticolmWarning,
+    ServerError,
+)
 from multicolm.plugins import backends
 from multicolm.policy.base import ModelFacts, Policy
 from multicolm.policy.resolve import resolve_policy
@@ -96,6 +104,8 @@ class Ensemble:
             if bridge == "shared"
             else join(self.models, tokenizers, exact=bridge == "exact")
         )
+        if bridge == "exact":
+            self._refuse_unknown()
         self.policy = resolve_policy(policy or {"kind": "single"}, base_dir=base_dir)
         self._check(self.policy)
 
@@ -112,7 +122,9 @@ class Ensemble:
         }
         # The policy first: what does not fit should not cost the loading of weights.
         policy = resolve_policy(config.policy, base_dir=config.base_dir)
-        _check_signals(policy, ModelNames(config.names), [c.signals for c in classes.values()])
+        _check_signals(
+            policy, ModelNames(config.names), [_Shown(c.signals) for c in classes.values()]
+        )
         models = [cls_.from_config(name, config.models[name]) for name, cls_ in classes.items()]
         return cls(
             models,
@@ -154,12 +166,18 @@ class Ensemble:
                 range.
             ConfigError: if the policy or a param is not known.
             CapabilityError: if the policy needs what these models cannot show.
+            ServerError: if a model's server fails for good; its ``answers`` are those that were
+                finished before.
         """
         stream = self.stream(
             prompts, policy, params=params, seed=seed, batch_size=batch_size, **settings
         )
-        for _ in stream:
-            pass
+        try:
+            for _ in stream:
+                pass
+        except ServerError as error:
+            error.answers = stream.answers
+            raise
         return stream.answers
 
     def stream(
@@ -185,8 +203,11 @@ class Ensemble:
             MulticolmError: see :meth:`generate`.
         """
         chosen = self.policy if policy is None and not params else self.resolve(policy, params)
-        self._check(chosen)
+        for sentence in self._check(chosen):
+            warnings.warn(sentence, MulticolmWarning, stacklevel=3)
         wanted = self.generation.updated(dict(settings))
+        sampling = Sampling(wanted.temperature, wanted.top_k, wanted.top_p)
+        self._check_draws(chosen, sampling)
         if batch_size < 1:
             raise InputError(f"batch_size must be 1 or more, got {batch_size}.")
         block_size = wanted.block_size if (wanted.schedule or chosen.schedule) == "block" else 1
@@ -201,7 +222,7 @@ class Ensemble:
             self.backends,
             vocabulary,
             chosen,
-            Sampling(wanted.temperature, wanted.top_k, wanted.top_p),
+            sampling,
             block_size=block_size,
             n_slots=max(1, min(batch_size, len(rows))),
             clock=clock,
@@ -242,15 +263,48 @@ class Ensemble:
             return [1.0] * len(self.models)
         return [self.config.models[name].cost for name in self.models]
 
-    def _check(self, policy: Policy) -> None:
+    def _refuse_unknown(self) -> None:
+        for model in self.backends:
+            if model.n_likeliest is not None:
+                raise CapabilityError(
+                    f"the exact bridge needs every probability of model '{model.name}', and its "
+                    f"server {model.server} tells of {model.n_likeliest} tokens; set "
+                    "`bridge: boundary`, or `logprobs: all` if the server allows it."
+                )
+
+    def _check(self, policy: Policy) -> list[str]:
         """Refuse a policy that does not fit these models.
+
+        Returns:
+            What has to be known of how it fits them, one sentence each.
 
         Raises:
             CapabilityError: if it needs what a model cannot show, or was made for other models.
         """
-        _check_signals(policy, self.models, [model.signals for model in self.backends])
+        shown = [_Shown(m.shows, m.server, m.n_likeliest) for m in self.backends]
+        sentences = _check_signals(policy, self.models, shown)
         self._check_vocabulary(policy)
         policy.check_models(self.facts)
+        return sentences
+
+    def _check_draws(self, policy: Policy, sampling: Sampling) -> None:
+        """Refuse to draw from a distribution of which a part is not known.
+
+        Raises:
+            CapabilityError: naming the policy, the model and its server.
+        """
+        if sampling.greedy or policy.acts == "mix":
+            return
+        for k in sorted(policy.uses(self.models)):
+            model = self.backends[k]
+            known = model.n_likeliest
+            if known is None or (sampling.top_k is not None and sampling.top_k <= known):
+                continue
+            way = f"set `top_k` to {known} or less" if known else "set `temperature: 0`"
+            raise CapabilityError(
+                f"policy '{policy.name}' lets model '{model.name}' draw tokens, and its server "
+                f"{model.server} tells the probability of {known or 'none'} of them: {way}."
+            )
 
     def _check_vocabulary(self, policy: Policy) -> None:
         """Refuse a policy whose distributions are over what these models do not share.
@@ -325,23 +379,47 @@ class Ensemble:
         return rows
 
 
-def _check_signals(
-    policy: Policy, models: ModelNames, signals: Sequence[frozenset[Signal]]
-) -> None:
+@dataclass(frozen=True, slots=True)
+class _Shown:
+    """What a model shows, as far as it is known.
+
+    Attributes:
+        signals: of the model, or of its backend at most.
+        server: where it runs.
+        n_likeliest: of how many of its likeliest tokens it tells; ``None`` for all.
+    """
+
+    signals: frozenset[Signal]
+    server: str = ""
+    n_likeliest: int | None = None
+
+
+def _check_signals(policy: Policy, models: ModelNames, shown: Sequence[_Shown]) -> list[str]:
     """Refuse a policy that needs what a model cannot show.
 
+    Returns:
+        How the policy treats what a server does not tell, one sentence per model.
+
     Raises:
-        CapabilityError: naming the policy, the model and the signal.
+        CapabilityError: naming the policy, the model, its server, and the signal.
     """
     needs = policy.needs(models)
-    for k, shown in enumerate(signals):
-        missing = needs.of(k) - implied(frozenset(shown))
-        if missing:
+    sentences = []
+    for k, its in enumerate(shown):
+        missing = needs.of(k) - implied(its.signals)
+        if missing == {"logprobs"} and policy.partial and its.n_likeliest:
+            sentences.append(
+                f"policy '{policy.name}' knows only the {its.n_likeliest} likeliest tokens of "
+                f"model '{models[k]}' ({its.server}): {policy.partial}."
+            )
+        elif missing:
+            where = f" (server {its.server})" if its.server else ""
             raise CapabilityError(
                 f"policy '{policy.name}' needs {' and '.join(sorted(missing))} of model "
-                f"'{models[k]}', which shows only {', '.join(sorted(shown))}; choose another "
-                "policy, or another backend for that model."
+                f"'{models[k]}'{where}, which shows only {', '.join(sorted(its.signals))}; choose "
+                "another policy, or another backend for that model."
             )
+    return sentences
 
 
 def load(source: str | Path | EnsembleConfig) -> Ensemble:

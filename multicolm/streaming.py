@@ -9,6 +9,7 @@ from multicolm.backend.base import Model
 from multicolm.decoding.router import Router
 from multicolm.decoding.row import Row, Written
 from multicolm.decoding.threads import torch_threads
+from multicolm.errors import ServerError
 from multicolm.tokenizer.incremental import IncrementalEncoder
 from multicolm.tokenizer.vocabulary import Vocabulary
 from multicolm.types import MIXTURE, Answer, Piece, Trace, TracedToken, Usage
@@ -101,6 +102,14 @@ class Run:
         try:
             with torch_threads(models, threads):
                 yield from self.router.run(self.rows)
+        except ServerError as error:
+            done = sum(row.finish_reason is not None for row in self.rows)
+            n_open = sum(len(row.written) for row in self.rows if row.finish_reason is None)
+            error.keeping(
+                f"Finished and kept: {done} of {len(self.rows)} answers; {n_open} tokens of others "
+                "were written."
+            )
+            raise
         finally:
             self.seconds = clock() - start
 

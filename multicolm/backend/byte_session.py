@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from multicolm.backend.base import Model
-from multicolm.errors import InputError, ModelError
+from multicolm.errors import CapabilityError, InputError, ModelError
 from multicolm.tokenizer.canonical import canonical
 from multicolm.tokenizer.cover import Cover, Node, SortedBytes, log_sum
 
@@ -222,6 +222,11 @@ class ByteSession:
     def __init__(self, model: Model, n_rows: int, *, lanes: int = 4, prune: float = 1e-5) -> None:
         if not 0 <= prune < 1:
             raise InputError(f"prune is a part of the mass, at least 0 and below 1; got {prune}.")
+        if model.n_likeliest is not None:
+            raise CapabilityError(
+                f"bytes need every probability of model '{model.name}', and its server "
+                f"{model.server} tells of {model.n_likeliest} tokens."
+            )
         if lanes < 1:
             raise InputError(f"a byte session needs 1 lane or more, got {lanes}.")
         self._name = model.name

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, PrivateAttr, model_validator
 
@@ -14,7 +14,31 @@ from multicolm.config.document import Document, read_text
 from multicolm.config.wording import Problem, Strict, check
 from multicolm.errors import ConfigError, UnknownNameError, unknown
 
-__all__ = ["ModelConfig", "ModelFile", "ResolvedModel", "load_model_file"]
+__all__ = ["SERVERS", "ModelConfig", "ModelFile", "ResolvedModel", "load_model_file"]
+
+SERVERS = ("llama-cpp-server", "openai", "sglang", "vllm")
+"""Backends whose models run in a server."""
+
+_HERE = ("table", "transformers")
+_OF_SERVERS = (
+    "url",
+    "served_model",
+    "api_key_env",
+    "timeout",
+    "connect_timeout",
+    "retries",
+    "look_ahead",
+    "logprobs",
+)
+_OF_PROCESSES = (
+    "dtype",
+    "device",
+    "device_map",
+    "attn_implementation",
+    "adapter",
+    "allow_pickled_weights",
+)
+_URL = re.compile(r"https?://[^\s/?#]+(/[^\s?#]*)?")
 
 
 class ModelFile(Strict):
@@ -77,7 +101,8 @@ class ModelConfig(Strict):
 
     Attributes:
         backend: what runs it; a name in :data:`multicolm.plugins.backends`.
-        model: a name in ``registry/models/``, a folder, or a Hub id ``org/name``.
+        model: a name in ``registry/models/``, a folder, or a Hub id ``org/name``. Of a model in a
+            server, where its tokenizer and ``config.json`` are.
         revision: commit, tag or branch of a Hub id.
         dtype: the type to compute in; ``auto`` takes that of the weights.
         device: such as ``cpu`` or ``cuda:0``.
@@ -88,6 +113,17 @@ class ModelConfig(Strict):
         cost: of one forward pass for one text, in any unit; what budgets are counted in.
         trust_remote_code: run Python that comes with the weights.
         allow_pickled_weights: load weights that are not safetensors.
+        url: of the server that runs the model, such as ``http://127.0.0.1:8000/v1``.
+        served_model: what the server calls it; not needed where it serves one model.
+        api_key_env: the environment variable that holds the server's key.
+        timeout: the most seconds that one request may take; the first one, which warms the server
+            up, may take three minutes.
+        connect_timeout: the most seconds to wait for a connection.
+        retries: how often a request that failed is sent again, with growing pauses.
+        look_ahead: the most tokens to ask for at a time while the model's own text goes on.
+        logprobs: of how many of its likeliest tokens to ask for the log-probability, or ``all``.
+            Not given: all of a vocabulary of up to 4096 tokens, else 20; less where the server
+            gives less.
     """
 
     backend: str = "transformers"
@@ -102,12 +138,38 @@ class ModelConfig(Strict):
     cost: float = Field(default=1.0, ge=0)
     trust_remote_code: bool = False
     allow_pickled_weights: bool = False
+    url: str | None = None
+    served_model: str | None = Field(default=None, min_length=1)
+    api_key_env: str | None = Field(default=None, min_length=1)
+    timeout: float = Field(default=60.0, gt=0)
+    connect_timeout: float = Field(default=5.0, gt=0)
+    retries: int = Field(default=2, ge=0)
+    look_ahead: int = Field(default=16, ge=1)
+    logprobs: Annotated[int, Field(ge=1)] | Literal["all"] | None = None
     _resolved: ResolvedModel | None = PrivateAttr(default=None)
 
     @model_validator(mode="after")
     def _one_device(self) -> ModelConfig:
         if self.device is not None and self.device_map is not None:
             raise ValueError("give `device` or `device_map`, not both.")
+        return self
+
+    @model_validator(mode="after")
+    def _what_belongs_to_whom(self) -> ModelConfig:
+        served = self.backend in SERVERS
+        if served and self.url is None:
+            raise ValueError(
+                f"backend '{self.backend}' needs a `url`: that of the server, such as "
+                "http://127.0.0.1:8000/v1."
+            )
+        if self.url is not None and not _URL.fullmatch(self.url):
+            raise ValueError(f"`url` must be http://host:port or https://..., got '{self.url}'.")
+        for key in _OF_PROCESSES if served else _OF_SERVERS if self.backend in _HERE else ():
+            if getattr(self, key) != type(self).model_fields[key].default:
+                owners = "models in this process" if served else f"backends {', '.join(SERVERS)}"
+                raise ValueError(
+                    f"`{key}` belongs to {owners}, and this model has backend '{self.backend}'."
+                )
         return self
 
     def resolve(self, base_dir: Path) -> list[Problem]:

@@ -112,6 +112,8 @@ def _check_model(model: ModelConfig) -> str:
     where = model.resolved
     if where.adapter is not None:
         _check_weights(Path(where.adapter), "adapter_model", model.allow_pickled_weights)
+    if model.url is not None:
+        return f"{model.url} was not asked"
     if model.backend != "transformers":
         return f"{where.location} is for the backend '{model.backend}' to check"
     if not where.is_local:
