@@ -42,6 +42,11 @@ class Likeliest:
     ids: list[int]
     logprobs: list[float]
 
+    def first(self, n: int) -> Likeliest:
+        """The ``n`` likeliest of them, the lowest ids of equally likely ones."""
+        order = sorted(zip(self.logprobs, self.ids, strict=True), key=lambda pair: (-pair[0], pair[1]))
+        return Likeliest([i for _, i in order[:n]], [p for p, _ in order[:n]])
+
     def spread(self, width: int) -> Float[Tensor, "vocab"]:
         """Over a vocabulary; -inf for the other tokens, and without those beyond it."""
         row = torch.full((max(width, 1 + max(self.ids, default=0)),), float("-inf"))

@@ -28,7 +28,8 @@ WARM_UP = 180.0
 """Seconds that the first request may take: engines compile, and load what they put off."""
 
 _TEXTS = ("What is 2 + 2? It is 4.", "naïve café, Straße; 你好 😀\n\ttabs  and blanks ")
-_SOME = 20  # log-probabilities that most servers give at most
+_SOME = 20  # log-probabilities, as many as vLLM and others give if they are not told otherwise
+_OFTEN_ALLOWED = (_SOME, 10, 5, 1)
 _SMALL_VOCABULARY = 4096
 _SAME = 1e-2  # nats; requests that differ only in form, and rounding in half precision
 _ANOTHER = 0.25  # nats; a model that was fine-tuned differs by more somewhere in a few tokens
@@ -257,7 +258,7 @@ class _Trial:
             if row is not None and len(row.ids) >= min(len(known), n_tokens):
                 return -1, row
         most = wanted if isinstance(wanted, int) else _SOME
-        for k in sorted({most, _SOME, 5, 1}, reverse=True):
+        for k in sorted({most, *_OFTEN_ALLOWED}, reverse=True):
             row = self._likeliest(k) if k <= most else None
             if row is not None and row.ids:
                 return min(len(row.ids), k), row
@@ -288,7 +289,8 @@ class _Trial:
         answer = self.ask([prompt], 0, stop=[" ", "\n", ".", "e"])
         if answer is None:
             return "is refused"
-        return "writes nothing" if not answer[0].text else "writes on without a limit"
+        wrote = answer[0].text or answer[0].ended
+        return "writes on without a limit" if wrote else "writes nothing"
 
     def check_tokenizer(self, abilities: Abilities, name: str) -> None:
         """Whether server and tokenizer read the same tokens in a text.

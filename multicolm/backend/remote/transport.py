@@ -233,7 +233,7 @@ class Server:
 
     def _exchange(
         self, method: str, path: str, body: Mapping[str, Any] | None, limit: float
-    ) -> tuple[int, httpx.Headers, bytes]:
+    ) -> tuple[int, dict[str, str], bytes]:
         """Send a request, and read the answer as long as the time lasts."""
         end = time.monotonic() + limit
         content = bytearray()
@@ -256,7 +256,7 @@ class Server:
         self._own.is_strange = self._keeps_alive and _CONNECTED in events
         closes = "close" in response.headers.get("connection", "").lower()
         self._keeps_alive = response.http_version != "HTTP/1.0" and not closes
-        return response.status_code, response.headers, bytes(content)
+        return response.status_code, dict(response.headers), bytes(content)
 
 
 class _OfThread(threading.local):
@@ -281,7 +281,7 @@ def _pause(state: tenacity.RetryCallState) -> float:
     return tenacity.wait_exponential_jitter(initial=0.5, max=8.0, jitter=0.25)(state)
 
 
-def _retry_after(headers: httpx.Headers) -> float | None:
+def _retry_after(headers: Mapping[str, str]) -> float | None:
     """Seconds to wait, from a header that holds them or a date."""
     given = headers.get("retry-after")
     if given is None:
