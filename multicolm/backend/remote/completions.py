@@ -44,7 +44,9 @@ class Likeliest:
 
     def first(self, n: int) -> Likeliest:
         """The ``n`` likeliest of them, the lowest ids of equally likely ones."""
-        order = sorted(zip(self.logprobs, self.ids, strict=True), key=lambda pair: (-pair[0], pair[1]))
+        order = sorted(
+            zip(self.logprobs, self.ids, strict=True), key=lambda pair: (-pair[0], pair[1])
+        )
         return Likeliest([i for _, i in order[:n]], [p for p, _ in order[:n]])
 
     def spread(self, width: int) -> Float[Tensor, "vocab"]:

@@ -8,6 +8,7 @@ one: before such an answer is used, :attr:`Server.check` is called.
 from __future__ import annotations
 
 import json
+import random
 import textwrap
 import threading
 import time
@@ -278,7 +279,8 @@ def _pause(state: tenacity.RetryCallState) -> float:
     failed = state.outcome.exception() if state.outcome else None
     if isinstance(failed, _Failed) and failed.pause is not None:
         return failed.pause
-    return tenacity.wait_exponential_jitter(initial=0.5, max=8.0, jitter=0.25)(state)
+    # Clients that failed together do not all come back together.
+    return min(8.0, 0.5 * 2.0 ** (state.attempt_number - 1)) + random.uniform(0.0, 0.25)
 
 
 def _retry_after(headers: Mapping[str, str]) -> float | None:

@@ -60,8 +60,7 @@ def test_a_partial_row_holds_true_log_probabilities_and_leaves_the_rest_unknown(
     assert model.shows == {"text", "top1", "topk"}
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.9])
-@pytest.mark.parametrize("schedule", ["stepwise", "block"])
+@pytest.mark.parametrize(("schedule", "temperature"), [("stepwise", 0.9), ("block", 0.0)])
 @pytest.mark.parametrize(
     "policy",
     [
@@ -80,11 +79,11 @@ def test_policies_that_look_at_the_likeliest_tokens_write_the_same(
         "temperature": temperature,
         "top_k": 10,
         "schedule": schedule,
-        "max_new_tokens": 16,
+        "max_new_tokens": 10,
         "seed": 2,
     }
-    got = partial.generate(PROMPTS, policy, **settings)
-    want = ensemble(local("facts")).generate(PROMPTS, policy, **settings)
+    got = partial.generate(PROMPTS[:2], policy, **settings)
+    want = ensemble(local("facts")).generate(PROMPTS[:2], policy, **settings)
     for one, other in zip(got, want, strict=True):
         assert one.text == other.text
         for mine, theirs in zip(one.trace, other.trace, strict=True):
@@ -97,7 +96,12 @@ def test_a_policy_that_needs_every_probability_is_refused_by_name_signal_and_ser
 ) -> None:
     fake = serve("facts", Manners(max_logprobs=5))
     partial = ensemble(remote(fake))
-    for policy in ("entropy", "unite", "speculative", {"kind": "average", "params": {"mean": "geometric"}}):
+    for policy in (
+        "entropy",
+        "unite",
+        "speculative",
+        {"kind": "average", "params": {"mean": "geometric"}},
+    ):
         name = policy if isinstance(policy, str) else "average"
         with pytest.raises(
             CapabilityError,
@@ -204,7 +208,9 @@ def test_a_server_of_text_is_refused_by_policies_that_need_numbers(serve: Serve)
 def test_a_server_of_text_cannot_go_on_within_a_character(serve: Serve) -> None:
     model = remote(serve("facts", TEXT_ONLY))
     ids = model.tokenizer.encode_bytes("é".encode()[:1])
-    with pytest.raises(CapabilityError, match="takes no token ids, and the text ends within a char"):
+    with pytest.raises(
+        CapabilityError, match="takes no token ids, and the text ends within a char"
+    ):
         model.open(1).feed([0], [ids], [1])
 
 

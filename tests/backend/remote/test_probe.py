@@ -114,9 +114,7 @@ def test_a_server_that_lists_no_models_is_believed_the_name_and_asked_for_it(
         remote(fake, served_model="fact")
 
 
-def test_the_key_comes_from_the_environment(
-    serve: Serve, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_key_comes_from_the_environment(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     fake = serve("facts", None, api_key="hush")
     settings = config(fake, api_key_env="SOME_KEY")
     with pytest.raises(ServerError, match="HTTP 401: Unauthorized"):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from multicolm.testing import check_routing
 from multicolm.types import Tensor
 from multicolm.views import ModelNames
 
-N_TOKENS = 20
+N_TOKENS = 12
 POLICIES: dict[str, dict[str, Any]] = {
     "cosd-rule": {"kind": "cosd-rule"},
     "average": {"kind": "average", "params": {"weights": [1.0, 2.0, 1.0]}},
@@ -61,8 +62,7 @@ def traces(answers: Any) -> list[list[tuple[int, str]]]:
     return [[(token.id, token.model) for token in answer.trace] for answer in answers]
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.9])
-@pytest.mark.parametrize("schedule", ["stepwise", "block"])
+@pytest.mark.parametrize(("schedule", "temperature"), [("stepwise", 0.9), ("block", 0.0)])
 @pytest.mark.parametrize("policy", [*POLICIES, "hidden"])
 def test_the_same_text_comes_from_servers_and_from_this_process(
     served: Ensemble, at_home: Ensemble, policy: str, schedule: Any, temperature: float
@@ -74,8 +74,8 @@ def test_the_same_text_comes_from_servers_and_from_this_process(
         "max_new_tokens": N_TOKENS,
         "seed": 5,
     }
-    got = served.generate(PROMPTS, chosen, **settings)
-    want = at_home.generate(PROMPTS, chosen, **settings)
+    got = served.generate(PROMPTS[:2], chosen, **settings)
+    want = at_home.generate(PROMPTS[:2], chosen, **settings)
     assert traces(got) == traces(want)
     numbers = [
         torch.tensor([token.logprob for answer in answers for token in answer.trace])
@@ -100,11 +100,6 @@ def test_an_expert_that_writes_a_span_is_asked_half_as_often_or_less(served: Ens
     usage = answer.usage["facts"]
     assert usage.tokens_written == 32
     assert usage.calls == 6  # 1 + 2 + 4 + 8 + 16 + the last
-    assert usage == served.generate(
-        PROMPTS[0], {"kind": "single", "params": {"model": "facts"}}, max_new_tokens=32
-    )[0].usage["facts"].__class__(
-        usage.forwards, usage.tokens_read, 32, usage.seconds, usage.calls
-    )
 
 
 def test_calls_stand_in_the_json_of_an_answer(served: Ensemble) -> None:
@@ -115,8 +110,6 @@ def test_calls_stand_in_the_json_of_an_answer(served: Ensemble) -> None:
 
 
 def test_several_servers_are_asked_at_once() -> None:
-    import threading
-
     # Each answer waits until the other is on its way: asked one by one, none would ever come.
     both = threading.Barrier(2, timeout=20)
     with FakeVllm(local("facts"), "facts") as facts, FakeVllm(local("math"), "math") as math:
