@@ -6,14 +6,11 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from multicolm.backend.base import Model
-from multicolm.decoding.router import Router
-from multicolm.decoding.row import Row, Written
+from multicolm.decoding.row import Row
 from multicolm.decoding.threads import torch_threads
 from multicolm.errors import ServerError
-from multicolm.tokenizer.incremental import IncrementalEncoder
-from multicolm.tokenizer.vocabulary import Vocabulary
-from multicolm.types import MIXTURE, Answer, Piece, Trace, TracedToken, Usage
-from multicolm.views import ModelNames
+from multicolm.live import Live
+from multicolm.types import Answer, Piece, Usage
 
 __all__ = ["Answers", "Run", "Stream"]
 
@@ -65,7 +62,7 @@ class Stream(Iterator[Piece]):
 
     def finished(self) -> Iterator[tuple[int, Answer]]:
         """Write on, and give each answer with its prompt's number (from 0) once it is finished."""
-        done = self._run.router.finished
+        done = self._run.live.router.finished
         for _ in self._pieces:
             while done:
                 row = done.popleft()
@@ -76,21 +73,11 @@ class Stream(Iterator[Piece]):
 
 
 class Run:
-    """One call: its rows, the router that writes them, and what came of it."""
+    """One call: its texts, the loop that writes them, and what came of it."""
 
-    def __init__(
-        self,
-        router: Router,
-        rows: Sequence[Row],
-        models: ModelNames,
-        vocabulary: Vocabulary,
-        policy: str,
-    ) -> None:
-        self.router = router
+    def __init__(self, live: Live, rows: Sequence[Row]) -> None:
+        self.live = live
         self.rows = rows
-        self._models = models
-        self._vocabulary = vocabulary
-        self._policy = policy
         self._answers: dict[int, Answer] = {}
         self.seconds = 0.0
 
@@ -101,7 +88,7 @@ class Run:
         start = clock()
         try:
             with torch_threads(models, threads):
-                yield from self.router.run(self.rows)
+                yield from self.live.router.run(self.rows)
         except ServerError as error:
             done = sum(row.finish_reason is not None for row in self.rows)
             n_open = sum(len(row.written) for row in self.rows if row.finish_reason is None)
@@ -117,55 +104,14 @@ class Run:
         """What is finished so far, in the order of the prompts."""
         answers = Answers(self.answer(row) for row in self.rows if row.finish_reason is not None)
         answers.seconds = self.seconds
-        answers.usage = self._usage(answers)
+        answers.usage = {
+            name: replace(read, tokens_written=sum(a.usage[name].tokens_written for a in answers))
+            for name, read in self.live.usage.items()
+        }
         return answers
 
     def answer(self, row: Row) -> Answer:
         """The answer of a row that is finished; made once."""
         if row.number not in self._answers:
-            self._answers[row.number] = self._answer(row)
+            self._answers[row.number] = self.live.answer(row)
         return self._answers[row.number]
-
-    def _answer(self, row: Row) -> Answer:
-        assert row.finish_reason is not None
-        names = [*self._models, MIXTURE]
-        n_written = [0] * len(names)
-        tokens = []
-        for new in row.written if row.meter is None else self._as_tokens(row, row.meter):
-            n_written[new.writer] += 1
-            name = self._vocabulary.name(new.token)
-            tokens.append(TracedToken(new.token, name, names[new.writer], new.logprob, new.score))
-        usage = {
-            name: replace(row.usage[k], tokens_written=n_written[k])
-            for k, name in enumerate(self._models)
-        }
-        return Answer(
-            prompt=row.prompt,
-            text=row.text.text,
-            trace=Trace(tuple(tokens)),
-            usage=usage,
-            finish_reason=row.finish_reason,
-            policy=self._policy,
-            seed=row.seed if self.router.noise_used else None,
-        )
-
-    def _as_tokens(self, row: Row, meter: IncrementalEncoder) -> list[Written]:
-        """A text of bytes as tokens of the base model, each with the probability of its bytes."""
-        tokens, first = [], 0
-        for token, end in zip(meter.ids, meter.ends, strict=True):
-            logprob = sum(new.logprob for new in row.written[first:end])
-            tokens.append(Written(token, row.written[end - 1].writer, logprob, None))
-            first = end
-        if len(row.written) > first:
-            ends = self._vocabulary.end_ids(0) or self._vocabulary.end_ids(None)
-            tokens += [replace(new, token=min(ends)) for new in row.written[first:] if ends]
-        return tokens
-
-    def _usage(self, answers: Sequence[Answer]) -> dict[str, Usage]:
-        usage = {}
-        for k, name in enumerate(self._models):
-            readers = self.router.readers
-            read = readers[k].usage if k in readers else Usage()
-            n_written = sum(answer.usage[name].tokens_written for answer in answers)
-            usage[name] = replace(read, tokens_written=n_written)
-        return usage

@@ -79,6 +79,7 @@ class _Lanes:
         self.paths = canonical(model.tokenizer)
         self.table = SortedBytes(self.paths.contents)
         self.n_forwards = 0
+        self.n_calls = 0
         self.n_read = 0
         # Of these nodes only sums over some ranges are wanted: long texts have many.
         self.asked: dict[Node, set[tuple[int, int]]] = {}
@@ -134,6 +135,7 @@ class _Lanes:
             self._held[lane] = list(job.ids)
         look = self._session.feed(lanes, new, n_last)
         self.n_forwards += look.n_passes
+        self.n_calls += look.n_calls
         self.n_read += sum(map(len, new))
         for lane, logits in zip(lanes, torch.split(look.logits, n_last), strict=True):
             nodes = jobs[lane].nodes
@@ -238,6 +240,11 @@ class ByteSession:
     def n_forwards(self) -> int:
         """Forward passes so far."""
         return self._lanes.n_forwards
+
+    @property
+    def n_calls(self) -> int:
+        """HTTP requests so far."""
+        return self._lanes.n_calls
 
     @property
     def n_read(self) -> int:

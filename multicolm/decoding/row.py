@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from multicolm.decoding.sampling import Sampling
 from multicolm.decoding.text import TextStream
 from multicolm.tokenizer.incremental import IncrementalEncoder
 from multicolm.types import FinishReason, Prompt, Usage
@@ -42,6 +43,10 @@ class Row:
         max_new_tokens: the most tokens that it may get.
         text: the text as it is shown.
         draft_length: how many tokens the base model drafts at a time.
+        sampling: how its tokens are drawn.
+        prompt_nats: per model, minus the log-probability of its prompt, for policies that look at
+            prompts; NaN for models that are not in use.
+        drafter: index of the model whose tokens stand behind the written ones.
         slot: its place in every session.
         ids: written tokens and, behind them, drafted ones.
         written: the written tokens.
@@ -51,6 +56,7 @@ class Row:
         lengths: per model, prompt and written tokens in its own tokens.
         meter: of a text of bytes, counts the base model's tokens in it.
         usage: per model, what it did.
+        noise_used: whether anything random has had a part in the text.
         finish_reason: why it ended; ``None`` while it goes on.
     """
 
@@ -62,15 +68,19 @@ class Row:
     max_new_tokens: int
     text: TextStream
     draft_length: int
+    sampling: Sampling
     slot: int = -1
+    drafter: int = 0
     ids: list[int] = field(default_factory=list)
     written: list[Written] = field(default_factory=list)
+    prompt_nats: list[float] = field(default_factory=list)
     base_run: int = 0
     n_deferred: int = 0
     n_changed: int = 0
     lengths: list[int] = field(default_factory=list)
     usage: list[Usage] = field(default_factory=list)
     meter: IncrementalEncoder | None = None
+    noise_used: bool = False
     finish_reason: FinishReason | None = None
 
     def __post_init__(self) -> None:
@@ -98,8 +108,8 @@ class Row:
         return 2 * (self.n_changed + 1) > self.n_deferred
 
     def writer(self, place: int) -> int:
-        """Who wrote the token at a place; what is drafted is the base model's."""
-        return self.written[place].writer if place < len(self.written) else 0
+        """Who wrote the token at a place; what is drafted is the drafter's."""
+        return self.written[place].writer if place < len(self.written) else self.drafter
 
     def write(self, new: Written) -> None:
         """Add a token behind the written ones; the draft must agree or be gone."""
