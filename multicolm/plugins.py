@@ -133,6 +133,7 @@ backends: Registry[object] = Registry(
     "backend",
     "multicolm.backends",
     {
+        "llama-cpp": "multicolm.backend.llama_cpp.model:LlamaCppModel",
         "table": "multicolm.backend.table:TableModel",
         "transformers": "multicolm.backend.transformers:TransformersModel",
     },

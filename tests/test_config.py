@@ -24,8 +24,9 @@ from multicolm.plugins import policies
 
 KNOWN_MODELS = "tiny-facts, tiny-facts-own, tiny-generalist, tiny-math, tiny-math-own"
 MODEL_KEYS = (
-    "adapter, allow_pickled_weights, attn_implementation, backend, chat_template, cost, device, "
-    "device_map, dtype, model, revision, trust_remote_code"
+    "adapter, allow_pickled_weights, attn_implementation, backend, cache_type, chat_template, "
+    "context_length, cost, device, device_map, dtype, gpu_layers, model, revision, tokenizer, "
+    "trust_remote_code"
 )
 DUO = """\
 base_model: small

@@ -63,6 +63,7 @@ class ResolvedModel:
         is_local: whether ``location`` is a folder.
         adapter: the adapter's absolute folder.
         chat_template: jinja text.
+        tokenizer: an absolute folder or a Hub id, where it is not at ``location``.
     """
 
     location: str
@@ -70,6 +71,7 @@ class ResolvedModel:
     is_local: bool
     adapter: str | None
     chat_template: str | None
+    tokenizer: str | None = None
 
 
 class ModelConfig(Strict):
@@ -77,7 +79,8 @@ class ModelConfig(Strict):
 
     Attributes:
         backend: what runs it; a name in :data:`multicolm.plugins.backends`.
-        model: a name in ``registry/models/``, a folder, or a Hub id ``org/name``.
+        model: a name in ``registry/models/``, a folder, a Hub id ``org/name``, or the GGUF file of
+            backend ``llama-cpp``.
         revision: commit, tag or branch of a Hub id.
         dtype: the type to compute in; ``auto`` takes that of the weights.
         device: such as ``cpu`` or ``cuda:0``.
@@ -88,6 +91,11 @@ class ModelConfig(Strict):
         cost: of one forward pass for one text, in any unit; what budgets are counted in.
         trust_remote_code: run Python that comes with the weights.
         allow_pickled_weights: load weights that are not safetensors.
+        tokenizer: registry name, folder or Hub id of the tokenizer, instead of the one in a GGUF
+            file.
+        context_length: the most tokens of a text, where that is less than the GGUF file allows.
+        cache_type: in what llama.cpp keeps what it has read; ``f16`` is smaller, ``f32`` exact.
+        gpu_layers: how many layers llama.cpp puts on an accelerator.
     """
 
     backend: str = "transformers"
@@ -102,6 +110,10 @@ class ModelConfig(Strict):
     cost: float = Field(default=1.0, ge=0)
     trust_remote_code: bool = False
     allow_pickled_weights: bool = False
+    tokenizer: str | None = Field(default=None, min_length=1)
+    context_length: int | None = Field(default=None, ge=1)
+    cache_type: Literal["f16", "f32"] = "f16"
+    gpu_layers: int = Field(default=0, ge=0)
     _resolved: ResolvedModel | None = PrivateAttr(default=None)
 
     @model_validator(mode="after")
@@ -110,8 +122,24 @@ class ModelConfig(Strict):
             raise ValueError("give `device` or `device_map`, not both.")
         return self
 
+    @model_validator(mode="after")
+    def _settings_of_its_backend(self) -> ModelConfig:
+        misplaced = sorted(self.model_fields_set & _GGUF_SETTINGS)
+        if misplaced and self.backend != "llama-cpp":
+            raise ValueError(
+                f"`{misplaced[0]}` is a setting of backend 'llama-cpp', and the backend is "
+                f"'{self.backend}'; leave it out."
+            )
+        misplaced = sorted(self.model_fields_set & _TRANSFORMERS_SETTINGS)
+        if misplaced and self.backend == "llama-cpp":
+            raise ValueError(
+                f"`{misplaced[0]}` is no setting of backend 'llama-cpp'; allowed are backend, "
+                f"chat_template, cost, model, {', '.join(sorted(_GGUF_SETTINGS))}."
+            )
+        return self
+
     def resolve(self, base_dir: Path) -> list[Problem]:
-        """Find what ``model``, ``adapter`` and ``chat_template`` stand for, and remember it.
+        """Find what ``model`` and other places in the settings stand for, and remember it.
 
         Args:
             base_dir: the folder that relative paths start from.
@@ -131,6 +159,11 @@ class ModelConfig(Strict):
                 found["adapter"] = _folder(self.adapter, base_dir, "adapter_config.json")
         except ConfigError as error:
             problems.append(Problem(("adapter",), str(error)))
+        try:
+            if self.tokenizer is not None:
+                found["tokenizer"] = _tokenizer(self.tokenizer, base_dir)
+        except ConfigError as error:
+            problems.append(Problem(("tokenizer",), str(error)))
         try:
             template = self.chat_template
             if template is not None and template.endswith(".jinja") and "{" not in template:
@@ -161,8 +194,13 @@ class ModelConfig(Strict):
 
     @property
     def location(self) -> str:
-        """An absolute folder or a Hub id."""
+        """An absolute folder, a Hub id, or a GGUF file."""
         return self.resolved.location
+
+    @property
+    def tokenizer_location(self) -> str:
+        """Where the tokenizer is: an absolute folder or a Hub id."""
+        return self.resolved.tokenizer or self.resolved.location
 
     @property
     def resolved_revision(self) -> str | None:
@@ -194,6 +232,20 @@ def load_model_file(name: str) -> ModelFile:
     return file
 
 
+# What only llama.cpp knows, and what means nothing to it.
+_GGUF_SETTINGS = frozenset({"cache_type", "context_length", "gpu_layers", "tokenizer"})
+_TRANSFORMERS_SETTINGS = frozenset(
+    {
+        "adapter",
+        "allow_pickled_weights",
+        "attn_implementation",
+        "device",
+        "device_map",
+        "dtype",
+        "revision",
+        "trust_remote_code",
+    }
+)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -204,6 +256,8 @@ def _locate(config: ModelConfig, base_dir: Path) -> dict[str, Any]:
         ConfigError: if it is nowhere.
     """
     name = config.model
+    if config.backend == "llama-cpp":
+        return {"location": _gguf_file(name, base_dir), "revision": None, "is_local": True}
     if name in catalog.names("models"):
         entry = load_model_file(name)
         if entry.path is not None:
@@ -240,6 +294,35 @@ def _folder(text: str, base_dir: Path, file: str) -> str:
     if not (folder / file).is_file():
         raise ConfigError(f"{folder} holds no {file}, so no model can be loaded from it.")
     return str(folder.resolve())
+
+
+def _gguf_file(text: str, base_dir: Path) -> str:
+    """The absolute file ``text``; of a model in several files the first."""
+    path = (base_dir / Path(text).expanduser()).absolute()
+    if path.is_file():
+        return str(path.resolve())
+    if not path.is_dir():
+        raise ConfigError(f"there is no file {path}; backend 'llama-cpp' loads a GGUF file.")
+    files = sorted(file.name for file in path.glob("*.gguf"))
+    hint = f" it holds {', '.join(files[:5])}." if files else " it holds none."
+    raise ConfigError(f"{path} is a folder; backend 'llama-cpp' loads a GGUF file:{hint}")
+
+
+def _tokenizer(text: str, base_dir: Path) -> str:
+    """The absolute folder or the Hub id of a tokenizer."""
+    if text in catalog.names("models"):
+        entry = load_model_file(text)
+        if entry.path is None:
+            return str(entry.repository)
+        return _folder(entry.path, catalog.registry(), "tokenizer.json")
+    if _written_as_path(text) or (base_dir / text).exists():
+        return _folder(text, base_dir, "tokenizer.json")
+    if _HUB_ID.fullmatch(text):
+        return text
+    raise UnknownNameError(
+        f"{unknown('tokenizer', text, catalog.names('models'))} A folder is written './{text}', "
+        "one of the Hub 'organisation/name'."
+    )
 
 
 def _refuse_misspelt_folder(name: str, base_dir: Path) -> None:
