@@ -89,6 +89,7 @@ class _Trial:
         self._reference = reference
         self._tolerance = tolerance
         self._generator = torch.Generator().manual_seed(seed)
+        self._pool: list[int] = []  # prompts and what the reference writes after them
         self._n_tokens = min(model.tokenizer.n_tokens, reference.tokenizer.n_tokens)
         limits = [m.context_length for m in (model, reference) if m.context_length is not None]
         self._longest = min([_LONGEST, *limits])
@@ -173,6 +174,7 @@ class _Trial:
             )
         law = "the reference's own text, to its end, is as likely"
         whole = (prompt + text)[: self._longest]
+        self._pool += whole
         mine, right = self._model.open(1), self._reference.open(1)
         self._same(law, mine, right, [0], [whole[: len(prompt)]], [1])
         # One by one, as it is written; the last prediction is behind the end of the text.
@@ -192,8 +194,16 @@ class _Trial:
         return text
 
     def _text(self, length: int) -> list[int]:
-        drawn = torch.randint(self._n_tokens, (length,), generator=self._generator)
-        return [int(token) for token in drawn]
+        """A stretch of what the models write, from anywhere; of random tokens if that is nothing.
+
+        Where a model is lost, logits are large, and float32 by itself is off by more than 1e-5.
+        """
+        size = len(self._pool)
+        if not size:
+            drawn = torch.randint(self._n_tokens, (length,), generator=self._generator)
+            return [int(token) for token in drawn]
+        start = int(torch.randint(size, (1,), generator=self._generator))
+        return [self._pool[(start + i) % size] for i in range(length)]
 
     def _same(
         self,

@@ -47,7 +47,7 @@ def library() -> Any:
 def _log_callback(lib: Any) -> Any:
     """Where the library's lines go; kept for ever, since C holds no reference to it."""
 
-    def keep(level: int, text: bytes, _: ctypes.c_void_p) -> None:
+    def keep(level: int, text: bytes, _: object) -> None:
         line = text.decode("utf-8", "replace").strip()
         if not line:
             return

@@ -109,7 +109,7 @@ class LlamaCppTokenizer(TokenizerAdapter):
             )
         names = {"bos_token": lib.llama_vocab_bos(vocabulary)}
         names["eos_token"] = lib.llama_vocab_eos(vocabulary)
-        specials = {
+        specials: dict[str, Any] = {
             name: self._pieces[i] if 0 <= i < self.n_tokens else "" for name, i in names.items()
         }
         try:
@@ -169,4 +169,4 @@ def _tokenize(vocabulary: Any, text: str, *, read_specials: bool = False) -> lis
     size = len(content) + 8
     ids = (lib.llama_token * size)()
     n = lib.llama_tokenize(vocabulary, content, len(content), ids, size, False, read_specials)
-    return ids[:n]
+    return [int(token_id) for token_id in ids[:n]]
