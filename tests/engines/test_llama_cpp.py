@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,18 +16,17 @@ import transformers as hf
 from tokenizers import processors
 
 import multicolm
+from multicolm import catalog
 from multicolm.backend.llama_cpp.model import LlamaCppModel
 from multicolm.backend.transformers import TransformersModel
 from multicolm.config import ModelConfig, parse_ensemble
-from multicolm.errors import (
-    CapabilityError,
-    ConfigError,
-    InputError,
-    ModelError,
-    MulticolmError,
-    VocabularyError,
-)
+from multicolm.errors import InputError, ModelError, VocabularyError
+from multicolm.policy.co_llm import CoLlmPolicy
+from multicolm.scoring.corpus import open_corpus
+from multicolm.scoring.score import score
+from multicolm.scoring.store import load_table
 from multicolm.testing import check_against, check_model, check_tokenizer
+from multicolm.training.train import train
 
 QUESTIONS = ("What is Dulerex made from?", "Question: What is 3 + 4?\nResponse:")
 
@@ -108,6 +108,27 @@ def test_a_text_longer_than_a_pass_is_read_in_several(gguf_models: Mapping[str, 
     torch.testing.assert_close(look.logits, alone, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("n_rows", [33, 300])
+def test_many_texts_at_once_are_as_each_alone(n_rows: int, gguf_models: Mapping[str, Path]) -> None:
+    model = load(gguf_models["facts"], cache_type="f32")
+    texts = [[(7 * i + row) % 700 + 1 for i in range(3 + row % 17)] for row in range(n_rows)]
+    session = model.open(n_rows)
+    session.feed(range(n_rows), [text[:2] for text in texts], [1] * n_rows)
+    rows = [0, 5, 20, n_rows - 2, n_rows - 1]
+    session.truncate(5, 1)
+    session.truncate(n_rows - 1, 0)
+    starts = [2, 1, 2, 2, 0]
+    news = [texts[row][start:] for row, start in zip(rows, starts, strict=True)]
+    got = session.feed(rows, news, [1] * 5, hidden=True)
+    assert [session.lengths[row] for row in rows] == [len(texts[row]) for row in rows]
+    alone = [model.open(1).feed([0], [texts[row]], [1], hidden=True) for row in rows]
+    torch.testing.assert_close(
+        got.logits, torch.cat([look.logits for look in alone]), atol=1e-4, rtol=1e-4
+    )
+    states = torch.cat([look.hidden for look in alone if look.hidden is not None])
+    torch.testing.assert_close(got.hidden, states, atol=1e-4, rtol=1e-4)
+
+
 ENSEMBLE = """\
 base_model: generalist
 models:
@@ -153,6 +174,34 @@ def engine_ensemble(
     tmp_path_factory: pytest.TempPathFactory, gguf_models: Mapping[str, Path]
 ) -> multicolm.Ensemble:
     return ensemble(tmp_path_factory.mktemp("ensemble"), gguf_models, IN_PROCESS)
+
+
+def test_a_policy_learns_who_writes_from_a_base_model_in_a_gguf_file(
+    tmp_path: Path, gguf_models: Mapping[str, Path], tiny: multicolm.Ensemble
+) -> None:
+    base = (
+        f"backend: llama-cpp, model: {gguf_models['generalist']}, cache_type: f32, "
+        "tokenizer: tiny-generalist"
+    )
+    served = ensemble(tmp_path, gguf_models, base)
+    lines = (catalog.registry() / "tiny/questions/train.jsonl").read_text().splitlines()
+    data = tmp_path / "data.jsonl"
+    data.write_text("\n".join(lines[:120]))
+    questions = [json.loads(line)["prompt"] for line in lines[:6]]
+    texts, tables = [], []
+    for name, one in (("gguf", served), ("transformers", tiny)):
+        score(one, open_corpus(data), tmp_path / name, features=["hidden"])
+        made = train(CoLlmPolicy(), tmp_path / name, tmp_path / f"{name}-head", options=FEW)
+        tables.append(load_table(tmp_path / name, list(one.models)))
+        texts.append([a.text for a in one.generate(questions, made.policy, **GREEDY)])
+    assert texts[0] == texts[1] and any(texts[0])
+    mine, right = tables
+    torch.testing.assert_close(mine.gold_logprobs, right.gold_logprobs, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(mine.base["hidden"], right.base["hidden"], atol=2e-2, rtol=1e-2)
+
+
+GREEDY: Any = {"temperature": 0.0, "max_new_tokens": 40}
+FEW = {"epochs": 3, "weak_epochs": 1, "held_out": 0.2, "seeds": [0]}
 
 
 def test_equal_seeds_sample_the_same_text(
@@ -318,9 +367,6 @@ def test_loading_and_writing_say_nothing_on_the_terminal(
 
 
 def test_what_cannot_be_is_refused(gguf_models: Mapping[str, Path]) -> None:
-    model = load(gguf_models["facts"])
-    with pytest.raises(InputError, match=r"follows 256 texts at a time; set batch_size to 256"):
-        model.open(257)
     with pytest.raises(ModelError, match=r"context_length is 513, .* trained for 512 tokens"):
         load(gguf_models["facts"], context_length=513)
     with pytest.raises(ModelError, match=r"gpu_layers is 4, .* built for CPUs only"):
@@ -375,8 +421,3 @@ def test_equal_files_are_one_model_and_validate_without_loading(
     assert load(copied).identity == load(gguf_models["facts"]).identity
     assert load(gguf_models["math"]).identity != load(copied).identity
     assert load(copied).identity.startswith("gguf:")
-
-
-def test_every_refusal_is_for_users() -> None:
-    for error in (ModelError, VocabularyError, InputError, ConfigError, CapabilityError):
-        assert issubclass(error, MulticolmError)

@@ -17,7 +17,7 @@ from multicolm.errors import ModelError
 
 __all__ = ["Context", "Entry"]
 
-# Cells of a row are a multiple of this in llama.cpp.
+# Room is a multiple of this in llama.cpp.
 _STEP = 256
 # Tokens of one pass. More would be cut into pieces of 512 by llama.cpp itself.
 _BATCH = 512
@@ -44,13 +44,15 @@ class Context:
     """Caches of some rows, in one piece of memory of a fixed size.
 
     Attributes:
-        n_places: how many tokens each row can hold.
+        n_places: how many tokens each row can hold, or all rows together if it is shared.
 
     Args:
         name: the model's name, for messages.
         weights: the model's.
         n_rows: number of rows.
-        n_places: how many tokens each row has to hold, at least.
+        n_places: how many tokens there has to be room for, at least.
+        shared: whether rows share the room. Each of them needs less then, and a look costs more:
+            llama.cpp goes through the others' tokens, too, to leave them out.
         cache_type: ``f16`` or ``f32``, the numbers that are kept of each token.
         on_gpu: whether some of the weights are on an accelerator.
 
@@ -64,8 +66,10 @@ class Context:
         weights: Weights,
         n_rows: int,
         n_places: int,
+        *,
+        shared: bool,
         cache_type: str,
-        on_gpu: bool = False,
+        on_gpu: bool,
     ) -> None:
         lib = library()
         self._name = name
@@ -74,7 +78,8 @@ class Context:
         self._width = int(lib.llama_model_n_embd_out(weights.pointer))
         self.n_places = -(-n_places // _STEP) * _STEP
         parameters = lib.llama_context_default_params()
-        parameters.n_ctx = self.n_places * n_rows
+        parameters.n_ctx = self.n_places * (1 if shared else n_rows)
+        parameters.kv_unified = shared
         parameters.n_seq_max = n_rows
         parameters.n_batch = parameters.n_ubatch = _BATCH
         parameters.type_k = parameters.type_v = (
@@ -91,9 +96,10 @@ class Context:
         self._pointer: Any = lib.llama_init_from_model(weights.pointer, parameters)
         if not self._pointer:
             raise ModelError(
-                f"model '{name}': llama.cpp has no room for {n_rows} texts of {self.n_places} "
-                f"tokens ({recent_errors()}); write fewer texts at a time (batch_size), or set a "
-                "smaller `context_length`."
+                f"model '{name}': llama.cpp has no room for {n_rows} texts of "
+                f"{self.n_places} tokens{' together' if shared else ''} ({recent_errors()}); run "
+                "fewer texts at a time (batch_size, batch_tokens), or set a smaller "
+                "`context_length`."
             )
         weakref.finalize(self, _free, lib.llama_free, self._pointer, weights)
         self._memory: Any = lib.llama_get_memory(self._pointer)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import ClassVar
 
-from multicolm.backend.base import Model
+from multicolm.backend.base import Model, Session
 from multicolm.backend.llama_cpp.context import Context
 from multicolm.backend.llama_cpp.library import Weights, library
-from multicolm.backend.llama_cpp.session import LlamaCppSession
+from multicolm.backend.llama_cpp.session import LlamaCppSession, SplitSession
 from multicolm.backend.llama_cpp.tokenizer import LlamaCppTokenizer, vocabulary_pieces
 from multicolm.config import ModelConfig
-from multicolm.errors import InputError, ModelError, VocabularyError
+from multicolm.errors import ModelError, VocabularyError
 from multicolm.tokenizer.base import TokenizerAdapter
 from multicolm.types import Signal
 
@@ -53,8 +53,7 @@ class LlamaCppModel(Model):
                 "serves decoder-only language models."
             )
         self.tokenizer = _tokenizer(name, config, weights)
-        self._longest = _context_length(name, config, weights)
-        self.context_length = self._longest
+        self.context_length = _context_length(name, config, weights)
         self.n_parameters = int(lib.llama_model_n_params(weights.pointer))
         self.hidden_size = int(lib.llama_model_n_embd_out(weights.pointer))
         self.on_cpu = config.gpu_layers == 0
@@ -70,24 +69,26 @@ class LlamaCppModel(Model):
         model.identity = identity_of_file("gguf", Path(config.location))
         return model
 
-    def open(self, n_rows: int) -> LlamaCppSession:
+    def open(self, n_rows: int) -> Session:
         """A session of ``n_rows`` empty rows.
 
         Raises:
-            InputError: if llama.cpp cannot follow so many texts at a time.
             ModelError: if there is no memory for them.
         """
-        most = int(library().llama_max_parallel_sequences())
-        if n_rows > most:
-            raise InputError(
-                f"model '{self.name}' is run by llama.cpp, which follows {most} texts at a time; "
-                f"set batch_size to {most} or less, got {n_rows}."
-            )
-        return LlamaCppSession(self._context, n_rows, self._longest)
+        size = int(library().llama_max_parallel_sequences())
+        sizes = [min(size, n_rows - first) for first in range(0, n_rows, size)]
+        parts = [LlamaCppSession(self._context, n) for n in sizes]
+        return parts[0] if len(parts) == 1 else SplitSession(parts, size)
 
-    def _context(self, n_rows: int, n_places: int) -> Context:
+    def _context(self, n_rows: int, n_places: int, shared: bool) -> Context:
         return Context(
-            self.name, self._weights, n_rows, n_places, self._cache_type, not self.on_cpu
+            self.name,
+            self._weights,
+            n_rows,
+            n_places,
+            shared=shared,
+            cache_type=self._cache_type,
+            on_gpu=not self.on_cpu,
         )
 
 

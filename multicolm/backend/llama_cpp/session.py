@@ -1,36 +1,42 @@
-"""Several texts that llama.cpp follows, each in its own sequence of one context."""
+"""Several texts that llama.cpp follows, each in its own sequence of a context.
+
+LlamaCppSession    rows of one context
+SplitSession       more rows than one context takes
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import torch
+
 from multicolm.backend.base import Look, Session
 from multicolm.backend.llama_cpp.context import Context, Entry
 
-__all__ = ["LlamaCppSession"]
+__all__ = ["LlamaCppSession", "SplitSession"]
 
-_FIRST = 256  # tokens per row that there is room for in the beginning
+_FIRST = 256  # tokens that there is room for in the beginning
+# Rows beyond this share their room. So many are read when texts are scored, and most are short.
+_MANY = 32
 
 
 class LlamaCppSession(Session):
-    """Rows of one context, which moves to a larger one when a text outgrows it.
+    """Rows of one context, which moves to a larger one when texts outgrow it.
 
     So that memory goes with what is written and not with what a model could hold.
 
     Args:
-        make: makes a context of so many rows, of so many tokens each.
+        make: makes a context of so many rows and tokens, the latter of each row, or of all rows
+            together.
         n_rows: number of rows.
-        context_length: the most tokens that a row will ever hold.
     """
 
-    def __init__(
-        self, make: Callable[[int, int], Context], n_rows: int, context_length: int
-    ) -> None:
+    def __init__(self, make: Callable[[int, int, bool], Context], n_rows: int) -> None:
         self._make = make
-        self._longest = context_length
+        self._shared = n_rows > _MANY
         self._ids: list[list[int]] = [[] for _ in range(n_rows)]
         self._n_cached = [0] * n_rows
-        self._context = make(n_rows, min(_FIRST, context_length))
+        self._context = make(n_rows, _FIRST, self._shared)
 
     @property
     def lengths(self) -> list[int]:  # type: ignore[override]  # derived, so it cannot go stale
@@ -53,18 +59,18 @@ class LlamaCppSession(Session):
             # Usually the new tokens; all of them where a cut row could not be kept in part.
             for place in range(self._n_cached[row], len(ids)):
                 entries.append(Entry(ids[place], place, row, place >= len(ids) - count))
-        self._reserve(max(len(self._ids[row]) for row in rows))
+        self._reserve()
         logits, states, n_passes = self._context.read(entries, hidden=hidden)
         for row in rows:
             self._n_cached[row] = len(self._ids[row])
         return Look(logits, states, n_passes)
 
-    def _reserve(self, length: int) -> None:
-        """Make room for rows of so many tokens."""
-        if length <= self._context.n_places:
+    def _reserve(self) -> None:
+        """Make room for what the rows hold."""
+        needed = sum(self.lengths) if self._shared else max(self.lengths)
+        if needed <= self._context.n_places:
             return
-        doubled = min(2 * self._context.n_places, self._longest)
-        larger = self._make(len(self._ids), max(length, doubled))
+        larger = self._make(len(self._ids), max(needed, 2 * self._context.n_places), self._shared)
         for row, n_cached in enumerate(self._n_cached):
             if n_cached:
                 self._context.copy_to(larger, row)
@@ -76,3 +82,48 @@ class LlamaCppSession(Session):
         if self._n_cached[row] > length:
             kept = self._context.cut(row, length)
             self._n_cached[row] = length if kept else 0
+
+
+class SplitSession(Session):
+    """Rows of several sessions, dealt out in order.
+
+    Args:
+        parts: sessions of ``size`` rows each, but for the last.
+        size: how many.
+    """
+
+    def __init__(self, parts: Sequence[Session], size: int) -> None:
+        self._parts = parts
+        self._size = size
+
+    @property
+    def lengths(self) -> list[int]:  # type: ignore[override]  # derived, so it cannot go stale
+        """Per row, how many tokens it holds."""
+        return [length for part in self._parts for length in part.lengths]
+
+    def feed(
+        self,
+        rows: Sequence[int],
+        tokens: Sequence[Sequence[int]],
+        n_last: Sequence[int],
+        *,
+        hidden: bool = False,
+    ) -> Look:
+        """See :meth:`multicolm.backend.base.Session.feed`."""
+        looks: list[Look] = []
+        for number, part in enumerate(self._parts):
+            which = [i for i, row in enumerate(rows) if row // self._size == number]
+            if which:
+                own = [rows[i] % self._size for i in which]
+                new, counts = [tokens[i] for i in which], [n_last[i] for i in which]
+                looks.append(part.feed(own, new, counts, hidden=hidden))
+        states = [look.hidden for look in looks if look.hidden is not None]
+        return Look(
+            torch.cat([look.logits for look in looks]),
+            torch.cat(states) if hidden else None,
+            sum(look.n_passes for look in looks),
+        )
+
+    def truncate(self, row: int, length: int) -> None:
+        """See :meth:`multicolm.backend.base.Session.truncate`."""
+        self._parts[row // self._size].truncate(row % self._size, length)
