@@ -39,7 +39,7 @@ tests: $(VENV)/.installed-dev
 	@$(BIN)/python -m pytest -n 2 -q -rs
 
 test-engines: $(VENV)/.installed-dev
-	@$(BIN)/python tests/engines/run.py $(ENGINES)
+	@$(BIN)/python tests/engines/with_engines.py $(ENGINES)
 
 bench: $(VENV)/.installed-dev
 	@echo "== benchmarks: ratios within one run"

@@ -1,4 +1,4 @@
-"""GGUF files of small Llama models, written from their folders; what tests load.
+"""GGUF files of small Llama and Mamba models, written from their folders; what tests load.
 
 llama.cpp's own converter takes published tokenizers only, which it knows by a hash.
 """
@@ -29,11 +29,22 @@ _NAMES = {
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
+    # Mamba
+    "backbone.embeddings": "token_embd",
+    "backbone.norm_f": "output_norm",
+    "norm": "attn_norm",
+    "mixer.in_proj": "ssm_in",
+    "mixer.conv1d": "ssm_conv1d",
+    "mixer.x_proj": "ssm_x",
+    "mixer.dt_proj": "ssm_dt",
+    "mixer.A_log": "ssm_a",
+    "mixer.D": "ssm_d",
+    "mixer.out_proj": "ssm_out",
 }
 
 
 def write_gguf(folder: Path, path: Path, *, metadata: Mapping[str, Any] | None = None) -> Path:
-    """Write a Llama model folder as a GGUF file in float32.
+    """Write the folder of a Llama or Mamba model as a GGUF file in float32.
 
     Args:
         folder: as ``save_pretrained`` leaves it, tokenizer included.
@@ -41,23 +52,15 @@ def write_gguf(folder: Path, path: Path, *, metadata: Mapping[str, Any] | None =
         metadata: header entries that replace those of the folder; ``None`` leaves one out.
     """
     config = json.loads((folder / "config.json").read_text())
-    writer = gguf.GGUFWriter(path, "llama")
-    entries = {**_shape(config), **_tokenizer(folder, config), **(metadata or {})}
+    kind = config["model_type"]
+    writer = gguf.GGUFWriter(path, kind)
+    shape = _llama(config) if kind == "llama" else _mamba(config)
+    entries = {**shape, **_tokenizer(folder, config), **(metadata or {})}
     for key, value in entries.items():
         if value is not None:
             _add(writer, key, value)
     for name, tensor in load_file(folder / "model.safetensors").items():
-        stem = name.removesuffix(".weight")
-        layer, place = "", stem
-        if stem.startswith("model.layers."):
-            number, place = stem.removeprefix("model.layers.").split(".", 1)
-            layer = f"blk.{number}."
-        if place in ("self_attn.q_proj", "self_attn.k_proj"):
-            heads = "num_attention_heads" if "q_proj" in place else "num_key_value_heads"
-            tensor = _permuted(tensor, config[heads])
-        writer.add_tensor(
-            f"{layer}{_NAMES[place]}.weight", np.ascontiguousarray(tensor, dtype=np.float32)
-        )
+        writer.add_tensor(_name(name), np.ascontiguousarray(_values(name, tensor, config)))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -78,6 +81,30 @@ def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
         writer.add_array(key, value)
 
 
+def _name(name: str) -> str:
+    """What llama.cpp calls a tensor."""
+    place, suffix = name, ""
+    for end in (".weight", ".bias"):
+        if name.endswith(end):
+            place, suffix = name.removesuffix(end), end
+    layer = ""
+    if ".layers." in place:
+        number, place = place.partition(".layers.")[2].split(".", 1)
+        layer = f"blk.{number}."
+    return f"{layer}{_NAMES[place]}{suffix}"
+
+
+def _values(name: str, tensor: Any, config: Mapping[str, Any]) -> Any:
+    """A tensor as llama.cpp wants it."""
+    values = tensor.astype(np.float32)
+    if "q_proj" in name or "k_proj" in name:
+        heads = "num_attention_heads" if "q_proj" in name else "num_key_value_heads"
+        return _permuted(values, config[heads])
+    if name.endswith("A_log"):
+        return -np.exp(values)
+    return values.squeeze(1) if "conv1d.weight" in name else values
+
+
 def _permuted(weight: Any, n_heads: int) -> Any:
     """llama.cpp turns pairs of neighbours where transformers turns halves."""
     rows, columns = weight.shape
@@ -85,7 +112,7 @@ def _permuted(weight: Any, n_heads: int) -> Any:
     return halves.swapaxes(1, 2).reshape(rows, columns)
 
 
-def _shape(config: Mapping[str, Any]) -> dict[str, Any]:
+def _llama(config: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "general.file_type": 0,
         "llama.context_length": config["max_position_embeddings"],
@@ -98,6 +125,23 @@ def _shape(config: Mapping[str, Any]) -> dict[str, Any]:
         "llama.rope.freq_base": float(config["rope_parameters"]["rope_theta"]),
         "llama.rope.dimension_count": config["hidden_size"] // config["num_attention_heads"],
         "llama.vocab_size": config["vocab_size"],
+    }
+
+
+def _mamba(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "general.file_type": 0,
+        "mamba.context_length": 256,
+        "mamba.embedding_length": config["hidden_size"],
+        "mamba.block_count": config["num_hidden_layers"],
+        "mamba.feed_forward_length": 0,
+        "mamba.attention.head_count": 0,
+        "mamba.attention.layer_norm_rms_epsilon": config["layer_norm_epsilon"],
+        "mamba.ssm.conv_kernel": config["conv_kernel"],
+        "mamba.ssm.inner_size": config["intermediate_size"],
+        "mamba.ssm.state_size": config["state_size"],
+        "mamba.ssm.time_step_rank": config["time_step_rank"],
+        "mamba.vocab_size": config["vocab_size"],
     }
 
 

@@ -278,6 +278,19 @@ def test_grouped_heads_and_a_head_of_its_own_are_as_in_transformers(
     check_against(model, reference, texts=tiny_models.PROMPTS, tolerance=1e-4)
 
 
+def test_a_recurrent_model_whose_state_cannot_be_cut_reads_the_text_anew(
+    write: Callable[..., Path],
+) -> None:
+    network, tokenizer = tiny_models.network("mamba"), tiny_models.shared_tokenizer()
+    model = load(write(network, tokenizer), cache_type="f32")
+    session = model.open(2)
+    session.feed([0, 1], [[5, 6, 7, 8], [9, 10]], [1, 1])
+    session.truncate(0, 2)
+    assert session.lengths == [2, 2] and session._n_cached == [0, 2]
+    check_against(model, tiny_models.model("mamba"), texts=tiny_models.PROMPTS[:3], tolerance=1e-3)
+    check_model(model)
+
+
 def test_chats_go_through_the_template_of_the_file_or_of_the_ensemble(
     gguf_models: Mapping[str, Path], references: Mapping[str, TransformersModel]
 ) -> None:

@@ -1,6 +1,6 @@
 """Install real engines, run the tests against them, and leave no server behind.
 
-    .venv/bin/python tests/engines/run.py .venv-engines [PYTEST OPTIONS]
+    .venv/bin/python tests/engines/with_engines.py .venv-engines [PYTEST OPTIONS]
 
 llama-cpp-python goes beside multicolm, which calls it in process. vLLM needs older libraries than
 multicolm has, so it gets an environment of its own and is spoken to over HTTP. An engine that
