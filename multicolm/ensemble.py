@@ -26,6 +26,7 @@ from multicolm.tokenizer.bridged import join
 from multicolm.tokenizer.bridges import Pair, pairs
 from multicolm.tokenizer.byte_vocabulary import ByteVocabulary
 from multicolm.tokenizer.canonical import covers
+from multicolm.tokenizer.character_vocabulary import CharacterVocabulary
 from multicolm.tokenizer.incremental import IncrementalEncoder
 from multicolm.tokenizer.shared import SharedVocabulary
 from multicolm.tokenizer.vocabulary import Vocabulary
@@ -96,6 +97,7 @@ class Ensemble:
             if bridge == "shared"
             else join(self.models, tokenizers, exact=bridge == "exact")
         )
+        self._characters: CharacterVocabulary | None = None  # made when it is first asked for
         self.policy = resolve_policy(policy or {"kind": "single"}, base_dir=base_dir)
         self._check(self.policy)
 
@@ -190,10 +192,10 @@ class Ensemble:
         if batch_size < 1:
             raise InputError(f"batch_size must be 1 or more, got {batch_size}.")
         block_size = wanted.block_size if (wanted.schedule or chosen.schedule) == "block" else 1
-        vocabulary = self.vocabulary
-        if chosen.support == "bytes":
-            vocabulary = ByteVocabulary(self.models)
-        if chosen.support != "shared":
+        vocabulary = self._vocabulary(chosen)
+        if vocabulary is not self.vocabulary or not (
+            chosen.support == "shared" or vocabulary.is_shared
+        ):
             block_size = 1  # What the base model drafts is not in the others' tokens.
         given = seed if seed is not None else wanted.seed
         rows = self._rows(prompts, chosen, wanted, given, block_size)
@@ -212,6 +214,7 @@ class Ensemble:
             self.models,
             self.vocabulary,
             policy if isinstance(policy, str) else chosen.name,
+            written_in=vocabulary,
         )
         return Stream(run, run.write(self.backends, wanted.threads, clock))
 
@@ -242,6 +245,17 @@ class Ensemble:
             return [1.0] * len(self.models)
         return [self.config.models[name].cost for name in self.models]
 
+    def _vocabulary(self, policy: Policy) -> Vocabulary:
+        """What a policy's texts are written in."""
+        if policy.support == "bytes":
+            return ByteVocabulary(self.models)
+        if policy.support == "characters":
+            if self._characters is None:
+                tokenizers = [model.tokenizer for model in self.backends]
+                self._characters = CharacterVocabulary(self.models, tokenizers)
+            return self._characters
+        return self.vocabulary
+
     def _check(self, policy: Policy) -> None:
         """Refuse a policy that does not fit these models.
 
@@ -267,7 +281,7 @@ class Ensemble:
                         f"policy '{policy.name}' needs model '{self.models[k]}' byte by byte: "
                         f"{reason}"
                     )
-        if policy.acts == "select" or policy.support != "shared":
+        if policy.acts in ("select", "segment") or policy.support != "shared":
             return
         for k in used[1:]:
             if self.vocabulary.groups[k] != self.vocabulary.groups[used[0]]:
@@ -317,7 +331,7 @@ class Ensemble:
                     draft_length=block_size,
                     meter=(
                         IncrementalEncoder(self.backends[0].tokenizer)
-                        if policy.support == "bytes"
+                        if policy.support in ("bytes", "characters")
                         else None
                     ),
                 )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import accumulate
 
 from multicolm.backend.base import Model
 from multicolm.decoding.router import Router
@@ -84,8 +86,11 @@ class Run:
         models: ModelNames,
         vocabulary: Vocabulary,
         policy: str,
+        *,
+        written_in: Vocabulary,
     ) -> None:
         self.router = router
+        self._written_in = written_in
         self.rows = rows
         self._models = models
         self._vocabulary = vocabulary
@@ -141,15 +146,25 @@ class Run:
         )
 
     def _as_tokens(self, row: Row, meter: IncrementalEncoder) -> list[Written]:
-        """A text of bytes as tokens of the base model, each with the probability of its bytes."""
+        """A text of bytes or characters as tokens of the base model.
+
+        Each has the probability of what was written since the one before; what ends within a
+        token counts to it.
+        """
+        sizes = [len(self._written_in.token_bytes(new.token)) for new in row.written]
+        ends = list(accumulate(sizes))
         tokens, first = [], 0
         for token, end in zip(meter.ids, meter.ends, strict=True):
-            logprob = sum(new.logprob for new in row.written[first:end])
-            tokens.append(Written(token, row.written[end - 1].writer, logprob, None))
-            first = end
-        if len(row.written) > first:
-            ends = self._vocabulary.end_ids(0) or self._vocabulary.end_ids(None)
-            tokens += [replace(new, token=min(ends)) for new in row.written[first:] if ends]
+            last = max(first, bisect_right(ends, end))
+            logprob = sum(new.logprob for new in row.written[first:last])
+            writer = row.written[min(last, len(row.written)) - 1].writer
+            tokens.append(Written(token, writer, logprob, None))
+            first = last
+        end_ids = self._vocabulary.end_ids(0) or self._vocabulary.end_ids(None)
+        text_ends = self._written_in.end_ids(None)
+        for new in row.written[first:]:
+            if new.token in text_ends and end_ids:
+                tokens.append(replace(new, token=min(end_ids)))
         return tokens
 
     def _usage(self, answers: Sequence[Answer]) -> dict[str, Usage]:

@@ -261,7 +261,8 @@ class Views:
             models: names, base model first.
             views: per model index, what it shows; models that were not looked at are absent.
             n_positions: how many positions every view has.
-            context: how to work out ``previous``, ``base_run``, ``place`` and ``uniform``.
+            context: how to work out ``previous``, ``base_run``, ``place``, ``uniform``, ``greedy``
+                and ``prompt_nats``.
             drawn: turns logits into the probabilities that tokens are drawn from.
             starts_word: per token of the shared vocabulary, whether it begins a new word.
             first_tokens: per model index, see :meth:`first_tokens`; every token is itself if not
@@ -355,6 +356,25 @@ class Views:
     def uniform(self) -> Float[Tensor, "positions"]:
         """One random number in [0, 1) per position, the same for equal seeds in any batch."""
         return self._worked_out("uniform")
+
+    @property
+    def greedy(self) -> Bool[Tensor, "positions"]:
+        """Where the likeliest token is taken, and nothing is random."""
+        return self._worked_out("greedy")
+
+    @property
+    def prompt_nats(self) -> Float[Tensor, "positions models"]:
+        """How unlikely each model finds the prompt, in nats per token of the base model's prompt.
+
+        Minus the logarithm of the probability of the model's own tokens of the prompt behind the
+        first, those of its chat template included. NaN for a model that the policy does not use.
+        """
+        if "prompt_nats" not in self._context:
+            raise PolicyError(
+                "the policy reads 'views.prompt_nats', which is not there; a policy that weighs "
+                "models by the prompt has to say so with `prompts = True`."
+            )
+        return self._context["prompt_nats"]()
 
     def drawn_probs(self, role: Role) -> Float[Tensor, "positions vocab"]:
         """The probabilities that ``role`` would draw its token from.

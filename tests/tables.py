@@ -12,10 +12,11 @@ from multicolm.plugins import policies
 READY = [
     kind
     for kind in policies
-    if not hasattr(policies.get(kind), "fit") and policies.get(kind).support != "bytes"
+    if not hasattr(policies.get(kind), "fit")
+    and policies.get(kind).support not in ("bytes", "characters")
 ]
-"""Policies that need no training. Those that do, and those that need vocabularies that can spell
-every byte of a text, have their laws in their own test files."""
+"""Policies that need no training. Those that do, and those that write bytes or characters, have
+their laws in their own test files."""
 
 TOKENS = ("a", "b", " c", "d", " e", "f", ".")
 """The last one ends a text; two begin a word."""

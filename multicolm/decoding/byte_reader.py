@@ -103,7 +103,7 @@ class _Bytes(Reader):
             lines |= {(i, step): line for i, line in zip(now, shown, strict=True)}
         self._model.wait()
         passes, read = self._session.n_forwards - n_forwards, self._session.n_read - n_read
-        self._account(rows, passes, read, self._clock() - start)
+        self._share_out(rows, passes, read, self._clock() - start)
         return Look(torch.stack([lines[key] for key in sorted(lines)]), None, passes)
 
     def _feed(self, row: Row, place: int) -> None:
@@ -118,7 +118,7 @@ class _Bytes(Reader):
             self._session.feed([slot], [text[self._n_fed[slot] :]])
             self._n_fed[slot] = end
 
-    def _account(self, rows: Sequence[Row], n_passes: int, n_read: int, seconds: float) -> None:
+    def _share_out(self, rows: Sequence[Row], n_passes: int, n_read: int, seconds: float) -> None:
         """Rows that are read together share what that took."""
         self.usage += Usage(n_passes, n_read, 0, seconds)
         for i, row in enumerate(rows):

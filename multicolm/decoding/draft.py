@@ -86,6 +86,10 @@ class Positions:
             "base_run": base_run,
             "place": lambda: torch.tensor(list(self.places), device=device),
             "uniform": lambda: self.noise.uniform(self.keys, self.places).to(device),
+            "greedy": lambda: torch.full((len(self),), self.sampling.greedy, device=device),
+            "prompt_nats": lambda: torch.tensor(
+                [row.prompt_nats for row in self.rows], device=device
+            ),
         }
 
 

@@ -17,6 +17,8 @@ from multicolm.types import Usage
 
 __all__ = ["Reader", "TokenReader"]
 
+_END = -1  # instead of an own token: the end of a text
+
 
 @dataclass(frozen=True, slots=True)
 class _Last:
@@ -45,6 +47,7 @@ class Reader(ABC):
     """
 
     usage: Usage
+    _index: int
 
     @abstractmethod
     def start(self, row: Row) -> None:
@@ -78,6 +81,22 @@ class Reader(ABC):
             Predictions over the ensemble's vocabulary, row after row, by ascending place.
         """
 
+    def prompt_nats(self, row: Row) -> float:
+        """How unlikely the model finds the row's prompt behind its first token, in nats.
+
+        Asked before anything is written.
+        """
+        raise NotImplementedError(f"a {type(self).__name__} scores no prompts")
+
+    def draft_nats(self, rows: Sequence[Row]) -> list[tuple[float, int]]:
+        """How unlikely the model finds what stands behind the written tokens of some rows.
+
+        Returns:
+            Per row, nats, and over how many own tokens. An own token that began before counts as a
+            whole; an end of text counts as one, however the model would end it.
+        """
+        raise NotImplementedError(f"a {type(self).__name__} scores no drafts")
+
     def is_settled(self, row: Row) -> bool:
         """Whether the model can go on behind what is written, whatever else might follow there."""
         return True
@@ -98,6 +117,15 @@ class Reader(ABC):
             before, from there on.
         """
         return dict.fromkeys(places, True)
+
+    def _account(
+        self, rows: Sequence[Row], fed: Sequence[Sequence[int]], seconds: float, n_passes: int
+    ) -> None:
+        """Note what was fed together, for all rows and for each."""
+        n_read = sum(map(len, fed))
+        self.usage += Usage(n_passes, n_read, 0, seconds)
+        for row, new in zip(rows, fed, strict=True):
+            row.usage[self._index] += Usage(1, len(new), 0, seconds * len(new) / n_read)
 
 
 class TokenReader(Reader):
@@ -146,6 +174,63 @@ class TokenReader(Reader):
         """How many own tokens the prompt and the text have; the text has been written so far."""
         self._follow(row, len(row.written))
         return len(self._followers[row.slot].own)
+
+    def prompt_nats(self, row: Row) -> float:
+        """How unlikely the model finds the row's prompt behind its first token, in nats."""
+        own = self._followers[row.slot].own
+        if len(own) < 2:
+            return 0.0
+        return -float(self._own_logprobs([row], [own], [len(own) - 1])[0].sum())
+
+    def draft_nats(self, rows: Sequence[Row]) -> list[tuple[float, int]]:
+        """How unlikely the model finds what stands behind the written tokens of some rows."""
+        ends = self._vocabulary.end_ids(None)
+        order = sorted(range(len(rows)), key=lambda i: rows[i].slot)
+        asked, own, n_last = [], [], []
+        for i in order:
+            row, follower = rows[i], self._followers[rows[i].slot]
+            is_end = row.ids[-1] in ends
+            self._follow(row, len(row.ids) - is_end)
+            self._forget(row.slot)
+            place = len(row.written)
+            while (first := follower.reach(place)) is None:
+                place -= 1
+            tokens = [*follower.own, _END] if is_end else follower.own
+            if len(tokens) > first:
+                asked.append(i)
+                own.append(tokens)
+                n_last.append(len(tokens) - first)
+        nats = dict.fromkeys(order, (0.0, 0))
+        if asked:
+            logprobs = self._own_logprobs([rows[i] for i in asked], own, n_last)
+            for i, each in zip(asked, logprobs, strict=True):
+                nats[i] = (-float(each.sum()), len(each))
+        return [nats[i] for i in range(len(rows))]
+
+    def _own_logprobs(
+        self, rows: Sequence[Row], own: Sequence[Sequence[int]], n_last: Sequence[int]
+    ) -> list[Float[Tensor, "tokens"]]:
+        """Log-probabilities of the last own tokens of texts; ``rows`` by ascending slot.
+
+        The last token of all may be ``_END``: any with which the model ends a text.
+        """
+        slots = [row.slot for row in rows]
+        fed = []
+        for slot, tokens, n in zip(slots, own, n_last, strict=True):
+            first = min(self._session.lengths[slot], len(tokens) - n - 1)
+            self._session.truncate(slot, first)
+            fed.append(tokens[first:-1])
+        start = self._clock()
+        look = self._session.feed(slots, fed, n_last)
+        self._model.wait()
+        self._account(rows, fed, self._clock() - start, look.n_passes)
+        logprobs = look.logits.float().log_softmax(-1)
+        gold = torch.tensor([t for ids, n in zip(own, n_last, strict=True) for t in ids[-n:]])
+        gold = gold.to(logprobs.device)
+        ends = logprobs[:, sorted(self._model.tokenizer.end_ids)].logsumexp(-1)
+        known = logprobs.gather(-1, gold.clamp_min(0)[:, None])[:, 0]
+        chosen = torch.where(gold == _END, ends, known)
+        return list(torch.split(chosen.cpu(), list(n_last)))
 
     def is_settled(self, row: Row) -> bool:
         """Whether the model can go on behind what is written, whatever else might follow there."""
@@ -274,14 +359,6 @@ class TokenReader(Reader):
         reach = self._followers[slot].reach(place)
         assert reach is not None, "a model is asked only where it can go on"
         return reach
-
-    def _account(
-        self, rows: Sequence[Row], fed: Sequence[Sequence[int]], seconds: float, n_passes: int
-    ) -> None:
-        n_read = sum(map(len, fed))
-        self.usage += Usage(n_passes, n_read, 0, seconds)
-        for row, new in zip(rows, fed, strict=True):
-            row.usage[self._index] += Usage(1, len(new), 0, seconds * len(new) / n_read)
 
 
 def _arrange(

@@ -8,6 +8,7 @@ what is written.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import replace
@@ -18,15 +19,18 @@ from torch import Tensor
 
 from multicolm.backend.base import Look, Model
 from multicolm.decoding.byte_reader import ByteReader, ExactReader
+from multicolm.decoding.character_reader import CharacterReader
 from multicolm.decoding.draft import Draft, Positions, Shown
 from multicolm.decoding.drafter import Drafter
 from multicolm.decoding.reader import Reader, TokenReader
 from multicolm.decoding.row import Row, Written
 from multicolm.decoding.sampling import Noise, Sampling
+from multicolm.decoding.segments import SegmentWriter
 from multicolm.decoding.settle import PolicyDesk, Verdict
-from multicolm.policy.base import Policy
+from multicolm.policy.base import Policy, SegmentPolicy
 from multicolm.tokenizer.bridged import BridgedVocabulary
 from multicolm.tokenizer.byte_vocabulary import ByteVocabulary
+from multicolm.tokenizer.character_vocabulary import CharacterVocabulary
 from multicolm.tokenizer.vocabulary import Vocabulary
 from multicolm.types import MIXTURE, Piece
 from multicolm.views import ModelNames
@@ -90,13 +94,24 @@ class Router:
         # What is written together is read by everybody as it comes, and has no seams.
         self._is_bridged = several and policy.acts == "select"
         self._has_seams = several and (policy.acts == "select" or policy.seams)
-        self._counts_bytes = several or isinstance(vocabulary, ByteVocabulary)
+        self._counts_bytes = several or policy.support in ("bytes", "characters")
         self.finished: deque[Row] = deque()
         self._active: list[Row] = []
         self._enough = self._part_to_wait_for()
         # A base model that the policy does not look at always has nothing to draft with.
         self._drafter: Drafter | None = None
-        if 0 in self._desk.needs.always or policy.acts == "verify":
+        self._segments: SegmentWriter | None = None
+        if isinstance(policy, SegmentPolicy):
+            self._segments = SegmentWriter(
+                policy,
+                self._used,
+                vocabulary,
+                self._reader,
+                self._positions,
+                self._fits,
+                self._ends,
+            )
+        elif 0 in self._desk.needs.always or policy.acts == "verify":
             self._drafter = Drafter(
                 self._look_at_base, self._desk, self._positions, self._fits, self._ends[0]
             )
@@ -126,6 +141,12 @@ class Router:
                 for reader in self._readers.values():
                     reader.start(row)
                 self._active.append(row)
+                if self._policy.prompts:
+                    row.prompt_nats = self._prompt_nats(row)
+            if self._segments is not None:
+                yield from self._write_segments(self._segments)
+                free = self._clear(free)
+                continue
             if self._drafter is None:
                 decided, draft = self._active, self._blank(self._active)
             else:
@@ -145,6 +166,22 @@ class Router:
                 yield from self._commit(row, draft, verdict)
             free = self._clear(free)
 
+    def _write_segments(self, segments: SegmentWriter) -> Iterator[Piece]:
+        """Write the next segment of every row."""
+        for row, written in segments.next(self._active):
+            for new in written:
+                row.write(new)
+                yield from self._show(row)
+                if row.finish_reason is not None:
+                    break
+
+    def _prompt_nats(self, row: Row) -> list[float]:
+        """How unlikely each model in use finds the prompt, per token of the base model's."""
+        nats = [math.nan] * len(self._models)
+        for k in self._used:
+            nats[k] = self._reader(k).prompt_nats(row) / max(1, len(row.prompt_ids[0]) - 1)
+        return nats
+
     def _clear(self, free: Sequence[int]) -> list[int]:
         """Take out the rows that are done; returns the slots that are free then."""
         done = [row for row in self._active if row.finish_reason is not None]
@@ -159,6 +196,8 @@ class Router:
             reader: Reader
             if isinstance(vocabulary, ByteVocabulary):
                 reader = ByteReader(model, k, self._n_slots, self._clock)
+            elif isinstance(vocabulary, CharacterVocabulary):
+                reader = CharacterReader(model, k, vocabulary, self._n_slots, self._clock)
             elif self._goes_on_anywhere(k) and isinstance(vocabulary, BridgedVocabulary):
                 reader = ExactReader(model, k, vocabulary, self._n_slots, self._clock)
             else:

@@ -42,6 +42,9 @@ class Row:
         max_new_tokens: the most tokens that it may get.
         text: the text as it is shown.
         draft_length: how many tokens the base model drafts at a time.
+        prompt_nats: per model, minus the log-probability of its prompt, for policies that look at
+            prompts; NaN for models that are not in use.
+        drafter: index of the model whose tokens stand behind the written ones.
         slot: its place in every session.
         ids: written tokens and, behind them, drafted ones.
         written: the written tokens.
@@ -63,8 +66,10 @@ class Row:
     text: TextStream
     draft_length: int
     slot: int = -1
+    drafter: int = 0
     ids: list[int] = field(default_factory=list)
     written: list[Written] = field(default_factory=list)
+    prompt_nats: list[float] = field(default_factory=list)
     base_run: int = 0
     n_deferred: int = 0
     n_changed: int = 0
@@ -98,8 +103,8 @@ class Row:
         return 2 * (self.n_changed + 1) > self.n_deferred
 
     def writer(self, place: int) -> int:
-        """Who wrote the token at a place; what is drafted is the base model's."""
-        return self.written[place].writer if place < len(self.written) else 0
+        """Who wrote the token at a place; what is drafted is the drafter's."""
+        return self.written[place].writer if place < len(self.written) else self.drafter
 
     def write(self, new: Written) -> None:
         """Add a token behind the written ones; the draft must agree or be gone."""

@@ -95,6 +95,8 @@ class PolicyDesk:
         context = positions.at(which).context(device)
         if not self.policy.history:
             del context["previous"], context["base_run"]
+        if not self.policy.prompts:
+            del context["prompt_nats"]
         return Views(
             self.models,
             views,
@@ -146,7 +148,7 @@ class PolicyDesk:
         else:
             raise PolicyError(
                 f"policy '{self.policy.name}' is a {type(self.policy).__name__}; a policy derives "
-                "from SelectPolicy, MixPolicy or VerifyPolicy."
+                "from SelectPolicy, MixPolicy, VerifyPolicy or SegmentPolicy."
             )
         return {}
 

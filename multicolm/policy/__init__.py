@@ -6,9 +6,20 @@ from multicolm.policy.base import (
     MixPolicy,
     Needs,
     Policy,
+    SegmentPolicy,
+    Segments,
     SelectPolicy,
     VerifyPolicy,
     register_policy,
 )
 
-__all__ = ["MixPolicy", "Needs", "Policy", "SelectPolicy", "VerifyPolicy", "register_policy"]
+__all__ = [
+    "MixPolicy",
+    "Needs",
+    "Policy",
+    "SegmentPolicy",
+    "Segments",
+    "SelectPolicy",
+    "VerifyPolicy",
+    "register_policy",
+]

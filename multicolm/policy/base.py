@@ -1,11 +1,12 @@
 """What a policy is: a pure function from views to who writes, and a declaration of what it needs.
 
-Three kinds, and a policy is one of them:
+Four kinds, and a policy is one of them:
 
     SelectPolicy   names one model per position; that model draws the token from its distribution
     MixPolicy      makes one distribution out of several; the token is drawn from it
     VerifyPolicy   gives the distribution that the text must follow; the base model drafts, and
                    each draft token is kept or replaced so that exactly that distribution results
+    SegmentPolicy  rates what the models propose to write next, a word or more; the best is written
 
 A class may be two of them and say which one it is as it is set up (`acts`): a learned router that
 either picks a model or mixes all. All of them see flat positions, so the same method serves one
@@ -33,11 +34,13 @@ Schedule: TypeAlias = Literal["stepwise", "block"]
 """How models are run: token by token, or a drafted block at a time."""
 
 When: TypeAlias = Literal["always", "deferred"]
-Support = Literal["shared", "union", "bytes"]
 """When assistants are looked at."""
 
-Acts: TypeAlias = Literal["select", "mix", "verify"]
-"""Which of the three methods a policy is asked by."""
+Support: TypeAlias = Literal["shared", "union", "bytes", "characters"]
+"""What distributions that are added up are over."""
+
+Acts: TypeAlias = Literal["select", "mix", "verify", "segment"]
+"""Which of the four methods a policy is asked by."""
 
 __all__ = [
     "Deferral",
@@ -46,6 +49,8 @@ __all__ = [
     "Needs",
     "Policy",
     "Schedule",
+    "SegmentPolicy",
+    "Segments",
     "SelectPolicy",
     "Support",
     "VerifyPolicy",
@@ -105,13 +110,13 @@ class ModelFacts:
 
 
 class Policy:
-    """What all policies share. Subclass one of the three kinds, not this class.
+    """What all policies share. Subclass one of the four kinds, not this class.
 
     The fields of the class are its ``params``; the class variables below declare what it needs.
     """
 
     acts: ClassVar[Acts | None] = None
-    """Which of its methods is asked; the three kinds set it."""
+    """Which of its methods is asked; the four kinds set it."""
 
     name: ClassVar[str] = "policy"
     """Set by the :func:`register_policy` decorator; the class's own name without it."""
@@ -132,13 +137,16 @@ class Policy:
     history: ClassVar[bool] = False
     """Whether it reads ``views.previous`` or ``views.base_run``."""
 
+    prompts: ClassVar[bool] = False
+    """Whether it reads ``views.prompt_nats``; every model in use then scores the prompt first."""
+
     schedule: ClassVar[Schedule] = "stepwise"
     """The schedule that suits it when none is asked for. Never changes the text."""
 
     support: ClassVar[Support] = "shared"
     """What the distributions that it adds up are over, if it adds up any: the tokens of one
-    ``shared`` vocabulary, the ``union`` of the models' tokens, or the next ``bytes``. A policy
-    that selects can have models of any vocabularies."""
+    ``shared`` vocabulary, the ``union`` of the models' tokens, the next ``bytes``, or the next
+    ``characters``. A policy that selects can have models of any vocabularies."""
 
     seams: ClassVar[bool] = False
     """Whether a policy that mixes asks where models of other vocabularies could go on
@@ -269,6 +277,40 @@ class VerifyPolicy(Policy):
     def replaces(self, models: ModelNames) -> int:
         """Index of the model that is named as the writer of a replaced token."""
         return 1
+
+
+@plain_dataclass(frozen=True, slots=True)
+class Segments:
+    """What the models propose to write next, and what each of them thinks of each proposal.
+
+    The models are those in use (:meth:`Policy.uses`), by ascending index, along both axes.
+
+    Attributes:
+        nats: minus the log-probability of the segment that a writer proposes, under a judge.
+        n_tokens: how many of the judge's own tokens that is over, an end of text counted as one.
+    """
+
+    nats: Float[Tensor, "rows writers judges"]
+    n_tokens: Int[Tensor, "rows writers judges"]
+
+
+class SegmentPolicy(Policy):
+    """Rates what the models propose to write next; the best proposal is written.
+
+    A proposal ends where a word does, and a token of every model.
+    """
+
+    acts: ClassVar[Acts | None] = "segment"
+
+    longest: int = 16
+    """In the writer's tokens; behind it a proposal may end where no word does."""
+
+    def rate(self, segments: Segments) -> Float[Tensor, "rows writers"]:
+        """A number for each proposal; the greatest wins, the first of equal ones.
+
+        Not asked where all models propose the same.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no `rate`")
 
 
 P = TypeVar("P", bound=Policy)

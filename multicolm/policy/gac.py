@@ -14,6 +14,8 @@ from multicolm.views import ModelNames, Views
 
 __all__ = ["GacPolicy"]
 
+_ROUNDING = 1e-5  # how close two sums of float32 probabilities may be to count as equal
+
 
 @register_policy("gac")
 class GacPolicy(AveragePolicy):
@@ -21,7 +23,8 @@ class GacPolicy(AveragePolicy):
 
     A token has its probability under a model that has it, and 0 under one that does not. Each model
     reads what was written in its own tokens. Gated, the base model writes where it is sure enough,
-    and the others are not run there.
+    and the others are not run there; nor are they where a greedy token is settled without them:
+    the base model's margin, by its weight, is greater than all that the others weigh.
 
     Attributes:
         threshold: the base model writes alone where its likeliest token has this probability or
@@ -50,8 +53,13 @@ class GacPolicy(AveragePolicy):
         return super().uses(models) | {0}
 
     def defers(self, views: Views) -> Bool[Tensor, "positions"]:
-        """Where the base model is less sure than the threshold."""
-        return views.base.top1_probs < self.threshold
+        """Where the base model is less sure than the threshold, and the others can matter."""
+        unsure = views.base.top1_probs < self.threshold
+        own = views.models.weights(self.weights)[0]
+        if self.mean != "arithmetic" or own <= 0.5:
+            return unsure
+        settled = own * views.base.margins > 1 - own + _ROUNDING
+        return unsure & ~(settled & views.greedy.to(settled.device))
 
     def score(self, views: Views) -> Float[Tensor, "positions"]:
         """Probability of the base model's likeliest token."""

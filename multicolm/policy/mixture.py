@@ -29,6 +29,24 @@ class WeightedPolicy(MixPolicy):
         """Every model that weighs something."""
         return frozenset(k for k, w in enumerate(models.weights(self.weights)) if w > 0)
 
+    def _weighed(self, views: Views) -> tuple[Tensor, Tensor]:
+        """Log-probabilities [models, positions, vocab], and the weight of each model."""
+        import torch
+
+        weights = views.models.weights(self.weights)
+        logprobs = views.stack(lambda view: view.logprobs)
+        weight = torch.tensor([weights[k] for k in views], device=logprobs.device)[:, None, None]
+        # A weight too small for this dtype would turn 0 * -inf into NaN.
+        return logprobs, weight.clamp_min(torch.finfo(weight.dtype).tiny)
+
+    def _arithmetic(self, views: Views) -> Float[Tensor, "positions vocab"]:
+        logprobs, weight = self._weighed(views)
+        return (logprobs + weight.log()).logsumexp(0)
+
+    def _geometric(self, views: Views) -> Float[Tensor, "positions vocab"]:
+        logprobs, weight = self._weighed(views)
+        return (logprobs * weight).sum(0)
+
 
 @register_policy("average")
 class AveragePolicy(WeightedPolicy):
@@ -51,13 +69,4 @@ class AveragePolicy(WeightedPolicy):
 
     def mix(self, views: Views) -> Float[Tensor, "positions vocab"]:
         """Logarithm of the average (of a geometric one, up to a constant)."""
-        import torch
-
-        weights = views.models.weights(self.weights)
-        logprobs = views.stack(lambda view: view.logprobs)
-        weight = torch.tensor([weights[k] for k in views], device=logprobs.device)[:, None, None]
-        # A weight too small for this dtype would turn 0 * -inf into NaN.
-        weight = weight.clamp_min(torch.finfo(weight.dtype).tiny)
-        if self.mean == "geometric":
-            return (logprobs * weight).sum(0)
-        return (logprobs + weight.log()).logsumexp(0)
+        return self._geometric(views) if self.mean == "geometric" else self._arithmetic(views)

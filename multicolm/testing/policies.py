@@ -9,7 +9,14 @@ from torch import Tensor
 
 from multicolm.decoding.sampling import Sampling
 from multicolm.errors import CapabilityError
-from multicolm.policy.base import MixPolicy, Policy, SelectPolicy, VerifyPolicy
+from multicolm.policy.base import (
+    MixPolicy,
+    Policy,
+    SegmentPolicy,
+    Segments,
+    SelectPolicy,
+    VerifyPolicy,
+)
 from multicolm.testing.laws import LawBroken
 from multicolm.views import ModelNames, View, Views
 
@@ -59,6 +66,7 @@ class _Scene:
         self.models = models
         self.needs = policy.needs(models)
         self.history = policy.history
+        self.prompts = policy.prompts
         self.sampling = sampling
         # Flat and peaked distributions alike, so that thresholds fall on both sides.
         scale = torch.rand(len(models), n, 1, generator=generator) * 6
@@ -69,6 +77,8 @@ class _Scene:
             "base_run": torch.randint(0, 15, (n,), generator=generator),
             "place": torch.randint(0, 40, (n,), generator=generator),
             "uniform": torch.rand(n, generator=generator),
+            "greedy": torch.full((n,), sampling.greedy),
+            "prompt_nats": torch.rand(n, len(models), generator=generator) * 4,
         }
         self.starts_word = torch.rand(_VOCAB, generator=generator) < 0.5
 
@@ -85,7 +95,9 @@ class _Scene:
             for k in shown
             if self.needs.of(k)
         }
-        known = ("uniform", "place", *(("previous", "base_run") if self.history else ()))
+        known = ["uniform", "place", "greedy"]
+        known += ["previous", "base_run"] if self.history else []
+        known += ["prompt_nats"] if self.prompts else []
 
         def fetch(what: str) -> Callable[[], Tensor]:
             return lambda: self.context[what][index].clone()
@@ -100,7 +112,27 @@ class _Scene:
         )
 
 
+def _check_ratings(policy: SegmentPolicy, n_models: int, seed: int) -> None:
+    """Ratings of some proposals, again and in another order."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (_POSITIONS, n_models, n_models)
+    n_tokens = torch.randint(1, 6, shape, generator=generator)
+    segments = Segments(torch.rand(shape, generator=generator) * 9, n_tokens)
+    turned = Segments(segments.nats.flip(0), segments.n_tokens.flip(0))
+    rated = policy.rate(segments)
+    if rated.shape != shape[:2] or bool(rated.isnan().any()):
+        raise LawBroken("one number per proposal", f"rate() returned {list(rated.shape)}.")
+    if not _same(rated, policy.rate(segments)) or not _same(rated, policy.rate(turned).flip(0)):
+        raise LawBroken(
+            "a position's answer depends on that position alone",
+            "rate() of the same proposals, again or in another order, differs.",
+        )
+
+
 def _check_on(policy: Policy, scene: _Scene) -> None:
+    if isinstance(policy, SegmentPolicy):
+        _check_ratings(policy, len(policy.uses(scene.models)), len(scene.models))
+        return
     every = list(range(_POSITIONS))
     deferring = every
     if policy.can_defer:
@@ -144,7 +176,8 @@ def _method(policy: Policy) -> tuple[str, Callable[[Views], Tensor]]:
     if isinstance(policy, VerifyPolicy):
         return "target_probs", policy.target_probs
     raise LawBroken(
-        "a policy is a SelectPolicy, a MixPolicy or a VerifyPolicy", f"got {type(policy).__name__}."
+        "a policy is a SelectPolicy, a MixPolicy, a VerifyPolicy or a SegmentPolicy",
+        f"got {type(policy).__name__}.",
     )
 
 

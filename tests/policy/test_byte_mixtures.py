@@ -15,6 +15,7 @@ from multicolm import Ensemble
 from multicolm.backend.byte_session import ByteSession
 from multicolm.backend.table import TableModel
 from multicolm.errors import CapabilityError
+from multicolm.policy.gac import GacPolicy
 from multicolm.testing import check_policy, check_routing
 from multicolm.tokenizer.byte_vocabulary import END
 
@@ -22,6 +23,7 @@ BASE = ("a", "b", "c", " ", "d", " d", "e", ".")
 LEFT = ("a", "b", "c", " ", "d", "e", "ab", "bc", "<stop>")
 RIGHT = ("a", "b", "c", " ", "d", "e", "cab", "ea", "<stop>")
 PROMPTS = ["a", "bc", "a d", "cab"]
+QUESTIONS = ["What does Zosos treat?", "What is 2 * x + 15 if x = 7?"]
 
 
 def models(seed: int = 0) -> list[TableModel]:
@@ -287,4 +289,27 @@ def test_mixture_like_follows_the_average_when_sampled() -> None:
 
 def test_mod_is_the_average_with_its_published_weights() -> None:
     twins = Ensemble([random_table(name, i, BASE) for i, name in enumerate(("base", "left"))])
-    assert written(twins, "mod") == written(twins, kind("average", weights=[0.9, 0.1]))
+    texts = [text for text, _ in written(twins, kind("average", weights=[0.9, 0.1]))]
+    assert [text for text, _ in written(twins, "mod")] == texts
+
+
+def test_models_that_cannot_change_a_greedy_token_are_not_run() -> None:
+    class Everywhere(GacPolicy):
+        def defers(self, views: Any) -> torch.Tensor:
+            return torch.ones(views.n_positions, dtype=torch.bool)
+
+    ensemble, weights = multicolm.load("tiny-mixed"), [0.8, 0.1, 0.1]
+    skipping, plain = (
+        ensemble.generate(QUESTIONS, policy(weights=weights), max_new_tokens=20, batch_size=1)
+        for policy in (GacPolicy, Everywhere)
+    )
+    assert [a.text for a in skipping] == [a.text for a in plain]
+    n_skipping, n_plain = (a.usage["facts"].forwards for a in (skipping, plain))
+    assert 0 < n_skipping < 0.5 * n_plain
+
+
+def test_a_sampled_token_is_drawn_from_all_models_wherever_they_weigh_something() -> None:
+    own = models()
+    settings = {"max_new_tokens": 20, "temperature": 1.0, "seed": 5}
+    answers = Ensemble(own).generate(PROMPTS, kind("gac", weights=[0.8, 0.1, 0.1]), **settings)
+    assert {token.model for a in answers for token in a.trace} == {"mixture"}

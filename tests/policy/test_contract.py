@@ -226,8 +226,8 @@ def test_what_replaces_a_draft_must_be_a_model_that_was_run() -> None:
 
 def test_a_policy_of_no_kind_is_refused() -> None:
     assert complaint(Policy()) == (
-        "policy 'policy' is a Policy; a policy derives from SelectPolicy, MixPolicy or "
-        "VerifyPolicy."
+        "policy 'policy' is a Policy; a policy derives from SelectPolicy, MixPolicy, "
+        "VerifyPolicy or SegmentPolicy."
     )
 
 

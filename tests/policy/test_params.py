@@ -187,7 +187,17 @@ def test_a_policy_that_does_not_fit_is_refused_when_the_ensemble_is_made(
         Ensemble([BASE, LEFT], policy={"kind": kind, "params": params})
 
 
-OF_ONE = ["confidence", "cosd-rule", "entropy", "margin", "max-confidence", "random", "single"]
+OF_ONE = [
+    "confidence",
+    "cool-fusion",
+    "cosd-rule",
+    "entropy",
+    "gac",
+    "margin",
+    "max-confidence",
+    "random",
+    "single",
+]
 
 
 @pytest.mark.parametrize("kind", READY)
@@ -195,7 +205,7 @@ def test_with_one_model_a_policy_lets_it_write_or_says_what_is_missing(kind: str
     solo = Ensemble([BASE])
     if kind in OF_ONE:
         assert writers(solo, kind) == {"base"}
-    elif kind in ("average", "gac", "safe", "unite"):
+    elif kind in ("average", "pack-llm", "safe", "unite"):
         assert writers(solo, kind) == {"mixture"}
     else:
         with pytest.raises(CapabilityError) as caught:

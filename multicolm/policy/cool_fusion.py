@@ -1,0 +1,41 @@
+"""Cool-Fusion: models of any vocabularies propose words, and all of them judge."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from jaxtyping import Float
+from pydantic import PositiveInt
+
+from multicolm.policy.base import SegmentPolicy, Segments, register_policy
+from multicolm.types import Signal, Tensor
+
+__all__ = ["CoolFusionPolicy"]
+
+
+@register_policy("cool-fusion")
+class CoolFusionPolicy(SegmentPolicy):
+    """Every model proposes the next words, and those of the lowest average perplexity are written.
+
+    A proposal ends at a boundary of words that is one of tokens for every model. Its perplexity
+    under a model is over the model's own tokens of it. Where all propose the same, it is written
+    and nobody scores it.
+
+    Attributes:
+        longest: tokens of a proposal behind which it may end within a word, as it must where a
+            script has no spaces.
+
+    Source:
+        Cool-Fusion, arXiv 2407.19807 (ACL 2025), section 3; no code of it was found, and `longest`
+        is this library's own.
+    """
+
+    longest: PositiveInt = 16
+
+    base_signals: ClassVar[set[Signal]] = {"logprobs"}
+    assistant_signals: ClassVar[set[Signal]] = {"logprobs"}
+
+    def rate(self, segments: Segments) -> Float[Tensor, "rows writers"]:
+        """Minus the average perplexity."""
+        perplexity = (segments.nats / segments.n_tokens.clamp_min(1)).exp()
+        return -perplexity.mean(-1)
