@@ -24,8 +24,8 @@ class Difference:
     Attributes:
         greatest: in nats; for tokens of a log-probability below -1, as a part of it.
         n_positions: after how many tokens it was looked.
-        n_unknown: of how many tokens, over all positions, the model showed nothing (those outside
-            the top k of a server).
+        n_unknown: of how many tokens, over all positions, the model told nothing, as servers that
+            tell of the likeliest do.
     """
 
     greatest: float
@@ -88,6 +88,7 @@ class _Trial:
         self._model = model
         self._reference = reference
         self._tolerance = tolerance
+        self._partial = getattr(model, "n_likeliest", None) is not None
         self._generator = torch.Generator().manual_seed(seed)
         self._pool: list[int] = []  # prompts and what the reference writes after them
         self._n_tokens = min(model.tokenizer.n_tokens, reference.tokenizer.n_tokens)
@@ -215,8 +216,8 @@ class _Trial:
         n_last: Sequence[int],
     ) -> None:
         """Feed both, and compare what they show."""
-        seen = mine.feed(rows, tokens, n_last)
-        got, want = self._logprobs(seen), self._logprobs(right.feed(rows, tokens, n_last))
+        got = self._logprobs(mine.feed(rows, tokens, n_last), self._partial)
+        want = self._logprobs(right.feed(rows, tokens, n_last), False)
         if got.shape != want.shape or mine.lengths != right.lengths:
             raise LawBroken(
                 "a look shows the positions that were asked for, and rows are as long as was fed",
@@ -225,7 +226,7 @@ class _Trial:
             )
         difference = (got - want).abs() / want.abs().clamp(1.0, 1e6)
         difference = difference.masked_fill(got == want, 0.0)
-        if _is_partial(seen):
+        if self._partial:
             difference = self._of_known(difference, got, want)
         worst = float(difference.max())
         if not worst <= self._tolerance:
@@ -255,17 +256,12 @@ class _Trial:
             )
         return difference.masked_fill(hidden, 0.0)
 
-    def _logprobs(self, look: Look) -> Tensor:
+    def _logprobs(self, look: Look, partial: bool) -> Tensor:
         """Log-probabilities of the tokens that both have: [positions, tokens]."""
         logits = look.logits.double()
-        # A partial look holds log-probabilities as given, and -inf for what was not given.
-        logprobs = logits if _is_partial(look) else logits.log_softmax(-1)
+        # Of a model that tells of its likeliest tokens these are log-probabilities as they are.
+        logprobs = logits if partial else logits.log_softmax(-1)
         missing = self._n_tokens - logprobs.shape[-1]
         if missing > 0:  # a head that is narrower than the vocabulary
             logprobs = torch.nn.functional.pad(logprobs, (0, missing), value=float("-inf"))
         return logprobs[:, : self._n_tokens]
-
-
-def _is_partial(look: Look) -> bool:
-    """Whether a look holds a part of the tokens only."""
-    return bool(getattr(look, "partial", False))

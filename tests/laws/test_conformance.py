@@ -96,6 +96,14 @@ class Bent(Session):
             return replace(look, logits=look.logits.roll(1, 0))
         if self.fault == "rows" and len(rows) > 1:
             return replace(look, logits=look.logits.flip(0))
+        if self.fault.startswith("top 5"):
+            top = look.logits.log_softmax(-1).topk(6)
+            kept = slice(1, 6) if self.fault == "top 5 but the first" else slice(0, 5)
+            told = top.values[:, kept]
+            if self.fault == "top 5 made to sum to 1":
+                told = told.log_softmax(-1)
+            nothing = torch.full_like(look.logits, float("-inf"))
+            return replace(look, logits=nothing.scatter(1, top.indices[:, kept], told))
         if self.fault == "last only":
             return replace(look, logits=look.logits[-1:])
         if self.fault == "nan":
@@ -118,6 +126,7 @@ class Faulty(Model):
         self.name = "faulty"
         self.tokenizer: TokenizerAdapter = self._inner.tokenizer
         self.context_length = self._inner.context_length
+        self.n_likeliest = 5 if fault.startswith("top 5") else None
 
     def open(self, n_rows: int) -> Session:
         return Bent(self._inner.open(n_rows), self._fault)
@@ -132,12 +141,20 @@ class Faulty(Model):
         ("stale", "after a roll-back"),
         ("last only", "shows the positions that were asked for"),
         ("nan", "as likely"),
+        ("top 5 but the first", "shows the likeliest"),
+        ("top 5 made to sum to 1", "as likely"),
     ],
 )
 def test_a_model_that_differs_in_one_thing_is_caught_by_that_law(fault: str, law: str) -> None:
     with pytest.raises(LawBroken, match=law):
         check_against(Faulty(fault), model("llama"), texts=PROMPTS[:1])
     check_against(Faulty("none"), model("llama"), texts=PROMPTS[:1])
+
+
+def test_of_a_model_that_tells_of_its_likeliest_tokens_these_are_compared() -> None:
+    seen = check_against(Faulty("top 5"), model("llama"), texts=PROMPTS[:1])
+    n_tokens = model("llama").tokenizer.n_tokens
+    assert seen.n_unknown == seen.n_positions * (n_tokens - 5)
 
 
 def test_other_weights_are_caught() -> None:
