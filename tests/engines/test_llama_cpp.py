@@ -25,7 +25,7 @@ from multicolm.policy.co_llm import CoLlmPolicy
 from multicolm.scoring.corpus import open_corpus
 from multicolm.scoring.score import score
 from multicolm.scoring.store import load_table
-from multicolm.testing import check_against, check_model, check_tokenizer
+from multicolm.testing import LawBroken, check_against, check_model, check_tokenizer
 from multicolm.training.train import train
 
 QUESTIONS = ("What is Dulerex made from?", "Question: What is 3 + 4?\nResponse:")
@@ -108,8 +108,16 @@ def test_a_text_longer_than_a_pass_is_read_in_several(gguf_models: Mapping[str, 
     torch.testing.assert_close(look.logits, alone, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("n_rows", [33, 300])
-def test_many_texts_at_once_are_as_each_alone(n_rows: int, gguf_models: Mapping[str, Path]) -> None:
+def test_many_texts_at_once_are_as_each_alone(
+    n_rows: int,
+    shared: bool,
+    gguf_models: Mapping[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if shared:
+        monkeypatch.setattr("multicolm.backend.llama_cpp.model._MOST_ROOM", 0)
     model = load(gguf_models["facts"], cache_type="f32")
     texts = [[(7 * i + row) % 700 + 1 for i in range(3 + row % 17)] for row in range(n_rows)]
     session = model.open(n_rows)
@@ -145,10 +153,19 @@ def ensemble(folder: Path, gguf: Mapping[str, Path], generalist: str) -> multico
     return multicolm.load(parse_ensemble(text, folder / "ensemble.yaml"))
 
 
-@pytest.mark.parametrize(
-    "policy", ["single", "cosd-rule", "average", "max-confidence", "nudging", "entropy", "gac"]
+BY_TOKENS = (
+    *("single", "cosd-rule", "average", "max-confidence", "nudging", "entropy", "bild", "safe"),
 )
-@pytest.mark.parametrize("schedule", ["stepwise", "block"])
+OTHERS = ("gac", "unite", "byte-mixture", "chared", "cool-fusion", "pack-llm")
+
+
+@pytest.mark.parametrize(
+    ("policy", "schedule"),
+    [
+        *((policy, schedule) for policy in BY_TOKENS for schedule in ("stepwise", "block")),
+        *((policy, "stepwise") for policy in OTHERS),
+    ],
+)
 def test_experts_in_gguf_files_write_the_text_that_they_write_in_transformers(
     policy: str,
     schedule: Any,
@@ -161,7 +178,9 @@ def test_experts_in_gguf_files_write_the_text_that_they_write_in_transformers(
     )
     assert [a.text for a in got] == [a.text for a in wanted]
     for mine, right in zip(got, wanted, strict=True):
-        assert [t.model for t in mine.trace] == [t.model for t in right.trace]
+        # Two experts that offer one segment are equally good but for the last bit.
+        if policy != "cool-fusion":
+            assert [t.model for t in mine.trace] == [t.model for t in right.trace]
 
 
 @pytest.fixture(scope="module")
@@ -289,6 +308,26 @@ def test_a_recurrent_model_whose_state_cannot_be_cut_reads_the_text_anew(
     assert session.lengths == [2, 2] and session._n_cached == [0, 2]
     check_against(model, tiny_models.model("mamba"), texts=tiny_models.PROMPTS[:3], tolerance=1e-3)
     check_model(model)
+
+
+def test_a_quantised_file_keeps_the_laws_and_is_near_what_it_was_made_of(
+    tmp_path: Path, gguf_models: Mapping[str, Path], references: Mapping[str, TransformersModel]
+) -> None:
+    import llama_cpp
+
+    path = tmp_path / "q8.gguf"
+    settings = llama_cpp.llama_model_quantize_default_params()
+    settings.ftype = llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0
+    settings.nthread = 1
+    source = str(gguf_models["facts"]).encode()
+    assert llama_cpp.llama_model_quantize(source, str(path).encode(), settings) == 0
+    model = load(path)
+    assert "Q8_0" in model.precision
+    assert model.identity != load(gguf_models["facts"]).identity
+    check_model(model, tolerance=1e-2)
+    check_against(model, references["facts"], texts=QUESTIONS, tolerance=0.5)
+    with pytest.raises(LawBroken):
+        check_against(model, references["facts"], texts=QUESTIONS, tolerance=1e-3)
 
 
 def test_chats_go_through_the_template_of_the_file_or_of_the_ensemble(

@@ -51,7 +51,7 @@ class Context:
         weights: the model's.
         n_rows: number of rows.
         n_places: how many tokens there has to be room for, at least.
-        shared: whether rows share the room. Each of them needs less then, and a look costs more:
+        shared: whether rows share the room. Short ones need less then, and a look costs more:
             llama.cpp goes through the others' tokens, too, to leave them out.
         cache_type: ``f16`` or ``f32``, the numbers that are kept of each token.
         on_gpu: whether some of the weights are on an accelerator.

@@ -8,7 +8,7 @@ from typing import ClassVar
 from multicolm.backend.base import Model, Session
 from multicolm.backend.llama_cpp.context import Context
 from multicolm.backend.llama_cpp.library import Weights, library
-from multicolm.backend.llama_cpp.session import LlamaCppSession, SplitSession
+from multicolm.backend.llama_cpp.session import FIRST, LlamaCppSession, SplitSession
 from multicolm.backend.llama_cpp.tokenizer import LlamaCppTokenizer, vocabulary_pieces
 from multicolm.config import ModelConfig
 from multicolm.errors import ModelError, VocabularyError
@@ -16,6 +16,8 @@ from multicolm.tokenizer.base import TokenizerAdapter
 from multicolm.types import Signal
 
 __all__ = ["LlamaCppModel"]
+
+_MOST_ROOM = 1 << 30  # bytes, for texts of which nothing has been read yet
 
 
 class LlamaCppModel(Model):
@@ -56,6 +58,7 @@ class LlamaCppModel(Model):
         self.context_length = _context_length(name, config, weights)
         self.n_parameters = int(lib.llama_model_n_params(weights.pointer))
         self.hidden_size = int(lib.llama_model_n_embd_out(weights.pointer))
+        self._bytes_per_token = _bytes_per_token(weights, config.cache_type)
         self.on_cpu = config.gpu_layers == 0
         kind = lib.llama_ftype_name(lib.llama_model_ftype(weights.pointer)).decode()
         self.precision = f"{kind}, cache {config.cache_type}"
@@ -77,7 +80,9 @@ class LlamaCppModel(Model):
         """
         size = int(library().llama_max_parallel_sequences())
         sizes = [min(size, n_rows - first) for first in range(0, n_rows, size)]
-        parts = [LlamaCppSession(self._context, n) for n in sizes]
+        # Rows of their own are faster, and take room for 256 tokens each, however short they are.
+        shared = n_rows * FIRST * self._bytes_per_token > _MOST_ROOM
+        parts = [LlamaCppSession(self._context, n, shared) for n in sizes]
         return parts[0] if len(parts) == 1 else SplitSession(parts, size)
 
     def _context(self, n_rows: int, n_places: int, shared: bool) -> Context:
@@ -111,6 +116,14 @@ def _tokenizer(name: str, config: ModelConfig, weights: Weights) -> TokenizerAda
                 f"{i} is {tokenizer.piece(i)!r} in the one and {pieces[i]!r} in the other."
             )
     return tokenizer
+
+
+def _bytes_per_token(weights: Weights, cache_type: str) -> int:
+    """About how much is kept of each token that was read: its keys and values in every layer."""
+    lib, model = library(), weights.pointer
+    n_heads = max(1, int(lib.llama_model_n_head(model)))
+    width = int(lib.llama_model_n_embd(model)) * int(lib.llama_model_n_head_kv(model)) // n_heads
+    return 2 * int(lib.llama_model_n_layer(model)) * width * (4 if cache_type == "f32" else 2)
 
 
 def _context_length(name: str, config: ModelConfig, weights: Weights) -> int:

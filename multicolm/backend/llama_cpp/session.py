@@ -13,11 +13,10 @@ import torch
 from multicolm.backend.base import Look, Session
 from multicolm.backend.llama_cpp.context import Context, Entry
 
-__all__ = ["LlamaCppSession", "SplitSession"]
+__all__ = ["FIRST", "LlamaCppSession", "SplitSession"]
 
-_FIRST = 256  # tokens that there is room for in the beginning
-# Rows beyond this share their room. So many are read when texts are scored, and most are short.
-_MANY = 32
+FIRST = 256
+"""Tokens that there is room for in the beginning."""
 
 
 class LlamaCppSession(Session):
@@ -29,14 +28,17 @@ class LlamaCppSession(Session):
         make: makes a context of so many rows and tokens, the latter of each row, or of all rows
             together.
         n_rows: number of rows.
+        shared: whether rows share the room for their tokens.
     """
 
-    def __init__(self, make: Callable[[int, int, bool], Context], n_rows: int) -> None:
+    def __init__(
+        self, make: Callable[[int, int, bool], Context], n_rows: int, shared: bool
+    ) -> None:
         self._make = make
-        self._shared = n_rows > _MANY
+        self._shared = shared
         self._ids: list[list[int]] = [[] for _ in range(n_rows)]
         self._n_cached = [0] * n_rows
-        self._context = make(n_rows, _FIRST, self._shared)
+        self._context = make(n_rows, FIRST, shared)
 
     @property
     def lengths(self) -> list[int]:  # type: ignore[override]  # derived, so it cannot go stale
