@@ -6,20 +6,16 @@ import secrets
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypedDict, cast
 
 from typing_extensions import Unpack
 
 from multicolm.backend.base import Model
 from multicolm.config import EnsembleConfig, GenerationConfig, PolicyConfig, load_ensemble
-from multicolm.decoding.prompts import prompt_ids
-from multicolm.decoding.router import Router
-from multicolm.decoding.row import Row
-from multicolm.decoding.sampling import Sampling, row_key
-from multicolm.decoding.text import TextStream
 from multicolm.errors import CapabilityError, ConfigError, InputError
+from multicolm.live import Live
 from multicolm.plugins import backends
-from multicolm.policy.base import ModelFacts, Policy
+from multicolm.policy.base import ModelFacts, Policy, Schedule
 from multicolm.policy.resolve import resolve_policy
 from multicolm.streaming import Answers, Run, Stream
 from multicolm.tokenizer.bridged import join
@@ -27,7 +23,6 @@ from multicolm.tokenizer.bridges import Pair, pairs
 from multicolm.tokenizer.byte_vocabulary import ByteVocabulary
 from multicolm.tokenizer.canonical import covers
 from multicolm.tokenizer.character_vocabulary import CharacterVocabulary
-from multicolm.tokenizer.incremental import IncrementalEncoder
 from multicolm.tokenizer.shared import SharedVocabulary
 from multicolm.tokenizer.vocabulary import Vocabulary
 from multicolm.types import (
@@ -191,32 +186,60 @@ class Ensemble:
         wanted = self.generation.updated(dict(settings))
         if batch_size < 1:
             raise InputError(f"batch_size must be 1 or more, got {batch_size}.")
-        block_size = wanted.block_size if (wanted.schedule or chosen.schedule) == "block" else 1
-        vocabulary = self._vocabulary(chosen)
-        if vocabulary is not self.vocabulary or not (
-            chosen.support == "shared" or vocabulary.is_shared
-        ):
-            block_size = 1  # What the base model drafts is not in the others' tokens.
-        given = seed if seed is not None else wanted.seed
-        rows = self._rows(prompts, chosen, wanted, given, block_size)
-        router = Router(
-            self.backends,
-            vocabulary,
+        asked = _as_list(prompts)
+        seeds = _seeds(seed if seed is not None else wanted.seed, len(asked))
+        live = self._live(
             chosen,
-            Sampling(wanted.temperature, wanted.top_k, wanted.top_p),
-            block_size=block_size,
-            n_slots=max(1, min(batch_size, len(rows))),
+            policy,
+            schedule=wanted.schedule,
+            block_size=wanted.block_size,
+            n_slots=max(1, min(batch_size, len(asked))),
             clock=clock,
         )
-        run = Run(
-            router,
-            rows,
-            self.models,
-            self.vocabulary,
-            policy if isinstance(policy, str) else chosen.name,
-            written_in=vocabulary,
-        )
+        rows = [
+            live.row(prompt, number, wanted, seeds[number]) for number, prompt in enumerate(asked)
+        ]
+        run = Run(live, rows)
         return Stream(run, run.write(self.backends, wanted.threads, clock))
+
+    def live(
+        self,
+        policy: PolicySource | None = None,
+        *,
+        params: Mapping[str, Any] | None = None,
+        n_slots: int = 16,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> Live:
+        """A policy at work, for texts that come and go; what servers are made of.
+
+        Args:
+            policy: see :meth:`generate`.
+            params: params that replace those of the policy.
+            n_slots: how many texts are written at a time.
+            clock: current time in seconds.
+
+        Raises:
+            ConfigError: if the policy or a param is not known.
+            CapabilityError: if the policy needs what these models cannot show.
+        """
+        if n_slots < 1:
+            raise InputError(f"n_slots must be 1 or more, got {n_slots}.")
+        chosen = self.policy if policy is None and not params else self.resolve(policy, params)
+        self._check(chosen)
+        return self._live(
+            chosen,
+            policy,
+            schedule=self.generation.schedule,
+            block_size=self.generation.block_size,
+            n_slots=n_slots,
+            clock=clock,
+        )
+
+    def _live(self, chosen: Policy, asked: PolicySource | None, **how: Unpack[_How]) -> Live:
+        name = asked if isinstance(asked, str) else chosen.name
+        return Live(
+            self.backends, self.vocabulary, chosen, name, written_in=self._vocabulary(chosen), **how
+        )
 
     def resolve(
         self, policy: PolicySource | None, params: Mapping[str, Any] | None = None
@@ -293,50 +316,44 @@ class Ensemble:
                     "byte-mixture, or models of one family."
                 )
 
-    def _rows(
-        self,
-        prompts: str | Sequence[Prompt],
-        policy: Policy,
-        wanted: GenerationConfig,
-        seed: int | Sequence[int] | None,
-        block_size: int,
-    ) -> list[Row]:
-        if isinstance(prompts, Mapping | bytes) or not isinstance(prompts, Iterable):
-            raise InputError(
-                f"prompts are a {type(prompts).__name__}; give a list of prompts, each a text, a "
-                "chat (a list of messages), or a list of token ids."
-            )
-        asked: Sequence[Prompt] = [prompts] if isinstance(prompts, str) else list(prompts)
-        if seed is None:
-            seeds = [secrets.randbits(32)] * len(asked)
-        else:
-            seeds = [seed] * len(asked) if isinstance(seed, int) else list(seed)
-        if not all(isinstance(number, int) for number in seeds):
-            raise InputError(f"seed is {seed!r}; give a whole number, or one for each prompt.")
-        if len(seeds) != len(asked):
-            raise InputError(f"got {len(seeds)} seeds for {len(asked)} prompts; give one for each.")
-        used = policy.uses(self.models)
-        rows = []
-        for number, prompt in enumerate(asked):
-            ids = prompt_ids(prompt, number, self.backends, self.vocabulary, used)
-            rows.append(
-                Row(
-                    number=number,
-                    prompt=prompt,
-                    prompt_ids=ids,
-                    key=row_key(seeds[number], ids[min(used)]),
-                    seed=seeds[number],
-                    max_new_tokens=wanted.max_new_tokens,
-                    text=TextStream(wanted.stop),
-                    draft_length=block_size,
-                    meter=(
-                        IncrementalEncoder(self.backends[0].tokenizer)
-                        if policy.support in ("bytes", "characters")
-                        else None
-                    ),
-                )
-            )
-        return rows
+
+class _How(TypedDict):
+    """Arguments of :class:`multicolm.live.Live`."""
+
+    schedule: Schedule | None
+    block_size: int
+    n_slots: int
+    clock: Callable[[], float]
+
+
+def _as_list(prompts: str | Sequence[Prompt]) -> list[Prompt]:
+    """What stands for prompts, one by one.
+
+    Raises:
+        InputError: if it is no list.
+    """
+    if isinstance(prompts, Mapping | bytes) or not isinstance(prompts, Iterable):
+        raise InputError(
+            f"prompts are a {type(prompts).__name__}; give a list of prompts, each a text, a "
+            "chat (a list of messages), or a list of token ids."
+        )
+    return [prompts] if isinstance(prompts, str) else list(prompts)
+
+
+def _seeds(seed: int | Sequence[int] | None, n_prompts: int) -> list[int]:
+    """One seed per prompt; a fresh one for all of them if none is given.
+
+    Raises:
+        InputError: if there are more or fewer, or one is no number.
+    """
+    if seed is None:
+        return [secrets.randbits(32)] * n_prompts
+    seeds = [seed] * n_prompts if isinstance(seed, int) else list(seed)
+    if not all(isinstance(number, int) for number in seeds):
+        raise InputError(f"seed is {seed!r}; give a whole number, or one for each prompt.")
+    if len(seeds) != n_prompts:
+        raise InputError(f"got {len(seeds)} seeds for {n_prompts} prompts; give one for each.")
+    return seeds
 
 
 def _check_signals(

@@ -23,7 +23,7 @@ LAYERS = [
     {"learning"},
     {"policy", "tokenizer", "backend"},
     {"decoding"},
-    {"ensemble", "streaming"},
+    {"ensemble", "live", "streaming"},
     {"scoring"},
     {"testing", "tiny", "training", "calibration", "evaluation"},
     {"cli", "__main__"},

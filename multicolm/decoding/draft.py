@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from multicolm.backend.base import Look
 from multicolm.decoding.row import Row
-from multicolm.decoding.sampling import Noise, Sampling
+from multicolm.decoding.sampling import Noise, Sampling, Stream
 
 __all__ = ["Draft", "Positions", "Shown"]
 
@@ -24,41 +24,80 @@ class Positions:
     Attributes:
         rows: per position, its row.
         places: per position, its place in the row's written text (0 is the first new token).
+        noise: where random numbers come from.
     """
 
     rows: Sequence[Row]
     places: Sequence[int]
     noise: Noise
-    sampling: Sampling
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    @property
-    def keys(self) -> list[int]:
-        """Per position, what its row's randomness hangs on."""
-        return [row.key for row in self.rows]
-
-    def draw(self, logits: Tensor, which: Sequence[int] | None = None) -> Int[Tensor, "drawn"]:
-        """Draw a token at every position, or at those numbered ``which``.
+    def draw(self, logits: Float[Tensor, "positions vocab"]) -> Int[Tensor, "positions"]:
+        """Draw a token at every position, as its row wants.
 
         Whoever writes, a position has the same noise. So two models that agree draw the same
         token, and a schedule that asks in another order gets the same text.
         """
-        if self.sampling.greedy:
-            return self.sampling.draw(logits, None)
-        chosen = range(len(self)) if which is None else which
-        keys, places = [self.rows[i].key for i in chosen], [self.places[i] for i in chosen]
-        return self.sampling.draw(logits, self.noise.gumbel(keys, places, logits.shape[-1]))
+        tokens = torch.empty(len(self), dtype=torch.long, device=logits.device)
+        for sampling, lines in self._by_sampling.items():
+            noise = None if sampling.greedy else self._gumbel(lines, logits.shape[-1], "token")
+            if len(lines) == len(self):
+                return sampling.draw(logits, noise)
+            tokens[lines] = sampling.draw(logits[lines], noise)
+        return tokens
+
+    def probs(self, logits: Float[Tensor, "positions vocab"]) -> Float[Tensor, "positions vocab"]:
+        """The probabilities that tokens are drawn from, as each row wants."""
+        probs = torch.empty_like(logits, dtype=torch.float32)
+        for sampling, lines in self._by_sampling.items():
+            if len(lines) == len(self):
+                return sampling.probs(logits)
+            probs[lines] = sampling.probs(logits[lines])
+        return probs
+
+    def jittered(
+        self, logits: Float[Tensor, "positions vocab"], stream: Stream
+    ) -> Float[Tensor, "positions vocab"]:
+        """Logits with Gumbel noise, except where the row is greedy."""
+        random = [i for i, row in enumerate(self.rows) if not row.sampling.greedy]
+        if not random:
+            return logits
+        noise = self._gumbel(random, logits.shape[-1], stream).to(logits)
+        if len(random) == len(self):
+            return logits + noise
+        return logits.index_add(0, torch.tensor(random, device=logits.device), noise)
+
+    def uniform(self, stream: Stream) -> Float[Tensor, "positions"]:
+        """One number in [0, 1) per position."""
+        return self.noise.uniform(self._keys(range(len(self))), self.places, stream)
 
     def at(self, which: Sequence[int]) -> Positions:
         """Some of these positions."""
-        return Positions(
-            [self.rows[i] for i in which],
-            [self.places[i] for i in which],
-            self.noise,
-            self.sampling,
-        )
+        return Positions([self.rows[i] for i in which], [self.places[i] for i in which], self.noise)
+
+    @cached_property
+    def _by_sampling(self) -> dict[Sampling, list[int]]:
+        """Positions by how tokens are drawn there."""
+        first = self.rows[0].sampling if self.rows else Sampling()
+        if all(row.sampling is first for row in self.rows):  # the usual case, and the cheap one
+            return {first: list(range(len(self)))}
+        lines: dict[Sampling, list[int]] = {}
+        for i, row in enumerate(self.rows):
+            lines.setdefault(row.sampling, []).append(i)
+        return lines
+
+    def _gumbel(
+        self, lines: Sequence[int], vocab: int, stream: Stream
+    ) -> Float[Tensor, "lines vocab"]:
+        return self.noise.gumbel(self._keys(lines), [self.places[i] for i in lines], vocab, stream)
+
+    def _keys(self, lines: Sequence[int]) -> list[int]:
+        """What the rows' randomness hangs on; they are marked, for it is about to have a part."""
+        for i in lines:
+            self.rows[i].noise_used = True
+        return [self.rows[i].key for i in lines]
 
     def context(self, device: torch.device) -> dict[str, Callable[[], Tensor]]:
         """How policies are told about what came before each position.
@@ -85,8 +124,10 @@ class Positions:
             "previous": previous,
             "base_run": base_run,
             "place": lambda: torch.tensor(list(self.places), device=device),
-            "uniform": lambda: self.noise.uniform(self.keys, self.places).to(device),
-            "greedy": lambda: torch.full((len(self),), self.sampling.greedy, device=device),
+            "uniform": lambda: self.uniform("policy").to(device),
+            "greedy": lambda: torch.tensor(
+                [row.sampling.greedy for row in self.rows], device=device
+            ),
             "prompt_nats": lambda: torch.tensor(
                 [row.prompt_nats for row in self.rows], device=device
             ),

@@ -103,6 +103,12 @@ class Drafter:
             return parts[0][0]
         return _joined(parts)
 
+    def drop(self, row: Row) -> None:
+        """Forget what was drafted in a row."""
+        for step in self._steps:
+            step.open_lines.pop(row, None)
+        self._steps = [step for step in self._steps if step.open_lines]
+
 
 def _joined(parts: Sequence[tuple[Draft, list[int]]]) -> Draft:
     """Some lines of some steps as one draft, by ascending place within each row."""
@@ -122,7 +128,7 @@ def _joined(parts: Sequence[tuple[Draft, list[int]]]) -> Draft:
         joined.deferring += [draft.deferring[i] for i in lines]
         joined.scores += [draft.scores[i] for i in lines]
     first = parts[0][0].positions
-    joined.positions = Positions(rows, places, first.noise, first.sampling)
+    joined.positions = Positions(rows, places, first.noise)
     look = Look(torch.cat(logits), torch.cat(states) if states else None)
     joined.shown[0] = Shown(look, {i: i for i in range(len(rows))})
     return joined

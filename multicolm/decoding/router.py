@@ -9,8 +9,9 @@ what is written.
 from __future__ import annotations
 
 import math
+from bisect import insort
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -24,7 +25,7 @@ from multicolm.decoding.draft import Draft, Positions, Shown
 from multicolm.decoding.drafter import Drafter
 from multicolm.decoding.reader import Reader, TokenReader
 from multicolm.decoding.row import Row, Written
-from multicolm.decoding.sampling import Noise, Sampling
+from multicolm.decoding.sampling import Noise
 from multicolm.decoding.segments import SegmentWriter
 from multicolm.decoding.settle import PolicyDesk, Verdict
 from multicolm.policy.base import Policy, SegmentPolicy
@@ -41,11 +42,13 @@ __all__ = ["Router"]
 class Router:
     """Writes the texts of some rows, token by token.
 
+    Rows may be added and cancelled at any time, and each draws tokens in its own way. What is
+    written in one does not depend on which others there are, nor on when it came.
+
     Args:
         models: the models, the base model first.
         vocabulary: what they write in.
         policy: decides who writes.
-        sampling: how tokens are drawn.
         block_size: the most tokens that the base model drafts in one round; 1 is ``stepwise``.
         n_slots: how many rows are written at a time; others wait until one is done.
         clock: current time in seconds.
@@ -62,7 +65,6 @@ class Router:
         models: Sequence[Model],
         vocabulary: Vocabulary,
         policy: Policy,
-        sampling: Sampling,
         *,
         block_size: int,
         n_slots: int,
@@ -73,14 +75,12 @@ class Router:
         self._vocabulary = vocabulary
         embeds = {k: partial(self._embed, k) for k in range(len(models))}
         first_tokens = None if vocabulary.is_shared else vocabulary.first_tokens
-        self._desk = PolicyDesk(
-            policy, self._names, sampling, vocabulary.starts_word, embeds, first_tokens
-        )
+        self._desk = PolicyDesk(policy, self._names, vocabulary.starts_word, embeds, first_tokens)
         self._policy = policy
-        self._sampling = sampling
         self._noise = Noise()
         self._block_size = block_size
         self._n_slots = n_slots
+        self._free = list(range(n_slots))
         self._clock = clock
         self._readers: dict[int, Reader] = {}
         self._home: torch.device | None = None
@@ -96,7 +96,9 @@ class Router:
         self._has_seams = several and (policy.acts == "select" or policy.seams)
         self._counts_bytes = several or policy.support in ("bytes", "characters")
         self.finished: deque[Row] = deque()
+        self._coming: deque[Row] = deque()
         self._active: list[Row] = []
+        self._undecided: list[Row] = []  # their drafts have ended, and wait to be decided
         self._enough = self._part_to_wait_for()
         # A base model that the policy does not look at always has nothing to draft with.
         self._drafter: Drafter | None = None
@@ -122,56 +124,89 @@ class Router:
         return self._readers
 
     @property
-    def noise_used(self) -> bool:
-        """Whether anything random has had a part in the texts."""
-        return self._noise.used
+    def busy(self) -> bool:
+        """Whether any row is being written or waits for it."""
+        return bool(self._coming or self._active)
+
+    def add(self, row: Row) -> None:
+        """Let a new row wait until it is written."""
+        self._coming.append(row)
+
+    def cancel(self, row: Row) -> None:
+        """Write no further in a row; its slot is free at once. A row that is done stays done."""
+        if row in self._coming:
+            self._coming.remove(row)
+        elif row in self._active:
+            self._release(row)
+
+    def _release(self, row: Row) -> None:
+        self._active.remove(row)
+        insort(self._free, row.slot)
+        if row in self._undecided:
+            self._undecided.remove(row)
+        if self._drafter is not None:
+            self._drafter.drop(row)
 
     def run(self, rows: Sequence[Row]) -> Iterator[Piece]:
         """Write all rows to their ends, and let out text as it becomes certain.
 
         Rows are finished in place. A row that is done makes room for the next that waits.
         """
-        coming = deque(rows)
-        free = list(range(self._n_slots))
-        undecided: list[Row] = []
-        while coming or self._active:
-            while coming and free:
-                row = coming.popleft()
-                row.slot = free.pop(0)
-                for reader in self._readers.values():
-                    reader.start(row)
-                self._active.append(row)
-                if self._policy.prompts:
-                    row.prompt_nats = self._prompt_nats(row)
-            if self._segments is not None:
-                yield from self._write_segments(self._segments)
-                free = self._clear(free)
-                continue
-            if self._drafter is None:
-                decided, draft = self._active, self._blank(self._active)
-            else:
-                ready = [row for row in self._active if row not in undecided]
-                if self._is_bridged:
-                    ready = yield from self._go_on(ready)
-                    free = self._clear(free)
-                if ready:
-                    undecided += self._drafter.advance(ready)
-                few = len(undecided) < self._enough * len(self._active)
-                if not undecided or (few and ready):
-                    continue
-                decided, undecided = sorted(undecided, key=lambda row: row.slot), []
-                draft = self._drafter.take(decided)
-            verdict = self._settle(draft)
-            for row in decided:
-                yield from self._commit(row, draft, verdict)
-            free = self._clear(free)
+        self._coming.extend(rows)
+        while self.busy:
+            yield from self.step()
 
-    def _write_segments(self, segments: SegmentWriter) -> Iterator[Piece]:
+    def step(self) -> list[Piece]:
+        """One round: rows draft one token further, or what they have drafted is decided.
+
+        Returns:
+            The text that has become certain; nothing where no row is to be written.
+        """
+        self._admit()
+        if not self._active:
+            return []
+        pieces: list[Piece] = []
+        if self._segments is not None:
+            self._write_segments(self._segments, pieces)
+            self._clear()
+            return pieces
+        if self._drafter is None:
+            decided, draft = list(self._active), self._blank(self._active)
+        else:
+            ready = [row for row in self._active if row not in self._undecided]
+            if self._is_bridged:
+                ready = self._go_on(ready, pieces)
+                self._clear()
+            if ready:
+                self._undecided += self._drafter.advance(ready)
+            few = len(self._undecided) < self._enough * len(self._active)
+            if not self._undecided or (few and ready):
+                return pieces
+            decided, self._undecided = sorted(self._undecided, key=lambda row: row.slot), []
+            draft = self._drafter.take(decided)
+        verdict = self._settle(draft)
+        for row in decided:
+            pieces += self._commit(row, draft, verdict)
+        self._clear()
+        return pieces
+
+    def _admit(self) -> None:
+        """Give free slots to the rows that wait."""
+        while self._coming and self._free:
+            row = self._coming.popleft()
+            row.slot = self._free.pop(0)
+            for reader in self._readers.values():
+                reader.start(row)
+            self._active.append(row)
+            if self._policy.prompts:
+                row.prompt_nats = self._prompt_nats(row)
+
+    def _write_segments(self, segments: SegmentWriter, pieces: list[Piece]) -> None:
         """Write the next segment of every row."""
-        for row, written in segments.next(self._active):
+        for row, written in segments.next(list(self._active)):
             for new in written:
                 row.write(new)
-                yield from self._show(row)
+                pieces += self._show(row)
                 if row.finish_reason is not None:
                     break
 
@@ -182,12 +217,13 @@ class Router:
             nats[k] = self._reader(k).prompt_nats(row) / max(1, len(row.prompt_ids[0]) - 1)
         return nats
 
-    def _clear(self, free: Sequence[int]) -> list[int]:
-        """Take out the rows that are done; returns the slots that are free then."""
+    def _clear(self) -> None:
+        """Take out the rows that are done."""
         done = [row for row in self._active if row.finish_reason is not None]
-        self.finished.extend(done)
-        self._active = [row for row in self._active if row.finish_reason is None]
-        return sorted([*free, *(row.slot for row in done)])
+        if done:
+            self.finished.extend(done)
+            self._active = [row for row in self._active if row.finish_reason is None]
+            self._free = sorted([*self._free, *(row.slot for row in done)])
 
     def _reader(self, k: int) -> Reader:
         """The reader of model ``k``; a model that nobody looks at costs no memory."""
@@ -232,11 +268,15 @@ class Router:
         for k in sorted(set(last.values())):
             theirs = [i for i in behind if last[i] == k]
             self._look(k, draft, theirs)
-            tokens = draft.positions.draw(draft.shown[k].logits(theirs), theirs).tolist()
+            tokens = draft.positions.at(theirs).draw(draft.shown[k].logits(theirs)).tolist()
             draft.foreseen |= {i: (k, token) for i, token in zip(theirs, tokens, strict=True)}
 
-    def _go_on(self, rows: Sequence[Row]) -> Generator[Piece, None, list[Row]]:
+    def _go_on(self, rows: Sequence[Row], pieces: list[Piece]) -> list[Row]:
         """Let assistants write up to a place where the base model can go on.
+
+        Args:
+            rows: that are to be written on.
+            pieces: where text that becomes certain is added.
 
         Returns:
             The rows in which it can do so now.
@@ -262,7 +302,7 @@ class Router:
                 self._desk.write(draft, writer, [i], verdict)
             reader.rollback(row, place)
         for row in held:
-            yield from self._commit(row, draft, verdict)
+            pieces += self._commit(row, draft, verdict)
         return [row for row in rows if row not in held]
 
     def _survey(self, models: Sequence[int], draft: Draft, which: Sequence[int]) -> list[int]:
@@ -294,7 +334,7 @@ class Router:
         return [i for i in which if every.places[i] < late.get(every.rows[i], every.places[i] + 1)]
 
     def _positions(self, rows: Sequence[Row], places: Sequence[int]) -> Positions:
-        return Positions(rows, places, self._noise, self._sampling)
+        return Positions(rows, places, self._noise)
 
     def _fits(self, row: Row, *ahead: int) -> bool:
         """Whether every model in use can read the row, its draft, and the tokens ``ahead``."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from multicolm.decoding.sampling import Sampling
 from multicolm.decoding.text import TextStream
 from multicolm.tokenizer.incremental import IncrementalEncoder
 from multicolm.types import FinishReason, Prompt, Usage
@@ -42,6 +43,7 @@ class Row:
         max_new_tokens: the most tokens that it may get.
         text: the text as it is shown.
         draft_length: how many tokens the base model drafts at a time.
+        sampling: how its tokens are drawn.
         prompt_nats: per model, minus the log-probability of its prompt, for policies that look at
             prompts; NaN for models that are not in use.
         drafter: index of the model whose tokens stand behind the written ones.
@@ -54,6 +56,7 @@ class Row:
         lengths: per model, prompt and written tokens in its own tokens.
         meter: of a text of bytes, counts the base model's tokens in it.
         usage: per model, what it did.
+        noise_used: whether anything random has had a part in the text.
         finish_reason: why it ended; ``None`` while it goes on.
     """
 
@@ -65,6 +68,7 @@ class Row:
     max_new_tokens: int
     text: TextStream
     draft_length: int
+    sampling: Sampling
     slot: int = -1
     drafter: int = 0
     ids: list[int] = field(default_factory=list)
@@ -76,6 +80,7 @@ class Row:
     lengths: list[int] = field(default_factory=list)
     usage: list[Usage] = field(default_factory=list)
     meter: IncrementalEncoder | None = None
+    noise_used: bool = False
     finish_reason: FinishReason | None = None
 
     def __post_init__(self) -> None:

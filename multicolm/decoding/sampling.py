@@ -15,9 +15,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-__all__ = ["Noise", "Sampling", "row_key"]
+__all__ = ["Noise", "Sampling", "Stream", "row_key"]
 
 Stream = Literal["token", "policy", "accept", "residual"]
+"""What a random number is for."""
+
 _STREAMS: dict[Stream, int] = {"token": 0, "policy": 1, "accept": 2, "residual": 3}
 
 
@@ -89,18 +91,12 @@ def row_key(seed: int, prompt_ids: Sequence[int]) -> int:
 
 
 class Noise:
-    """Random numbers by (row key, place, stream); equal arguments give equal numbers.
-
-    Attributes:
-        used: whether any were asked for.
-    """
+    """Random numbers by (row key, place, stream); equal arguments give equal numbers."""
 
     def __init__(self) -> None:
         self._generator = torch.Generator()
-        self.used = False
 
     def _seed(self, key: int, place: int, stream: Stream) -> torch.Generator:
-        self.used = True
         message = (
             key.to_bytes(8, "little") + place.to_bytes(8, "little") + bytes([_STREAMS[stream]])
         )

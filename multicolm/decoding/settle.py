@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from multicolm.decoding.draft import Draft, Positions, Shown
-from multicolm.decoding.sampling import Sampling
 from multicolm.errors import PolicyError
 from multicolm.policy.base import MixPolicy, Needs, Policy, SelectPolicy, VerifyPolicy
 from multicolm.views import ModelNames, View, Views
@@ -47,7 +46,6 @@ class PolicyDesk:
     Args:
         policy: the policy.
         models: names of the ensemble's models.
-        sampling: how tokens are drawn.
         starts_word: per shared token, whether it begins a word.
         embeds: per model index, what gives the input embeddings of shared ids.
         first_tokens: per model index, with which token it begins to spell each token, where models
@@ -61,7 +59,6 @@ class PolicyDesk:
         self,
         policy: Policy,
         models: ModelNames,
-        sampling: Sampling,
         starts_word: Tensor,
         embeds: Mapping[int, Callable[[Tensor], Tensor]] | None = None,
         first_tokens: Callable[[int], Tensor] | None = None,
@@ -69,7 +66,6 @@ class PolicyDesk:
         self.policy = policy
         self.models = models
         self.needs: Needs = policy.needs(models)
-        self._sampling = sampling
         self._starts_word = starts_word
         self._embeds = embeds or {}
         self._first_tokens = first_tokens
@@ -92,7 +88,8 @@ class PolicyDesk:
                 name=self.models[k],
                 embed=self._embeds.get(k),
             )
-        context = positions.at(which).context(device)
+        here = positions.at(which)
+        context = here.context(device)
         if not self.policy.history:
             del context["previous"], context["base_run"]
         if not self.policy.prompts:
@@ -102,7 +99,7 @@ class PolicyDesk:
             views,
             n_positions=len(which),
             context=context,
-            drawn=self._sampling.probs,
+            drawn=here.probs,
             starts_word=self._starts_word,
             first_tokens=self._first_tokens,
             closed={
@@ -158,7 +155,7 @@ class PolicyDesk:
         if writer == 0 and draft.tokens:
             tokens = torch.tensor([draft.tokens[i] for i in which], device=logits.device)
         else:
-            tokens = draft.positions.draw(logits, which)
+            tokens = draft.positions.at(which).draw(logits)
         verdict.enter(which, [writer] * len(which), tokens, logits)
 
     def _select(
@@ -202,7 +199,7 @@ class PolicyDesk:
                 f"policy '{policy.name}' returned a distribution without any possible token, "
                 "or with NaN or infinity."
             )
-        tokens = draft.positions.draw(mixed, which)
+        tokens = draft.positions.at(which).draw(mixed)
         verdict.enter(which, [len(self.models)] * len(which), tokens, mixed)
 
     def _verify(
@@ -223,7 +220,7 @@ class PolicyDesk:
         positions = draft.positions.at(which)
         drafted = torch.tensor([draft.tokens[i] for i in which], device=target.device)[:, None]
         proposal = (1 - policy.lenience) * views.drawn_probs(0)
-        uniform = positions.noise.uniform(positions.keys, positions.places, "accept")
+        uniform = positions.uniform("accept")
         wanted, proposed = target.gather(-1, drafted)[:, 0], proposal.gather(-1, drafted)[:, 0]
         # u < p / q without the division: nothing is kept that the target rules out, and with full
         # lenience, where q counts as 0, everything is.
@@ -231,11 +228,7 @@ class PolicyDesk:
         residual = (target - proposal).clamp_min(0)
         # Rounding may leave nothing where target and proposal are equal; nothing is rejected there.
         residual = torch.where(residual.sum(-1, keepdim=True) > 0, residual, target)
-        replaced = residual.log()
-        if not self._sampling.greedy:
-            replaced = replaced + positions.noise.gumbel(
-                positions.keys, positions.places, target.shape[-1], "residual"
-            ).to(target.device)
+        replaced = positions.jittered(residual.log(), "residual")
         tokens = torch.where(kept, drafted[:, 0], replaced.argmax(-1))
         writer = policy.replaces(self.models)
         if writer not in draft.shown:

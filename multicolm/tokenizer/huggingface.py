@@ -19,6 +19,7 @@ __all__ = ["HuggingFaceTokenizer"]
 
 _SENTENCEPIECE = {"Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"}
 _PREFIXING = ("normalizer", "pre_tokenizer")
+_PRIVATE = 0x100000  # the last of Unicode's planes is for private use
 _BYTE = re.compile("<0x[0-9A-Fa-f]{2}>")
 
 
@@ -126,7 +127,8 @@ class HuggingFaceTokenizer(TokenizerAdapter):
     @cached_property
     def _outer(self) -> Any:
         """The tokenizer for text at the start of a prompt, in which no special is seen."""
-        return _without_specials(self._tokenizer.backend_tokenizer.to_str())
+        settings = json.loads(self._tokenizer.backend_tokenizer.to_str())
+        return _without_specials(settings, self._stand_ins)
 
     @cached_property
     def _inner(self) -> Any:
@@ -134,7 +136,7 @@ class HuggingFaceTokenizer(TokenizerAdapter):
         settings = json.loads(self._tokenizer.backend_tokenizer.to_str())
         if all(settings[part] == _without_prefix(settings[part]) for part in _PREFIXING):
             return self._outer
-        return _without_specials(json.dumps(self.settings))
+        return _without_specials(self.settings, self._stand_ins)
 
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of a chat in the model's own template, ready for the reply.
@@ -142,13 +144,29 @@ class HuggingFaceTokenizer(TokenizerAdapter):
         Raises:
             InputError: if there is no template, or the template refuses the messages.
         """
-        from jinja2.exceptions import TemplateError
-
         if not self._tokenizer.chat_template:
             raise InputError(
                 f"model '{self._name}' has no chat template; give a plain text prompt, or set "
                 f"`chat_template:` for it in the ensemble file."
             )
+        # What the tokenizer puts at the start of a text is in the template if it should be there.
+        names = self._specials.values()
+        if not any(name in message["content"] for message in messages for name in names):
+            text = self._in_template(messages)
+            return self._readable(self._encode_with_specials(text, at_start=False))
+        stand_ins = self._stand_ins
+        hidden: list[Message] = []
+        for message in messages:
+            content = _replaced(message["content"], stand_ins)
+            hidden.append({"role": message["role"], "content": content})
+        # The names that are left are the template's: they and those of the messages change places.
+        back = {stand_in: name for name, stand_in in stand_ins.items()}
+        text = _replaced(self._in_template(hidden), {**stand_ins, **back})
+        return self._readable(list(self._of_stand_ins.encode(text, add_special_tokens=False).ids))
+
+    def _in_template(self, messages: Sequence[Message]) -> str:
+        from jinja2.exceptions import TemplateError
+
         try:
             text = self._tokenizer.apply_chat_template(
                 [cast("dict[str, str]", dict(message)) for message in messages],
@@ -159,8 +177,23 @@ class HuggingFaceTokenizer(TokenizerAdapter):
             raise InputError(
                 f"the chat template of model '{self._name}' refuses these messages: {error}"
             ) from error
-        # What the tokenizer puts at the start of a text is in the template if it should be there.
-        return self._readable(self._encode_with_specials(str(text), at_start=False))
+        return str(text)
+
+    @cached_property
+    def _stand_ins(self) -> dict[str, str]:
+        """Per name of a special token, a character that stands for nothing in Unicode."""
+        return {name: chr(_PRIVATE + i) for i, name in enumerate(self._specials.values())}
+
+    @cached_property
+    def _of_stand_ins(self) -> Any:
+        """The tokenizer whose special tokens are called by their stand-ins."""
+        from tokenizers import Tokenizer
+
+        settings = json.loads(self._tokenizer.backend_tokenizer.to_str())
+        tokenizer = Tokenizer.from_str(json.dumps(_renamed(settings, self._stand_ins)))
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        return tokenizer
 
     def token_bytes(self, token_id: int) -> bytes:
         """What the token adds to a text; empty for special tokens and ids without a token."""
@@ -179,19 +212,45 @@ class HuggingFaceTokenizer(TokenizerAdapter):
         return self._is_added[token_id]
 
 
-def _without_specials(settings: str) -> Any:
+def _without_specials(settings: Mapping[str, Any], stand_ins: Mapping[str, str]) -> Any:
     """A tokenizer for which names of special tokens are text.
 
     Args:
         settings: its ``tokenizer.json``.
+        stand_ins: what no text holds, for each name; a Unigram model would find the names again.
     """
     from tokenizers import Tokenizer
 
-    tokenizer = Tokenizer.from_str(settings)
+    unigram = (settings.get("model") or {}).get("type") == "Unigram"
+    renamed = _renamed(settings, stand_ins) if unigram else settings
+    tokenizer = Tokenizer.from_str(json.dumps(renamed))
     tokenizer.encode_special_tokens = True
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
+
+
+def _renamed(settings: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """The settings of a tokenizer some of whose tokens have other names; ids stay."""
+    added = [
+        {**token, "content": names.get(token["content"], token["content"])}
+        for token in settings.get("added_tokens") or ()
+    ]
+    model = dict(settings["model"])
+    vocab = model.get("vocab")
+    if isinstance(vocab, dict):
+        model["vocab"] = {names.get(piece, piece): i for piece, i in vocab.items()}
+    elif isinstance(vocab, list):  # of pieces and scores, in a Unigram model
+        model["vocab"] = [[names.get(piece, piece), score] for piece, score in vocab]
+    if model.get("unk_token") in names:
+        model["unk_token"] = names[model["unk_token"]]
+    return {**settings, "added_tokens": added, "model": model}
+
+
+def _replaced(text: str, names: Mapping[str, str]) -> str:
+    """The text with every name replaced at once; of names that begin alike the longest."""
+    pattern = "|".join(map(re.escape, sorted(names, key=len, reverse=True)))
+    return re.sub(pattern, lambda found: names[found.group()], text)
 
 
 def _decoder_of(tokenizer: PreTrainedTokenizerBase, name: str) -> Any:

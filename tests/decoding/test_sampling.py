@@ -163,13 +163,6 @@ def test_uniform_numbers_are_uniform_and_gumbel_noise_is_gumbel() -> None:
     assert abs(neighbours) < 4 / math.sqrt(n)
 
 
-def test_noise_notes_whether_it_was_used() -> None:
-    noise = Noise()
-    assert not noise.used
-    noise.uniform([1], [1])
-    assert noise.used
-
-
 def test_a_row_hangs_on_its_seed_and_its_prompt() -> None:
     keys = {row_key(seed, ids) for seed in (0, 1, -1, 2**40) for ids in ([1], [1, 2], [12], [])}
     assert len(keys) == 16

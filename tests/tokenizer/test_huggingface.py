@@ -73,8 +73,8 @@ TEXTS = st.text(
 @example(text="👩‍👩‍👧 naïve é")
 @example(text="<|end|></s><s><0x41>")
 def test_decoding_what_was_encoded_gives_the_bytes_of_the_text(kind: str, text: str) -> None:
-    # A Unigram model takes the spellings of its special and byte tokens for those tokens.
-    assume(not (kind.startswith("unigram") and "<" in text))
+    # A Unigram model takes the spellings of its byte tokens for those tokens.
+    assume(not (kind.startswith("unigram") and "<0x" in text))
     tokenizer = adapter(kind)
     ids = tokenizer.encode_continuation(text)
     assert tokenizer.decode(ids) == text.encode()

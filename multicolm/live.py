@@ -1,0 +1,207 @@
+"""One policy at work, for texts that come and go."""
+
+from __future__ import annotations
+
+import time
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import accumulate
+
+from multicolm.backend.base import Model
+from multicolm.config import GenerationConfig
+from multicolm.decoding.prompts import prompt_ids
+from multicolm.decoding.router import Router
+from multicolm.decoding.row import Row, Written
+from multicolm.decoding.sampling import Sampling, row_key
+from multicolm.decoding.text import TextStream
+from multicolm.policy.base import Policy, Schedule
+from multicolm.tokenizer.incremental import IncrementalEncoder
+from multicolm.tokenizer.vocabulary import Vocabulary
+from multicolm.types import MIXTURE, Answer, Piece, Prompt, Trace, TracedToken, Usage
+from multicolm.views import ModelNames
+
+__all__ = ["Live"]
+
+
+class Live:
+    """One policy at work: texts may come and go while others are written.
+
+    What is written for a prompt depends on the prompt, its settings and its seed, and on nothing
+    else: not on which other texts there are, when it came, or who left. It is not safe to use from
+    two threads at a time.
+
+    Args:
+        models: the base model first.
+        vocabulary: what they write in.
+        policy: decides who writes.
+        name: the policy's, for answers.
+        written_in: what texts are written in, if not in ``vocabulary``: bytes or characters.
+        schedule: how models are run; ``None`` takes what suits the policy.
+        block_size: tokens that the base model drafts at a time under ``block``.
+        n_slots: how many texts are written at a time; others wait.
+        clock: current time in seconds.
+
+    Attributes:
+        router: the loop itself.
+
+    Raises:
+        CapabilityError: if the policy speaks of a model that is not there.
+    """
+
+    def __init__(
+        self,
+        models: Sequence[Model],
+        vocabulary: Vocabulary,
+        policy: Policy,
+        name: str,
+        *,
+        written_in: Vocabulary | None = None,
+        schedule: Schedule | None = None,
+        block_size: int = 8,
+        n_slots: int = 16,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self._models = tuple(models)
+        self._names = ModelNames(model.name for model in models)
+        self._vocabulary = vocabulary
+        self._policy = policy
+        self._name = name
+        self._used = sorted(policy.uses(self._names))
+        self._written_in = written_in or vocabulary
+        # Written together, what the base model drafts has to be in the others' tokens.
+        drafts = (schedule or policy.schedule) == "block" and (
+            policy.support == "shared" or (policy.support == "union" and self._written_in.is_shared)
+        )
+        self._block_size = block_size if drafts else 1
+        self.router = Router(
+            models,
+            self._written_in,
+            policy,
+            block_size=self._block_size,
+            n_slots=n_slots,
+            clock=clock,
+        )
+
+    @property
+    def busy(self) -> bool:
+        """Whether any text is being written or waits for it."""
+        return self.router.busy
+
+    def row(self, prompt: Prompt, number: int, wanted: GenerationConfig, seed: int) -> Row:
+        """A text to be written; it is not begun before it is added.
+
+        Args:
+            prompt: text, a chat, or token ids of the shared vocabulary.
+            number: for messages (``prompt 1`` is number 0), and in what is written.
+            wanted: how it is written; ``schedule`` and ``block_size`` are those of all.
+            seed: of everything random.
+
+        Raises:
+            InputError: if the prompt is empty, or longer than a context.
+        """
+        ids = prompt_ids(prompt, number, self._models, self._vocabulary, self._used)
+        in_tokens = self._written_in is self._vocabulary
+        return Row(
+            number=number,
+            prompt=prompt,
+            prompt_ids=ids,
+            key=row_key(seed, ids[self._used[0]]),
+            seed=seed,
+            max_new_tokens=wanted.max_new_tokens,
+            text=TextStream(wanted.stop),
+            draft_length=self._block_size,
+            sampling=Sampling(wanted.temperature, wanted.top_k, wanted.top_p),
+            meter=None if in_tokens else IncrementalEncoder(self._models[0].tokenizer),
+        )
+
+    def add(self, row: Row) -> None:
+        """Let a text be written as soon as there is a slot for it."""
+        self.router.add(row)
+
+    def cancel(self, row: Row) -> None:
+        """Write no further in a text; its slot is free at once."""
+        self.router.cancel(row)
+
+    def step(self) -> list[Piece]:
+        """One round of the loop; see :meth:`multicolm.decoding.router.Router.step`."""
+        return self.router.step()
+
+    def finished(self) -> list[Row]:
+        """The texts that were finished since this was asked last."""
+        rows = list(self.router.finished)
+        self.router.finished.clear()
+        return rows
+
+    @property
+    def usage(self) -> dict[str, Usage]:
+        """Per model, what it did for all texts so far; what they have written is not counted."""
+        readers = self.router.readers
+        return {
+            name: readers[k].usage if k in readers else Usage()
+            for k, name in enumerate(self._names)
+        }
+
+    def tokens(self, row: Row, first: int = 0) -> list[TracedToken]:
+        """The tokens of a text from number ``first`` on, as far as they are certain by now.
+
+        Of a text that is written in bytes, tokens are those of the base model, and certain a
+        little later than its characters.
+        """
+        names = [*self._names, MIXTURE]
+        written = row.written if row.meter is None else self._as_tokens(row, row.meter)
+        return [
+            TracedToken(
+                new.token,
+                self._vocabulary.name(new.token),
+                names[new.writer],
+                new.logprob,
+                new.score,
+            )
+            for new in written[first:]
+        ]
+
+    def answer(self, row: Row) -> Answer:
+        """The answer of a text that is finished."""
+        assert row.finish_reason is not None
+        tokens = self.tokens(row)
+        n_written = dict.fromkeys([*self._names, MIXTURE], 0)
+        for token in tokens:
+            n_written[token.model] += 1
+        return Answer(
+            prompt=row.prompt,
+            text=row.text.text,
+            trace=Trace(tuple(tokens)),
+            usage={
+                name: replace(row.usage[k], tokens_written=n_written[name])
+                for k, name in enumerate(self._names)
+            },
+            finish_reason=row.finish_reason,
+            policy=self._name,
+            seed=row.seed if row.noise_used else None,
+        )
+
+    def _as_tokens(self, row: Row, meter: IncrementalEncoder) -> list[Written]:
+        """A text of bytes or characters as tokens of the base model.
+
+        Each has the probability of what was written since the one before; what ends within a
+        token counts to it.
+        """
+        done = row.finish_reason is not None
+        n_certain = len(meter.ids) if done else meter.stable
+        sizes = [len(self._written_in.token_bytes(new.token)) for new in row.written]
+        ends = list(accumulate(sizes))
+        tokens, first = [], 0
+        for token, end in zip(meter.ids[:n_certain], meter.ends, strict=False):
+            last = max(first, bisect_right(ends, end))
+            logprob = sum(new.logprob for new in row.written[first:last])
+            writer = row.written[max(last, 1) - 1].writer
+            tokens.append(Written(token, writer, logprob, None))
+            first = last
+        if done:
+            text_ends = self._written_in.end_ids(None)
+            own_ends = self._vocabulary.end_ids(0) or self._vocabulary.end_ids(None)
+            for new in row.written[first:]:
+                if new.token in text_ends and own_ends:
+                    tokens.append(replace(new, token=min(own_ends)))
+        return tokens
