@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, PrivateAttr, model_validator
 
@@ -14,7 +14,44 @@ from multicolm.config.document import Document, read_text
 from multicolm.config.wording import Problem, Strict, check
 from multicolm.errors import ConfigError, UnknownNameError, unknown
 
-__all__ = ["ModelConfig", "ModelFile", "ResolvedModel", "load_model_file"]
+__all__ = ["SERVERS", "ModelConfig", "ModelFile", "ResolvedModel", "load_model_file"]
+
+SERVERS = ("llama-cpp-server", "openai", "sglang", "vllm")
+"""Backends whose models run in a server."""
+
+_OF_ALL = frozenset({"backend", "model", "chat_template", "cost"})
+_FETCHED = frozenset({"revision", "trust_remote_code"})
+_OF_SERVERS = frozenset(
+    {
+        "url",
+        "served_model",
+        "api_key_env",
+        "timeout",
+        "connect_timeout",
+        "retries",
+        "look_ahead",
+        "logprobs",
+    }
+)
+_OF_PROCESSES = frozenset(
+    {
+        "dtype",
+        "device",
+        "device_map",
+        "attn_implementation",
+        "adapter",
+        "allow_pickled_weights",
+    }
+)
+_SETTINGS: dict[str, frozenset[str]] = {
+    "transformers": _FETCHED | _OF_PROCESSES,
+    "llama-cpp": frozenset({"cache_type", "context_length", "gpu_layers", "tokenizer"}),
+    "table": frozenset(),
+    **dict.fromkeys(SERVERS, _FETCHED | _OF_SERVERS),
+}
+"""What each backend can be told, besides what all can."""
+
+_URL = re.compile(r"https?://[^\s/?#]+(/[^\s?#]*)?")
 
 
 class ModelFile(Strict):
@@ -80,7 +117,8 @@ class ModelConfig(Strict):
     Attributes:
         backend: what runs it; a name in :data:`multicolm.plugins.backends`.
         model: a name in ``registry/models/``, a folder, a Hub id ``org/name``, or the GGUF file of
-            backend ``llama-cpp``.
+            backend ``llama-cpp``. Of a model in a server, where its tokenizer and ``config.json``
+            are.
         revision: commit, tag or branch of a Hub id.
         dtype: the type to compute in; ``auto`` takes that of the weights.
         device: such as ``cpu`` or ``cuda:0``.
@@ -96,6 +134,17 @@ class ModelConfig(Strict):
         context_length: the most tokens of a text, where that is less than the GGUF file allows.
         cache_type: in what llama.cpp keeps what it has read; ``f16`` is smaller, ``f32`` exact.
         gpu_layers: how many layers llama.cpp puts on an accelerator.
+        url: of the server that runs the model, such as ``http://127.0.0.1:8000/v1``.
+        served_model: what the server calls it; not needed where it serves one model.
+        api_key_env: the environment variable that holds the server's key.
+        timeout: the most seconds that one request may take; the first one, which warms the server
+            up, may take three minutes.
+        connect_timeout: the most seconds to wait for a connection.
+        retries: how often a request that failed is sent again, with growing pauses.
+        look_ahead: the most tokens to ask for at a time while the model's own text goes on.
+        logprobs: of how many of its likeliest tokens to ask for the log-probability, or ``all``.
+            Not given: all of a vocabulary of up to 4096 tokens, else 20; less where the server
+            gives less.
     """
 
     backend: str = "transformers"
@@ -114,6 +163,14 @@ class ModelConfig(Strict):
     context_length: int | None = Field(default=None, ge=1)
     cache_type: Literal["f16", "f32"] = "f16"
     gpu_layers: int = Field(default=0, ge=0)
+    url: str | None = None
+    served_model: str | None = Field(default=None, min_length=1)
+    api_key_env: str | None = Field(default=None, min_length=1)
+    timeout: float = Field(default=60.0, gt=0)
+    connect_timeout: float = Field(default=5.0, gt=0)
+    retries: int = Field(default=2, ge=0)
+    look_ahead: int = Field(default=16, ge=1)
+    logprobs: Annotated[int, Field(ge=1)] | Literal["all"] | None = None
     _resolved: ResolvedModel | None = PrivateAttr(default=None)
 
     @model_validator(mode="after")
@@ -124,18 +181,21 @@ class ModelConfig(Strict):
 
     @model_validator(mode="after")
     def _settings_of_its_backend(self) -> ModelConfig:
-        misplaced = sorted(self.model_fields_set & _GGUF_SETTINGS)
-        if misplaced and self.backend != "llama-cpp":
+        if self.backend in SERVERS and self.url is None:
             raise ValueError(
-                f"`{misplaced[0]}` is a setting of backend 'llama-cpp', and the backend is "
-                f"'{self.backend}'; leave it out."
+                f"backend '{self.backend}' needs a `url`: that of the server, such as "
+                "http://127.0.0.1:8000/v1."
             )
-        misplaced = sorted(self.model_fields_set & _TRANSFORMERS_SETTINGS)
-        if misplaced and self.backend == "llama-cpp":
-            raise ValueError(
-                f"`{misplaced[0]}` is no setting of backend 'llama-cpp'; allowed are backend, "
-                f"chat_template, cost, model, {', '.join(sorted(_GGUF_SETTINGS))}."
-            )
+        if self.url is not None and not _URL.fullmatch(self.url):
+            raise ValueError(f"`url` must be http://host:port or https://..., got '{self.url}'.")
+        known = _SETTINGS.get(self.backend)  # a backend of somebody else takes what it likes
+        for key in sorted(self.model_fields_set - _OF_ALL) if known is not None else ():
+            if key not in (known or ()):
+                owners = [backend for backend, keys in _SETTINGS.items() if key in keys]
+                raise ValueError(
+                    f"`{key}` belongs to {_backends(owners)}, and this model has backend "
+                    f"'{self.backend}'; leave it out."
+                )
         return self
 
     def resolve(self, base_dir: Path) -> list[Problem]:
@@ -232,20 +292,6 @@ def load_model_file(name: str) -> ModelFile:
     return file
 
 
-# What only llama.cpp knows, and what means nothing to it.
-_GGUF_SETTINGS = frozenset({"cache_type", "context_length", "gpu_layers", "tokenizer"})
-_TRANSFORMERS_SETTINGS = frozenset(
-    {
-        "adapter",
-        "allow_pickled_weights",
-        "attn_implementation",
-        "device",
-        "device_map",
-        "dtype",
-        "revision",
-        "trust_remote_code",
-    }
-)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -294,6 +340,10 @@ def _folder(text: str, base_dir: Path, file: str) -> str:
     if not (folder / file).is_file():
         raise ConfigError(f"{folder} holds no {file}, so no model can be loaded from it.")
     return str(folder.resolve())
+
+
+def _backends(names: list[str]) -> str:
+    return f"backend{'s' if len(names) > 1 else ''} {', '.join(names)}"
 
 
 def _gguf_file(text: str, base_dir: Path) -> str:

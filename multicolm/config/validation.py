@@ -114,6 +114,8 @@ def _check_model(model: ModelConfig) -> str:
         _check_weights(Path(where.adapter), "adapter_model", model.allow_pickled_weights)
     if model.backend == "llama-cpp":
         return _check_gguf(Path(where.location))
+    if model.url is not None:
+        return f"{model.url} was not asked"
     if model.backend != "transformers":
         return f"{where.location} is for the backend '{model.backend}' to check"
     if not where.is_local:

@@ -88,7 +88,7 @@ class _Trial:
         self._model = model
         self._reference = reference
         self._tolerance = tolerance
-        self._partial = getattr(model, "n_likeliest", None) is not None
+        self._partial = model.n_likeliest is not None
         self._generator = torch.Generator().manual_seed(seed)
         self._pool: list[int] = []  # prompts and what the reference writes after them
         self._n_tokens = min(model.tokenizer.n_tokens, reference.tokenizer.n_tokens)

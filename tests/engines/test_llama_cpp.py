@@ -154,7 +154,8 @@ def ensemble(folder: Path, gguf: Mapping[str, Path], generalist: str) -> multico
 
 
 BY_TOKENS = (
-    *("single", "cosd-rule", "average", "max-confidence", "nudging", "entropy", "bild", "safe"),
+    *("single", "cosd-rule", "average", "max-confidence", "nudging"),
+    *("entropy", "bild", "safe"),
 )
 OTHERS = ("gac", "unite", "byte-mixture", "chared", "cool-fusion", "pack-llm")
 
