@@ -136,6 +136,7 @@ backends: Registry[object] = Registry(
     "backend",
     "multicolm.backends",
     {
+        "llama-cpp": "multicolm.backend.llama_cpp.model:LlamaCppModel",
         "llama-cpp-server": "multicolm.backend.remote.model:LlamaCppServerModel",
         "openai": "multicolm.backend.remote.model:OpenAIModel",
         "sglang": "multicolm.backend.remote.model:SglangModel",

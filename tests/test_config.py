@@ -24,9 +24,10 @@ from multicolm.plugins import policies
 
 KNOWN_MODELS = "tiny-facts, tiny-facts-own, tiny-generalist, tiny-math, tiny-math-own"
 MODEL_KEYS = (
-    "adapter, allow_pickled_weights, api_key_env, attn_implementation, backend, chat_template, "
-    "connect_timeout, cost, device, device_map, dtype, logprobs, look_ahead, model, retries, "
-    "revision, served_model, timeout, trust_remote_code, url"
+    "adapter, allow_pickled_weights, api_key_env, attn_implementation, backend, cache_type, "
+    "chat_template, connect_timeout, context_length, cost, device, device_map, dtype, gpu_layers, "
+    "logprobs, look_ahead, model, retries, revision, served_model, timeout, tokenizer, "
+    "trust_remote_code, url"
 )
 DUO = """\
 base_model: small
@@ -307,7 +308,7 @@ def test_what_belongs_to_servers_is_refused_for_models_in_this_process(setting: 
     key = setting.split(":")[0]
     assert served(setting) == (
         f"duo.yaml:3:6: models.a: `{key}` belongs to backends llama-cpp-server, openai, sglang, "
-        "vllm, and this model has backend 'transformers'."
+        "vllm, and this model has backend 'transformers'; leave it out."
     )
 
 
@@ -325,7 +326,8 @@ def test_what_belongs_to_servers_is_refused_for_models_in_this_process(setting: 
 def test_what_belongs_to_models_in_this_process_is_refused_for_servers(setting: str) -> None:
     key = setting.split(":")[0]
     assert served(f"backend: vllm, url: 'http://h', {setting}").endswith(
-        f"models.a: `{key}` belongs to models in this process, and this model has backend 'vllm'."
+        f"models.a: `{key}` belongs to backend transformers, and this model has backend 'vllm'; "
+        "leave it out."
     )
 
 

@@ -30,7 +30,7 @@ LAYERS = [
 ]
 # Within one layer: these never meet.
 STRANGERS = {("policy", "backend"), ("backend", "policy"), ("policy", "tokenizer")}
-HEAVY = ("torch", "transformers", "sklearn", "accelerate", "peft")
+HEAVY = ("torch", "transformers", "sklearn", "accelerate", "peft", "llama_cpp")
 
 
 def part_of(module: str) -> str:

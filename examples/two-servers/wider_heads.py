@@ -1,5 +1,7 @@
 """Llama models with wider attention heads that say the same.
 
+    python examples/two-servers/wider_heads.py registry/tiny/facts runs/facts
+
 vLLM on CPUs serves attention heads of 32 dimensions and more, and those of the embedded models have
 24. Dimensions of zeros change no dot product, as long as the scale and the rotations stay.
 """
@@ -9,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import sys
 from pathlib import Path
 
 import torch
@@ -55,3 +58,7 @@ def _pad_rows(weight: torch.Tensor, old: int, width: int, halves: int = 1) -> to
     parts = weight.reshape(-1, halves, old // halves, weight.shape[-1])
     padded = torch.nn.functional.pad(parts, (0, 0, 0, (width - old) // halves))
     return padded.reshape(-1, weight.shape[-1])
+
+
+if __name__ == "__main__":
+    widen_heads(Path(sys.argv[1]), Path(sys.argv[2]))
