@@ -30,7 +30,10 @@ LAYERS = [
 ]
 # Within one layer: these never meet.
 STRANGERS = {("policy", "backend"), ("backend", "policy"), ("policy", "tokenizer")}
-HEAVY = ("torch", "transformers", "sklearn", "accelerate", "peft", "fastapi", "uvicorn")
+HEAVY = (
+    *("torch", "transformers", "sklearn", "accelerate", "peft", "fastapi", "uvicorn"),
+    "llama_cpp",
+)
 
 
 def part_of(module: str) -> str:

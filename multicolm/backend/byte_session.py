@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from multicolm.backend.base import Model
-from multicolm.errors import InputError, ModelError
+from multicolm.errors import CapabilityError, InputError, ModelError
 from multicolm.tokenizer.canonical import canonical
 from multicolm.tokenizer.cover import Cover, Frontier, Node, SortedBytes, log_sum
 
@@ -80,6 +80,7 @@ class _Lanes:
         self.paths = canonical(model.tokenizer)
         self.table = SortedBytes(self.paths.contents)
         self.n_forwards = 0
+        self.n_calls = 0
         self.n_read = 0
         # Of these nodes only sums over some ranges are wanted: long texts have many.
         self.asked: dict[Node, set[tuple[int, int]]] = {}
@@ -135,6 +136,7 @@ class _Lanes:
             self._held[lane] = list(job.ids)
         look = self._session.feed(lanes, new, n_last)
         self.n_forwards += look.n_passes
+        self.n_calls += look.n_calls
         self.n_read += sum(map(len, new))
         for lane, logits in zip(lanes, torch.split(look.logits, n_last), strict=True):
             nodes = jobs[lane].nodes
@@ -223,6 +225,11 @@ class ByteSession:
     def __init__(self, model: Model, n_rows: int, *, lanes: int = 4, prune: float = 1e-5) -> None:
         if not 0 <= prune < 1:
             raise InputError(f"prune is a part of the mass, at least 0 and below 1; got {prune}.")
+        if model.n_likeliest is not None:
+            raise CapabilityError(
+                f"bytes need every probability of model '{model.name}', and its server "
+                f"{model.server} tells of {model.n_likeliest} tokens."
+            )
         if lanes < 1:
             raise InputError(f"a byte session needs 1 lane or more, got {lanes}.")
         self._name = model.name
@@ -234,6 +241,11 @@ class ByteSession:
     def n_forwards(self) -> int:
         """Forward passes so far."""
         return self._lanes.n_forwards
+
+    @property
+    def n_calls(self) -> int:
+        """HTTP requests so far."""
+        return self._lanes.n_calls
 
     @property
     def n_read(self) -> int:

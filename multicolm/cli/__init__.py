@@ -11,12 +11,13 @@ import importlib
 import io
 import os
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import click
 
-from multicolm.errors import MulticolmError, unknown
+from multicolm.errors import MulticolmError, MulticolmWarning, unknown
 
 __all__ = ["cli", "main"]
 
@@ -105,7 +106,8 @@ def main(args: Sequence[str] | None = None) -> int:
     _print_anything()
     state: dict[str, Any] = {"debug": False}
     try:
-        code = _run(args, state)
+        with _warnings_in_one_line():
+            code = _run(args, state)
         sys.stdout.flush()
     except KeyboardInterrupt:
         code = _complain("Interrupted.", _INTERRUPTED)
@@ -140,6 +142,22 @@ def _run(args: Sequence[str] | None, state: dict[str, Any]) -> int:
         error.show()
         return error.exit_code
     return 0
+
+
+@contextlib.contextmanager
+def _warnings_in_one_line() -> Iterator[None]:
+    """Warnings that are meant for users come without the place in the code."""
+    with warnings.catch_warnings():
+        plain = warnings.showwarning
+
+        def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+            if issubclass(category, MulticolmWarning):
+                _complain(f"Warning: {message}", 0)
+            else:
+                plain(message, category, *place, **more)
+
+        warnings.showwarning = show
+        yield
 
 
 def _complain(text: str, code: int) -> int:

@@ -96,7 +96,8 @@ class _Bytes(Reader):
         """
         assert not hidden
         start = self._clock()
-        n_forwards, n_read = self._session.n_forwards, self._session.n_read
+        session = self._session
+        n_forwards, n_read, n_calls = session.n_forwards, session.n_read, session.n_calls
         for row, wanted in zip(rows, places, strict=True):
             self._feed(row, wanted[-1])
         ends = [
@@ -105,9 +106,10 @@ class _Bytes(Reader):
         ]
         shown = self._shown([row.slot for row in rows], ends)
         self._model.wait()
-        passes, read = self._session.n_forwards - n_forwards, self._session.n_read - n_read
-        self._share_out(rows, passes, read, self._clock() - start)
-        return Look(shown, None, passes)
+        passes, read = session.n_forwards - n_forwards, session.n_read - n_read
+        calls = session.n_calls - n_calls
+        self._share_out(rows, Usage(passes, read, 0, self._clock() - start, calls))
+        return Look(shown, None, passes, calls)
 
     def _feed(self, row: Row, place: int) -> None:
         """Let the model's text be the row's up to a place."""
@@ -122,12 +124,13 @@ class _Bytes(Reader):
         self._session.feed([slot], [text])
         self._n_fed[slot] = ends[place]
 
-    def _share_out(self, rows: Sequence[Row], n_passes: int, n_read: int, seconds: float) -> None:
+    def _share_out(self, rows: Sequence[Row], used: Usage) -> None:
         """Rows that are read together share what that took."""
-        self.usage += Usage(n_passes, n_read, 0, seconds)
+        self.usage += used
         for i, row in enumerate(rows):
-            share = n_read // len(rows) + (i < n_read % len(rows))
-            row.usage[self._index] += Usage(min(n_passes, 1), share, 0, seconds / len(rows))
+            n_read = used.tokens_read // len(rows) + (i < used.tokens_read % len(rows))
+            seconds = used.seconds / len(rows)
+            row.usage[self._index] += Usage(min(used.forwards, 1), n_read, 0, seconds, used.calls)
 
 
 class ByteReader(_Bytes):
