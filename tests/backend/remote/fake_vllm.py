@@ -7,6 +7,7 @@ errors are those that vLLM 0.32.0 was seen to have.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import threading
@@ -266,10 +267,8 @@ def _top(row: torch.Tensor, k: int, given: int) -> list[tuple[int, float]]:
 
 
 def _shut(connection: socket.socket) -> None:
-    try:
+    with contextlib.suppress(OSError):  # whoever was there may be gone
         connection.shutdown(socket.SHUT_RDWR)
-    except OSError:
-        pass  # whoever was there is gone
     connection.close()
 
 
@@ -286,10 +285,8 @@ class _Handler(BaseHTTPRequestHandler):
     def finish(self) -> None:
         with self.fake._lock:
             self.fake._open.discard(self.request)
-        try:
+        with contextlib.suppress(OSError):  # the client may be gone
             super().finish()
-        except OSError:
-            pass  # the client is gone
 
     def handle(self) -> None:
         try:

@@ -139,8 +139,8 @@ def test_drawing_is_refused_where_a_token_that_is_not_known_could_come(serve: Se
     for settings in ({"temperature": 1.0}, {"temperature": 1.0, "top_k": 6}):
         with pytest.raises(
             CapabilityError,
-            match=f"'cosd-rule' lets model 'facts' draw tokens, and its server {fake.url} tells the "
-            "probability of 5 of them: set `top_k` to 5 or less",
+            match=f"'cosd-rule' lets model 'facts' draw tokens, and its server {fake.url} tells "
+            "the probability of 5 of them: set `top_k` to 5 or less",
         ):
             partial.generate(PROMPTS[0], "cosd-rule", **settings)
     assert partial.generate(PROMPTS[0], "cosd-rule", temperature=1.0, top_k=5, max_new_tokens=2)
@@ -197,8 +197,8 @@ def test_a_server_of_text_is_refused_by_policies_that_need_numbers(serve: Serve)
     text_only = ensemble(remote(fake))
     with pytest.raises(
         CapabilityError,
-        match=f"policy 'cosd-rule' needs top1 of model 'facts' \\(server {fake.url}\\), which shows "
-        "only text; choose",
+        match=f"policy 'cosd-rule' needs top1 of model 'facts' \\(server {fake.url}\\), which "
+        "shows only text; choose",
     ):
         text_only.generate(PROMPTS[0], "cosd-rule")
     with pytest.raises(CapabilityError, match="tells the probability of none of them: set `temper"):

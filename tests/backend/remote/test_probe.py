@@ -108,7 +108,7 @@ def test_a_server_that_lists_no_models_is_believed_the_name_and_asked_for_it(
     fake = serve("facts", Manners(lists=False))
     assert remote(fake, served_model="facts")._abilities.context_length is None
     assert remote(fake, served_model="facts").context_length == 512  # of its config.json
-    with pytest.raises(ServerError, match="GET /v1/models .which models it serves.: HTTP 404"):
+    with pytest.raises(ServerError, match=r"GET /v1/models .which models it serves.: HTTP 404"):
         remote(fake)
     with pytest.raises(ServerError, match="HTTP 404: The model `fact` does not exist"):
         remote(fake, served_model="fact")
@@ -120,7 +120,7 @@ def test_the_key_comes_from_the_environment(serve: Serve, monkeypatch: pytest.Mo
     with pytest.raises(ServerError, match="HTTP 401: Unauthorized"):
         remote(fake)
     with pytest.raises(
-        ConfigError, match="models.facts.api_key_env: the environment variable SOME_KEY is not set"
+        ConfigError, match=r"models.facts.api_key_env: the environment variable SOME_KEY is not set"
     ):
         VllmModel.from_config("facts", settings)
     monkeypatch.setenv("SOME_KEY", "hush")
