@@ -268,6 +268,14 @@ class Ensemble:
         """
         return resolve_policy(self.policy if policy is None else policy, params)
 
+    def check(self, policy: Policy) -> None:
+        """Refuse a policy that does not fit these models, before anything is read or written.
+
+        Raises:
+            CapabilityError: naming what it needs and does not get.
+        """
+        self._check(policy)
+
     @property
     def bridges(self) -> list[Pair]:
         """How each two models hand over to each other, and why in this way."""

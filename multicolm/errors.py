@@ -8,6 +8,7 @@
     ├── VocabularyError            tokenizers that cannot be joined, or not be turned into bytes
     ├── ArtefactError              a file of a score table or a checkpoint: missing, damaged, of
     │                              other models or other data
+    ├── HubError                   the Hugging Face Hub cannot be reached, or refuses
     ├── TrainingError              training cannot go on: a loss that is no number, nothing to learn
     ├── InputError                 a prompt or a setting of one call (empty, too long, out of range)
     ├── PolicyError                a policy broke its contract while the text was being written
@@ -30,6 +31,7 @@ __all__ = [
     "CapabilityError",
     "ClosedError",
     "ConfigError",
+    "HubError",
     "InputError",
     "ModelError",
     "MulticolmError",
@@ -73,6 +75,10 @@ class VocabularyError(MulticolmError):
 
 class ArtefactError(MulticolmError):
     """A file of a score table or a checkpoint is missing, damaged, or made for something else."""
+
+
+class HubError(MulticolmError):
+    """The Hugging Face Hub cannot be reached, or refuses what was asked of it."""
 
 
 class TrainingError(MulticolmError):

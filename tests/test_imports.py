@@ -24,8 +24,8 @@ LAYERS = [
     {"policy", "tokenizer", "backend"},
     {"decoding"},
     {"ensemble", "live", "streaming"},
-    {"scoring"},
-    {"testing", "tiny", "training", "calibration", "evaluation", "serving"},
+    {"scoring", "generative"},
+    {"testing", "tiny", "training", "calibration", "evaluation", "hub", "serving"},
     {"cli", "__main__"},
 ]
 # Within one layer: these never meet.

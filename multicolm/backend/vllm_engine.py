@@ -1,7 +1,7 @@
 """vLLM in this process, where it is installed: the engine of a vLLM server, without the server.
 
-It is asked in the words of ``/v1/completions``, so that probing, look-ahead and scoring are those of
-:mod:`multicolm.backend.remote`.
+It is asked in the words of ``/v1/completions``, so that probing, look-ahead and scoring are those
+of :mod:`multicolm.backend.remote`.
 """
 
 from __future__ import annotations
