@@ -11,25 +11,33 @@
     ├── HubError                   the Hugging Face Hub cannot be reached, or refuses
     ├── TrainingError              training cannot go on: a loss that is no number, nothing to learn
     ├── InputError                 a prompt or a setting of one call (empty, too long, out of range)
-    └── PolicyError                a policy broke its contract while the text was being written
+    ├── PolicyError                a policy broke its contract while the text was being written
+    ├── ServerError                a server that runs a model: gone, stalled, refusing, changed
+    ├── BusyError                  this server has no place for another text just now
+    └── ClosedError                this server is shutting down, or has
 
-Bugs of multicolm itself are not in this tree: they keep their traceback.
+Bugs of multicolm itself are not in this tree: they keep their traceback. What is allowed and has to
+be known is a :class:`MulticolmWarning`.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 __all__ = [
     "ArtefactError",
+    "BusyError",
     "CapabilityError",
+    "ClosedError",
     "ConfigError",
     "HubError",
     "InputError",
     "ModelError",
     "MulticolmError",
+    "MulticolmWarning",
     "PolicyError",
+    "ServerError",
     "TrainingError",
     "UnknownNameError",
     "VocabularyError",
@@ -83,8 +91,48 @@ class InputError(MulticolmError):
     exit_code = 2
 
 
+class ServerError(MulticolmError):
+    """A server that runs a model does not answer, or not as it did when it was probed.
+
+    Attributes:
+        server: its address.
+        status: the HTTP status it answered with; ``None`` if it did not come to that.
+        answers: of a call of ``generate``: the answers that were finished before.
+    """
+
+    def __init__(self, message: str, *, server: str = "", status: int | None = None) -> None:
+        super().__init__(message)
+        self.server = server
+        self.status = status
+        self.answers: Sequence[object] = ()
+
+    def keeping(self, what: str) -> None:
+        """Add to the message what was kept."""
+        self.args = (f"{self.args[0]} {what}",)
+
+
+class MulticolmWarning(UserWarning):
+    """What is allowed and has to be known, such as how a policy treats what a server hides."""
+
+
 class PolicyError(MulticolmError):
     """A policy broke its contract: a wrong shape, no such model, an undeclared signal."""
+
+
+class BusyError(MulticolmError):
+    """A server has no place for another text just now.
+
+    Attributes:
+        retry_after: in how many seconds it is worth asking again.
+    """
+
+    def __init__(self, message: str, retry_after: int = 1) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class ClosedError(MulticolmError):
+    """A server is shutting down, or has."""
 
 
 def unknown(noun: str, name: str, known: Iterable[str]) -> str:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from multicolm.backend.base import Model
 from multicolm.decoding.row import Row
 from multicolm.decoding.threads import torch_threads
+from multicolm.errors import ServerError
 from multicolm.live import Live
 from multicolm.types import Answer, Piece, Usage
 
@@ -97,6 +98,14 @@ class Run:
         try:
             with torch_threads(models, threads):
                 yield from self.live.router.run(self.rows)
+        except ServerError as error:
+            done = sum(row.finish_reason is not None for row in self.rows)
+            n_open = sum(len(row.written) for row in self.rows if row.finish_reason is None)
+            error.keeping(
+                f"Finished and kept: {done} of {len(self.rows)} answers; {n_open} tokens of others "
+                "were written."
+            )
+            raise
         finally:
             self.seconds = clock() - start
 

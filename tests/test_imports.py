@@ -25,12 +25,15 @@ LAYERS = [
     {"decoding"},
     {"ensemble", "live", "streaming"},
     {"scoring", "generative"},
-    {"testing", "tiny", "training", "calibration", "evaluation", "hub"},
+    {"testing", "tiny", "training", "calibration", "evaluation", "hub", "serving"},
     {"cli", "__main__"},
 ]
 # Within one layer: these never meet.
 STRANGERS = {("policy", "backend"), ("backend", "policy"), ("policy", "tokenizer")}
-HEAVY = ("torch", "transformers", "sklearn", "accelerate", "peft")
+HEAVY = (
+    *("torch", "transformers", "sklearn", "accelerate", "peft", "fastapi", "uvicorn"),
+    "llama_cpp",
+)
 
 
 def part_of(module: str) -> str:

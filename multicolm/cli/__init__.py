@@ -11,18 +11,20 @@ import importlib
 import io
 import os
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import click
 
-from multicolm.errors import MulticolmError, unknown
+from multicolm.errors import MulticolmError, MulticolmWarning, unknown
 
 __all__ = ["cli", "main"]
 
 _VERBS = {
     "generate": "Write a text for each prompt.",
     "chat": "Talk with an ensemble.",
+    "serve": "Serve an ensemble over HTTP, as OpenAI's interface does.",
     "score": "Let every model read texts, and keep what it gives to each token.",
     "compare": "Compare policies with each other and with every model alone.",
     "eval": "Judge policies by tasks of the lm-evaluation-harness.",
@@ -107,7 +109,8 @@ def main(args: Sequence[str] | None = None) -> int:
     _print_anything()
     state: dict[str, Any] = {"debug": False}
     try:
-        code = _run(args, state)
+        with _warnings_in_one_line():
+            code = _run(args, state)
         sys.stdout.flush()
     except KeyboardInterrupt:
         code = _complain("Interrupted.", _INTERRUPTED)
@@ -142,6 +145,22 @@ def _run(args: Sequence[str] | None, state: dict[str, Any]) -> int:
         error.show()
         return error.exit_code
     return 0
+
+
+@contextlib.contextmanager
+def _warnings_in_one_line() -> Iterator[None]:
+    """Warnings that are meant for users come without the place in the code."""
+    with warnings.catch_warnings():
+        plain = warnings.showwarning
+
+        def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+            if issubclass(category, MulticolmWarning):
+                _complain(f"Warning: {message}", 0)
+            else:
+                plain(message, category, *place, **more)
+
+        warnings.showwarning = show
+        yield
 
 
 def _complain(text: str, code: int) -> int:

@@ -97,6 +97,12 @@ class Explainer:
         names = [*self._ensemble.models, MIXTURE]
         seen = {}
         for k, model in enumerate(self._ensemble.backends):
+            if model.n_likeliest is not None:
+                self._warn(
+                    f"Traces do not show model '{model.name}': its server tells of its likeliest "
+                    "tokens only."
+                )
+                continue
             try:
                 texts = [
                     Text(
