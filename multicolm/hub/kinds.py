@@ -183,9 +183,9 @@ def _check_declared(folder: Path, kind: Kind) -> list[str]:
         try:
             models = SharedEnsemble.from_pretrained(folder).config.models
             servers = [
-                f"model '{name}' runs in a server at {url}: what you ask goes there."
+                f"model '{name}' runs in a server at {model.url}: what you ask goes there."
                 for name, model in models.items()
-                if (url := getattr(model, "url", None))
+                if model.url is not None
             ]
         except ConfigError as error:
             (folder / "ensemble.yaml").rename(folder / "ensemble.yaml.refused")

@@ -144,7 +144,7 @@ class LikelihoodReader(PassageReader):
             CapabilityError: naming those that are.
         """
         for k in self._used:
-            if (known := self._n_likeliest(k)) is not None:
+            if (known := self._models[k].n_likeliest) is not None:
                 raise CapabilityError(
                     f"model '{self._models[k].name}' runs in a server that tells the probabilities "
                     f"of {known} tokens only, and the likelihood of a given text needs those of "
@@ -190,13 +190,8 @@ class LikelihoodReader(PassageReader):
                 found += self._likelihoods(batch, kind)
         return found
 
-    def _n_likeliest(self, k: int) -> int | None:
-        """Of how many tokens a model tells the probabilities; ``None`` for all."""
-        known: int | None = getattr(self._models[k], "n_likeliest", None)
-        return known
-
     def _kinds(self) -> tuple[Kind, ...]:
-        if any(self._n_likeliest(k) is not None for k in self._used):
+        if any(self._models[k].n_likeliest is not None for k in self._used):
             return ()
         if self._policy.acts == "segment" or self._policy.support == "characters":
             return ()
