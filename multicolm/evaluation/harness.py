@@ -326,7 +326,12 @@ class _Run:
                     confirm_run_unsafe_code=self._confirm,
                 )
             except MulticolmError as error:
-                raise type(error)(f"task '{unit.name}', row '{row.plan.name}': {error}") from error
+                # The same error, which may know more than its message.
+                error.args = (
+                    f"task '{unit.name}', row '{row.plan.name}': {error}",
+                    *error.args[1:],
+                )
+                raise
         return {
             "figures": list(_figures(found)),
             "seconds": time.perf_counter() - start,
