@@ -166,7 +166,7 @@ class _Gate:
     ) -> None:
         self._app = app
         self._key = None if api_key is None else api_key.encode()
-        self._hosts = None if hosts is None else frozenset(hosts)
+        self._hosts = None if hosts is None else tuple(hosts)
         self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -171,6 +171,7 @@ class Engine:
     """Writes texts for whoever asks, from any thread; use it as a context, or start and close it.
 
     Texts of one policy share forward passes, whatever their other settings; policies take turns.
+    A policy in use, and the last few that were, have caches of their own for that many texts.
 
     Args:
         ensemble: whose models write. Nobody else may use it meanwhile.
@@ -243,15 +244,15 @@ class Engine:
         return self.max_concurrent + self.max_waiting
 
     def submit(
-        self, orders: Sequence[Order], deliver: Sequence[Callable[[Event], None]]
+        self, orders: Sequence[Order], listeners: Sequence[Callable[[Event], None]]
     ) -> list[Ticket]:
         """Ask for some texts, for all of them or for none.
 
         Args:
             orders: what is wanted.
-            deliver: per order, what is called about it from the engine's thread; it must not wait.
-                The last call is with :class:`Ended` or :class:`Failed`; after a cancellation there
-                may be none.
+            listeners: per order, what is called about it from the engine's thread; it must not
+                wait. The last call is with :class:`Ended` or :class:`Failed`; after a cancellation
+                there may be none.
 
         Raises:
             BusyError: if there are too many texts already.
@@ -268,7 +269,7 @@ class Engine:
             self._n_texts += len(orders)
             tickets = [
                 Ticket(order, told, next(self._numbers), self._clock())
-                for order, told in zip(orders, deliver, strict=True)
+                for order, told in zip(orders, listeners, strict=True)
             ]
             self._coming.extend(tickets)
             self._news.notify()
