@@ -308,6 +308,16 @@ def test_an_error_in_the_middle_of_a_stream_is_told(small: Server, gate: Gate) -
     assert ask(small, COMPLETIONS, {**body, "max_tokens": 2}, headers=KEY).events
 
 
+def test_a_server_that_is_shutting_down_says_so(small: Server, gate: Gate) -> None:
+    gate.open.set()
+    small.engine.close()
+    health = ask(small, "/health")
+    assert (health.status, health.json) == (503, {"status": "shutting down"})
+    reply = ask(small, COMPLETIONS, {"model": "duo", "prompt": "a"}, headers=KEY)
+    assert reply.status == 503 and reply.headers["retry-after"] == "5"
+    assert reply.json["error"]["code"] == "shutting_down"
+
+
 def test_the_operator_says_what_is_on_the_menu(small: Server, alone: Ensemble) -> None:
     listed = ask(small, "/v1/models", headers=KEY).json["data"]
     assert [entry["id"] for entry in listed] == ["duo"]
