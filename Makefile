@@ -2,11 +2,13 @@
 #
 #   make demo    install multicolm, let the embedded models answer questions together
 #   make test    install the tools too, run ruff, mypy and the tests (what CI runs)
+#   make test-engines   install real engines too (llama.cpp, vLLM on CPU), test against them
 #   make bench   install the tools too, measure speed; see benchmarks/README.md
-#   make clean   remove .venv and caches
+#   make clean   remove .venv, .venv-engines and caches
 
 PYTHON ?= python3
 VENV := .venv
+ENGINES := .venv-engines
 BIN := $(VENV)/bin
 CPU_WHEELS := https://download.pytorch.org/whl/cpu
 
@@ -15,7 +17,7 @@ CPU_WHEELS := https://download.pytorch.org/whl/cpu
 export OMP_NUM_THREADS := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test lint types tests bench clean
+.PHONY: demo test lint types tests test-engines bench clean
 
 demo: $(VENV)/.installed
 	@echo "== asking the embedded ensemble with every policy"
@@ -34,7 +36,10 @@ types: $(VENV)/.installed-dev
 
 tests: $(VENV)/.installed-dev
 	@echo "== tests"
-	@$(BIN)/python -m pytest -n 2 -q
+	@$(BIN)/python -m pytest -n 2 -q -rs
+
+test-engines: $(VENV)/.installed-dev
+	@$(BIN)/python tests/engines/with_engines.py $(ENGINES)
 
 bench: $(VENV)/.installed-dev
 	@echo "== benchmarks: ratios within one run"
@@ -64,4 +69,4 @@ $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@touch $@ $(VENV)/.installed
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) $(ENGINES) .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import secrets
 import time
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypedDict, cast
 
@@ -12,7 +14,13 @@ from typing_extensions import Unpack
 
 from multicolm.backend.base import Model
 from multicolm.config import EnsembleConfig, GenerationConfig, PolicyConfig, load_ensemble
-from multicolm.errors import CapabilityError, ConfigError, InputError
+from multicolm.errors import (
+    CapabilityError,
+    ConfigError,
+    InputError,
+    MulticolmWarning,
+    ServerError,
+)
 from multicolm.live import Live
 from multicolm.plugins import backends
 from multicolm.policy.base import ModelFacts, Policy, Schedule
@@ -92,6 +100,8 @@ class Ensemble:
             if bridge == "shared"
             else join(self.models, tokenizers, exact=bridge == "exact")
         )
+        if bridge == "exact":
+            self._refuse_unknown()
         self._characters: CharacterVocabulary | None = None  # made when it is first asked for
         self.policy = resolve_policy(policy or {"kind": "single"}, base_dir=base_dir)
         self._check(self.policy)
@@ -109,7 +119,9 @@ class Ensemble:
         }
         # The policy first: what does not fit should not cost the loading of weights.
         policy = resolve_policy(config.policy, base_dir=config.base_dir)
-        _check_signals(policy, ModelNames(config.names), [c.signals for c in classes.values()])
+        _check_signals(
+            policy, ModelNames(config.names), [_Shown(c.signals) for c in classes.values()]
+        )
         models = [cls_.from_config(name, config.models[name]) for name, cls_ in classes.items()]
         return cls(
             models,
@@ -151,12 +163,18 @@ class Ensemble:
                 range.
             ConfigError: if the policy or a param is not known.
             CapabilityError: if the policy needs what these models cannot show.
+            ServerError: if a model's server fails for good; its ``answers`` are those that were
+                finished before.
         """
         stream = self.stream(
             prompts, policy, params=params, seed=seed, batch_size=batch_size, **settings
         )
-        for _ in stream:
-            pass
+        try:
+            for _ in stream:
+                pass
+        except ServerError as error:
+            error.answers = stream.answers
+            raise
         return stream.answers
 
     def stream(
@@ -182,7 +200,7 @@ class Ensemble:
             MulticolmError: see :meth:`generate`.
         """
         chosen = self.policy if policy is None and not params else self.resolve(policy, params)
-        self._check(chosen)
+        self._warn_of(chosen)
         wanted = self.generation.updated(dict(settings))
         if batch_size < 1:
             raise InputError(f"batch_size must be 1 or more, got {batch_size}.")
@@ -225,7 +243,7 @@ class Ensemble:
         if n_slots < 1:
             raise InputError(f"n_slots must be 1 or more, got {n_slots}.")
         chosen = self.policy if policy is None and not params else self.resolve(policy, params)
-        self._check(chosen)
+        self._warn_of(chosen)
         return self._live(
             chosen,
             policy,
@@ -250,6 +268,14 @@ class Ensemble:
         """
         return resolve_policy(self.policy if policy is None else policy, params)
 
+    def check(self, policy: Policy) -> None:
+        """Refuse a policy that does not fit these models, before anything is read or written.
+
+        Raises:
+            CapabilityError: naming what it needs and does not get.
+        """
+        self._check(policy)
+
     @property
     def bridges(self) -> list[Pair]:
         """How each two models hand over to each other, and why in this way."""
@@ -267,6 +293,15 @@ class Ensemble:
             return [1.0] * len(self.models)
         return [self.config.models[name].cost for name in self.models]
 
+    def _refuse_unknown(self) -> None:
+        for model in self.backends:
+            if model.n_likeliest is not None:
+                raise CapabilityError(
+                    f"the exact bridge needs every probability of model '{model.name}', and its "
+                    f"server {model.server} tells of {model.n_likeliest} tokens; set "
+                    "`bridge: boundary`, or `logprobs: all` if the server allows it."
+                )
+
     def _vocabulary(self, policy: Policy) -> Vocabulary:
         """What a policy's texts are written in."""
         if policy.support == "bytes":
@@ -278,15 +313,24 @@ class Ensemble:
             return self._characters
         return self.vocabulary
 
-    def _check(self, policy: Policy) -> None:
+    def _warn_of(self, policy: Policy) -> None:
+        for sentence in self._check(policy):
+            warnings.warn(sentence, MulticolmWarning, stacklevel=4)
+
+    def _check(self, policy: Policy) -> list[str]:
         """Refuse a policy that does not fit these models.
+
+        Returns:
+            What has to be known of how it fits them, one sentence each.
 
         Raises:
             CapabilityError: if it needs what a model cannot show, or was made for other models.
         """
-        _check_signals(policy, self.models, [model.signals for model in self.backends])
+        shown = [_Shown(m.shows, m.server, m.n_likeliest) for m in self.backends]
+        sentences = _check_signals(policy, self.models, shown)
         self._check_vocabulary(policy)
         policy.check_models(self.facts)
+        return sentences
 
     def _check_vocabulary(self, policy: Policy) -> None:
         """Refuse a policy whose distributions are over what these models do not share.
@@ -355,23 +399,47 @@ def _seeds(seed: int | Sequence[int] | None, n_prompts: int) -> list[int]:
     return seeds
 
 
-def _check_signals(
-    policy: Policy, models: ModelNames, signals: Sequence[frozenset[Signal]]
-) -> None:
+@dataclass(frozen=True, slots=True)
+class _Shown:
+    """What a model shows, as far as it is known.
+
+    Attributes:
+        signals: of the model, or of its backend at most.
+        server: where it runs.
+        n_likeliest: of how many of its likeliest tokens it tells; ``None`` for all.
+    """
+
+    signals: frozenset[Signal]
+    server: str = ""
+    n_likeliest: int | None = None
+
+
+def _check_signals(policy: Policy, models: ModelNames, shown: Sequence[_Shown]) -> list[str]:
     """Refuse a policy that needs what a model cannot show.
 
+    Returns:
+        How the policy treats what a server does not tell, one sentence per model.
+
     Raises:
-        CapabilityError: naming the policy, the model and the signal.
+        CapabilityError: naming the policy, the model, its server, and the signal.
     """
     needs = policy.needs(models)
-    for k, shown in enumerate(signals):
-        missing = needs.of(k) - implied(frozenset(shown))
-        if missing:
+    sentences = []
+    for k, its in enumerate(shown):
+        missing = needs.of(k) - implied(its.signals)
+        if missing == {"logprobs"} and policy.partial and its.n_likeliest:
+            sentences.append(
+                f"policy '{policy.name}' knows only the {its.n_likeliest} likeliest tokens of "
+                f"model '{models[k]}' ({its.server}): {policy.partial}."
+            )
+        elif missing:
+            where = f" (server {its.server})" if its.server else ""
             raise CapabilityError(
                 f"policy '{policy.name}' needs {' and '.join(sorted(missing))} of model "
-                f"'{models[k]}', which shows only {', '.join(sorted(shown))}; choose another "
-                "policy, or another backend for that model."
+                f"'{models[k]}'{where}, which shows only {', '.join(sorted(its.signals))}; choose "
+                "another policy, or another backend for that model."
             )
+    return sentences
 
 
 def load(source: str | Path | EnsembleConfig) -> Ensemble:

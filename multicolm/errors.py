@@ -8,19 +8,22 @@
     ├── VocabularyError            tokenizers that cannot be joined, or not be turned into bytes
     ├── ArtefactError              a file of a score table or a checkpoint: missing, damaged, of
     │                              other models or other data
+    ├── HubError                   the Hugging Face Hub cannot be reached, or refuses
     ├── TrainingError              training cannot go on: a loss that is no number, nothing to learn
     ├── InputError                 a prompt or a setting of one call (empty, too long, out of range)
     ├── PolicyError                a policy broke its contract while the text was being written
-    ├── BusyError                  a server has no place for another text just now
-    └── ClosedError                a server is shutting down, or has
+    ├── ServerError                a server that runs a model: gone, stalled, refusing, changed
+    ├── BusyError                  this server has no place for another text just now
+    └── ClosedError                this server is shutting down, or has
 
-Bugs of multicolm itself are not in this tree: they keep their traceback.
+Bugs of multicolm itself are not in this tree: they keep their traceback. What is allowed and has to
+be known is a :class:`MulticolmWarning`.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 __all__ = [
     "ArtefactError",
@@ -28,10 +31,13 @@ __all__ = [
     "CapabilityError",
     "ClosedError",
     "ConfigError",
+    "HubError",
     "InputError",
     "ModelError",
     "MulticolmError",
+    "MulticolmWarning",
     "PolicyError",
+    "ServerError",
     "TrainingError",
     "UnknownNameError",
     "VocabularyError",
@@ -71,6 +77,10 @@ class ArtefactError(MulticolmError):
     """A file of a score table or a checkpoint is missing, damaged, or made for something else."""
 
 
+class HubError(MulticolmError):
+    """The Hugging Face Hub cannot be reached, or refuses what was asked of it."""
+
+
 class TrainingError(MulticolmError):
     """Training cannot go on: the loss is no number, or there is nothing to learn from."""
 
@@ -79,6 +89,30 @@ class InputError(MulticolmError):
     """A prompt or a setting of one call cannot be used."""
 
     exit_code = 2
+
+
+class ServerError(MulticolmError):
+    """A server that runs a model does not answer, or not as it did when it was probed.
+
+    Attributes:
+        server: its address.
+        status: the HTTP status it answered with; ``None`` if it did not come to that.
+        answers: of a call of ``generate``: the answers that were finished before.
+    """
+
+    def __init__(self, message: str, *, server: str = "", status: int | None = None) -> None:
+        super().__init__(message)
+        self.server = server
+        self.status = status
+        self.answers: Sequence[object] = ()
+
+    def keeping(self, what: str) -> None:
+        """Add to the message what was kept."""
+        self.args = (f"{self.args[0]} {what}",)
+
+
+class MulticolmWarning(UserWarning):
+    """What is allowed and has to be known, such as how a policy treats what a server hides."""
 
 
 class PolicyError(MulticolmError):

@@ -15,6 +15,7 @@ from multicolm.decoding.router import Router
 from multicolm.decoding.row import Row, Written
 from multicolm.decoding.sampling import Sampling, row_key
 from multicolm.decoding.text import TextStream
+from multicolm.errors import CapabilityError
 from multicolm.policy.base import Policy, Schedule
 from multicolm.tokenizer.incremental import IncrementalEncoder
 from multicolm.tokenizer.vocabulary import Vocabulary
@@ -66,6 +67,7 @@ class Live:
         self._models = tuple(models)
         self._names = ModelNames(model.name for model in models)
         self._vocabulary = vocabulary
+        self._policy = policy
         self._written_in = written_in
         self._name = name
         self._used = sorted(policy.uses(self._names))
@@ -99,7 +101,10 @@ class Live:
 
         Raises:
             InputError: if the prompt is empty, or longer than a context.
+            CapabilityError: if tokens are to be drawn of which a server does not tell.
         """
+        sampling = Sampling(wanted.temperature, wanted.top_k, wanted.top_p)
+        self._check_draws(sampling)
         ids = prompt_ids(prompt, number, self._models, self._vocabulary, self._used)
         return Row(
             number=number,
@@ -110,9 +115,23 @@ class Live:
             max_new_tokens=wanted.max_new_tokens,
             text=TextStream(wanted.stop),
             draft_length=self._block_size,
-            sampling=Sampling(wanted.temperature, wanted.top_k, wanted.top_p),
+            sampling=sampling,
             meter=IncrementalEncoder(self._models[0].tokenizer) if self._is_metered else None,
         )
+
+    def _check_draws(self, sampling: Sampling) -> None:
+        """Refuse to draw from a distribution of which a part is not known."""
+        if sampling.greedy or self._policy.acts == "mix":
+            return
+        for k in self._used:
+            model, known = self._models[k], self._models[k].n_likeliest
+            if known is None or (sampling.top_k is not None and sampling.top_k <= known):
+                continue
+            way = f"set `top_k` to {known} or less" if known else "set `temperature: 0`"
+            raise CapabilityError(
+                f"policy '{self._name}' lets model '{model.name}' draw tokens, and its server "
+                f"{model.server} tells the probability of {known or 'none'} of them: {way}."
+            )
 
     def add(self, row: Row) -> None:
         """Let a text be written as soon as there is a slot for it."""

@@ -136,8 +136,14 @@ backends: Registry[object] = Registry(
     "backend",
     "multicolm.backends",
     {
+        "llama-cpp": "multicolm.backend.llama_cpp.model:LlamaCppModel",
+        "llama-cpp-server": "multicolm.backend.remote.model:LlamaCppServerModel",
+        "openai": "multicolm.backend.remote.model:OpenAIModel",
+        "sglang": "multicolm.backend.remote.model:SglangModel",
         "table": "multicolm.backend.table:TableModel",
         "transformers": "multicolm.backend.transformers:TransformersModel",
+        "vllm": "multicolm.backend.remote.model:VllmModel",
+        "vllm-engine": "multicolm.backend.vllm_engine:VllmEngineModel",
     },
 )
 """Backends; see :mod:`multicolm.backend`."""

@@ -8,6 +8,7 @@ from dataclasses import replace
 from multicolm.backend.base import Model
 from multicolm.decoding.row import Row
 from multicolm.decoding.threads import torch_threads
+from multicolm.errors import ServerError
 from multicolm.live import Live
 from multicolm.types import Answer, Piece, Usage
 
@@ -59,6 +60,15 @@ class Stream(Iterator[Piece]):
         """The texts that are finished so far, in the order of their prompts."""
         return self._run.answers()
 
+    def token_ids(self, number: int) -> list[int]:
+        """Tokens of a text so far, ends included; of bytes and characters, the base model's.
+
+        Args:
+            number: of the prompt, from 0.
+        """
+        row = self._run.rows[number]
+        return [new.token for new in row.written] if row.meter is None else list(row.meter.ids)
+
     def finished(self) -> Iterator[tuple[int, Answer]]:
         """Write on, and give each answer with its prompt's number (from 0) once it is finished."""
         done = self._run.live.router.finished
@@ -88,6 +98,14 @@ class Run:
         try:
             with torch_threads(models, threads):
                 yield from self.live.router.run(self.rows)
+        except ServerError as error:
+            done = sum(row.finish_reason is not None for row in self.rows)
+            n_open = sum(len(row.written) for row in self.rows if row.finish_reason is None)
+            error.keeping(
+                f"Finished and kept: {done} of {len(self.rows)} answers; {n_open} tokens of others "
+                "were written."
+            )
+            raise
         finally:
             self.seconds = clock() - start
 

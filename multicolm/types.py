@@ -44,9 +44,10 @@ __all__ = [
     "prompt_digest",
 ]
 
-Signal: TypeAlias = Literal["top1", "topk", "logprobs", "hidden", "embedding"]
-"""What a policy may ask of a model. ``logprobs`` (the whole vocabulary) includes both of the first.
+Signal: TypeAlias = Literal["text", "top1", "topk", "logprobs", "hidden", "embedding"]
+"""What a policy may ask of a model. ``logprobs`` (the whole vocabulary) includes those before it.
 
+``text``      the most likely token
 ``top1``      the most likely token and its log-probability
 ``topk``      a few of the most likely tokens and their log-probabilities
 ``logprobs``  the log-probability of every token
@@ -110,7 +111,7 @@ class TracedToken:
         text: its bytes as text; bytes that are no text by themselves show as ``\xNN``.
         model: name of the model that wrote it, or ``"mixture"``.
         logprob: its log-probability in nats under the distribution it was drawn from, before
-            temperature, top-k and top-p.
+            temperature, top-k and top-p; NaN from a server that gives text only.
         score: the number the policy decided on, if it gives one; its meaning is the policy's.
     """
 
@@ -166,12 +167,14 @@ class Usage:
         tokens_read: tokens fed to the model, the prompt included.
         tokens_written: tokens that it wrote.
         seconds: wall-clock time inside its forward passes.
+        calls: HTTP requests to its server; 0 for a model in this process.
     """
 
     forwards: int = 0
     tokens_read: int = 0
     tokens_written: int = 0
     seconds: float = 0.0
+    calls: int = 0
 
     def __add__(self, other: Usage) -> Usage:
         return Usage(
@@ -179,6 +182,7 @@ class Usage:
             self.tokens_read + other.tokens_read,
             self.tokens_written + other.tokens_written,
             self.seconds + other.seconds,
+            self.calls + other.calls,
         )
 
 

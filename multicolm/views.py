@@ -23,11 +23,12 @@ Role = int | str
 first assistant)."""
 
 _IMPLIED: dict[Signal, frozenset[Signal]] = {
-    "logprobs": frozenset({"logprobs", "topk", "top1"}),
-    "topk": frozenset({"topk", "top1"}),
-    "top1": frozenset({"top1"}),
+    "logprobs": frozenset({"logprobs", "topk", "top1", "text"}),
+    "topk": frozenset({"topk", "top1", "text"}),
+    "top1": frozenset({"top1", "text"}),
+    "text": frozenset({"text"}),
     "hidden": frozenset({"hidden"}),
-    "embedding": frozenset({"embedding", "top1"}),
+    "embedding": frozenset({"embedding", "top1", "text"}),
 }
 
 
@@ -107,6 +108,9 @@ class View:
         signals: what the policy declared; ``None`` allows everything.
         name: the model's name, for messages.
         embed: gives the input embeddings of tokens of the shared vocabulary.
+        n_likeliest: of how many of its likeliest tokens the model tells. Then ``logits`` are
+            log-probabilities, taken as they are: -inf stands for what is not known, and nothing is
+            normalised. ``None`` if the model tells of all tokens.
     """
 
     def __init__(
@@ -117,8 +121,10 @@ class View:
         signals: frozenset[Signal] | None = None,
         name: str = "model",
         embed: Callable[[Tensor], Tensor] | None = None,
+        n_likeliest: int | None = None,
     ) -> None:
         self._embed = embed
+        self._n_likeliest = n_likeliest
         self._logits = logits
         self._hidden = hidden
         self._signals = None if signals is None else implied(signals)
@@ -136,6 +142,8 @@ class View:
 
     @cached_property
     def _logprobs(self) -> Float[Tensor, "positions vocab"]:
+        if self._n_likeliest is not None:
+            return self._logits.float()
         # In one go: summing up and subtracting by hand takes several times as long.
         return self._logits.float().log_softmax(-1)
 
@@ -165,7 +173,7 @@ class View:
     @property
     def top1_ids(self) -> Int[Tensor, "positions"]:
         """The most likely token; the lowest id of equally likely ones."""
-        self._allow("top1")
+        self._allow("text")
         return self._top1[1]
 
     @property
@@ -194,12 +202,21 @@ class View:
     def margins(self) -> Float[Tensor, "positions"]:
         """Probability of the most likely token minus that of the second."""
         self._allow("topk")
+        self._refuse_beyond(2)
         return self._margins
 
     @cached_property
     def _margins(self) -> Float[Tensor, "positions"]:
         probs = self._logprobs.topk(min(2, self._logprobs.shape[-1]), dim=-1).values.exp()
         return probs[:, 0] - probs[:, 1:].sum(-1)
+
+    def _refuse_beyond(self, k: int) -> None:
+        if self._n_likeliest is not None and k > self._n_likeliest:
+            raise CapabilityError(
+                f"the policy asks for the {k} likeliest tokens of model '{self.name}', whose "
+                f"server tells of {self._n_likeliest}; set `logprobs:` of this model to {k} or "
+                "`all` if its server allows it, or choose another policy."
+            )
 
     @property
     def hidden(self) -> Float[Tensor, "positions hidden"]:
@@ -213,10 +230,14 @@ class View:
         """Log-probabilities of the ``k`` most likely tokens, in nats, the greatest first.
 
         Where the vocabulary has fewer tokens, -inf stands for the missing ones.
+
+        Raises:
+            CapabilityError: if the model tells of fewer tokens than its vocabulary and ``k``.
         """
         import torch
 
         self._allow("topk")
+        self._refuse_beyond(k)
         n = min(k, self._logprobs.shape[-1])
         top = self._logprobs.topk(n, dim=-1).values
         return torch.nn.functional.pad(top, (0, k - n), value=float("-inf"))

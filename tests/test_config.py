@@ -24,8 +24,10 @@ from multicolm.plugins import policies
 
 KNOWN_MODELS = "tiny-facts, tiny-facts-own, tiny-generalist, tiny-math, tiny-math-own"
 MODEL_KEYS = (
-    "adapter, allow_pickled_weights, attn_implementation, backend, chat_template, cost, device, "
-    "device_map, dtype, model, revision, trust_remote_code"
+    "adapter, allow_pickled_weights, api_key_env, attn_implementation, backend, cache_type, "
+    "chat_template, connect_timeout, context_length, cost, device, device_map, dtype, "
+    "engine_options, gpu_layers, logprobs, look_ahead, model, retries, revision, served_model, "
+    "timeout, tokenizer, trust_remote_code, url"
 )
 DUO = """\
 base_model: small
@@ -266,6 +268,74 @@ def test_a_file_that_is_nested_without_end_is_refused() -> None:
 def test_a_device_and_a_device_map_exclude_each_other() -> None:
     text = "base_model: a\nmodels:\n  a: {model: tiny-math, device: cpu, device_map: auto}\n"
     assert complaint(text) == ("duo.yaml:3:6: models.a: give `device` or `device_map`, not both.")
+
+
+def served(settings: str) -> str:
+    return complaint(f"base_model: a\nmodels:\n  a: {{model: tiny-math, {settings}}}\n")
+
+
+@pytest.mark.parametrize("backend", ["vllm", "sglang", "llama-cpp-server", "openai"])
+def test_a_model_in_a_server_needs_the_servers_address(backend: str) -> None:
+    assert served(f"backend: {backend}") == (
+        f"duo.yaml:3:6: models.a: backend '{backend}' needs a `url`: that of the server, such as "
+        "http://127.0.0.1:8000/v1."
+    )
+    text = f"base_model: a\nmodels:\n  a: {{model: tiny-math, backend: {backend}, url: 'http://h'}}"
+    assert parse_ensemble(text, "duo.yaml").models["a"].url == "http://h"
+
+
+@pytest.mark.parametrize("url", ["127.0.0.1:8000", "ftp://host", "http://", "http://a b/"])
+def test_an_address_is_one_of_http(url: str) -> None:
+    assert served(f"backend: vllm, url: '{url}'") == (
+        f"duo.yaml:3:6: models.a: `url` must be http://host:port or https://..., got '{url}'."
+    )
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "url: 'http://127.0.0.1:1'",
+        "served_model: a",
+        "api_key_env: KEY",
+        "timeout: 3",
+        "connect_timeout: 3",
+        "retries: 0",
+        "look_ahead: 2",
+        "logprobs: all",
+    ],
+)
+def test_what_belongs_to_servers_is_refused_for_models_in_this_process(setting: str) -> None:
+    key = setting.split(":")[0]
+    assert served(setting) == (
+        f"duo.yaml:3:6: models.a: `{key}` belongs to backends llama-cpp-server, openai, sglang, "
+        "vllm, and this model has backend 'transformers'; leave it out."
+    )
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "dtype: float32",
+        "device: cpu",
+        "device_map: auto",
+        "attn_implementation: eager",
+        "adapter: ./a",
+        "allow_pickled_weights: true",
+    ],
+)
+def test_what_belongs_to_models_in_this_process_is_refused_for_servers(setting: str) -> None:
+    key = setting.split(":")[0]
+    assert served(f"backend: vllm, url: 'http://h', {setting}").endswith(
+        f"models.a: `{key}` belongs to backend transformers, and this model has backend 'vllm'; "
+        "leave it out."
+    )
+
+
+def test_log_probabilities_are_a_number_or_all() -> None:
+    assert served("backend: vllm, url: 'http://h', logprobs: 0").endswith(
+        "models.a.logprobs: must be 1 or more or 'all', got 0."
+    )
+    assert "logprobs: must be" in served("backend: vllm, url: 'http://h', logprobs: most")
 
 
 def test_a_setting_of_several_types_names_them_all() -> None:

@@ -31,14 +31,21 @@ class Look:
     """What a model predicts at some positions, in its own vocabulary.
 
     Attributes:
-        logits: unnormalised log-probabilities of the next token.
+        logits: unnormalised log-probabilities of the next token. Of a model that tells of its
+            likeliest tokens only (:attr:`Model.n_likeliest`) log-probabilities as they are, in
+            nats: -inf stands for unknown, and +inf for a token that comes next, how likely
+            unknown.
         hidden: last hidden state after the final norm, if it was asked for.
         n_passes: forward passes that it took.
+        n_calls: HTTP requests that it took.
+        calls_of: per row that was fed, how many of the requests were about it; empty without any.
     """
 
     logits: Float[Tensor, "positions vocab"]
     hidden: Float[Tensor, "positions hidden"] | None = None
     n_passes: int = 1
+    n_calls: int = 0
+    calls_of: tuple[int, ...] = ()
 
 
 class Session(ABC):
@@ -82,7 +89,10 @@ class Model(ABC):
     Attributes:
         name: its name in the ensemble, for messages.
         tokenizer: its tokenizer adapter.
-        signals: what it can show.
+        signals: what models of this backend can show at most.
+        n_likeliest: of how many of its likeliest tokens it tells the log-probability; ``None`` for
+            the whole vocabulary, 0 if it says no more than which token comes next.
+        server: the address of the server that runs it; empty for a model in this process.
         context_length: the most tokens a row may hold; ``None`` if there is no limit.
         n_parameters: number of weights, 0 if it has none.
         on_cpu: whether it runs on this process's CPU threads.
@@ -94,6 +104,8 @@ class Model(ABC):
 
     name: str
     tokenizer: TokenizerAdapter
+    n_likeliest: int | None = None
+    server: str = ""
     signals: ClassVar[frozenset[Signal]] = frozenset({"top1", "topk", "logprobs", "hidden"})
     context_length: int | None = None
     n_parameters: int = 0
@@ -110,6 +122,16 @@ class Model(ABC):
             ModelError: if it cannot be loaded, or not be served rightly.
         """
         raise NotImplementedError(f"backend {cls.__name__} cannot be loaded from an ensemble file")
+
+    @property
+    def shows(self) -> frozenset[Signal]:
+        """What this very model shows."""
+        return self.signals
+
+    @property
+    def abilities(self) -> list[str]:
+        """What was found out about it when it was loaded, one sentence each."""
+        return []
 
     def wait(self) -> None:
         """Return when all work that was asked of the device is done, so that clocks are right."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from multicolm.config import ModelConfig
 
-__all__ = ["identity_of"]
+__all__ = ["identity_of", "identity_of_file"]
 
 _SAMPLE = 1 << 16  # bytes
 
@@ -32,6 +32,16 @@ def identity_of(config: ModelConfig, commit: str | None) -> str:
     return identity
 
 
+def identity_of_file(kind: str, path: Path) -> str:
+    """One word for a model that is a file, or the files ``name-00001-of-00003.gguf`` and so on."""
+    stem, part, total = path.stem.rpartition("-00001-of-")
+    files = sorted(path.parent.glob(f"{stem}-*-of-{total}{path.suffix}")) if part else [path]
+    digest = hashlib.sha256()
+    for file in files:
+        _read(file, digest)
+    return f"{kind}:{digest.hexdigest()[:16]}"
+
+
 def _digest(folder: Path) -> str:
     digest = hashlib.sha256()
     patterns = ("*config.json", "tokenizer.json", "*.jinja", "*.safetensors", "*.bin")
@@ -40,10 +50,15 @@ def _digest(folder: Path) -> str:
         # What generation settings a folder comes with makes no other model of it.
         if file.name == "generation_config.json":
             continue
-        size = file.stat().st_size
-        digest.update(f"{file.name} {size}\n".encode())
-        with file.open("rb") as stream:
-            for part in range(64):
-                stream.seek(part * size // 64)
-                digest.update(stream.read(min(_SAMPLE, size // 64 + 1)))
+        digest.update(f"{file.name} {file.stat().st_size}\n".encode())
+        _read(file, digest)
     return digest.hexdigest()[:16]
+
+
+def _read(file: Path, digest: hashlib._Hash) -> None:
+    """Stretches of a file at even distances; of a small one all of it."""
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        for part in range(64):
+            stream.seek(part * size // 64)
+            digest.update(stream.read(min(_SAMPLE, size // 64 + 1)))

@@ -49,7 +49,9 @@ def load_tokenizer(name: str, config: ModelConfig) -> PreTrainedTokenizerBase:
         ModelError: if there is none, or it cannot be read.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(config.location, **_common(config))
+        tokenizer = AutoTokenizer.from_pretrained(
+            config.tokenizer_location, **_common(config, config.tokenizer_location)
+        )
     except _REASONS as error:
         raise ModelError(_sentence(name, config, "tokenizer", error)) from error
     if config.chat_template is not None:
@@ -107,11 +109,11 @@ def _fitting_progress(folder: Path) -> Iterator[None]:
         logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
-def _common(config: ModelConfig) -> dict[str, Any]:
+def _common(config: ModelConfig, location: str | None = None) -> dict[str, Any]:
     arguments: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
     if config.resolved_revision is not None:
         arguments["revision"] = config.resolved_revision
-    if Path(config.location).is_dir():
+    if Path(location or config.location).is_dir():
         arguments["local_files_only"] = True
     return arguments
 
@@ -164,5 +166,6 @@ def _sentence(name: str, config: ModelConfig, what: str, error: Exception) -> st
     elif "trust_remote_code" in reason:
         hint = " Set `trust_remote_code: true` if you trust their author."
     reason = textwrap.shorten(reason, 400, placeholder=" ...")
-    where = config.adapter_location if what == "adapter" else config.location
+    places = {"adapter": config.adapter_location, "tokenizer": config.tokenizer_location}
+    where = places.get(what, config.location)
     return f"model '{name}': cannot load the {what} from {where}: {reason}{hint}"

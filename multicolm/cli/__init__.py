@@ -11,12 +11,13 @@ import importlib
 import io
 import os
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import click
 
-from multicolm.errors import MulticolmError, unknown
+from multicolm.errors import MulticolmError, MulticolmWarning, unknown
 
 __all__ = ["cli", "main"]
 
@@ -26,8 +27,11 @@ _VERBS = {
     "serve": "Serve an ensemble over HTTP, as OpenAI's interface does.",
     "score": "Let every model read texts, and keep what it gives to each token.",
     "compare": "Compare policies with each other and with every model alone.",
+    "eval": "Judge policies by tasks of the lm-evaluation-harness.",
     "train": "Train a policy on a score table.",
     "tune": "Find the thresholds of a policy from data.",
+    "push": "Push a router, an ensemble or a score table to the Hub.",
+    "pull": "Fetch one of them from the Hub.",
     "show": "Show what a checkpoint holds, its decision tree as text.",
     "ls": "List what the catalogue holds.",
     "validate": "Check ensemble and policy files without loading a model.",
@@ -105,7 +109,8 @@ def main(args: Sequence[str] | None = None) -> int:
     _print_anything()
     state: dict[str, Any] = {"debug": False}
     try:
-        code = _run(args, state)
+        with _warnings_in_one_line():
+            code = _run(args, state)
         sys.stdout.flush()
     except KeyboardInterrupt:
         code = _complain("Interrupted.", _INTERRUPTED)
@@ -140,6 +145,22 @@ def _run(args: Sequence[str] | None, state: dict[str, Any]) -> int:
         error.show()
         return error.exit_code
     return 0
+
+
+@contextlib.contextmanager
+def _warnings_in_one_line() -> Iterator[None]:
+    """Warnings that are meant for users come without the place in the code."""
+    with warnings.catch_warnings():
+        plain = warnings.showwarning
+
+        def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+            if issubclass(category, MulticolmWarning):
+                _complain(f"Warning: {message}", 0)
+            else:
+                plain(message, category, *place, **more)
+
+        warnings.showwarning = show
+        yield
 
 
 def _complain(text: str, code: int) -> int:

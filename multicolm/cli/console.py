@@ -200,8 +200,10 @@ def print_usage(usage: Mapping[str, Usage], n_mixed: int = 0) -> None:
         rows[MIXTURE] = Usage(tokens_written=n_mixed)
     rows["all"] = total + Usage(tokens_written=n_mixed)
     n_written = max(1, rows["all"].tokens_written)
+    headings = ["model", "tokens written", "share", "forward passes", "tokens read", "seconds"]
+    calls = ["calls"] if total.calls else []  # of models in this process there are none
     print_table(
-        ["model", "tokens written", "share", "forward passes", "tokens read", "seconds"],
+        headings + calls,
         [
             [
                 name,
@@ -210,6 +212,7 @@ def print_usage(usage: Mapping[str, Usage], n_mixed: int = 0) -> None:
                 used.forwards,
                 used.tokens_read,
                 f"{used.seconds:.3f}",
+                *([used.calls] if calls else []),
             ]
             for name, used in rows.items()
         ],

@@ -23,7 +23,8 @@ def command(ctx: click.Context, sources: tuple[str, ...], loads: bool, as_json_:
     """Check ensembles and policies without loading a model.
 
     What was checked is printed. Nothing is fetched, so models of the Hub are not looked up. With
-    --load an ensemble is loaded, and how each two of its models hand over to each other is printed.
+    --load an ensemble is loaded: what the servers of its models can do is printed, and how each two
+    of them hand over to each other.
     """
     from multicolm.config import validate
 
@@ -58,4 +59,7 @@ def _load(report: Report) -> None:
         report.errors.extend(str(error).splitlines())
         return
     report.checked.append(f"loaded {len(ensemble.models)} models")
+    report.checked.extend(
+        f"model {m.name}: {line}" for m in ensemble.backends for line in m.abilities
+    )
     report.checked.extend(f"bridge {pair}" for pair in ensemble.bridges)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, PrivateAttr, model_validator
 
@@ -14,7 +14,46 @@ from multicolm.config.document import Document, read_text
 from multicolm.config.wording import Problem, Strict, check
 from multicolm.errors import ConfigError, UnknownNameError, unknown
 
-__all__ = ["ModelConfig", "ModelFile", "ResolvedModel", "load_model_file"]
+__all__ = ["SERVERS", "ModelConfig", "ModelFile", "ResolvedModel", "load_model_file"]
+
+SERVERS = ("llama-cpp-server", "openai", "sglang", "vllm")
+"""Backends whose models run in a server."""
+
+_OF_ALL = frozenset({"backend", "model", "chat_template", "cost"})
+_FETCHED = frozenset({"revision", "trust_remote_code"})
+_OF_SERVERS = frozenset(
+    {
+        "url",
+        "served_model",
+        "api_key_env",
+        "timeout",
+        "connect_timeout",
+        "retries",
+        "look_ahead",
+        "logprobs",
+    }
+)
+_OF_PROCESSES = frozenset(
+    {
+        "dtype",
+        "device",
+        "device_map",
+        "attn_implementation",
+        "adapter",
+        "allow_pickled_weights",
+    }
+)
+_SETTINGS: dict[str, frozenset[str]] = {
+    "transformers": _FETCHED | _OF_PROCESSES,
+    "llama-cpp": frozenset({"cache_type", "context_length", "gpu_layers", "tokenizer"}),
+    "table": frozenset(),
+    "vllm-engine": _FETCHED
+    | {"context_length", "dtype", "engine_options", "logprobs", "look_ahead"},
+    **dict.fromkeys(SERVERS, _FETCHED | _OF_SERVERS),
+}
+"""What each backend can be told, besides what all can."""
+
+_URL = re.compile(r"https?://[^\s/?#]+(/[^\s?#]*)?")
 
 
 class ModelFile(Strict):
@@ -63,6 +102,7 @@ class ResolvedModel:
         is_local: whether ``location`` is a folder.
         adapter: the adapter's absolute folder.
         chat_template: jinja text.
+        tokenizer: an absolute folder or a Hub id, where it is not at ``location``.
     """
 
     location: str
@@ -70,6 +110,7 @@ class ResolvedModel:
     is_local: bool
     adapter: str | None
     chat_template: str | None
+    tokenizer: str | None = None
 
 
 class ModelConfig(Strict):
@@ -77,7 +118,9 @@ class ModelConfig(Strict):
 
     Attributes:
         backend: what runs it; a name in :data:`multicolm.plugins.backends`.
-        model: a name in ``registry/models/``, a folder, or a Hub id ``org/name``.
+        model: a name in ``registry/models/``, a folder, a Hub id ``org/name``, or the GGUF file of
+            backend ``llama-cpp``. Of a model in a server, where its tokenizer and ``config.json``
+            are.
         revision: commit, tag or branch of a Hub id.
         dtype: the type to compute in; ``auto`` takes that of the weights.
         device: such as ``cpu`` or ``cuda:0``.
@@ -88,6 +131,23 @@ class ModelConfig(Strict):
         cost: of one forward pass for one text, in any unit; what budgets are counted in.
         trust_remote_code: run Python that comes with the weights.
         allow_pickled_weights: load weights that are not safetensors.
+        tokenizer: registry name, folder or Hub id of the tokenizer, instead of the one in a GGUF
+            file.
+        context_length: the most tokens of a text, where that is less than the model allows.
+        cache_type: in what llama.cpp keeps what it has read; ``f16`` is smaller, ``f32`` exact.
+        gpu_layers: how many layers llama.cpp puts on an accelerator.
+        engine_options: keyword arguments of ``vllm.LLM``, for backend ``vllm-engine``.
+        url: of the server that runs the model, such as ``http://127.0.0.1:8000/v1``.
+        served_model: what the server calls it; not needed where it serves one model.
+        api_key_env: the environment variable that holds the server's key.
+        timeout: the most seconds that one request may take; the first one, which warms the server
+            up, may take three minutes.
+        connect_timeout: the most seconds to wait for a connection.
+        retries: how often a request that failed is sent again, with growing pauses.
+        look_ahead: the most tokens to ask for at a time while the model's own text goes on.
+        logprobs: of how many of its likeliest tokens to ask for the log-probability, or ``all``.
+            Not given: all of a vocabulary of up to 4096 tokens, else 20; less where the server
+            gives less.
     """
 
     backend: str = "transformers"
@@ -102,6 +162,19 @@ class ModelConfig(Strict):
     cost: float = Field(default=1.0, ge=0)
     trust_remote_code: bool = False
     allow_pickled_weights: bool = False
+    tokenizer: str | None = Field(default=None, min_length=1)
+    context_length: int | None = Field(default=None, ge=1)
+    cache_type: Literal["f16", "f32"] = "f16"
+    gpu_layers: int = Field(default=0, ge=0)
+    engine_options: dict[str, bool | int | float | str] | None = None
+    url: str | None = None
+    served_model: str | None = Field(default=None, min_length=1)
+    api_key_env: str | None = Field(default=None, min_length=1)
+    timeout: float = Field(default=60.0, gt=0)
+    connect_timeout: float = Field(default=5.0, gt=0)
+    retries: int = Field(default=2, ge=0)
+    look_ahead: int = Field(default=16, ge=1)
+    logprobs: Annotated[int, Field(ge=1)] | Literal["all"] | None = None
     _resolved: ResolvedModel | None = PrivateAttr(default=None)
 
     @model_validator(mode="after")
@@ -110,8 +183,27 @@ class ModelConfig(Strict):
             raise ValueError("give `device` or `device_map`, not both.")
         return self
 
+    @model_validator(mode="after")
+    def _settings_of_its_backend(self) -> ModelConfig:
+        if self.backend in SERVERS and self.url is None:
+            raise ValueError(
+                f"backend '{self.backend}' needs a `url`: that of the server, such as "
+                "http://127.0.0.1:8000/v1."
+            )
+        if self.url is not None and not _URL.fullmatch(self.url):
+            raise ValueError(f"`url` must be http://host:port or https://..., got '{self.url}'.")
+        known = _SETTINGS.get(self.backend)  # a backend of somebody else takes what it likes
+        for key in sorted(self.model_fields_set - _OF_ALL) if known is not None else ():
+            if key not in (known or ()):
+                owners = [backend for backend, keys in _SETTINGS.items() if key in keys]
+                raise ValueError(
+                    f"`{key}` belongs to {_backends(owners)}, and this model has backend "
+                    f"'{self.backend}'; leave it out."
+                )
+        return self
+
     def resolve(self, base_dir: Path) -> list[Problem]:
-        """Find what ``model``, ``adapter`` and ``chat_template`` stand for, and remember it.
+        """Find what ``model`` and other places in the settings stand for, and remember it.
 
         Args:
             base_dir: the folder that relative paths start from.
@@ -131,6 +223,11 @@ class ModelConfig(Strict):
                 found["adapter"] = _folder(self.adapter, base_dir, "adapter_config.json")
         except ConfigError as error:
             problems.append(Problem(("adapter",), str(error)))
+        try:
+            if self.tokenizer is not None:
+                found["tokenizer"] = _tokenizer(self.tokenizer, base_dir)
+        except ConfigError as error:
+            problems.append(Problem(("tokenizer",), str(error)))
         try:
             template = self.chat_template
             if template is not None and template.endswith(".jinja") and "{" not in template:
@@ -161,8 +258,13 @@ class ModelConfig(Strict):
 
     @property
     def location(self) -> str:
-        """An absolute folder or a Hub id."""
+        """An absolute folder, a Hub id, or a GGUF file."""
         return self.resolved.location
+
+    @property
+    def tokenizer_location(self) -> str:
+        """Where the tokenizer is: an absolute folder or a Hub id."""
+        return self.resolved.tokenizer or self.resolved.location
 
     @property
     def resolved_revision(self) -> str | None:
@@ -204,6 +306,8 @@ def _locate(config: ModelConfig, base_dir: Path) -> dict[str, Any]:
         ConfigError: if it is nowhere.
     """
     name = config.model
+    if config.backend == "llama-cpp":
+        return {"location": _gguf_file(name, base_dir), "revision": None, "is_local": True}
     if name in catalog.names("models"):
         entry = load_model_file(name)
         if entry.path is not None:
@@ -240,6 +344,39 @@ def _folder(text: str, base_dir: Path, file: str) -> str:
     if not (folder / file).is_file():
         raise ConfigError(f"{folder} holds no {file}, so no model can be loaded from it.")
     return str(folder.resolve())
+
+
+def _backends(names: list[str]) -> str:
+    return f"backend{'s' if len(names) > 1 else ''} {', '.join(names)}"
+
+
+def _gguf_file(text: str, base_dir: Path) -> str:
+    """The absolute file ``text``; of a model in several files the first."""
+    path = (base_dir / Path(text).expanduser()).absolute()
+    if path.is_file():
+        return str(path.resolve())
+    if not path.is_dir():
+        raise ConfigError(f"there is no file {path}; backend 'llama-cpp' loads a GGUF file.")
+    files = sorted(file.name for file in path.glob("*.gguf"))
+    hint = f" it holds {', '.join(files[:5])}." if files else " it holds none."
+    raise ConfigError(f"{path} is a folder; backend 'llama-cpp' loads a GGUF file:{hint}")
+
+
+def _tokenizer(text: str, base_dir: Path) -> str:
+    """The absolute folder or the Hub id of a tokenizer."""
+    if text in catalog.names("models"):
+        entry = load_model_file(text)
+        if entry.path is None:
+            return str(entry.repository)
+        return _folder(entry.path, catalog.registry(), "tokenizer.json")
+    if _written_as_path(text) or (base_dir / text).exists():
+        return _folder(text, base_dir, "tokenizer.json")
+    if _HUB_ID.fullmatch(text):
+        return text
+    raise UnknownNameError(
+        f"{unknown('tokenizer', text, catalog.names('models'))} A folder is written './{text}', "
+        "one of the Hub 'organisation/name'."
+    )
 
 
 def _refuse_misspelt_folder(name: str, base_dir: Path) -> None:

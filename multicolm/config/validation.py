@@ -112,6 +112,10 @@ def _check_model(model: ModelConfig) -> str:
     where = model.resolved
     if where.adapter is not None:
         _check_weights(Path(where.adapter), "adapter_model", model.allow_pickled_weights)
+    if model.backend == "llama-cpp":
+        return _check_gguf(Path(where.location))
+    if model.url is not None:
+        return f"{model.url} was not asked"
     if model.backend != "transformers":
         return f"{where.location} is for the backend '{model.backend}' to check"
     if not where.is_local:
@@ -126,6 +130,24 @@ def _check_model(model: ModelConfig) -> str:
     if not any((folder / name).is_file() for name in names):
         raise ConfigError(f"{folder} holds no tokenizer; save it beside the weights.")
     return f"{folder} holds config.json, weights and a tokenizer"
+
+
+def _check_gguf(path: Path) -> str:
+    """What was checked of a GGUF file.
+
+    Raises:
+        ConfigError: if it is none.
+    """
+    try:
+        with path.open("rb") as stream:
+            begin = stream.read(4)
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}.") from error
+    if begin != b"GGUF":
+        raise ConfigError(
+            f"{path} is no GGUF file; convert the model with llama.cpp's convert_hf_to_gguf.py."
+        )
+    return f"{path} is a GGUF file"
 
 
 def _check_weights(folder: Path, stem: str, pickled: bool) -> None:

@@ -190,7 +190,7 @@ class CharacterReader(Reader):
         start = self._clock()
         look = self._session.feed(slots, fed, [1] * len(slots))
         self._model.wait()
-        self._account(ordered, fed, self._clock() - start, look.n_passes)
+        self._account(ordered, fed, self._clock() - start, look)
         known = look.logits[:, : self._model.tokenizer.n_tokens].float().softmax(-1)
         for slot, probs in zip(slots, known.cpu().double().numpy(), strict=True):
             table = self._tables[slot]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -153,9 +154,13 @@ class Shown:
         """Whether it shows something at all positions numbered ``which``."""
         return all(i in self.line_of or i in self.closed for i in which)
 
-    def logits(self, which: Sequence[int]) -> Tensor:
-        """Logits at the positions numbered ``which``: [len(which), vocab]."""
-        return self._lines(self.look.logits, which)
+    def logits(self, which: Sequence[int], *, flat: bool = False) -> Tensor:
+        """Logits at the positions numbered ``which``: [len(which), vocab].
+
+        With ``flat``, equally likely tokens are normalised: they stand among log-probabilities.
+        """
+        vocab = self.look.logits.shape[-1]
+        return self._lines(self.look.logits, which, -math.log(vocab) if flat else 0.0)
 
     def hidden(self, which: Sequence[int]) -> Tensor | None:
         """Hidden states at the positions numbered ``which``, if there are any."""
@@ -172,14 +177,14 @@ class Shown:
         moved = {i: n_lines + line for i, line in other.line_of.items()}
         return Shown(look, {**self.line_of, **moved}, self.closed | other.closed)
 
-    def _lines(self, shown: Tensor, which: Sequence[int]) -> Tensor:
+    def _lines(self, shown: Tensor, which: Sequence[int], unknown: float = 0.0) -> Tensor:
         lines = [-1 if i in self.closed else self.line_of[i] for i in which]
         if lines == list(range(shown.shape[0])):
             return shown
         index = torch.tensor(lines, device=shown.device)
         if not self.closed:
             return shown[index]
-        blank = torch.zeros(1, shown.shape[1], dtype=shown.dtype, device=shown.device)
+        blank = torch.full((1, shown.shape[1]), unknown, dtype=shown.dtype, device=shown.device)
         return torch.cat([shown, blank])[index]
 
 

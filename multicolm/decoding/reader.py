@@ -119,13 +119,17 @@ class Reader(ABC):
         return dict.fromkeys(places, True)
 
     def _account(
-        self, rows: Sequence[Row], fed: Sequence[Sequence[int]], seconds: float, n_passes: int
+        self, rows: Sequence[Row], fed: Sequence[Sequence[int]], seconds: float, look: Look
     ) -> None:
         """Note what was fed together, for all rows and for each."""
         n_read = sum(map(len, fed))
-        self.usage += Usage(n_passes, n_read, 0, seconds)
-        for row, new in zip(rows, fed, strict=True):
-            row.usage[self._index] += Usage(1, len(new), 0, seconds * len(new) / n_read)
+        self.usage += Usage(look.n_passes, n_read, 0, seconds, look.n_calls)
+        calls = look.calls_of or [0] * len(rows)
+        for row, new, n_calls in zip(rows, fed, calls, strict=True):
+            # What a server foresaw is no pass of its own.
+            n_passes = 1 if n_calls or not look.calls_of else 0
+            share = seconds * len(new) / n_read
+            row.usage[self._index] += Usage(n_passes, len(new), 0, share, n_calls)
 
 
 class TokenReader(Reader):
@@ -223,7 +227,7 @@ class TokenReader(Reader):
         start = self._clock()
         look = self._session.feed(slots, fed, n_last)
         self._model.wait()
-        self._account(rows, fed, self._clock() - start, look.n_passes)
+        self._account(rows, fed, self._clock() - start, look)
         logprobs = look.logits.float().log_softmax(-1)
         gold = torch.tensor([t for ids, n in zip(own, n_last, strict=True) for t in ids[-n:]])
         gold = gold.to(logprobs.device)
@@ -329,7 +333,7 @@ class TokenReader(Reader):
         n_last = [reach[-1] - reach[0] + 1 for reach in reached]
         look = self._session.feed(slots, fed, n_last, hidden=hidden)
         self._model.wait()
-        self._account(rows, fed, self._clock() - start, look.n_passes)
+        self._account(rows, fed, self._clock() - start, look)
         look = replace(look, logits=self._vocabulary.logits(self._index, look.logits))
         if not self._vocabulary.is_shared:
             line = -1

@@ -11,9 +11,11 @@ from __future__ import annotations
 import math
 from bisect import insort
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
 from functools import partial
+from threading import Lock
 
 import torch
 from torch import Tensor
@@ -75,7 +77,14 @@ class Router:
         self._vocabulary = vocabulary
         embeds = {k: partial(self._embed, k) for k in range(len(models))}
         first_tokens = None if vocabulary.is_shared else vocabulary.first_tokens
-        self._desk = PolicyDesk(policy, self._names, vocabulary.starts_word, embeds, first_tokens)
+        self._desk = PolicyDesk(
+            policy,
+            self._names,
+            vocabulary.starts_word,
+            embeds,
+            first_tokens,
+            {k: m.n_likeliest for k, m in enumerate(models) if m.n_likeliest is not None},
+        )
         self._policy = policy
         self._noise = Noise()
         self._block_size = block_size
@@ -84,6 +93,7 @@ class Router:
         self._clock = clock
         self._readers: dict[int, Reader] = {}
         self._home: torch.device | None = None
+        self._lock = Lock()
         self._ends = [vocabulary.end_ids(k) for k in range(len(models))]
         self._ends.append(vocabulary.end_ids(None))  # of a mixture: any model's
         # Models that the policy cannot use have no say in where a text must end.
@@ -100,6 +110,7 @@ class Router:
         self._active: list[Row] = []
         self._undecided: list[Row] = []  # their drafts have ended, and wait to be decided
         self._enough = self._part_to_wait_for()
+        self._pool: ThreadPoolExecutor | None = None
         # A base model that the policy does not look at always has nothing to draft with.
         self._drafter: Drafter | None = None
         self._segments: SegmentWriter | None = None
@@ -386,8 +397,7 @@ class Router:
         needs = self._desk.needs
         looked_at = sorted({*needs.always, *needs.deferred} - {0})
         now = self._survey(looked_at, draft, asked)
-        for k in looked_at:
-            self._look(k, draft, now)
+        self._look_at(dict.fromkeys(looked_at, now), draft)
         waiting = self._desk.decide(draft, now, verdict)
         self._hear_late_writers(draft, waiting, verdict)
         return verdict
@@ -402,12 +412,37 @@ class Router:
             for numbers in draft.by_row.values()
             if any(i in waiting for i in numbers)
         ]
-        for k in sorted({waiting[i] for i in first}):
-            theirs = self._survey([k], draft, [i for i in first if waiting[i] == k])
-            self._look(k, draft, theirs)
+        wanted = {
+            k: self._survey([k], draft, [i for i in first if waiting[i] == k])
+            for k in sorted({waiting[i] for i in first})
+        }
+        self._look_at(wanted, draft)
+        for k, theirs in wanted.items():
             for writer in sorted({draft.able(k, i) for i in theirs}):
                 able = [i for i in theirs if draft.able(k, i) == writer]
                 self._desk.write(draft, writer, able, verdict)
+
+    def _look_at(self, wanted: Mapping[int, Sequence[int]], draft: Draft) -> None:
+        """Run models so that each shows the positions that are wanted of it.
+
+        Several servers are asked at once, while the models of this process run.
+        """
+        away = [k for k in wanted if self._models[k].server]
+        if len(away) + (len(away) < len(wanted)) < 2:
+            for k, which in wanted.items():
+                self._look(k, draft, which)
+            return
+        if self._pool is None:
+            # Its threads end with it.
+            self._pool = ThreadPoolExecutor(len(self._models), "multicolm-server")
+        asked = [self._pool.submit(self._look, k, draft, wanted[k]) for k in away]
+        try:
+            for k in [k for k in wanted if k not in away]:
+                self._look(k, draft, wanted[k])
+        finally:
+            wait(asked)
+        for done in asked:
+            done.result()
 
     def _look(self, k: int, draft: Draft, which: Sequence[int]) -> None:
         """Run model ``k`` once so that it shows the positions numbered ``which``."""
@@ -437,8 +472,9 @@ class Router:
 
     def _at_home(self, look: Look) -> Look:
         """All looks on one device, that of the first: models may be spread over several."""
-        if self._home is None:
-            self._home = look.logits.device
+        with self._lock:  # several models may be looked at at once
+            if self._home is None:
+                self._home = look.logits.device
         if look.logits.device == self._home:
             return look
         hidden = None if look.hidden is None else look.hidden.to(self._home)

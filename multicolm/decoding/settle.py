@@ -31,10 +31,27 @@ class Verdict:
     logprobs: dict[int, float] = field(default_factory=dict)
 
     def enter(
-        self, which: Sequence[int], writers: Sequence[int], tokens: Tensor, logits: Tensor
+        self,
+        which: Sequence[int],
+        writers: Sequence[int],
+        tokens: Tensor,
+        logits: Tensor,
+        *,
+        partial: bool = False,
     ) -> None:
-        """Note tokens and their log-probabilities under ``logits``."""
-        logprobs = logits.float().log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
+        """Note tokens and their log-probabilities under ``logits``.
+
+        Args:
+            which: position numbers.
+            writers: of these positions.
+            tokens: of these positions.
+            logits: of these positions.
+            partial: whether they are log-probabilities of some tokens only, which are not to be
+                normalised; +inf is one that is not known.
+        """
+        known = logits.float() if partial else logits.float().log_softmax(-1)
+        logprobs = known.gather(-1, tokens[:, None])[:, 0]
+        logprobs = logprobs.masked_fill(logprobs == float("inf"), float("nan"))
         self.writers.update(zip(which, writers, strict=True))
         self.tokens.update(zip(which, tokens.tolist(), strict=True))
         self.logprobs.update(zip(which, logprobs.tolist(), strict=True))
@@ -50,6 +67,7 @@ class PolicyDesk:
         embeds: per model index, what gives the input embeddings of shared ids.
         first_tokens: per model index, with which token it begins to spell each token, where models
             have different vocabularies.
+        n_likeliest: of models that tell of their likeliest tokens only, by index: of how many.
 
     Raises:
         CapabilityError: if the policy speaks of a model that is not there.
@@ -62,8 +80,10 @@ class PolicyDesk:
         starts_word: Tensor,
         embeds: Mapping[int, Callable[[Tensor], Tensor]] | None = None,
         first_tokens: Callable[[int], Tensor] | None = None,
+        n_likeliest: Mapping[int, int] | None = None,
     ) -> None:
         self.policy = policy
+        self._n_likeliest = n_likeliest or {}
         self.models = models
         self.needs: Needs = policy.needs(models)
         self._starts_word = starts_word
@@ -79,7 +99,7 @@ class PolicyDesk:
         for k, model in shown.items():
             if not model.knows(which):
                 continue
-            logits = model.logits(which)
+            logits = model.logits(which, flat=k in self._n_likeliest)
             device = logits.device
             views[k] = View(
                 logits,
@@ -87,6 +107,7 @@ class PolicyDesk:
                 signals=self.needs.of(k),
                 name=self.models[k],
                 embed=self._embeds.get(k),
+                n_likeliest=self._n_likeliest.get(k),
             )
         here = positions.at(which)
         context = here.context(device)
@@ -156,7 +177,8 @@ class PolicyDesk:
             tokens = torch.tensor([draft.tokens[i] for i in which], device=logits.device)
         else:
             tokens = draft.positions.at(which).draw(logits)
-        verdict.enter(which, [writer] * len(which), tokens, logits)
+        partial = writer in self._n_likeliest
+        verdict.enter(which, [writer] * len(which), tokens, logits, partial=partial)
 
     def _select(
         self,

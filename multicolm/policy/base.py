@@ -148,6 +148,10 @@ class Policy:
     ``shared`` vocabulary, the ``union`` of the models' tokens, the next ``bytes``, or the next
     ``characters``. A policy that selects can have models of any vocabularies."""
 
+    partial: ClassVar[str] = ""
+    """How a policy that needs ``logprobs`` treats the tokens whose probability a server does not
+    tell, in a sentence for users; empty if it cannot do without them."""
+
     seams: ClassVar[bool] = False
     """Whether a policy that mixes asks where models of other vocabularies could go on
     (:meth:`multicolm.views.Views.is_open`); for one that selects that is always found out."""

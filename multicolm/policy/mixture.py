@@ -67,6 +67,12 @@ class AveragePolicy(WeightedPolicy):
 
     schedule: ClassVar[Schedule] = "block"
 
+    def __post_init__(self) -> None:
+        """A product of probabilities has no use for one that is not known."""
+        if self.mean == "arithmetic":
+            text = "tokens outside a server's top k count with probability 0"
+            object.__setattr__(self, "partial", text)
+
     def mix(self, views: Views) -> Float[Tensor, "positions vocab"]:
         """Logarithm of the average (of a geometric one, up to a constant)."""
         return self._geometric(views) if self.mean == "geometric" else self._arithmetic(views)

@@ -38,7 +38,7 @@ class NudgingPolicy(SelectPolicy):
     tunable: ClassVar[dict[str, Sequence[float]]] = {"threshold": PROBABILITIES}
     deferral: ClassVar[Deferral | None] = Deferral("threshold", above=False, never=0.0, always=2.0)
     base_signals: ClassVar[set[Signal]] = {"top1"}
-    assistant_signals: ClassVar[set[Signal]] = {"top1"}
+    assistant_signals: ClassVar[set[Signal]] = {"text"}
     assistants: ClassVar[When] = "deferred"
     history: ClassVar[bool] = True
 

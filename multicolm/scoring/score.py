@@ -105,19 +105,28 @@ def score(
     Raises:
         InputError: if the corpus is empty or a record is not right.
         ArtefactError: if the folder holds the scores of another corpus.
-        CapabilityError: if the base model does not show a feature.
+        CapabilityError: if the base model does not show a feature, or a model's server tells of
+            its likeliest tokens only.
         ModelError: if a model gives NaN.
+        ServerError: if a model's server fails for good; what was scored is kept.
     """
     folder = Path(out)
     base = ensemble.backends[0]
     for feature in features:
-        if feature not in FEATURES or _SIGNALS[feature] not in base.signals:
-            shown = [name for name, signal in _SIGNALS.items() if signal in base.signals]
+        if feature not in FEATURES or _SIGNALS[feature] not in base.shows:
+            shown = [name for name, signal in _SIGNALS.items() if signal in base.shows]
             raise CapabilityError(
                 f"the base model '{base.name}' does not show '{feature}'; it shows "
                 f"{', '.join(shown) or 'no features'}."
             )
     _check_names(ensemble.models)
+    for model in ensemble.backends:
+        if model.n_likeliest is not None:
+            raise CapabilityError(
+                f"model '{model.name}' cannot be scored: its server {model.server} tells of "
+                f"{model.n_likeliest} tokens, and scores need every probability; set `logprobs: "
+                "all` for it, and let the server allow it (vLLM: --max-logprobs -1)."
+            )
     if rank > 0:
         index = _plan(ensemble, corpus, features, top_k, end_of_text, shard_positions)
         wait()  # until the first process has put away what is damaged

@@ -11,13 +11,16 @@ multicolm runs the same checks on everything that it ships.
 
 from __future__ import annotations
 
+from multicolm.testing.conformance import Difference, check_against
 from multicolm.testing.laws import LawBroken
 from multicolm.testing.models import check_model, check_tokenizer
 from multicolm.testing.policies import check_policy
 from multicolm.testing.routing import check_removable, check_routing
 
 __all__ = [
+    "Difference",
     "LawBroken",
+    "check_against",
     "check_model",
     "check_policy",
     "check_removable",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from multicolm.backend.identity import identity_of
+from multicolm.backend.identity import identity_of, identity_of_file
 from multicolm.config import EnsembleConfig
 
 __all__ = ["identities"]
@@ -25,6 +25,8 @@ def identities(config: EnsembleConfig) -> dict[str, str]:
         elif model.backend == "table" and Path(model.location).is_file():
             digest = hashlib.sha256(Path(model.location).read_bytes()).hexdigest()[:16]
             found[name] = f"table:{digest}"
+        elif model.backend == "llama-cpp":
+            found[name] = identity_of_file("gguf", Path(model.location))
         else:
             found[name] = ""
     return found

@@ -1,0 +1,1 @@
+"""GGUF models, run in process by llama.cpp through llama-cpp-python."""

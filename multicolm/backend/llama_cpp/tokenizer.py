@@ -1,0 +1,172 @@
+"""The tokenizer that a GGUF file brings along, as bytes."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from multicolm.backend.llama_cpp.library import Weights, library
+from multicolm.errors import InputError, VocabularyError
+from multicolm.tokenizer.base import TokenizerAdapter
+from multicolm.types import Message
+
+__all__ = ["LlamaCppTokenizer", "vocabulary_pieces"]
+
+_PROBES = ("What is 2 * x + 15?", "two  blanks,\ttabs and\nnew lines ", "café, 你好, 😀", " x")
+
+
+class LlamaCppTokenizer(TokenizerAdapter):
+    """Adapter of the vocabulary in a GGUF file, cut into tokens by llama.cpp.
+
+    Args:
+        name: the model's name, for messages.
+        path: the file.
+        weights: the opened file.
+        chat_template: jinja text, instead of the file's own.
+
+    Raises:
+        VocabularyError: if llama.cpp would have to guess how the file's tokenizer cuts texts, or
+            texts do not come back from its tokens.
+    """
+
+    def __init__(
+        self, name: str, path: Path, weights: Weights, chat_template: str | None = None
+    ) -> None:
+        lib = library()
+        self._name = name
+        self._path = path
+        self._weights = weights
+        self._template = chat_template
+        if weights.metadata("tokenizer.ggml.model") == "gpt2" and weights.metadata(
+            "tokenizer.ggml.pre"
+        ) in (None, "default"):
+            raise VocabularyError(
+                f"model '{name}': {path.name} does not say how its tokenizer cuts texts "
+                "(tokenizer.ggml.pre); name the model's own tokenizer, `tokenizer: folder or Hub "
+                "id`."
+            )
+        vocabulary = weights.vocabulary
+        self._pieces = vocabulary_pieces(weights)
+        self.n_tokens = len(self._pieces)
+        attributes = [int(lib.llama_vocab_get_attr(vocabulary, i)) for i in range(self.n_tokens)]
+        special = lib.LLAMA_TOKEN_ATTR_CONTROL | lib.LLAMA_TOKEN_ATTR_UNKNOWN
+        self._special = [bool(attribute & special) for attribute in attributes]
+        self._added = [bool(a & lib.LLAMA_TOKEN_ATTR_USER_DEFINED) for a in attributes]
+        self._bytes = [
+            b"" if piece is None or self._special[i] else _bytes(vocabulary, i)
+            for i, piece in enumerate(self._pieces)
+        ]
+        self.end_ids = frozenset(
+            i for i in range(self.n_tokens) if lib.llama_vocab_is_eog(vocabulary, i)
+        )
+        start = int(lib.llama_vocab_bos(vocabulary))
+        adds_start = lib.llama_vocab_get_add_bos(vocabulary) and 0 <= start < self.n_tokens
+        self._start = [start] if adds_start else []
+        for probe in _PROBES:
+            if not self.covers_text(probe):
+                raise VocabularyError(
+                    f"model '{name}': {probe!r} does not come back from the tokens of {path.name}; "
+                    "name the model's own tokenizer, `tokenizer: folder or Hub id`."
+                )
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a prompt, behind the one beginning-of-text token that the file asks for."""
+        return self._start + _tokenize(self._weights.vocabulary, text)
+
+    def encode_continuation(self, text: str) -> list[int]:
+        """Token ids of text that continues another."""
+        return _tokenize(self._inner.vocabulary, text)
+
+    @cached_property
+    def _inner(self) -> Weights:
+        """The vocabulary for text in mid-text, which gets no space in front."""
+        vocabulary = self._weights.vocabulary
+        if b"".join(_bytes(vocabulary, i) for i in _tokenize(vocabulary, "a")) == b"a":
+            return self._weights
+        return Weights(self._name, self._path, vocabulary_only=True, space_prefix=False)
+
+    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+        """Token ids of a chat in the file's template, ready for the reply.
+
+        Raises:
+            InputError: if there is no template, or the template refuses the messages.
+        """
+        from jinja2.exceptions import TemplateError
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        lib, vocabulary = library(), self._weights.vocabulary
+        template = self._template
+        if template is None:
+            own = lib.llama_model_chat_template(self._weights.pointer, None)
+            template = own.decode("utf-8", "replace") if own else None
+        if not template:
+            raise InputError(
+                f"model '{self._name}' has no chat template; give a plain text prompt, or set "
+                "`chat_template:` for it in the ensemble file."
+            )
+        names = {"bos_token": lib.llama_vocab_bos(vocabulary)}
+        names["eos_token"] = lib.llama_vocab_eos(vocabulary)
+        specials: dict[str, Any] = {
+            name: self._pieces[i] if 0 <= i < self.n_tokens else "" for name, i in names.items()
+        }
+        try:
+            rendered: Any = render_jinja_template(
+                conversations=[[dict(message) for message in messages]],
+                chat_template=template,
+                add_generation_prompt=True,
+                **specials,
+            )
+        except TemplateError as error:
+            raise InputError(
+                f"the chat template of model '{self._name}' refuses these messages: {error}"
+            ) from error
+        # What stands at the start of a text is in the template if it should be there.
+        return _tokenize(vocabulary, rendered[0][0], read_specials=True)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What the token adds to a text; empty for special tokens and ids without a token."""
+        return self._bytes[token_id]
+
+    def special_name(self, token_id: int) -> str | None:
+        """The name of a special token; ``None`` for tokens of text."""
+        return self._pieces[token_id] if self._special[token_id] else None
+
+    def piece(self, token_id: int) -> str | None:
+        """The token as the vocabulary spells it; ``None`` for padding of the vocabulary."""
+        return self._pieces[token_id]
+
+    def is_added(self, token_id: int) -> bool:
+        """Whether the file says that the token was added to the vocabulary."""
+        return self._added[token_id] or self._special[token_id]
+
+
+def vocabulary_pieces(weights: Weights) -> list[str | None]:
+    """The tokens of a GGUF file by id, as it spells them; ``None`` for padding."""
+    lib, vocabulary = library(), weights.vocabulary
+    pieces: list[str | None] = []
+    for i in range(lib.llama_vocab_n_tokens(vocabulary)):
+        unused = lib.llama_vocab_get_attr(vocabulary, i) & lib.LLAMA_TOKEN_ATTR_UNUSED
+        text = None if unused else lib.llama_vocab_get_text(vocabulary, i)
+        pieces.append(None if text is None else text.decode("utf-8", "surrogateescape"))
+    return pieces
+
+
+def _bytes(vocabulary: Any, token_id: int) -> bytes:
+    buffer = ctypes.create_string_buffer(64)
+    n = library().llama_token_to_piece(vocabulary, token_id, buffer, len(buffer), 0, False)
+    if n < 0:
+        buffer = ctypes.create_string_buffer(-n)
+        n = library().llama_token_to_piece(vocabulary, token_id, buffer, len(buffer), 0, False)
+    return buffer.raw[:n]
+
+
+def _tokenize(vocabulary: Any, text: str, *, read_specials: bool = False) -> list[int]:
+    """Tokens of a text, with nothing special in front."""
+    lib, content = library(), text.encode()
+    size = len(content) + 8
+    ids = (lib.llama_token * size)()
+    n = lib.llama_tokenize(vocabulary, content, len(content), ids, size, False, read_specials)
+    return [int(token_id) for token_id in ids[:n]]

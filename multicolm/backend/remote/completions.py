@@ -1,0 +1,213 @@
+"""How a request for next tokens is put to a server, and how its answer is read.
+
+What is sent is ``POST /v1/completions``. Token ids come back as ``token_id:7``, as vLLM writes them
+when it is asked to (``return_tokens_as_token_ids``): a token's text does not say which one it is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from multicolm.backend.remote.service import Service
+
+__all__ = ["Completion", "Likeliest", "Scoring", "Unreadable", "completions", "top_rows"]
+
+Scoring = Literal["prompt_logprobs", "echo"]
+"""By which parameter a server tells the probabilities of a prompt's own tokens."""
+
+_PREFIX = "token_id:"
+_LEAST = -9999.0  # what a server writes for -inf, which JSON cannot hold
+
+
+class Unreadable(Exception):
+    """An answer that is not as it was asked for; the message says in what."""
+
+
+@dataclass(frozen=True, slots=True)
+class Likeliest:
+    """Some tokens that may come next, and their log-probabilities in nats.
+
+    Attributes:
+        ids: the tokens.
+        logprobs: of these tokens; +inf where one comes, how likely is not known.
+    """
+
+    ids: list[int]
+    logprobs: list[float]
+
+    def first(self, n: int) -> Likeliest:
+        """The ``n`` likeliest of them, the lowest ids of equally likely ones."""
+        order = sorted(
+            zip(self.logprobs, self.ids, strict=True), key=lambda pair: (-pair[0], pair[1])
+        )
+        return Likeliest([i for _, i in order[:n]], [p for p, _ in order[:n]])
+
+    def spread(self, width: int) -> Float[Tensor, "vocab"]:
+        """Over a vocabulary; -inf for the other tokens, and without those beyond it."""
+        row = torch.full((max(width, 1 + max(self.ids, default=0)),), float("-inf"))
+        row[torch.tensor(self.ids, dtype=torch.long)] = torch.tensor(self.logprobs)
+        return row[:width]
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """How a server goes on behind one prompt.
+
+    Attributes:
+        text: what it writes.
+        ended: whether it ended the text.
+        tokens: the ids of what it writes; empty if it tells no ids.
+        rows: for each of these, what it could have been; empty if it tells no ids.
+        prompt_rows: for each token of the prompt, what it could have been, ``None`` for the first;
+            empty if that was not asked for.
+    """
+
+    text: str
+    ended: bool
+    tokens: list[int]
+    rows: list[Likeliest]
+    prompt_rows: list[Likeliest | None]
+
+
+def completions(
+    server: Service,
+    served_model: str,
+    prompts: Sequence[Sequence[int] | str],
+    n_tokens: int,
+    *,
+    logprobs: int | None = None,
+    scoring: Scoring | None = None,
+    timeout: float | None = None,
+    final_500: bool = False,
+    **more: Any,
+) -> tuple[list[Completion], dict[str, Any]]:
+    """Ask how some texts go on, in one request.
+
+    Args:
+        server: whom to ask.
+        served_model: what it calls the model.
+        prompts: texts, or token ids.
+        n_tokens: the most tokens to write.
+        logprobs: of how many likeliest tokens to tell the log-probability, -1 for all; not given,
+            none is asked for.
+        scoring: how to ask for the prompts' own tokens too, if they are wanted.
+        timeout: seconds that it may take, if not as usual.
+        final_500: whether HTTP status 500 counts as an answer; it is asked again otherwise.
+        **more: further parameters.
+
+    Returns:
+        One completion per prompt, and the answer as it was.
+
+    Raises:
+        ServerError: if the server does not answer.
+        Unreadable: if it answers something else.
+    """
+    body: dict[str, Any] = {
+        "model": served_model,
+        "prompt": [p if isinstance(p, str) else list(p) for p in prompts],
+        "max_tokens": n_tokens,
+        "temperature": 0,
+        **more,
+    }
+    if len(prompts) == 1:
+        body["prompt"] = body["prompt"][0]
+    if logprobs is not None:
+        body |= {"logprobs": logprobs, "return_tokens_as_token_ids": True}
+    if scoring == "echo":
+        body["echo"] = True
+    elif scoring is not None:
+        body["prompt_logprobs"] = logprobs
+    n_texts = "1 text" if len(prompts) == 1 else f"{len(prompts)} texts"
+    longest = max(map(len, prompts))
+    unit = "characters" if isinstance(prompts[0], str) else "tokens"
+    what = f"{n_tokens} more tokens behind {n_texts} of up to {longest} {unit}"
+    answer = server.post("/v1/completions", body, what, timeout=timeout, final_500=final_500)
+    choices = _choices(answer, len(prompts))
+    lengths = [len(prompt) if scoring == "echo" else 0 for prompt in prompts]
+    read = [_read(choice, n) for choice, n in zip(choices, lengths, strict=True)]
+    return read, answer
+
+
+def _choices(answer: Mapping[str, Any], n_prompts: int) -> list[Mapping[str, Any]]:
+    choices = answer.get("choices")
+    if not isinstance(choices, list) or len(choices) != n_prompts:
+        n_got = len(choices) if isinstance(choices, list) else "no"
+        raise Unreadable(f"the answer holds {n_got} choices for {n_prompts} prompts")
+    if not all(isinstance(choice, dict) for choice in choices):
+        raise Unreadable("a choice is no JSON object")
+    if n_prompts == 1:
+        return choices
+    if {choice.get("index") for choice in choices} != set(range(n_prompts)):
+        raise Unreadable(f"the choices are not numbered from 0 to {n_prompts - 1}")
+    return sorted(choices, key=lambda choice: int(choice["index"]))
+
+
+def _read(choice: Mapping[str, Any], n_echoed: int) -> Completion:
+    text = choice.get("text")
+    if not isinstance(text, str):
+        raise Unreadable("a choice has no text")
+    tokens, rows = top_rows(choice.get("logprobs"))
+    prompt_rows: list[Likeliest | None] = list(rows[:n_echoed])
+    if choice.get("prompt_logprobs"):
+        prompt_rows = [_scored(entry) for entry in choice["prompt_logprobs"]]
+    written = [row for row in rows[n_echoed:] if row is not None]
+    ended = choice.get("finish_reason") == "stop"
+    return Completion(text, ended, tokens[n_echoed:], written, prompt_rows)
+
+
+def top_rows(given: Any) -> tuple[list[int], list[Likeliest | None]]:
+    """Tokens, and what they could have been; both empty if there are no token ids.
+
+    Args:
+        given: ``logprobs`` of a choice.
+
+    Raises:
+        Unreadable: if it is of another form.
+    """
+    if not isinstance(given, dict) or not given.get("tokens"):
+        return [], []
+    names, tops = given["tokens"], given.get("top_logprobs")
+    if not isinstance(names, list) or not isinstance(tops, list) or len(tops) != len(names):
+        raise Unreadable("`logprobs` has not one entry of `top_logprobs` for each token")
+    if not all(isinstance(name, str) and name.startswith(_PREFIX) for name in names):
+        return [], []
+    return [_id(name) for name in names], [_top(top) for top in tops]
+
+
+def _id(name: str) -> int:
+    try:
+        return int(name.removeprefix(_PREFIX))
+    except ValueError as error:
+        raise Unreadable(f"'{name[:40]}' is no token id") from error
+
+
+def _top(top: Any) -> Likeliest | None:
+    if top is None:
+        return None
+    if not isinstance(top, dict) or not all(isinstance(p, int | float) for p in top.values()):
+        raise Unreadable("an entry of `top_logprobs` is no mapping from tokens to numbers")
+    return Likeliest([_id(name) for name in top], [_log(p) for p in top.values()])
+
+
+def _scored(entry: Any) -> Likeliest | None:
+    """An entry of ``prompt_logprobs``: from an id to what is known of it."""
+    if entry is None:
+        return None
+    try:
+        logprobs = [_log(known["logprob"]) for known in entry.values()]
+        return Likeliest([int(token_id) for token_id in entry], logprobs)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise Unreadable("an entry of `prompt_logprobs` is of another form") from error
+
+
+def _log(number: float) -> float:
+    if math.isnan(number):
+        raise Unreadable("a log-probability is NaN")
+    return float("-inf") if number <= _LEAST else float(number)

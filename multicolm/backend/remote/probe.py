@@ -1,0 +1,371 @@
+"""What a server can do, found out by asking it for it.
+
+Servers accept parameters that they ignore, and ignore what others refuse. So each ability counts as
+there once an answer has shown it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from multicolm.backend.remote.completions import (
+    Completion,
+    Likeliest,
+    Scoring,
+    Unreadable,
+    completions,
+)
+from multicolm.backend.remote.service import Service
+from multicolm.errors import ServerError, VocabularyError, unknown
+from multicolm.tokenizer.base import TokenizerAdapter
+from multicolm.types import Signal
+
+__all__ = ["Abilities", "Wish", "find_served_model", "fingerprint", "is_same", "probe"]
+
+WARM_UP = 180.0
+"""Seconds that the first request may take: engines compile, and load what they put off."""
+
+_TEXTS = ("What is 2 + 2? It is 4.", "naïve café, Straße; 你好 😀\n\ttabs  and blanks ")
+_SOME = 20  # log-probabilities, as many as vLLM and others give if they are not told otherwise
+_OFTEN_ALLOWED = (_SOME, 10, 5, 1)
+_SMALL_VOCABULARY = 4096
+_SAME = 1e-2  # nats; requests that differ only in form, and rounding in half precision
+_ANOTHER = 0.25  # nats; a model that was fine-tuned differs by more somewhere in a few tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """What the ensemble file asks of a server.
+
+    Attributes:
+        served_model: what it calls the model; ``None`` for the only one that it serves.
+        logprobs: of how many tokens it shall tell the log-probability; ``None`` for what suits.
+    """
+
+    served_model: str | None = None
+    logprobs: int | Literal["all"] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Abilities:
+    """What a server has shown that it can do.
+
+    Attributes:
+        served_model: what it calls the model.
+        answers_as: the model's name in its answers.
+        takes_ids: whether prompts may be token ids; else they are text.
+        n_likeliest: of how many likeliest tokens it tells the log-probability, by id; ``None`` for
+            the whole vocabulary, 0 for none.
+        n_told: how many log-probabilities it tells at a time.
+        width: number of ids in its vocabulary, as far as that shows.
+        scoring: how it tells the log-probabilities of a prompt's own tokens, if it does.
+        max_tokens_0: what it makes of ``max_tokens: 0``; it is never asked for that.
+        context_length: the most tokens of a text that it goes on behind; ``None`` if it is not
+            known.
+        root: where its weights are, in its own words.
+    """
+
+    served_model: str
+    answers_as: str
+    takes_ids: bool
+    n_likeliest: int | None
+    n_told: int
+    width: int
+    scoring: Scoring | None
+    max_tokens_0: str
+    context_length: int | None
+    root: str | None
+
+    @property
+    def signals(self) -> frozenset[Signal]:
+        """What a policy can ask of the model."""
+        if self.n_likeliest is None:
+            return frozenset({"text", "top1", "topk", "logprobs"})
+        if self.n_likeliest == 0:
+            return frozenset({"text"})
+        return frozenset({"text", "top1", "topk"} if self.n_likeliest > 1 else {"text", "top1"})
+
+    @property
+    def how_many(self) -> int:
+        """The value of ``logprobs`` in requests."""
+        return -1 if self.n_likeliest is None else self.n_likeliest
+
+    def sentences(self) -> list[str]:
+        """For users."""
+        if self.n_likeliest is None:
+            known = f"log-probabilities of the whole vocabulary ({self.width} tokens)"
+        elif self.n_likeliest:
+            known = f"log-probabilities of the {self.n_likeliest} likeliest tokens"
+        else:
+            known = "text only, no log-probabilities by token id"
+        scoring = f"by `{self.scoring}`" if self.scoring else "not by the server"
+        return [
+            f"the server calls it '{self.served_model}'",
+            f"prompts are {'token ids' if self.takes_ids else 'text'}",
+            known,
+            f"prompts are scored {scoring}",
+            f"`max_tokens: 0` {self.max_tokens_0}",
+            f"its context takes {self.context_length or 'an unknown number of'} tokens",
+        ]
+
+
+@dataclass(frozen=True, slots=True)
+class _Listing:
+    """One model as ``/v1/models`` lists it."""
+
+    served_model: str
+    max_length: int | None = None
+    root: str | None = None
+
+
+def probe(server: Service, tokenizer: TokenizerAdapter, wish: Wish, name: str) -> Abilities:
+    """Find out what a server can do.
+
+    Args:
+        server: whom to ask.
+        tokenizer: of the model, as it is known here.
+        wish: what the ensemble file asks for.
+        name: of the model in the ensemble.
+
+    Raises:
+        ServerError: if the server does not answer, or does not serve the model.
+        VocabularyError: if it reads texts in other tokens than ``tokenizer``.
+    """
+    listing = find_served_model(server, wish.served_model)
+    trial = _Trial(server, listing.served_model, tokenizer)
+    warm = trial.warm_up()
+    takes_ids = trial.ask([trial.ids], 1) is not None
+    how_many, row = trial.n_likeliest(wish.logprobs) if takes_ids else (0, Likeliest([], []))
+    n_likeliest = None if how_many < 0 else how_many
+    abilities = Abilities(
+        served_model=listing.served_model,
+        answers_as=warm,
+        takes_ids=takes_ids,
+        n_likeliest=n_likeliest,
+        n_told=len(row.ids),
+        width=max([tokenizer.n_tokens - 1, *row.ids]) + 1,
+        scoring=trial.scoring(how_many) if how_many else None,
+        max_tokens_0=trial.max_tokens_0(takes_ids),
+        context_length=None if listing.max_length is None else listing.max_length - 1,
+        root=listing.root,
+    )
+    trial.check_tokenizer(abilities, name)
+    if wish.logprobs not in (None, n_likeliest) and not (wish.logprobs == "all" and how_many < 0):
+        raise server.error(
+            "probe",
+            f"the ensemble file asks for `logprobs: {wish.logprobs}`, and the server tells of "
+            f"{'all' if how_many < 0 else how_many or 'no'} tokens; start it with a higher limit "
+            "(vLLM: --max-logprobs), or ask for less.",
+        )
+    return abilities
+
+
+def find_served_model(server: Service, wanted: str | None) -> _Listing:
+    """The model as the server lists it.
+
+    Raises:
+        ServerError: if it does not serve the model, or several of which none is named.
+    """
+    try:
+        answer = server.get("/v1/models", "which models it serves", timeout=WARM_UP)
+    except ServerError as error:
+        # Some servers list nothing; then the first request tells whether the name is right.
+        if wanted is None or error.status is None:
+            raise
+        return _Listing(wanted)
+    listed = [entry for entry in answer.get("data") or [] if isinstance(entry, dict)]
+    known = {str(entry["id"]): entry for entry in listed if "id" in entry}
+    if wanted is None and len(known) != 1:
+        raise server.error(
+            "GET /v1/models",
+            f"it serves {', '.join(known) or 'no model by name'}; say which with `served_model:`.",
+        )
+    served = wanted if wanted is not None else next(iter(known))
+    if served not in known:
+        raise server.error("GET /v1/models", unknown("served model", served, known))
+    entry = known[served]
+    length, root = entry.get("max_model_len"), entry.get("root")
+    return _Listing(
+        served,
+        length if isinstance(length, int) else None,
+        root if isinstance(root, str) else None,
+    )
+
+
+class _Trial:
+    """Questions to one server; a refusal is an answer, too."""
+
+    def __init__(self, server: Service, served_model: str, tokenizer: TokenizerAdapter) -> None:
+        self._server = server
+        self._served = served_model
+        self._tokenizer = tokenizer
+        self.ids = tokenizer.encode(_TEXTS[0])
+
+    def ask(
+        self,
+        prompts: Sequence[Sequence[int] | str],
+        n_tokens: int,
+        *,
+        logprobs: int | None = None,
+        scoring: Scoring | None = None,
+        **more: Any,
+    ) -> list[Completion] | None:
+        """What the server answers; ``None`` if it refuses, or its answer cannot be read.
+
+        Raises:
+            ServerError: if it does not answer at all.
+        """
+        try:
+            return completions(
+                self._server,
+                self._served,
+                prompts,
+                n_tokens,
+                logprobs=logprobs,
+                scoring=scoring,
+                final_500=True,
+                **more,
+            )[0]
+        except Unreadable:
+            return None
+        except ServerError as error:
+            if error.status is None:
+                raise
+            return None
+
+    def warm_up(self) -> str:
+        """Let the server do something for the first time; returns its model's name in answers.
+
+        Raises:
+            ServerError: if it cannot go on behind a text at all.
+        """
+        try:
+            _, answer = completions(self._server, self._served, [_TEXTS[0]], 1, timeout=WARM_UP)
+        except Unreadable as error:
+            raise self._server.error("POST /v1/completions", str(error)) from error
+        return str(answer.get("model", ""))
+
+    def n_likeliest(self, wanted: int | Literal["all"] | None) -> tuple[int, Likeliest]:
+        """Of how many tokens the server tells the log-probability (-1: all), and such a row."""
+        n_tokens = self._tokenizer.n_tokens
+        small = n_tokens <= _SMALL_VOCABULARY
+        if wanted == "all" or (wanted is None and small):
+            row = self._likeliest(-1)
+            # A vocabulary may have ids without tokens, and a model no weights for the last ones.
+            known = {self._tokenizer.piece(i) for i in range(n_tokens)} - {None}
+            if row is not None and len(row.ids) >= min(len(known), n_tokens):
+                return -1, row
+        most = wanted if isinstance(wanted, int) else _SOME
+        for k in sorted({most, *_OFTEN_ALLOWED}, reverse=True):
+            row = self._likeliest(k) if k <= most else None
+            if row is not None and row.ids:
+                return min(len(row.ids), k), row
+        return 0, Likeliest([], [])
+
+    def _likeliest(self, k: int) -> Likeliest | None:
+        answer = self.ask([self.ids], 1, logprobs=k)
+        return answer[0].rows[0] if answer and answer[0].rows else None
+
+    def scoring(self, how_many: int) -> Scoring | None:
+        """How the server scores a prompt: the way whose numbers are right, if there is one."""
+        plain = self.ask([self.ids[:-1]], 1, logprobs=how_many)
+        want = plain[0].rows[0] if plain and plain[0].rows else None
+        ways: tuple[Scoring, ...] = ("prompt_logprobs", "echo")
+        for way in ways:
+            answer = self.ask([self.ids], 1, logprobs=how_many, scoring=way)
+            if want is None or not answer or len(answer[0].prompt_rows) != len(self.ids):
+                continue
+            got, last = answer[0].prompt_rows[-1], answer[0].rows
+            if got is not None and last and _distance(got, want) <= _SAME:
+                return way
+        return None
+
+    def max_tokens_0(self, takes_ids: bool) -> str:
+        """What the server makes of ``max_tokens: 0``."""
+        prompt = self.ids if takes_ids else _TEXTS[0]
+        # Where it means "as many as there is room for", these end it soon.
+        answer = self.ask([prompt], 0, stop=[" ", "\n", ".", "e"])
+        if answer is None:
+            return "is refused"
+        wrote = answer[0].text or answer[0].ended
+        return "writes on without a limit" if wrote else "writes nothing"
+
+    def check_tokenizer(self, abilities: Abilities, name: str) -> None:
+        """Whether server and tokenizer read the same tokens in a text.
+
+        Raises:
+            VocabularyError: if they do not.
+        """
+        for text in _TEXTS:
+            if not self._tokenizer.covers_text(text):
+                continue
+            ids = self._tokenizer.encode(text)
+            if abilities.n_likeliest == 0:
+                differs = self._counts_differ(text, len(ids))
+            else:
+                how_many = abilities.how_many
+                asked = [self.ask([form], 1, logprobs=how_many) for form in (text, ids)]
+                rows = [a[0].rows[0] for a in asked if a and a[0].rows]
+                differs = len(rows) == 2 and _distance(*rows) > _SAME
+                beyond = [i for row in rows for i in row.ids if i >= abilities.width]
+                differs = differs or len(rows) < 2 or bool(beyond)
+            if differs:
+                raise VocabularyError(
+                    f"model '{name}': server {self._server.url} reads {text!r} in other tokens "
+                    "than the tokenizer that `model:` stands for; name the folder or Hub id of "
+                    "the model that the server runs."
+                )
+
+    def _counts_differ(self, text: str, n_ids: int) -> bool:
+        _, answer = completions(self._server, self._served, [text], 1)
+        usage = answer.get("usage")
+        counted = usage.get("prompt_tokens") if isinstance(usage, dict) else None
+        # Without ids, how many tokens it counts is all that a server tells, if it does.
+        return isinstance(counted, int) and counted > 0 and counted != n_ids
+
+
+def _distance(one: Likeliest, other: Likeliest) -> float:
+    """The greatest difference of two rows where both know a number, in nats.
+
+    Infinite if they have less than half of their tokens in common.
+    """
+    numbers = dict(zip(other.ids, other.logprobs, strict=True))
+    both = [(p, numbers[i]) for i, p in zip(one.ids, one.logprobs, strict=True) if i in numbers]
+    if 2 * len(both) < min(len(one.ids), len(other.ids)) or not both:
+        return float("inf")
+    # What is all but impossible is rounded in its own way, and no smaller for it.
+    return max((abs(p - q) for p, q in both if max(p, q) > -20), default=0.0)
+
+
+def fingerprint(server: Service, abilities: Abilities, ids: Sequence[int]) -> list[Completion]:
+    """What a model says to a text, to know it again.
+
+    Raises:
+        ServerError: if it does not say it.
+    """
+    try:
+        if abilities.n_likeliest == 0:
+            prompts: list[Sequence[int] | str] = [ids] if abilities.takes_ids else [_TEXTS[0]]
+            return completions(server, abilities.served_model, prompts, 8)[0]
+        k = min(5, abilities.n_likeliest or 5)
+        return completions(server, abilities.served_model, [ids], 4, logprobs=k)[0]
+    except Unreadable as error:
+        raise server.error("POST /v1/completions", str(error)) from error
+
+
+def is_same(before: Sequence[Completion], now: Sequence[Completion]) -> bool:
+    """Whether two fingerprints may be of one model."""
+    for one, other in zip(before, now, strict=True):
+        if len(one.rows) != len(other.rows) and not (one.rows and other.rows):
+            return False
+        if not one.rows and one.text != other.text:
+            return False
+        pairs = zip(one.rows, other.rows, one.tokens, other.tokens, strict=False)
+        for a, b, token, again in pairs:
+            if _distance(a, b) > _ANOTHER:
+                return False
+            if token != again:  # two that are nearly as likely: what follows is not comparable
+                break
+    return True

@@ -1,0 +1,294 @@
+"""What goes wrong between here and a server, each with a real socket that misbehaves on purpose.
+
+What may pass is asked again; what does not pass is one sentence that names the server, the request
+and what was kept. No other model ever steps in.
+"""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from fake_vllm import FakeVllm, Manners
+from remote_worlds import PROMPTS, ensemble, impatient, local, remote
+
+from multicolm import Ensemble
+from multicolm.backend.remote.transport import Server
+from multicolm.errors import ServerError
+
+Serve = Callable[..., FakeVllm]
+IDS = [40, 467, 79, 258, 72, 536, 221, 18]
+FACTS = {"kind": "single", "params": {"model": "facts"}}
+
+
+def look(model: Any) -> int:
+    """What the model would write next."""
+    return int(model.open(1).feed([0], [IDS], [1]).logits.argmax())
+
+
+@pytest.mark.parametrize("fault", ["500", "503", "cut", "garbage", "hang up"])
+def test_what_may_pass_is_asked_again_after_growing_pauses(serve: Serve, fault: Any) -> None:
+    fake = serve()
+    model = remote(fake)
+    fake.go_wrong(fault, fault)
+    shown = model.open(1).feed([0], [IDS], [1])
+    assert int(shown.logits.argmax()) == look(local("facts"))
+    first, second = model.pauses
+    assert 0.5 <= first <= 0.8
+    assert 1.0 <= second <= 1.3
+    # Two attempts failed, the third was answered, and it was seen that it is the same model.
+    assert shown.n_calls == 5
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        ("429", "HTTP 429: Slow down. (it asks to wait 1 s)"),
+        ("500", "HTTP 500: EngineCore encountered an issue."),
+        ("cut", "the connection broke (peer closed connection without sending complete message"),
+        ("garbage", "the answer is no JSON (<html>It works!</html>)"),
+        ("hang up", "the connection broke (Server disconnected without sending a response.)"),
+    ],
+)
+def test_what_does_not_pass_is_one_sentence(serve: Serve, fault: Any, reason: str) -> None:
+    fake = serve()
+    model = remote(fake, retries=1)
+    fake.go_wrong(fault, fault)
+    session = model.open(1)
+    with pytest.raises(ServerError) as caught:
+        session.feed([0], [IDS], [1])
+    text = str(caught.value)
+    assert text.startswith(
+        f"server {fake.url} of model 'facts': POST /v1/completions (1 more tokens behind 1 text of "
+        f"up to 8 tokens): {reason}"
+    )
+    assert text.endswith("(tried 2 times). See that it runs, then call again.")
+    assert caught.value.server == fake.url
+    # The session is as before, so the same may be asked when the server is well again.
+    assert session.lengths == [0]
+    assert int(session.feed([0], [IDS], [1]).logits.argmax()) == look(local("facts"))
+
+
+def test_the_pause_is_the_one_that_the_server_asks_for(serve: Serve) -> None:
+    fake = serve()
+    model = remote(fake)
+    fake.go_wrong("429", "429")
+    assert look(model) == look(local("facts"))
+    assert model.pauses == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("after", ["Wed, 01 Jan 2098 00:00:00 GMT", "86400"])
+def test_nobody_waits_a_day_because_a_server_asks_for_it(after: str) -> None:
+    answer = f"HTTP/1.1 429 No\r\nretry-after: {after}\r\ncontent-length: 0\r\n\r\n"
+    reason = r"HTTP 429: an empty body \(it asks to wait [\d.e+]+ s\). See"
+    with saying(answer) as url, pytest.raises(ServerError, match=reason):
+        server(url).get("/v1/models", "which models it serves")
+
+
+@pytest.mark.parametrize("fault", ["stall", "drip"])
+def test_a_server_that_does_not_come_to_an_end_is_given_up_in_time(
+    serve: Serve, fault: Any
+) -> None:
+    fake = serve()
+    model = remote(fake, timeout=0.3, retries=1)
+    fake.go_wrong(fault, fault)
+    begin = time.monotonic()
+    with pytest.raises(
+        ServerError, match=r"no whole answer in time \(the limit is 0.3 s\) \(tried 2"
+    ):
+        look(model)
+    assert time.monotonic() - begin < 5
+
+
+def test_a_server_that_refuses_connections_is_named(serve: Serve) -> None:
+    fake = serve()
+    model = remote(fake)
+    fake.stop()
+    with pytest.raises(
+        ServerError,
+        match=f"server {fake.url} of model 'facts': POST .* it cannot be reached .*3 times",
+    ):
+        look(model)
+    fake.restart()
+
+
+def test_a_request_that_is_wrong_is_not_repeated(serve: Serve) -> None:
+    fake = serve()
+    model = remote(fake)
+    n_before = len(fake.requests)
+    with pytest.raises(ServerError, match="HTTP 400: Token id 99999 is out of vocabulary"):
+        model.open(1).feed([0], [[99999]], [1])
+    assert len(fake.requests) == n_before + 1
+    assert model.pauses == []
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        ("no choices", "the answer holds no choices for 1 prompts"),
+        ("no logprobs", "it gave no log-probabilities by token id"),
+    ],
+)
+def test_an_answer_that_is_not_as_probed_says_so(serve: Serve, fault: Any, reason: str) -> None:
+    fake = serve()
+    model = remote(fake)
+    fake.go_wrong(fault)
+    with pytest.raises(ServerError, match=f"{reason}, other than when it was probed"):
+        look(model)
+
+
+# A server that comes back
+
+
+def test_a_server_that_comes_back_as_it_was_goes_on(serve: Serve) -> None:
+    fake = serve()
+    together = ensemble(remote(fake))
+    want = ensemble(local("facts")).generate(PROMPTS[0], FACTS, max_new_tokens=8)[0].text
+    stream = together.stream(PROMPTS[0], FACTS, max_new_tokens=8)
+    text = next(stream).text
+    fake.restart()
+    assert text + "".join(piece.text for piece in stream) == want
+
+
+@pytest.mark.parametrize("policy", [FACTS, "average"])
+def test_a_server_that_comes_back_with_another_model_is_refused_in_mid_text(
+    serve: Serve, policy: Any
+) -> None:
+    fake = serve()
+    stream = ensemble(remote(fake)).stream(PROMPTS[0], policy, max_new_tokens=24)
+    next(stream)
+    fake.restart(model=local("math"))
+    with pytest.raises(
+        ServerError,
+        match=f"server {fake.url} of model 'facts': check after a new connection: 'facts' is "
+        "another model now than when the ensemble was loaded, and no text is written with two; "
+        ".* Finished and kept: 0 of 1 answers; [0-9]+ tokens of others were written.",
+    ):
+        list(stream)
+
+
+def test_the_same_name_and_place_do_not_make_it_the_same_model(serve: Serve) -> None:
+    fake = serve()
+    model = remote(fake)
+    another = local("math")
+    fake.restart()
+    look(model)
+    plain, another.name = another.name, "facts"  # what /v1/models tells is as before
+    try:
+        fake.restart(model=another)
+        with pytest.raises(ServerError, match="is another model now"):
+            look(model)
+    finally:
+        another.name = plain
+
+
+def test_a_server_that_comes_back_with_fewer_abilities_is_refused(serve: Serve) -> None:
+    fake = serve()
+    model = remote(fake)
+    fake.restart(manners=Manners(max_logprobs=5, clamps=True))
+    with pytest.raises(ServerError, match="it tells of 5 tokens instead of 768, other than when"):
+        look(model)
+    fake.restart(manners=Manners(max_logprobs=5))
+    with pytest.raises(ServerError, match="HTTP 400: Requested sample logprobs of -1"):
+        look(model)
+
+
+def test_a_server_that_keeps_no_connections_is_not_suspected(serve: Serve) -> None:
+    fake = serve("facts", Manners(keeps_alive=False))
+    model = remote(fake, look_ahead=1)
+    n_before = len(fake.requests)
+    session = model.open(1)
+    for token in IDS:
+        session.feed([0], [[token]], [1])
+    assert len(fake.requests) == n_before + len(IDS)
+
+
+# What is kept
+
+
+def test_what_was_finished_is_kept_and_said(serve: Serve) -> None:
+    fake = serve()
+    model = remote(fake, retries=0)
+    together = ensemble(model)
+    done = local("facts").tokenizer.encode(PROMPTS[1])
+    count = iter(range(1000))
+    # The first prompt is finished before the second is begun.
+    fake.before_answer = lambda: fake.go_wrong("500") if next(count) == 2 else None
+    with pytest.raises(
+        ServerError, match=r"Finished and kept: 1 of 2 answers; \d tokens of"
+    ) as caught:
+        together.generate([PROMPTS[0], PROMPTS[1]], FACTS, max_new_tokens=6, batch_size=1)
+    [answer] = caught.value.answers
+    want = ensemble(local("facts")).generate(PROMPTS[0], FACTS, max_new_tokens=6)
+    assert answer.text == want[0].text
+    assert done  # the second prompt is one that would have been written
+
+
+def test_of_several_servers_the_one_that_failed_is_named(serve: Serve) -> None:
+    facts, math = serve("facts"), serve("math")
+    together = ensemble(remote(facts), remote(math, retries=0))
+    math.go_wrong("500")
+    with pytest.raises(ServerError, match=f"server {math.url} of model 'math'"):
+        together.generate(PROMPTS[0], "max-confidence", max_new_tokens=4)
+    # Nothing is left behind: the next call is answered.
+    assert together.generate(PROMPTS[0], "max-confidence", max_new_tokens=4)
+
+
+class saying:
+    """A socket that says one thing to whoever connects, whatever is asked."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text.encode()
+        self._socket = socket.create_server(("127.0.0.1", 0))
+        self._socket.settimeout(10)
+        self._thread = threading.Thread(target=self._talk, daemon=True)
+
+    def _talk(self) -> None:
+        connection, _ = self._socket.accept()
+        with connection:
+            connection.recv(65536)
+            connection.sendall(self._text)
+
+    def __enter__(self) -> str:
+        self._thread.start()
+        return f"http://127.0.0.1:{self._socket.getsockname()[1]}"
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.join(10)
+        self._socket.close()
+
+
+def server(url: str) -> Server:
+    return Server(url, "facts", timeout=2.0, retries=2, sleep=impatient().sleep)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n[]", "the answer is no JSON object"),
+        ("HTTP/1.1 404 No\r\ncontent-length: 4\r\n\r\nnope", "HTTP 404: nope"),
+        (
+            'HTTP/1.1 400 No\r\ncontent-length: 23\r\n\r\n{"detail":"not so long"}'[:-1],
+            'HTTP 400: {"detail":"not so long"',
+        ),
+    ],
+)
+def test_answers_that_are_none_are_quoted(text: str, reason: str) -> None:
+    with saying(text) as url, pytest.raises(ServerError) as caught:
+        server(url).get("/v1/models", "which models it serves")
+    assert str(caught.value).startswith(
+        f"server {url} of model 'facts': GET /v1/models (which models it serves): {reason}"
+    )
+
+
+def test_an_answer_over_another_ensemble_is_no_business_of_this_one(serve: Serve) -> None:
+    fake = serve()
+    one, other = remote(fake), remote(fake)
+    assert isinstance(ensemble(one), Ensemble)
+    n_before = one._server.n_calls
+    look(other)
+    assert one._server.n_calls == n_before

