@@ -25,6 +25,7 @@ from multicolm.errors import (
     ModelError,
     MulticolmError,
     PolicyError,
+    ServerError,
 )
 from multicolm.serving.asked import ChatAsked, CompletionAsked, Refusal, read
 from multicolm.serving.engine import Begun, Ended, Engine, Event, Failed, Grown, Order, Ticket
@@ -485,6 +486,10 @@ def _explained(error: Exception) -> tuple[int, dict[str, Any], dict[str, str]]:
     if isinstance(error, NotServedError):
         body = failure(message, "invalid_request_error", error.param, "model_not_found")
         return 404, body, {}
+    if isinstance(error, ServerError):
+        # It names an address that is the operator's business.
+        message = "a server that runs one of the models has failed; this server's log says how."
+        return 502, failure(message, "server_error"), {}
     if isinstance(error, PolicyError | ModelError):
         return 500, failure(message, "server_error"), {}
     if isinstance(error, MulticolmError):

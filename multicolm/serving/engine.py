@@ -21,7 +21,14 @@ from multicolm.config import GenerationConfig
 from multicolm.decoding.row import Row
 from multicolm.decoding.threads import torch_threads
 from multicolm.ensemble import Ensemble
-from multicolm.errors import BusyError, ClosedError, InputError, MulticolmError
+from multicolm.errors import (
+    BusyError,
+    CapabilityError,
+    ClosedError,
+    ConfigError,
+    InputError,
+    MulticolmError,
+)
 from multicolm.live import Live
 from multicolm.serving.menu import Choice
 from multicolm.types import MIXTURE, Answer, Piece, Prompt, TracedToken, Usage
@@ -478,6 +485,8 @@ class Engine:
     def _fail(self, ticket: Ticket, error: Exception) -> None:
         if not isinstance(error, MulticolmError):
             _LOG.error("a text could not be written", exc_info=error)
+        elif not isinstance(error, InputError | ConfigError | CapabilityError | ClosedError):
+            _LOG.error("a text could not be written: %s", error)
         self._end(ticket, "failed", ())
         self._tell(ticket, Failed(error))
 
