@@ -307,9 +307,8 @@ def test_an_address_is_one_of_http(url: str) -> None:
 def test_what_belongs_to_servers_is_refused_for_models_in_this_process(setting: str) -> None:
     key = setting.split(":")[0]
     complaint = served(setting)
-    assert complaint.startswith(
-        f"duo.yaml:3:6: models.a: `{key}` belongs to backends llama-cpp-server, openai, sglang, vllm"
-    )
+    owners = "belongs to backends llama-cpp-server, openai, sglang, vllm"
+    assert complaint.startswith(f"duo.yaml:3:6: models.a: `{key}` {owners}")
     assert complaint.endswith(", and this model has backend 'transformers'; leave it out.")
 
 

@@ -15,17 +15,18 @@ from wider_heads import widen_heads
 import multicolm
 
 ROOT = Path(__file__).parents[2]
-ENSEMBLE = """\
-base_model: generalist
-models:
-  generalist: {{model: tiny-generalist, dtype: float32}}
-  facts: &expert
+EXPERT = """\
+  {name}:
     backend: vllm-engine
-    model: {facts}
+    model: {folder}
     dtype: float32
     context_length: 511
     engine_options: {{enforce_eager: true, kv_cache_memory_bytes: 67108864, max_num_seqs: 16}}
-  math: {{<<: *expert, model: {math}}}
+"""
+BASE = """\
+base_model: generalist
+models:
+  generalist: {model: tiny-generalist, dtype: float32}
 """
 QUIET = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
 
@@ -38,9 +39,12 @@ def said(
 ) -> dict[str, Any]:
     """What two engines in one process gave."""
     folder = tmp_path_factory.mktemp("engines")
-    wide = {n: widen_heads(tiny_folders[n], folder / n) for n in ("facts", "math")}
+    experts = ""
+    for name in ("facts", "math"):
+        wide = widen_heads(tiny_folders[name], folder / name)
+        experts += EXPERT.format(name=name, folder=wide)
     file = folder / "ensemble.yaml"
-    file.write_text(ENSEMBLE.format(**wide))
+    file.write_text(BASE + experts)
     done = subprocess.run(
         [vllm_python, "tests/engines/vllm_in_process.py", str(file)],
         capture_output=True,
