@@ -240,8 +240,13 @@ def test_an_ensemble_that_would_run_code_of_others_is_not_shared(
 # --- cards ---------------------------------------------------------------------------------------
 
 
-def test_the_card_of_an_ensemble_holds_yaml_figures_and_how_to_load_it(tmp_path: Path) -> None:
+def test_the_card_of_an_ensemble_holds_yaml_figures_and_how_to_load_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from huggingface_hub import ModelCard
+
+    # Its own tests draw the figure.
+    monkeypatch.setattr("multicolm.evaluation.report.pareto", lambda *_: b"")
 
     write_report(fake_comparison(), fake_traces(), tmp_path / "results")
     shared = SharedEnsemble("tiny", results=tmp_path / "results", license="apache-2.0")
