@@ -284,7 +284,9 @@ def test_a_model_in_a_server_needs_the_servers_address(backend: str) -> None:
     assert parse_ensemble(text, "duo.yaml").models["a"].url == "http://h"
 
 
-@pytest.mark.parametrize("url", ["127.0.0.1:8000", "ftp://host", "http://", "http://a b/"])
+@pytest.mark.parametrize(
+    "url", ["127.0.0.1:8000", "ftp://host", "http://", "http://a b/", "http://me:hush@host"]
+)
 def test_an_address_is_one_of_http(url: str) -> None:
     assert served(f"backend: vllm, url: '{url}'") == (
         f"duo.yaml:3:6: models.a: `url` must be http://host:port or https://..., got '{url}'."

@@ -14,7 +14,7 @@ import torch
 
 from multicolm.backend.base import Look, Session
 from multicolm.backend.remote.completions import Completion, Likeliest, Unreadable, completions
-from multicolm.backend.remote.probe import Abilities
+from multicolm.backend.remote.probe import NEUTRAL, Abilities
 from multicolm.backend.remote.transport import Server
 from multicolm.backend.remote.written import Writing
 from multicolm.errors import CapabilityError, ServerError
@@ -67,8 +67,8 @@ class _Text:
         """The text takes another way than it did or was foreseen to."""
         del self.line[place:]
         self.known = {n: row for n, row in self.known.items() if n <= place}
-        if self.n_right is None and self.asked_at <= place < self.asked_at + self.n_foreseen:
-            self.n_right = place - self.asked_at
+        if self.n_right is None and place < self.asked_at + self.n_foreseen:
+            self.n_right = max(0, place - self.asked_at)
 
     def foresee(self, rows: Sequence[Likeliest], tokens: Sequence[int]) -> None:
         """Remember how the server would go on behind the text."""
@@ -241,16 +241,25 @@ class RemoteSession(Session):
     def _ask(
         self, texts: Sequence[Sequence[int]], n_tokens: int, *, scoring: bool = False
     ) -> list[Completion]:
+        prompts = [self._writing.prompt(ids) for ids in texts]
+        if self._abilities.takes_several:
+            return self._send(prompts, n_tokens, scoring)
+        return [self._send([prompt], n_tokens, scoring)[0] for prompt in prompts]
+
+    def _send(
+        self, prompts: Sequence[Sequence[int] | str], n_tokens: int, scoring: bool
+    ) -> list[Completion]:
         abilities = self._abilities
         self._n_passes += n_tokens
         try:
             answers, whole = completions(
                 self._server,
                 abilities.served_model,
-                [self._writing.prompt(ids) for ids in texts],
+                prompts,
                 n_tokens,
                 logprobs=abilities.how_many or None,
                 scoring=abilities.scoring if scoring else None,
+                **(NEUTRAL if abilities.is_neutral else {}),
             )
         except Unreadable as error:
             raise self._changed(str(error)) from error

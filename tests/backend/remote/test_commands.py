@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -65,7 +67,7 @@ def test_validate_tells_what_the_server_was_found_to_do(
     assert (
         f"  checked  model facts: server {fake.url}\n"
         "  checked  model facts: the server calls it 'facts'\n"
-        "  checked  model facts: prompts are token ids\n"
+        "  checked  model facts: prompts are token ids, several at a time\n"
         "  checked  model facts: log-probabilities of the 20 likeliest tokens\n"
     ) in out
     fake.stop()
@@ -216,3 +218,23 @@ def test_a_comparison_goes_on_where_a_server_that_died_stopped_it(
     # What this server does not tell, traces do not show.
     assert any("Traces do not show model 'facts'" in sentence for sentence in got.warnings)
     shutil.rmtree(tmp_path / "there")
+
+
+def test_without_the_libraries_the_command_says_what_to_install(tmp_path: Path) -> None:
+    program = """
+import sys
+sys.modules["httpx"] = None
+from multicolm.cli import main
+sys.exit(main(["generate", sys.argv[1], "x"]))
+"""
+    path = tmp_path / "ensemble.yaml"
+    path.write_text(
+        "base_model: a\nmodels:\n  a: {backend: vllm, url: 'http://127.0.0.1:1', model: tiny-facts}"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(path)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert done.stderr == (
+        "Error: models in a server need httpx and tenacity: pip install 'multicolm[remote]'.\n"
+    )

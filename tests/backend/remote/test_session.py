@@ -130,6 +130,16 @@ def test_of_few_places_each_is_a_text_of_its_own_and_all_at_once_are_scored(serv
     assert len(fake.requests) == n_before + 2
 
 
+def test_a_server_that_takes_one_prompt_at_a_time_is_asked_one_by_one(serve: Serve) -> None:
+    fake = serve("facts", Manners(takes_several=False))
+    model = remote(fake)
+    assert "prompts are token ids, one at a time" in model.abilities
+    look = model.open(2).feed([0, 1], [IDS, IDS[:4]], [1, 2])
+    assert look.n_calls == 3
+    want = [logprobs(local("facts"), ids, n) for ids, n in ((IDS, 1), (IDS[:4], 2))]
+    assert torch.allclose(look.logits.log_softmax(-1), torch.cat(want), atol=1e-5)
+
+
 def test_hidden_states_are_refused_by_name(serve: Serve) -> None:
     fake = serve()
     with pytest.raises(CapabilityError, match=f"'facts' runs in server {fake.url}, which shows no"):
