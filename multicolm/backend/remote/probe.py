@@ -24,7 +24,7 @@ from multicolm.types import Signal
 
 __all__ = ["NEUTRAL", "Abilities", "Wish", "find_served_model", "fingerprint", "is_same", "probe"]
 
-NEUTRAL = {
+NEUTRAL: dict[str, Any] = {
     "repeat_penalty": 1.0,
     "repetition_penalty": 1.0,
     "frequency_penalty": 0.0,

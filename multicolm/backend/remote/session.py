@@ -66,7 +66,7 @@ class _Text:
     def _leave(self, place: int) -> None:
         """The text takes another way than it did or was foreseen to."""
         del self.line[place:]
-        self.known = {n: row for n, row in self.known.items() if n <= place}
+        self._keep(range(place + 1))
         if self.n_right is None and place < self.asked_at + self.n_foreseen:
             self.n_right = max(0, place - self.asked_at)
 
@@ -74,12 +74,15 @@ class _Text:
         """Remember how the server would go on behind the text."""
         self.asked_at, self.n_foreseen, self.n_right = len(self.ids), len(tokens), None
         self.line = [*self.ids, *tokens]
+        self._keep(range(len(self.ids)))
         self.known.update({len(self.ids) + i: row for i, row in enumerate(rows)})
 
     def forget(self) -> None:
-        """Keep what may be asked again: the last places."""
-        for place in sorted(self.known)[:-_MOST_REMEMBERED]:
-            del self.known[place]
+        """Keep what may be asked again: the last places, and what was foreseen."""
+        self._keep(range(len(self.ids) - _MOST_REMEMBERED + 1, len(self.line) + 1))
+
+    def _keep(self, places: range) -> None:
+        self.known = {n: row for n, row in self.known.items() if n in places}
 
     def plan(self, most: int) -> int:
         """How many tokens to ask for: twice as many as were foreseen rightly, if all were."""

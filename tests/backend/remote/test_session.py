@@ -58,6 +58,13 @@ def test_one_request_asks_for_twice_as_many_tokens_as_long_as_all_are_used(serve
     assert [body["max_tokens"] for body in fake.requests[-6:]] == [1, 2, 4, 8, 8, 8]
 
 
+def test_what_is_foreseen_far_ahead_is_remembered_until_it_is_reached(serve: Serve) -> None:
+    fake = serve("facts", Manners(max_logprobs=5))
+    written, n_calls = write_greedily(remote(fake, look_ahead=128), IDS, 200)
+    assert written == write_greedily(local("facts"), IDS, 200)[0]
+    assert n_calls == 8  # 1 + 2 + 4 + ... + 64 + 128
+
+
 def test_where_others_write_it_soon_asks_for_one_token_at_a_time(serve: Serve) -> None:
     fake = serve()
     session = remote(fake, look_ahead=8).open(1)
