@@ -18,6 +18,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from multicolm.ensemble import Ensemble, load
     from multicolm.errors import MulticolmError
+    from multicolm.generative import GenerativeEnsemble, as_transformers
     from multicolm.policy.base import (
         MixPolicy,
         Needs,
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 _HOME = {
     "Answer": "multicolm.types",
     "Ensemble": "multicolm.ensemble",
+    "GenerativeEnsemble": "multicolm.generative",
     "Message": "multicolm.types",
     "MixPolicy": "multicolm.policy.base",
     "ModelNames": "multicolm.views",
@@ -52,6 +54,7 @@ _HOME = {
     "VerifyPolicy": "multicolm.policy.base",
     "View": "multicolm.views",
     "Views": "multicolm.views",
+    "as_transformers": "multicolm.generative",
     "load": "multicolm.ensemble",
     "register_policy": "multicolm.policy.base",
 }
@@ -59,6 +62,7 @@ _HOME = {
 __all__ = [
     "Answer",
     "Ensemble",
+    "GenerativeEnsemble",
     "Message",
     "MixPolicy",
     "ModelNames",
@@ -77,6 +81,7 @@ __all__ = [
     "View",
     "Views",
     "__version__",
+    "as_transformers",
     "load",
     "register_policy",
 ]

@@ -255,9 +255,8 @@ class Ensemble:
 
     def _live(self, chosen: Policy, asked: PolicySource | None, **how: Unpack[_How]) -> Live:
         name = asked if isinstance(asked, str) else chosen.name
-        return Live(
-            self.backends, self.vocabulary, chosen, name, written_in=self._vocabulary(chosen), **how
-        )
+        written_in = self._vocabulary(chosen)
+        return Live(self.backends, self.vocabulary, written_in, chosen, name, **how)
 
     def resolve(
         self, policy: PolicySource | None, params: Mapping[str, Any] | None = None
@@ -268,6 +267,14 @@ class Ensemble:
             ConfigError: if it is not known, or a param is not.
         """
         return resolve_policy(self.policy if policy is None else policy, params)
+
+    def check(self, policy: Policy) -> None:
+        """Refuse a policy that does not fit these models, before anything is read or written.
+
+        Raises:
+            CapabilityError: naming what it needs and does not get.
+        """
+        self._check(policy)
 
     @property
     def bridges(self) -> list[Pair]:

@@ -8,10 +8,13 @@
     ├── VocabularyError            tokenizers that cannot be joined, or not be turned into bytes
     ├── ArtefactError              a file of a score table or a checkpoint: missing, damaged, of
     │                              other models or other data
+    ├── HubError                   the Hugging Face Hub cannot be reached, or refuses
     ├── TrainingError              training cannot go on: a loss that is no number, nothing to learn
     ├── InputError                 a prompt or a setting of one call (empty, too long, out of range)
+    ├── PolicyError                a policy broke its contract while the text was being written
     ├── ServerError                a server that runs a model: gone, stalled, refusing, changed
-    └── PolicyError                a policy broke its contract while the text was being written
+    ├── BusyError                  this server has no place for another text just now
+    └── ClosedError                this server is shutting down, or has
 
 Bugs of multicolm itself are not in this tree: they keep their traceback. What is allowed and has to
 be known is a :class:`MulticolmWarning`.
@@ -24,8 +27,11 @@ from collections.abc import Iterable, Sequence
 
 __all__ = [
     "ArtefactError",
+    "BusyError",
     "CapabilityError",
+    "ClosedError",
     "ConfigError",
+    "HubError",
     "InputError",
     "ModelError",
     "MulticolmError",
@@ -71,6 +77,10 @@ class ArtefactError(MulticolmError):
     """A file of a score table or a checkpoint is missing, damaged, or made for something else."""
 
 
+class HubError(MulticolmError):
+    """The Hugging Face Hub cannot be reached, or refuses what was asked of it."""
+
+
 class TrainingError(MulticolmError):
     """Training cannot go on: the loss is no number, or there is nothing to learn from."""
 
@@ -107,6 +117,22 @@ class MulticolmWarning(UserWarning):
 
 class PolicyError(MulticolmError):
     """A policy broke its contract: a wrong shape, no such model, an undeclared signal."""
+
+
+class BusyError(MulticolmError):
+    """A server has no place for another text just now.
+
+    Attributes:
+        retry_after: in how many seconds it is worth asking again.
+    """
+
+    def __init__(self, message: str, retry_after: int = 1) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class ClosedError(MulticolmError):
+    """A server is shutting down, or has."""
 
 
 def unknown(noun: str, name: str, known: Iterable[str]) -> str:

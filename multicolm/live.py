@@ -34,10 +34,11 @@ class Live:
 
     Args:
         models: the base model first.
-        vocabulary: what they write in.
+        vocabulary: the tokens of prompts and of traces.
+        written_in: what is written in, for this policy; ``vocabulary`` itself, or bytes or
+            characters.
         policy: decides who writes.
         name: the policy's, for answers.
-        written_in: what texts are written in, if not in ``vocabulary``: bytes or characters.
         schedule: how models are run; ``None`` takes what suits the policy.
         block_size: tokens that the base model drafts at a time under ``block``.
         n_slots: how many texts are written at a time; others wait.
@@ -54,10 +55,10 @@ class Live:
         self,
         models: Sequence[Model],
         vocabulary: Vocabulary,
+        written_in: Vocabulary,
         policy: Policy,
         name: str,
         *,
-        written_in: Vocabulary | None = None,
         schedule: Schedule | None = None,
         block_size: int = 8,
         n_slots: int = 16,
@@ -67,17 +68,17 @@ class Live:
         self._names = ModelNames(model.name for model in models)
         self._vocabulary = vocabulary
         self._policy = policy
+        self._written_in = written_in
         self._name = name
         self._used = sorted(policy.uses(self._names))
-        self._written_in = written_in or vocabulary
-        # Written together, what the base model drafts has to be in the others' tokens.
-        drafts = (schedule or policy.schedule) == "block" and (
-            policy.support == "shared" or (policy.support == "union" and self._written_in.is_shared)
-        )
-        self._block_size = block_size if drafts else 1
+        drafts = (schedule or policy.schedule) == "block"
+        # Elsewhere what the base model drafts is not in the others' tokens.
+        same = policy.support == "shared" or written_in.is_shared
+        self._block_size = block_size if drafts and same and written_in is vocabulary else 1
+        self._is_metered = policy.support in ("bytes", "characters")
         self.router = Router(
             models,
-            self._written_in,
+            written_in,
             policy,
             block_size=self._block_size,
             n_slots=n_slots,
@@ -105,7 +106,6 @@ class Live:
         sampling = Sampling(wanted.temperature, wanted.top_k, wanted.top_p)
         self._check_draws(sampling)
         ids = prompt_ids(prompt, number, self._models, self._vocabulary, self._used)
-        in_tokens = self._written_in is self._vocabulary
         return Row(
             number=number,
             prompt=prompt,
@@ -116,7 +116,7 @@ class Live:
             text=TextStream(wanted.stop),
             draft_length=self._block_size,
             sampling=sampling,
-            meter=None if in_tokens else IncrementalEncoder(self._models[0].tokenizer),
+            meter=IncrementalEncoder(self._models[0].tokenizer) if self._is_metered else None,
         )
 
     def _check_draws(self, sampling: Sampling) -> None:
@@ -163,8 +163,8 @@ class Live:
     def tokens(self, row: Row, first: int = 0) -> list[TracedToken]:
         """The tokens of a text from number ``first`` on, as far as they are certain by now.
 
-        Of a text that is written in bytes, tokens are those of the base model, and certain a
-        little later than its characters.
+        Of a text that is written in bytes or characters, tokens are those of the base model, and
+        certain a little later than its characters.
         """
         names = [*self._names, MIXTURE]
         written = row.written if row.meter is None else self._as_tokens(row, row.meter)
@@ -213,13 +213,12 @@ class Live:
         for token, end in zip(meter.ids[:n_certain], meter.ends, strict=False):
             last = max(first, bisect_right(ends, end))
             logprob = sum(new.logprob for new in row.written[first:last])
-            writer = row.written[max(last, 1) - 1].writer
+            writer = row.written[min(last, len(row.written)) - 1].writer
             tokens.append(Written(token, writer, logprob, None))
             first = last
-        if done:
-            text_ends = self._written_in.end_ids(None)
-            own_ends = self._vocabulary.end_ids(0) or self._vocabulary.end_ids(None)
-            for new in row.written[first:]:
-                if new.token in text_ends and own_ends:
-                    tokens.append(replace(new, token=min(own_ends)))
+        end_ids = self._vocabulary.end_ids(0) or self._vocabulary.end_ids(None)
+        text_ends = self._written_in.end_ids(None)
+        for new in row.written[first:] if done else ():
+            if new.token in text_ends and end_ids:
+                tokens.append(replace(new, token=min(end_ids)))
         return tokens

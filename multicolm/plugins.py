@@ -143,6 +143,7 @@ backends: Registry[object] = Registry(
         "table": "multicolm.backend.table:TableModel",
         "transformers": "multicolm.backend.transformers:TransformersModel",
         "vllm": "multicolm.backend.remote.model:VllmModel",
+        "vllm-engine": "multicolm.backend.vllm_engine:VllmEngineModel",
     },
 )
 """Backends; see :mod:`multicolm.backend`."""

@@ -60,6 +60,15 @@ class Stream(Iterator[Piece]):
         """The texts that are finished so far, in the order of their prompts."""
         return self._run.answers()
 
+    def token_ids(self, number: int) -> list[int]:
+        """Tokens of a text so far, ends included; of bytes and characters, the base model's.
+
+        Args:
+            number: of the prompt, from 0.
+        """
+        row = self._run.rows[number]
+        return [new.token for new in row.written] if row.meter is None else list(row.meter.ids)
+
     def finished(self) -> Iterator[tuple[int, Answer]]:
         """Write on, and give each answer with its prompt's number (from 0) once it is finished."""
         done = self._run.live.router.finished

@@ -25,9 +25,9 @@ from multicolm.plugins import policies
 KNOWN_MODELS = "tiny-facts, tiny-facts-own, tiny-generalist, tiny-math, tiny-math-own"
 MODEL_KEYS = (
     "adapter, allow_pickled_weights, api_key_env, attn_implementation, backend, cache_type, "
-    "chat_template, connect_timeout, context_length, cost, device, device_map, dtype, gpu_layers, "
-    "logprobs, look_ahead, model, retries, revision, served_model, timeout, tokenizer, "
-    "trust_remote_code, url"
+    "chat_template, connect_timeout, context_length, cost, device, device_map, dtype, "
+    "engine_options, gpu_layers, logprobs, look_ahead, model, retries, revision, served_model, "
+    "timeout, tokenizer, trust_remote_code, url"
 )
 DUO = """\
 base_model: small

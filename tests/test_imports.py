@@ -24,13 +24,16 @@ LAYERS = [
     {"policy", "tokenizer", "backend"},
     {"decoding"},
     {"ensemble", "live", "streaming"},
-    {"scoring"},
-    {"testing", "tiny", "training", "calibration", "evaluation"},
+    {"scoring", "generative"},
+    {"testing", "tiny", "training", "calibration", "evaluation", "hub", "serving"},
     {"cli", "__main__"},
 ]
 # Within one layer: these never meet.
 STRANGERS = {("policy", "backend"), ("backend", "policy"), ("policy", "tokenizer")}
-HEAVY = ("torch", "transformers", "sklearn", "accelerate", "peft", "llama_cpp")
+HEAVY = (
+    *("torch", "transformers", "sklearn", "accelerate", "peft", "fastapi", "uvicorn"),
+    "llama_cpp",
+)
 
 
 def part_of(module: str) -> str:

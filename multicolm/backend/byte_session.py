@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -20,7 +21,7 @@ from torch import Tensor
 from multicolm.backend.base import Model
 from multicolm.errors import CapabilityError, InputError, ModelError
 from multicolm.tokenizer.canonical import canonical
-from multicolm.tokenizer.cover import Cover, Node, SortedBytes, log_sum
+from multicolm.tokenizer.cover import Cover, Frontier, Node, SortedBytes, log_sum
 
 __all__ = ["ByteSession", "Continuation", "Pieces", "span_logprobs"]
 
@@ -277,12 +278,20 @@ class ByteSession:
         for row, content in zip(rows, contents, strict=True):
             self._row(row).cover.advance(content)
 
-    def is_covered(self, row: int) -> bool:
+    def is_covered(self, row: int, n_bytes: int | None = None) -> bool:
         """Whether any path of the model's tokens covers the text; what is no UTF-8 has none.
 
         The model is not asked.
+
+        Args:
+            row: its row.
+            n_bytes: of the text's first bytes only.
         """
-        return bool(self._row(row).cover.frontier)
+        return bool(self._frontier(row, n_bytes))
+
+    def _frontier(self, row: int, n_bytes: int | None = None) -> Frontier:
+        cover = self._row(row).cover
+        return cover.frontier if n_bytes is None else cover.frontier_at(n_bytes)
 
     def truncate(self, row: int, n_bytes: int) -> None:
         """Cut a text back to its first bytes (those of given tokens counted)."""
@@ -294,51 +303,96 @@ class ByteSession:
             raise InputError(f"row {row} of the byte session has no text yet; begin one.")
         return at
 
-    def _learn(self, rows: Iterable[int], look: bool) -> None:
-        """Learn what is needed of rows; what is pruned may turn out to count, so more than once."""
-        open_rows = {row: self._row(row) for row in rows}
-        while True:
-            wanted = {
-                row: nodes
-                for row, at in open_rows.items()
-                if (nodes := at.cover.wanted(at.cover.frontier, look=look, prune=self._prune))
-            }
-            if not wanted:
-                break
-            self._lanes.learn({row: open_rows[row].prompt for row in wanted}, wanted)
-        for at in open_rows.values():
-            at.cover.tidy(_KEPT_BYTES)
-            if look and at.cover.log_mass(at.cover.frontier) == -math.inf:
+    def _learn(self, asked: Sequence[tuple[int, Frontier]], look: bool) -> None:
+        """Learn what is needed of some places; what is pruned may turn out to count."""
+        of_row: dict[int, list[Frontier]] = {}
+        for row, frontier in asked:
+            of_row.setdefault(row, []).append(frontier)
+        if len(asked) > len(of_row):
+            # Many places of a text at once: first along its likeliest path, all in one go.
+            self._read({row: self._row(row).cover.trunk(f, look=look) for row, f in of_row.items()})
+        while self._read({row: self._wanted(row, f, look) for row, f in of_row.items()}):
+            pass
+        for row, frontier in asked if look else ():
+            if self._row(row).cover.log_mass(frontier) == -math.inf:
                 raise InputError(
-                    f"model '{self._name}' cannot write the {at.cover.n_bytes} bytes of this text: "
-                    "no tokens of its own that have any probability spell them."
+                    f"model '{self._name}' cannot write the {self._row(row).cover.n_bytes} bytes "
+                    "of this text: no tokens of its own that have any probability spell them."
                 )
 
-    def next_byte_logprobs(self, rows: Sequence[int]) -> Float[Tensor, "rows 257"]:
+    def _wanted(self, row: int, frontiers: Sequence[Frontier], look: bool) -> list[Node]:
+        cover = self._row(row).cover
+        found = (cover.wanted(f, look=look, prune=self._prune) for f in frontiers)
+        return list(dict.fromkeys(itertools.chain.from_iterable(found)))
+
+    def _read(self, wanted: dict[int, list[Node]]) -> bool:
+        """Read some paths; returns whether there were any."""
+        wanted = {row: nodes for row, nodes in wanted.items() if nodes}
+        if wanted:
+            self._lanes.learn({row: self._row(row).prompt for row in wanted}, wanted)
+        return bool(wanted)
+
+    def _tidy(self, rows: Iterable[int]) -> None:
+        for row in rows:
+            self._row(row).cover.tidy(_KEPT_BYTES)
+
+    def _looked_at(
+        self, rows: Sequence[int], places: Sequence[Sequence[int]] | None
+    ) -> list[tuple[int, Frontier]]:
+        """The branches at some places of texts, learned."""
+        if places is None:
+            asked = [(row, self._frontier(row)) for row in rows]
+        else:
+            pairs = zip(rows, places, strict=True)
+            asked = [(row, self._frontier(row, place)) for row, each in pairs for place in each]
+        self._learn(asked, look=True)
+        return asked
+
+    def next_byte_logprobs(
+        self, rows: Sequence[int], places: Sequence[Sequence[int]] | None = None
+    ) -> Float[Tensor, "looks 257"]:
         """Natural logs of the probabilities of the next byte; the last column is the text's end.
+
+        Args:
+            rows: distinct rows.
+            places: per row, behind how many bytes of its text to look, one or more; ``None`` for
+                once at the end of each.
+
+        Returns:
+            Row after row, within a row in the order of the places.
 
         Raises:
             InputError: if the model cannot write one of the texts.
             ModelError: if it puts all of its probability on what may not follow.
         """
-        self._learn(rows, look=True)
-        outcomes = [torch.from_numpy(self._row(row).cover.outcomes()) for row in rows]
-        return torch.stack(outcomes).log()
+        asked = self._looked_at(rows, places)
+        outcomes = [self._row(row).cover.outcomes(frontier) for row, frontier in asked]
+        self._tidy(rows)
+        return torch.from_numpy(np.stack(outcomes)).log()
 
     def logprob(self, row: int) -> float:
         """Natural log of M(text so far): that the model's text begins with these bytes."""
-        self._learn([row], look=False)
-        cover = self._row(row).cover
-        return cover.log_mass(cover.frontier)
+        frontier = self._frontier(row)
+        self._learn([(row, frontier)], look=False)
+        self._tidy([row])
+        return self._row(row).cover.log_mass(frontier)
 
-    def pieces_of(self, rows: Sequence[int]) -> list[Pieces]:
-        """:meth:`pieces` of several rows, which are read together.
+    def pieces_of(
+        self, rows: Sequence[int], places: Sequence[Sequence[int]] | None = None
+    ) -> list[Pieces]:
+        """What the model would write next in some texts, in its own tokens; all read together.
+
+        Args:
+            rows: distinct rows.
+            places: as in :meth:`next_byte_logprobs`.
 
         Raises:
             InputError: if the model cannot write one of the texts.
         """
-        self._learn(rows, look=True)
-        return [self.pieces(row) for row in rows]
+        asked = self._looked_at(rows, places)
+        pieces = [self._pieces(row, frontier) for row, frontier in asked]
+        self._tidy(rows)
+        return pieces
 
     def pieces(self, row: int) -> Pieces:
         """What the model would write next, in its own tokens.
@@ -346,11 +400,12 @@ class ByteSession:
         Raises:
             InputError: if the model cannot write the text.
         """
-        self._learn([row], look=True)
-        cover = self._row(row).cover
+        return self.pieces_of([row])[0]
+
+    def _pieces(self, row: int, frontier: Frontier) -> Pieces:
         found: list[tuple[int, Tensor, Tensor]] = []
         end = 0.0
-        for branch, weight in cover.scaled():
+        for branch, weight in self._row(row).cover.scaled(frontier):
             probs = torch.from_numpy(branch.node.probs[branch.low : branch.high]) * weight
             ids = torch.from_numpy(self._lanes.paths.ids[branch.low : branch.high])
             found.append((branch.depth, ids[probs > 0], probs[probs > 0]))
@@ -366,12 +421,12 @@ class ByteSession:
 
         The mean of 1 - Z over the branches by their part of the text's mass.
         """
-        self._learn([row], look=True)
+        self._looked_at([row], None)
         return sum(w * b.node.left_out for b, w in self._row(row).cover.weights())
 
     def mean_left_out(self, row: int) -> float:
         """The mean of 1 - Z per token, along the most likely path so far."""
-        self._learn([row], look=True)
+        self._looked_at([row], None)
         branch, _ = max(self._row(row).cover.weights(), key=lambda pair: pair[1])
         n_given = self._row(row).cover.root.n_tokens
         shares = [node.left_out for node in branch.node.chain()[n_given:]]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from multicolm.cli.options import as_json, json_option
+from multicolm.cli.processes import processes
 from multicolm.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -83,19 +84,21 @@ def command(
     """Compare policies on TASK with each other and with every model of ENSEMBLE alone.
 
     Answers are kept in FOLDER as they are finished: a command that was stopped goes on where it
-    was when it is given again. In the end the folder holds a table, a plot and a page.
+    was when it is given again. In the end the folder holds a table, a plot and a page. Under
+    `accelerate launch` the questions are split over the processes.
     """
     from multicolm.evaluation.task import load_task
 
     # First, so that a slip of the pen costs no loading of weights.
     read = load_task(task)
     named = _named(policies)
+    rank, n_ranks, wait = processes()
     loaded = _load(ensemble, named)
 
     from multicolm.evaluation.compare import compare
 
     try:
-        with _shown() as show, _one_line_warnings():
+        with _shown(rank) as show, _one_line_warnings():
             comparison = compare(
                 loaded,
                 named,
@@ -112,11 +115,16 @@ def command(
                 traces=traces,
                 max_new_tokens=max_new_tokens,
                 title=ensemble,
+                rank=rank,
+                n_ranks=n_ranks,
+                wait=wait,
                 progress=show,
             )
     except KeyboardInterrupt:
         click.echo(f"What was finished is kept in {out}; the same command goes on there.", err=True)
         raise
+    if rank > 0:
+        return  # The first process of `accelerate launch` speaks for all.
     if as_json_:
         click.echo(as_json(comparison.as_json()))
     else:
@@ -150,8 +158,15 @@ def _load(source: str, named: Sequence[NamedPolicy]) -> Ensemble:
 
 
 @contextmanager
-def _shown() -> Iterator[Callable[[Progress], None]]:
-    """A bar for the row at work, and a line on stderr for each that is done."""
+def _shown(rank: int) -> Iterator[Callable[[Progress], None]]:
+    """A bar for the row at work, and a line on stderr for each that is done.
+
+    Args:
+        rank: of this process; only the first one speaks.
+    """
+    if rank > 0:
+        yield lambda progress: None
+        return
     from multicolm.cli.console import visible, work_bar
 
     with work_bar("questions") as bar:

@@ -16,7 +16,15 @@ if TYPE_CHECKING:
     from multicolm.ensemble import Ensemble
     from multicolm.policy.base import Policy
 
-__all__ = ["as_json", "json_option", "load", "parameters", "policy_options", "writing_options"]
+__all__ = [
+    "as_json",
+    "json_option",
+    "load",
+    "parameters",
+    "policy_options",
+    "quiet_transfers",
+    "writing_options",
+]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -115,12 +123,13 @@ def load(source: str, policy: str | None, pairs: tuple[str, ...]) -> tuple[Ensem
     """
     import multicolm
     from multicolm.cli.console import console
+    from multicolm.cli.processes import on_own_device
     from multicolm.config import load_ensemble
     from multicolm.policy.resolve import resolve_policy
     from multicolm.views import ModelNames
 
     # First, so that a slip of the pen costs no import of torch and no loading of weights.
-    config = load_ensemble(source)
+    config = on_own_device(load_ensemble(source))
     chosen = resolve_policy(policy or config.policy, parameters(pairs))
     chosen.needs(ModelNames(config.names))
     if any(model.backend == "transformers" for model in config.models.values()):
@@ -133,6 +142,14 @@ def load(source: str, policy: str | None, pairs: tuple[str, ...]) -> tuple[Ensem
         return multicolm.load(config), chosen
     with errors.status(f"loading {len(config.models)} models"):
         return multicolm.load(config), chosen
+
+
+def quiet_transfers() -> None:
+    """The bars of the Hub's library belong on a terminal, and in no log."""
+    if not sys.stderr.isatty():
+        from huggingface_hub.utils.tqdm import disable_progress_bars
+
+        disable_progress_bars()
 
 
 def as_json(value: Mapping[str, Any] | list[Any]) -> str:

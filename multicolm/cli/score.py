@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from multicolm.cli.options import as_json, json_option
+from multicolm.cli.processes import on_own_device, processes
 
 if TYPE_CHECKING:
+    from multicolm.config import EnsembleConfig
+    from multicolm.ensemble import Ensemble
     from multicolm.scoring.store import Index
 
 __all__ = ["command"]
@@ -74,8 +76,8 @@ def command(
 
     corpus = open_corpus(data, split=split, subset=subset, revision=revision)
     config = load_ensemble(ensemble)
-    rank, n_ranks, wait = _processes()
-    loaded = _load(config)
+    rank, n_ranks, wait = processes()
+    loaded = _load(on_own_device(config))
     wanted = {"hidden": hidden, "topk": topk is not None, "embedding": embedding}
     start = time.perf_counter()
     with work_bar("tokens") as bar:
@@ -101,43 +103,15 @@ def command(
         _report(index, out, time.perf_counter() - start, as_json_)
 
 
-def _processes() -> tuple[int, int, Any]:
-    """This process's rank, how many there are, and what waits for all; of `accelerate launch`."""
-    if int(os.environ.get("WORLD_SIZE", "1")) <= 1:
-        return 0, 1, lambda: None
-    from accelerate import PartialState
-
-    state = PartialState()
-    return state.process_index, state.num_processes, state.wait_for_everyone
-
-
-def _load(config: Any) -> Any:
+def _load(config: EnsembleConfig) -> Ensemble:
     import multicolm
     from multicolm.cli.console import console
 
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        config = _on_own_device(config)
     errors = console(stderr=True)
     if not errors.is_terminal:
         return multicolm.load(config)
     with errors.status(f"loading {len(config.models)} models"):
         return multicolm.load(config)
-
-
-def _on_own_device(config: Any) -> Any:
-    """Each process on its own accelerator, where the ensemble file leaves it open."""
-    from accelerate import PartialState
-
-    device = PartialState().device
-    if device.type == "cpu":
-        return config
-    models = {
-        name: model
-        if model.device or model.device_map
-        else model.model_copy(update={"device": str(device)})
-        for name, model in config.models.items()
-    }
-    return config.model_copy(update={"models": models})
 
 
 def _report(index: Index, out: Path, seconds: float, as_json_: bool) -> None:

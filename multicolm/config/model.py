@@ -47,6 +47,8 @@ _SETTINGS: dict[str, frozenset[str]] = {
     "transformers": _FETCHED | _OF_PROCESSES,
     "llama-cpp": frozenset({"cache_type", "context_length", "gpu_layers", "tokenizer"}),
     "table": frozenset(),
+    "vllm-engine": _FETCHED
+    | {"context_length", "dtype", "engine_options", "logprobs", "look_ahead"},
     **dict.fromkeys(SERVERS, _FETCHED | _OF_SERVERS),
 }
 """What each backend can be told, besides what all can."""
@@ -131,9 +133,10 @@ class ModelConfig(Strict):
         allow_pickled_weights: load weights that are not safetensors.
         tokenizer: registry name, folder or Hub id of the tokenizer, instead of the one in a GGUF
             file.
-        context_length: the most tokens of a text, where that is less than the GGUF file allows.
+        context_length: the most tokens of a text, where that is less than the model allows.
         cache_type: in what llama.cpp keeps what it has read; ``f16`` is smaller, ``f32`` exact.
         gpu_layers: how many layers llama.cpp puts on an accelerator.
+        engine_options: keyword arguments of ``vllm.LLM``, for backend ``vllm-engine``.
         url: of the server that runs the model, such as ``http://127.0.0.1:8000/v1``.
         served_model: what the server calls it; not needed where it serves one model.
         api_key_env: the environment variable that holds the server's key.
@@ -164,6 +167,7 @@ class ModelConfig(Strict):
     context_length: int | None = Field(default=None, ge=1)
     cache_type: Literal["f16", "f32"] = "f16"
     gpu_layers: int = Field(default=0, ge=0)
+    engine_options: dict[str, bool | int | float | str] | None = None
     url: str | None = None
     served_model: str | None = Field(default=None, min_length=1)
     api_key_env: str | None = Field(default=None, min_length=1)

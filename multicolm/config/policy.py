@@ -24,6 +24,7 @@ __all__ = [
     "PolicyConfig",
     "PolicyFile",
     "check_params",
+    "file_params",
     "is_path",
     "load_policy",
     "load_policy_file",
@@ -179,10 +180,15 @@ def with_paths(config: PolicyConfig, base_dir: Path) -> PolicyConfig:
     A param is a path if its field is annotated ``pathlib.Path`` or an artefact, such as weights.
     """
     params = dict(config.params)
-    for name, annotation in _annotations(policies.get(config.kind)).items():
-        if isinstance(params.get(name), str) and _is_file(annotation):
+    for name in file_params(policies.get(config.kind)):
+        if isinstance(params.get(name), str):
             params[name] = str(base_dir / Path(params[name]).expanduser())
     return PolicyConfig(kind=config.kind, params=params)
+
+
+def file_params(cls: type) -> frozenset[str]:
+    """The params of a policy's class whose values, or some of them, are files."""
+    return frozenset(name for name, kind in _annotations(cls).items() if _is_file(kind))
 
 
 def _is_file(annotation: Any) -> bool:

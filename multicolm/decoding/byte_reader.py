@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 
 import torch
@@ -48,8 +49,10 @@ class _Bytes(Reader):
         """What a token adds to the text."""
 
     @abstractmethod
-    def _shown(self, slots: Sequence[int]) -> Float[Tensor, "rows vocab"]:
-        """What the model predicts at the end of the texts in some slots."""
+    def _shown(
+        self, slots: Sequence[int], places: Sequence[Sequence[int]]
+    ) -> Float[Tensor, "looks vocab"]:
+        """What the model predicts behind some numbers of bytes of the texts in some slots."""
 
     def start(self, row: Row) -> None:
         """Begin a new text in the row's slot."""
@@ -95,30 +98,31 @@ class _Bytes(Reader):
         start = self._clock()
         session = self._session
         n_forwards, n_read, n_calls = session.n_forwards, session.n_read, session.n_calls
-        lines: dict[tuple[int, int], Tensor] = {}
-        for step in range(max(map(len, places))):
-            now = [i for i, wanted in enumerate(places) if step < len(wanted)]
-            for i in now:
-                self._feed(rows[i], places[i][step])
-            shown = self._shown([rows[i].slot for i in now])
-            lines |= {(i, step): line for i, line in zip(now, shown, strict=True)}
+        for row, wanted in zip(rows, places, strict=True):
+            self._feed(row, wanted[-1])
+        ends = [
+            [self._ends[row.slot][place] for place in wanted]
+            for row, wanted in zip(rows, places, strict=True)
+        ]
+        shown = self._shown([row.slot for row in rows], ends)
         self._model.wait()
         passes, read = session.n_forwards - n_forwards, session.n_read - n_read
         calls = session.n_calls - n_calls
         self._share_out(rows, Usage(passes, read, 0, self._clock() - start, calls))
-        return Look(torch.stack([lines[key] for key in sorted(lines)]), None, passes, calls)
+        return Look(shown, None, passes, calls)
 
     def _feed(self, row: Row, place: int) -> None:
         """Let the model's text be the row's up to a place."""
         slot, ends = row.slot, self._ends[row.slot]
+        # What has been followed beyond the place stands until the text is cut.
+        if place < len(ends) and ends[place] <= self._n_fed[slot]:
+            return
         while len(ends) <= place:
             ends.append(ends[-1] + len(self._content(row.ids[len(ends) - 1])))
-        end = ends[place]
-        self._cut(slot, end)
-        if self._n_fed[slot] < end:
-            text = b"".join(self._content(token) for token in row.ids[:place])
-            self._session.feed([slot], [text[self._n_fed[slot] :]])
-            self._n_fed[slot] = end
+        first = bisect_right(ends, self._n_fed[slot]) - 1
+        text = b"".join(self._content(token) for token in row.ids[first:place])
+        self._session.feed([slot], [text])
+        self._n_fed[slot] = ends[place]
 
     def _share_out(self, rows: Sequence[Row], used: Usage) -> None:
         """Rows that are read together share what that took."""
@@ -135,8 +139,10 @@ class ByteReader(_Bytes):
     def _content(self, token: int) -> bytes:
         return bytes([token]) if token < 256 else b""
 
-    def _shown(self, slots: Sequence[int]) -> Float[Tensor, "rows vocab"]:
-        return self._session.next_byte_logprobs(slots).float()
+    def _shown(
+        self, slots: Sequence[int], places: Sequence[Sequence[int]]
+    ) -> Float[Tensor, "looks vocab"]:
+        return self._session.next_byte_logprobs(slots, places).float()
 
 
 class ExactReader(_Bytes):
@@ -167,18 +173,20 @@ class ExactReader(_Bytes):
         self, row: Row, places: Sequence[int], token: int, writer: int
     ) -> dict[int, bool | None]:
         """Anywhere, unless others have written bytes that no tokens of its own spell."""
-        flags: dict[int, bool | None] = {}
-        for place in places:
-            self._feed(row, place)
-            flags[place] = self._session.is_covered(row.slot)
-        return flags
+        # The text up to the last place is followed once; cut back, all would be learned again.
+        self._feed(row, places[-1])
+        ends = self._ends[row.slot]
+        return {place: self._session.is_covered(row.slot, ends[place]) for place in places}
 
     def _content(self, token: int) -> bytes:
         return self._vocabulary.token_bytes(token)
 
-    def _shown(self, slots: Sequence[int]) -> Float[Tensor, "rows vocab"]:
-        shown = torch.full((len(slots), self._vocabulary.size), float("-inf"))
-        for line, pieces in zip(shown, self._session.pieces_of(slots), strict=True):
+    def _shown(
+        self, slots: Sequence[int], places: Sequence[Sequence[int]]
+    ) -> Float[Tensor, "looks vocab"]:
+        found = self._session.pieces_of(slots, places)
+        shown = torch.full((len(found), self._vocabulary.size), float("-inf"))
+        for line, pieces in zip(shown, found, strict=True):
             self._spread(pieces, line)
         return shown
 

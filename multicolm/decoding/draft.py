@@ -127,7 +127,7 @@ class Positions:
             "place": lambda: torch.tensor(list(self.places), device=device),
             "uniform": lambda: self.uniform("policy").to(device),
             "greedy": lambda: torch.tensor(
-                [row.sampling.greedy for row in self.rows], device=device
+                [row.sampling.greedy for row in self.rows], dtype=torch.bool, device=device
             ),
             "prompt_nats": lambda: torch.tensor(
                 [row.prompt_nats for row in self.rows], device=device

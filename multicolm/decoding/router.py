@@ -178,7 +178,7 @@ class Router:
             return []
         pieces: list[Piece] = []
         if self._segments is not None:
-            self._write_segments(self._segments, pieces)
+            pieces += self._write_segments(self._segments)
             self._clear()
             return pieces
         if self._drafter is None:
@@ -212,12 +212,12 @@ class Router:
             if self._policy.prompts:
                 row.prompt_nats = self._prompt_nats(row)
 
-    def _write_segments(self, segments: SegmentWriter, pieces: list[Piece]) -> None:
+    def _write_segments(self, segments: SegmentWriter) -> Iterator[Piece]:
         """Write the next segment of every row."""
-        for row, written in segments.next(list(self._active)):
+        for row, written in segments.next(self._active):
             for new in written:
                 row.write(new)
-                pieces += self._show(row)
+                yield from self._show(row)
                 if row.finish_reason is not None:
                     break
 

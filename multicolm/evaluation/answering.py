@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import Any
 from multicolm.config import GenerationConfig, policy_names
 from multicolm.decoding.prompts import encode_prompt
 from multicolm.decoding.sampling import Sampling
+from multicolm.decoding.threads import torch_threads
 from multicolm.ensemble import Ensemble
 from multicolm.errors import InputError
 from multicolm.evaluation.ledger import Ledger
@@ -81,6 +82,12 @@ class Plan:
     of: str = ""
     point: Mapping[str, Any] = field(default_factory=dict)
     note: str = ""
+
+    @property
+    def checked(self) -> Policy:
+        """The policy of a row that has one."""
+        assert self.policy is not None
+        return self.policy
 
     @cached_property
     def key(self) -> str:
@@ -237,23 +244,56 @@ class Answering:
     def row(self, plan: Plan) -> Measured:
         """Answer all questions, as far as the ledger does not hold the answers."""
         done: list[Mapping[str, Any]] = []
-        size = _CHUNK_BATCHES * self._batch_size
-        for start in range(0, len(self._questions), size):
-            questions = self._questions[start : start + size]
-            key = f"chunk {plan.key} {start}-{start + len(questions)}"
+        for key, questions in self._chunks(plan):
             if key not in self.ledger:
-                self._tell(plan, done, 0)
-                chunk = (
-                    self._oracle(questions)
-                    if plan.policy is None
-                    else self._chunk(plan, questions, done)
-                )
-                # Last of all: a chunk without this line is done again.
-                self.ledger.append(key, chunk)
-                self.ledger.sync()
+                self._answer(plan, key, questions, done)
             done.append(self.ledger.get(key))
         self._tell(plan, done, 0, finished=True)
         return Measured(plan, done)
+
+    def share(self, plans: Sequence[Plan], known: Container[str], rank: int, n_ranks: int) -> None:
+        """Answer this process's part of the questions of some rows, a chunk at a time.
+
+        Args:
+            plans: the rows.
+            known: keys of what was answered before, the same for all processes.
+            rank: of this process.
+            n_ranks: how many processes there are.
+        """
+        chunks = [
+            (plan, key, questions)
+            for plan in plans
+            for key, questions in self._chunks(plan)
+            if key not in known
+        ]
+        for plan, key, questions in chunks[rank::n_ranks]:
+            if key not in self.ledger:
+                self._answer(plan, key, questions, [])
+
+    def _chunks(self, plan: Plan) -> Iterator[tuple[str, Sequence[Question]]]:
+        """Keys and questions of what is answered at a time."""
+        size = _CHUNK_BATCHES * self._batch_size
+        for start in range(0, len(self._questions), size):
+            questions = self._questions[start : start + size]
+            yield f"chunk {plan.key} {start}-{start + len(questions)}", questions
+
+    def _answer(
+        self,
+        plan: Plan,
+        key: str,
+        questions: Sequence[Question],
+        done: Sequence[Mapping[str, Any]],
+    ) -> None:
+        """Answer a chunk, and note it as done."""
+        self._tell(plan, done, 0)
+        if plan.policy is None:
+            with torch_threads(self._ensemble.backends, self.settings.threads):
+                chunk = self._oracle(questions)
+        else:
+            chunk = self._chunk(plan, questions, done)
+        # Last of all: a chunk without this line is done again.
+        self.ledger.append(key, chunk)
+        self.ledger.sync()
 
     def _tell(
         self, plan: Plan, done: Sequence[Mapping[str, Any]], n_more: int, finished: bool = False

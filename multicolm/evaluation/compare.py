@@ -27,11 +27,17 @@ from multicolm.errors import ArtefactError, InputError
 from multicolm.evaluation.answering import Answering, Measured, NamedPolicy, Plan, Progress
 from multicolm.evaluation.answering import named_policy as named_policy
 from multicolm.evaluation.explain import Explainer
-from multicolm.evaluation.ledger import Ledger
 from multicolm.evaluation.provenance import machine, plain, versions
-from multicolm.evaluation.results import Comparison, ModelUse, RowResult, TracedAnswer
+from multicolm.evaluation.results import (
+    Comparison,
+    ModelUse,
+    RowResult,
+    TracedAnswer,
+    read_comparison,
+)
 from multicolm.evaluation.statistics import bootstrap_interval, paired_interval, paired_test
 from multicolm.evaluation.task import Question, Task, load_task
+from multicolm.evaluation.team import Team
 from multicolm.policy.base import Policy
 from multicolm.policy.resolve import resolve_policy
 
@@ -60,6 +66,9 @@ def compare(
     traces: int = 50,
     max_new_tokens: int | None = None,
     title: str | None = None,
+    rank: int = 0,
+    n_ranks: int = 1,
+    wait: Callable[[], None] = lambda: None,
     progress: Callable[[Progress], None] = lambda _: None,
 ) -> Comparison:
     """Compare policies with each other and with every model alone.
@@ -85,6 +94,9 @@ def compare(
         traces: of how many questions to keep the traces, for every model and policy.
         max_new_tokens: the most tokens of an answer; the task's if not given.
         title: what the results call the ensemble; its models' names if not given.
+        rank: of this process among those that share the work. The first one writes the report.
+        n_ranks: how many they are; what is written does not depend on it, only times do.
+        wait: returns when all of them have come this far.
         progress: told after every answer, and when a row is done.
 
     Raises:
@@ -118,15 +130,21 @@ def compare(
         warnings.append(f"Task '{task.name}' has no gold completions, so there is no oracle row.")
     folder = Path(out)
     header = run.header("compare", split, digest)
-    with Ledger.open(folder / "ledger.jsonl", header) as ledger:
+    team = Team(folder, header, run, rank, n_ranks, wait)
+    with team.main_ledger() as ledger:
         run.ledger = ledger
+        team.answer(plans)
         measured = [run.row(plan) for plan in plans if plan.kind != "sweep"]
-        if random:
-            measured += [run.row(plan) for plan in _random_plans(measured, ensemble.models)]
-        measured += [run.row(plan) for plan in plans if plan.kind == "sweep"]
+        more = list(_random_plans(measured, ensemble.models)) if random else []
         if oracle:
-            with torch_threads(ensemble.backends, run.settings.threads):
-                measured.append(run.row(Plan("oracle", "oracle", None, note=_ORACLE_NOTE)))
+            more.append(Plan("oracle", "oracle", None, note=_ORACLE_NOTE))
+        team.answer(more)
+        if rank > 0:
+            wait()
+            return read_comparison(folder)
+        measured += [run.row(plan) for plan in more if plan.kind == "random"]
+        measured += [run.row(plan) for plan in plans if plan.kind == "sweep"]
+        measured += [run.row(plan) for plan in more if plan.kind == "oracle"]
         with torch_threads(ensemble.backends, run.settings.threads):
             traced, unread = _traced(run, ensemble, measured, questions[:traces])
         comparison = Comparison(
@@ -145,13 +163,14 @@ def compare(
                 "limit": limit,
             },
             versions=versions(),
-            machine=machine(ensemble),
+            machine=machine(ensemble) + (f", {n_ranks} processes" if n_ranks > 1 else ""),
             rows=tuple(_results(measured, ensemble, seed)),
             warnings=(*warnings, *unread),
         )
         from multicolm.evaluation.report import write_report
 
         write_report(comparison, traced, folder)
+        wait()
     return comparison
 
 

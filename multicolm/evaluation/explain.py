@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -18,7 +16,7 @@ from multicolm.evaluation.answering import finite
 from multicolm.evaluation.results import ShownToken, TracedAnswer
 from multicolm.evaluation.task import Question
 from multicolm.policy.base import Policy
-from multicolm.scoring.reading import Text, read_texts
+from multicolm.scoring.reading import Seen, Text, read_all
 from multicolm.types import MIXTURE
 from multicolm.views import View, Views
 
@@ -27,21 +25,6 @@ __all__ = ["Explainer"]
 _N_TOP = 3
 # The most numbers that all models' logits may hold while written texts are read; 256 MiB.
 _MAX_LOGITS = 1 << 26
-
-
-@dataclass(frozen=True)
-class _Seen:
-    """What one model predicts at the places of some texts, one after another.
-
-    Attributes:
-        logits: [positions, vocab], in float32.
-        hidden: [positions, hidden], if the policy looks at it.
-        known: [positions], whether the model could read that far.
-    """
-
-    logits: Tensor
-    hidden: Tensor | None
-    known: Tensor
 
 
 class Explainer:
@@ -108,7 +91,7 @@ class Explainer:
 
     def _see(
         self, batch: Sequence[tuple[Question, Mapping[str, Any]]], policy: Policy
-    ) -> dict[int, _Seen]:
+    ) -> dict[int, Seen]:
         """What every model that can read these prompts predicts."""
         needs = policy.needs(self._ensemble.models)
         names = [*self._ensemble.models, MIXTURE]
@@ -132,32 +115,15 @@ class Explainer:
             except InputError as error:
                 self._warn(f"Traces do not show model '{model.name}': {error}")
                 continue
-            seen[k] = self._read(k, texts, hidden="hidden" in needs.of(k))
+            hidden = "hidden" in needs.of(k)
+            seen[k] = read_all(model, k, self._ensemble.vocabulary, texts, hidden=hidden)
         return seen
 
     def _warn(self, sentence: str) -> None:
         if sentence not in self.warnings:
             self.warnings.append(sentence)
 
-    def _read(self, k: int, texts: Sequence[Text], hidden: bool) -> _Seen:
-        ends = list(accumulate(len(text.ids) for text in texts))
-        starts = torch.tensor([0, *ends[:-1]])
-        vocabulary = self._ensemble.vocabulary
-        logits = torch.zeros(ends[-1], vocabulary.size)
-        states: Tensor | None = None
-        known = torch.zeros(ends[-1], dtype=torch.bool)
-        model = self._ensemble.backends[k]
-        for reading in read_texts(model, k, vocabulary, texts, hidden=hidden):
-            index = starts[reading.numbers] + reading.places
-            logits[index] = reading.logits.float().cpu()
-            known[index] = True
-            if reading.hidden is not None:
-                if states is None:
-                    states = torch.zeros(ends[-1], reading.hidden.shape[-1])
-                states[index] = reading.hidden.float().cpu()
-        return _Seen(logits, states, known)
-
-    def _models(self, seen: Mapping[int, _Seen], ids: Sequence[int]) -> list[dict[str, Any]]:
+    def _models(self, seen: Mapping[int, Seen], ids: Sequence[int]) -> list[dict[str, Any]]:
         """Per position and model: the written token's log-probability, and the likeliest tokens."""
         vocabulary = self._ensemble.vocabulary
         shown: list[dict[str, Any]] = [{} for _ in ids]
@@ -180,7 +146,7 @@ class Explainer:
     def _probs(
         self,
         policy: Policy,
-        seen: Mapping[int, _Seen],
+        seen: Mapping[int, Seen],
         batch: Sequence[tuple[Question, Mapping[str, Any]]],
     ) -> list[dict[str, float]]:
         """Per position, with what probability the policy lets each model write."""
@@ -211,7 +177,7 @@ class Explainer:
     def _views(
         self,
         policy: Policy,
-        seen: Mapping[int, _Seen],
+        seen: Mapping[int, Seen],
         batch: Sequence[tuple[Question, Mapping[str, Any]]],
         which: Tensor,
     ) -> Views:

@@ -25,7 +25,8 @@ _FORMAT = 1
 class Ledger:
     """Records by key, in a file of JSON lines that only grows.
 
-    Made by :meth:`open`; a context manager, which gives the folder free at its end.
+    Made by :meth:`open` or :meth:`open_to_read`; a context manager, which gives the folder free at
+    its end.
     """
 
     def __init__(self, path: Path, stream: BinaryIO, held: ExitStack) -> None:
@@ -33,6 +34,7 @@ class Ledger:
         self._stream = stream
         self._held = held
         self._places: dict[str, int] = {}
+        self._header: Any = None
 
     @classmethod
     def open(cls, path: Path, header: Mapping[str, Any]) -> Ledger:
@@ -54,9 +56,47 @@ class Ledger:
             path.touch()
             stream = held.enter_context(path.open("r+b"))
             ledger = cls(path, stream, held)
-            ledger._read(json.loads(json.dumps(header)))
+            ledger._header = json.loads(json.dumps(header))
+            ledger._read()
             ledger._held = held.pop_all()
             return ledger
+
+    @classmethod
+    def open_to_read(cls, path: Path, header: Mapping[str, Any]) -> Ledger:
+        """Open a ledger that another process keeps, to read it.
+
+        What is written later is seen after :meth:`read_again`.
+
+        Args:
+            path: the file.
+            header: see :meth:`open`.
+
+        Raises:
+            InputError: if the file belongs to another run.
+            ArtefactError: if it is damaged elsewhere than at its end.
+        """
+        with ExitStack() as held:
+            stream = held.enter_context(path.open("rb"))
+            ledger = cls(path, stream, held)
+            ledger._header = json.loads(json.dumps(header))
+            ledger._read()
+            ledger._held = held.pop_all()
+            return ledger
+
+    def read_again(self) -> None:
+        """See what another process has written since.
+
+        Raises:
+            ArtefactError: if the file is damaged elsewhere than at its end.
+        """
+        self._read()
+
+    def absorb(self, other: Ledger) -> None:
+        """Take over the records of another ledger whose keys are new here, in their order."""
+        for key in other:
+            if key not in self:
+                self.append(key, other.get(key))
+        self.sync()
 
     def __enter__(self) -> Ledger:
         return self
@@ -67,7 +107,8 @@ class Ledger:
     def close(self) -> None:
         """Make everything sure and give the folder free."""
         try:
-            self.sync()
+            if self._stream.writable():
+                self.sync()
         finally:
             self._held.close()
 
@@ -106,15 +147,15 @@ class Ledger:
         self._stream.flush()
         return place
 
-    def _read(self, header: Any) -> None:
-        """Find every record; cut off a last line that is not whole."""
-        place = 0
+    def _read(self) -> None:
+        """Find every record; cut off a last line that is not whole, unless it is another's."""
+        place = self._stream.seek(0)
         for number, line in enumerate(self._stream, start=1):
             value = _parsed(line)
             if value is None and self._is_last(place + len(line)):
                 break
             if number == 1:
-                self._check_header(value, header)
+                self._check_header(value, self._header)
             elif isinstance(value, dict) and isinstance(value.get("key"), str):
                 self._places[value["key"]] = place
             else:
@@ -123,9 +164,11 @@ class Ledger:
                     "alone, so put back the line as it was, or remove the folder and begin anew."
                 )
             place += len(line)
+        if not self._stream.writable():
+            return
         self._stream.truncate(place)
         if not place:
-            self._write({"format": _FORMAT, "header": header})
+            self._write({"format": _FORMAT, "header": self._header})
             self.sync()
 
     def _is_last(self, end: int) -> bool:

@@ -3,7 +3,8 @@
     results.json, traces.jsonl    all there is to know; ``read_comparison`` and ``read_traces``
     table.md                      the table with how it was measured
     pareto.png, pareto.svg        quality against cost (with the extra ``plot``)
-    report.html                   all of it, to read and to click; one file without a network
+    report.html                   all of it, to read and to click; one file without a network.
+                                  Figures of ``multicolm eval`` in the same folder are on it too
 
 Equal inputs give equal bytes. A file is there whole or not at all.
 """
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from multicolm.errors import ArtefactError, unknown
+from multicolm.evaluation.harness_results import read_harness_results
 from multicolm.evaluation.page import as_page
 from multicolm.evaluation.plot import pareto
 from multicolm.evaluation.results import Comparison, TracedAnswer
@@ -70,7 +72,8 @@ def _files(
     yield "results.json", _json(comparison.as_json(), indent=2)
     yield "traces.jsonl", b"".join(_json(answer.as_json()) for answer in traces)
     yield "table.md", as_markdown(comparison).encode("utf-8")
-    yield "report.html", as_page(comparison, traces).encode("utf-8")
+    page = as_page(comparison, traces, read_harness_results(folder))
+    yield "report.html", page.encode("utf-8")
     try:
         yield "pareto.png", pareto(comparison, "png")
         yield "pareto.svg", pareto(comparison, "svg")

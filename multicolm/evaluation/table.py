@@ -19,6 +19,7 @@ __all__ = [
     "facts",
     "headline",
     "in_order",
+    "markup",
     "p_value",
     "percent",
     "plain",
@@ -195,11 +196,11 @@ def solo_speeds(comparison: Comparison) -> list[tuple[str, float, float]]:
 
 def as_markdown(comparison: Comparison) -> str:
     """The whole table with how it was measured, as Markdown that ends with a newline."""
-    models = " / ".join(map(_md, comparison.models))
+    models = " / ".join(map(markup, comparison.models))
     mixes = any(row.n_mixed for row in comparison.rows)
     heads = [
         "",
-        f"{_md(comparison.metric)}, % (95 %)",
+        f"{markup(comparison.metric)}, % (95 %)",
         "gain over the best model, points (95 %)",
         "p",
         f"written by {models}{' / together' * mixes}, %",
@@ -209,8 +210,8 @@ def as_markdown(comparison: Comparison) -> str:
     ]
     winners = best(comparison.rows)
     lines = [
-        f"# {_md(comparison.ensemble)} on {_md(comparison.task)}",
-        _md(headline(comparison)),
+        f"# {markup(comparison.ensemble)} on {markup(comparison.task)}",
+        markup(headline(comparison)),
         "\n".join(
             [
                 _line(heads),
@@ -228,7 +229,7 @@ def as_markdown(comparison: Comparison) -> str:
     return "\n\n".join(line for line in lines if line) + "\n"
 
 
-def _md(text: str) -> str:
+def markup(text: str) -> str:
     """Text that Markdown shows as it is, on one line."""
     return _MARKUP.sub(lambda match: "\\" + match[0], visible(text.replace("\n", " ")))
 
@@ -242,7 +243,7 @@ def _cells(row: RowResult, winners: dict[str, set[str]], mixes: bool) -> list[st
         return f"**{text}**" if row.name in winners[column] else text
 
     quality = bold("quality", percent(row.quality))
-    name = ("↳ " if row.kind in ("random", "sweep") else "") + _md(row.name)
+    name = ("↳ " if row.kind in ("random", "sweep") else "") + markup(row.name)
     cells = [name, f"{quality} ({percent(row.low)} to {percent(row.high)})"]
     if row.gain is None:
         cells += ["", ""]
@@ -265,7 +266,7 @@ def _cells(row: RowResult, winners: dict[str, set[str]], mixes: bool) -> list[st
 
 
 def _bullets(pairs: Sequence[tuple[str, str]]) -> list[str]:
-    return [f"- {_md(name)}: {_md(value)}" for name, value in pairs if value]
+    return [f"- {markup(name)}: {markup(value)}" for name, value in pairs if value]
 
 
 def _notes(comparison: Comparison) -> list[str]:
@@ -283,7 +284,7 @@ def _speeds(comparison: Comparison) -> list[str]:
     solos = solo_speeds(comparison)
     if not solos:
         return []
-    rows = [_line([_md(name), f"{tps:.1f}", f"{1000 * each:.2f}"]) for name, tps, each in solos]
+    rows = [_line([markup(name), f"{tps:.1f}", f"{1000 * each:.2f}"]) for name, tps, each in solos]
     heads = ["model alone", "tokens/s", "milliseconds per forward"]
     table = "\n".join([_line(heads), _line(["---", "--:", "--:"]), *rows])
     return ["## Every model alone, in the same run", table]
@@ -292,4 +293,4 @@ def _speeds(comparison: Comparison) -> list[str]:
 def _warnings(comparison: Comparison) -> list[str]:
     if not comparison.warnings:
         return []
-    return ["\n".join(["## Warnings", "", *(f"- {_md(text)}" for text in comparison.warnings)])]
+    return ["\n".join(["## Warnings", "", *(f"- {markup(text)}" for text in comparison.warnings)])]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from multicolm.policy.base import SelectPolicy, register_policy
 from multicolm.types import Tensor
@@ -56,6 +56,12 @@ class RandomPolicy(SelectPolicy):
         """Every model with a chance."""
         chances = models.weights(self.weights)
         return frozenset(k for k, chance in enumerate(chances) if chance > 0)
+
+    def model_probs(self, views: Views) -> Float[Tensor, "positions models"]:
+        """The chances, the same everywhere."""
+        import torch
+
+        return torch.tensor(views.models.weights(self.weights)).expand(views.n_positions, -1)
 
     def select(self, views: Views) -> Int[Tensor, "positions"]:
         """The model in whose part of [0, 1) the position's random number falls."""

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from multicolm.backend.base import Model
 from multicolm.tokenizer.vocabulary import Vocabulary
 
-__all__ = ["Reading", "Text", "read_texts"]
+__all__ = ["Reading", "Seen", "Text", "read_all", "read_texts"]
 
 # The most numbers that the logits of one pass may hold; a gigabyte in float32.
 _MAX_LOGITS = 2**28
@@ -49,6 +50,22 @@ class Reading:
     places: Int[Tensor, "positions"]
     logits: Float[Tensor, "positions vocab"]
     hidden: Float[Tensor, "positions hidden"] | None
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a model predicts at the places of some texts, one text after another.
+
+    Attributes:
+        logits: unnormalised log-probabilities over the ensemble's vocabulary, in float32 and on
+            the CPU; zeros where they are not known.
+        hidden: last hidden state after the final norm, if it was asked for.
+        known: whether the model could read that far and go on there.
+    """
+
+    logits: Float[Tensor, "positions vocab"]
+    hidden: Float[Tensor, "positions hidden"] | None
+    known: Bool[Tensor, "positions"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +115,43 @@ def read_texts(
     budget = max(1, min(batch_tokens, _MAX_LOGITS // vocabulary.size))
     for batch in _batches(lines, budget):
         yield from _read_batch(batch, model, k, vocabulary, hidden, budget)
+
+
+def read_all(
+    model: Model,
+    k: int,
+    vocabulary: Vocabulary,
+    texts: Sequence[Text],
+    *,
+    hidden: bool = False,
+    batch_tokens: int = 4096,
+) -> Seen:
+    """:func:`read_texts` with everything in memory, in the order of the texts.
+
+    Args:
+        model: reads them.
+        k: its index in the ensemble.
+        vocabulary: what the ensemble writes in.
+        texts: so few that their logits fit into memory.
+        hidden: whether hidden states are wanted.
+        batch_tokens: the most tokens of one pass, padding included.
+    """
+    ends = [0, *accumulate(len(text.ids) for text in texts)]
+    starts = torch.tensor(ends[:-1], dtype=torch.long)
+    logits = torch.zeros(ends[-1], vocabulary.size)
+    states: Tensor | None = None
+    known = torch.zeros(ends[-1], dtype=torch.bool)
+    for reading in read_texts(
+        model, k, vocabulary, texts, hidden=hidden, batch_tokens=batch_tokens
+    ):
+        index = starts[reading.numbers] + reading.places
+        logits[index] = reading.logits.float().cpu()
+        known[index] = True
+        if reading.hidden is not None:
+            if states is None:
+                states = torch.zeros(ends[-1], reading.hidden.shape[-1])
+            states[index] = reading.hidden.float().cpu()
+    return Seen(logits, states, known)
 
 
 def _line(number: int, text: Text, model: Model, k: int, vocabulary: Vocabulary) -> _Line:

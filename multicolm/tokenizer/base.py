@@ -50,6 +50,15 @@ class TokenizerAdapter(ABC):
     def encode_continuation(self, text: str) -> list[int]:
         """Token ids of text that continues another; nothing is put in front, no special tokens."""
 
+    @property
+    def start_ids(self) -> list[int]:
+        """What a model reads so that it can predict the first token of a text too.
+
+        What the tokenizer puts at the start of a text; if that is nothing, a token of the
+        beginning, or else of the end, of texts; nothing if there is none of them.
+        """
+        return self.encode("") or sorted(self.end_ids)[:1]
+
     def encode_bytes(self, content: bytes) -> list[int]:
         """Token ids of bytes that continue a text, be they UTF-8 or not.
 

@@ -26,7 +26,7 @@ from jaxtyping import Bool, Float, Int
 from multicolm.errors import InputError
 from multicolm.tokenizer.canonical import Canonical, State
 
-__all__ = ["END", "N_OUTCOMES", "Branch", "Cover", "Node", "SortedBytes"]
+__all__ = ["END", "N_OUTCOMES", "Branch", "Cover", "Frontier", "Node", "SortedBytes"]
 
 END = 256
 """The outcome behind the 256 bytes: the text ends."""
@@ -320,6 +320,14 @@ class Cover:
             needed.update(dict.fromkeys(n for n in reversed(chain) if not n.is_learned))
         return list(needed)
 
+    def trunk(self, frontiers: Iterable[Frontier], *, look: bool) -> list[Node]:
+        """Of the paths that have to be learned those that end nearest to each place.
+
+        Most of the mass is on them, and it tells which of the others need not be learned.
+        """
+        nearest = [min(f, key=lambda branch: branch.depth) for f in frontiers if f]
+        return self.wanted(nearest, look=look)
+
     def _is_ready(self, branch: Branch, look: bool) -> bool:
         if branch.node.logp == -math.inf:
             return True
@@ -331,13 +339,16 @@ class Cover:
         """Natural log of M, over the branches that are known."""
         return log_sum([m for b in frontier if (m := b.log_mass) is not None])
 
-    def outcomes(self) -> Float[np.ndarray, "257"]:
+    def outcomes(self, frontier: Frontier | None = None) -> Float[np.ndarray, "257"]:
         """Probability of each next byte, and of the end (the last one), given the text.
 
         Over the branches that have been learned, normalised; the text must have a mass.
+
+        Args:
+            frontier: the branches at some place of the text; ``None`` for its end.
         """
         total = np.zeros(N_OUTCOMES)
-        for branch, weight in self.scaled():
+        for branch, weight in self.scaled(frontier):
             node, low, high = branch.node, branch.low, branch.high
             probs = node.probs[low:high]
             bins = self._table.column(branch.depth)[low:high]
@@ -346,9 +357,10 @@ class Cover:
                 total[END] += weight * node.end
         return np.asarray(total / total.sum())
 
-    def scaled(self) -> list[tuple[Branch, float]]:
+    def scaled(self, frontier: Frontier | None = None) -> list[tuple[Branch, float]]:
         """Learned branches and their paths' probabilities, up to one factor."""
-        learned = [b for b in self.frontier if b.node.is_learned]
+        branches = self.frontier if frontier is None else frontier
+        learned = [b for b in branches if b.node.is_learned]
         most = self.log_mass(learned)
         assert most > -math.inf, "the text has a mass"
         logps = [-math.inf if (logp := b.node.logp) is None else logp for b in learned]

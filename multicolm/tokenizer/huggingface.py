@@ -111,6 +111,18 @@ class HuggingFaceTokenizer(TokenizerAdapter):
         encoded = self._inner.encode(text, add_special_tokens=False)
         return self._readable(list(encoded.ids))
 
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """What transformers loaded."""
+        return self._tokenizer
+
+    @property
+    def start_ids(self) -> list[int]:
+        """What the tokenizer puts at the start of a text, or else its own first or last token."""
+        own = (self._tokenizer.bos_token_id, self._tokenizer.eos_token_id)
+        named = [i for i in own if isinstance(i, int) and i < self.n_tokens]
+        return self.encode("") or named[:1] or super().start_ids
+
     @cached_property
     def cuts(self) -> Cuts | None:
         """Where texts can be cut; ``None`` for a tokenizer of an unknown manner."""

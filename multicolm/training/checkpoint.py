@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import yaml
-from huggingface_hub import ModelHubMixin, snapshot_download
+from huggingface_hub import ModelHubMixin
 
 from multicolm.artefacts import Artefact
 from multicolm.errors import ArtefactError
 from multicolm.files import write_whole
+from multicolm.hub.transfer import download, hub_errors
 from multicolm.policy.base import Policy
 from multicolm.policy.resolve import resolve_policy
 from multicolm.training.card import card
@@ -27,10 +28,6 @@ from multicolm.training.own_ensemble import copy_ensemble
 from multicolm.training.provenance import read_provenance
 
 __all__ = ["Checkpoint", "finished_checkpoint"]
-
-# What is fetched from the Hub: a policy, its artefacts, and, after a training of the base model,
-# the ensemble with the weights that were trained. Nothing that could hold code.
-_FILES = ["*.yaml", "*.json", "*.md", "*.safetensors", "*.txt", "*.tree", "*.jinja", "*.model"]
 
 
 class Checkpoint(
@@ -95,31 +92,63 @@ class Checkpoint(
         write_whole(save_directory / "policy.yaml", text)
 
     @classmethod
-    def _from_pretrained(
+    def from_pretrained(  # type: ignore[override]  # one kind of thing is loaded, and no config
         cls,
+        pretrained_model_name_or_path: str | Path,
         *,
-        model_id: str,
         revision: str | None = None,
         cache_dir: str | Path | None = None,
         force_download: bool = False,
         local_files_only: bool = False,
         token: str | bool | None = None,
-        **_: Any,
     ) -> Checkpoint:
-        """A checkpoint from a folder, or from a repository on the Hub."""
-        folder = Path(model_id)
+        """A checkpoint from a folder, or from a repository on the Hub.
+
+        Args:
+            pretrained_model_name_or_path: a folder, or ``organisation/name``.
+            revision: commit, tag or branch of the repository.
+            cache_dir: of the Hub's library.
+            force_download: whether to fetch what is there already.
+            local_files_only: whether to look into the cache alone.
+            token: of the Hub; the one that is logged in if not given.
+
+        Raises:
+            HubError: if the Hub cannot be reached, or has no such repository.
+            ConfigError: if it holds no policy, or a wrong one.
+            ArtefactError: if a file is missing or damaged.
+        """
+        folder = Path(pretrained_model_name_or_path)
         if not folder.is_dir():
-            folder = Path(
-                snapshot_download(
-                    model_id,
-                    revision=revision,
-                    cache_dir=cache_dir,
-                    force_download=force_download,
-                    local_files_only=local_files_only,
-                    token=token,
-                    allow_patterns=_FILES,
-                )
+            folder = download(
+                str(pretrained_model_name_or_path),
+                revision=revision,
+                cache_dir=cache_dir,
+                force_download=force_download,
+                local_files_only=local_files_only,
+                token=token,
             )
+        return super().from_pretrained(folder)
+
+    def push_to_hub(self, repo_id: str, **settings: Any) -> str:
+        """Save to a repository on the Hub; takes what the Hub's mixin takes.
+
+        Args:
+            repo_id: ``organisation/name``; made if there is none, private if ``private=True``.
+            **settings: see :meth:`huggingface_hub.ModelHubMixin.push_to_hub`.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            HubError: if the Hub cannot be reached, or refuses.
+        """
+        with hub_errors(repo_id):
+            return str(super().push_to_hub(repo_id, **settings))
+
+    @classmethod
+    def _from_pretrained(cls, *, model_id: str, **_: Any) -> Checkpoint:
+        """A checkpoint from a folder, which :meth:`from_pretrained` has fetched if need be."""
+        folder = Path(model_id)
         policy = resolve_policy(folder)
         config = yaml.safe_load((folder / "policy.yaml").read_text(encoding="utf-8"))
         summary, tasks = config.get("summary", ""), config.get("tasks")

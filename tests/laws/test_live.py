@@ -82,7 +82,7 @@ class Crowd:
             for row in self.live.finished():
                 self.done[row.number] = self.live.answer(row)
             under_way = [n for n in self.rows if n not in self.done and n not in (*coming, *left)]
-            if under_way and self.chance.random() < 0.15:
+            if under_way and self.chance.random() < 0.3:
                 left.append(self.chance.choice(under_way))
                 self.live.cancel(self.rows[left[-1]])
         return left
@@ -115,7 +115,9 @@ def test_a_text_does_not_depend_on_who_comes_and_goes(
     check(ensemble, kind, PROMPTS, seed=READY.index(kind))
 
 
-@pytest.mark.parametrize("kind", ["confidence", "cosd-rule", "max-confidence", "nudging", "unite"])
+@pytest.mark.parametrize(
+    "kind", ["confidence", "cosd-rule", "cool-fusion", "max-confidence", "nudging", "unite"]
+)
 def test_nor_where_vocabularies_differ(mixed: Ensemble, kind: str) -> None:
     check(mixed, kind, ["a", "b c", "f", "ab"], seed=1)
 
@@ -179,7 +181,7 @@ def test_only_those_texts_report_a_seed_that_were_drawn_at_random(tables: Ensemb
     assert [live.answer(row).seed for row in rows] == [None, 7]
 
 
-@pytest.mark.parametrize("policy", ["byte-mixture", "max-confidence"])
+@pytest.mark.parametrize("policy", ["byte-mixture", "chared", "max-confidence"])
 def test_what_was_said_of_a_growing_text_is_never_taken_back(policy: str) -> None:
     ensemble = multicolm.load("tiny-mixed")
     live = ensemble.live(policy, n_slots=1)

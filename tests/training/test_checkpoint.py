@@ -152,7 +152,7 @@ def test_the_hub_is_sent_these_files_and_asked_for_nothing_else(tmp_path, monkey
 def test_a_checkpoint_of_the_hub_is_fetched_without_anything_that_could_run(
     tmp_path, monkeypatch
 ) -> None:
-    import multicolm.training.checkpoint as module
+    import multicolm.hub.transfer as module
 
     Checkpoint(trained(), PROVENANCE).save_pretrained(tmp_path)
     asked: dict = {}
@@ -162,9 +162,6 @@ def test_a_checkpoint_of_the_hub_is_fetched_without_anything_that_could_run(
         return str(tmp_path)
 
     monkeypatch.setattr(module, "snapshot_download", fetch)
-    # The Hub counts a download by this file, which the mixin asks for first.
-    config = str(tmp_path / "config.json")
-    monkeypatch.setattr("huggingface_hub.hub_mixin.hf_hub_download", lambda **_: config)
     found = Checkpoint.from_pretrained("org/router", revision="abc")
     assert found.policy.name == "co-llm"
     assert asked["repo"] == "org/router" and asked["revision"] == "abc"

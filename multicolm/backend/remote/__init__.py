@@ -1,5 +1,6 @@
 """Models that run in a server with an OpenAI-style API, such as vLLM.
 
+    service     what answers: a server, or an engine in this process
     transport   one server over HTTP: keep-alive, time-outs, retries, errors in one sentence
     completions how a request for next tokens is put, and how its answer is read
     probe       what a server can do, found out by asking it

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from multicolm.backend.remote.transport import Server
+from multicolm.backend.remote.service import Service
 
 __all__ = ["Completion", "Likeliest", "Scoring", "Unreadable", "completions", "top_rows"]
 
@@ -77,7 +77,7 @@ class Completion:
 
 
 def completions(
-    server: Server,
+    server: Service,
     served_model: str,
     prompts: Sequence[Sequence[int] | str],
     n_tokens: int,

@@ -9,8 +9,8 @@ from typing import ClassVar
 
 from multicolm.backend.base import Model
 from multicolm.backend.remote.probe import Wish, find_served_model, fingerprint, is_same, probe
+from multicolm.backend.remote.service import Service
 from multicolm.backend.remote.session import RemoteSession
-from multicolm.backend.remote.transport import Server
 from multicolm.backend.remote.written import Writing
 from multicolm.config import ModelConfig
 from multicolm.errors import ConfigError
@@ -42,7 +42,7 @@ class RemoteModel(Model):
     def __init__(
         self,
         name: str,
-        server: Server,
+        server: Service,
         tokenizer: TokenizerAdapter,
         wish: Wish | None = None,
         *,
@@ -73,6 +73,7 @@ class RemoteModel(Model):
             VocabularyError: if it reads texts in other tokens than that tokenizer.
         """
         from multicolm.backend.remote.tokenizing import load
+        from multicolm.backend.remote.transport import Server
 
         assert config.url is not None, "the configuration of a model in a server has a url"
         key = _api_key(name, config.api_key_env)

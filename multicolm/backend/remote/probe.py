@@ -17,7 +17,7 @@ from multicolm.backend.remote.completions import (
     Unreadable,
     completions,
 )
-from multicolm.backend.remote.transport import Server
+from multicolm.backend.remote.service import Service
 from multicolm.errors import ServerError, VocabularyError, unknown
 from multicolm.tokenizer.base import TokenizerAdapter
 from multicolm.types import Signal
@@ -135,7 +135,7 @@ class _Listing:
     root: str | None = None
 
 
-def probe(server: Server, tokenizer: TokenizerAdapter, wish: Wish, name: str) -> Abilities:
+def probe(server: Service, tokenizer: TokenizerAdapter, wish: Wish, name: str) -> Abilities:
     """Find out what a server can do.
 
     Args:
@@ -179,7 +179,7 @@ def probe(server: Server, tokenizer: TokenizerAdapter, wish: Wish, name: str) ->
     return abilities
 
 
-def find_served_model(server: Server, wanted: str | None) -> _Listing:
+def find_served_model(server: Service, wanted: str | None) -> _Listing:
     """The model as the server lists it.
 
     Raises:
@@ -214,7 +214,7 @@ def find_served_model(server: Server, wanted: str | None) -> _Listing:
 class _Trial:
     """Questions to one server; a refusal is an answer, too."""
 
-    def __init__(self, server: Server, served_model: str, tokenizer: TokenizerAdapter) -> None:
+    def __init__(self, server: Service, served_model: str, tokenizer: TokenizerAdapter) -> None:
         self._server = server
         self._served = served_model
         self._tokenizer = tokenizer
@@ -356,7 +356,7 @@ def _distance(one: Likeliest, other: Likeliest) -> float:
     return max((abs(p - q) for p, q in both if max(p, q) > -20), default=0.0)
 
 
-def fingerprint(server: Server, abilities: Abilities, ids: Sequence[int]) -> list[Completion]:
+def fingerprint(server: Service, abilities: Abilities, ids: Sequence[int]) -> list[Completion]:
     """What a model says to a text, to know it again.
 
     Raises:

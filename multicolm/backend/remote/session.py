@@ -15,7 +15,7 @@ import torch
 from multicolm.backend.base import Look, Session
 from multicolm.backend.remote.completions import Completion, Likeliest, Unreadable, completions
 from multicolm.backend.remote.probe import NEUTRAL, Abilities
-from multicolm.backend.remote.transport import Server
+from multicolm.backend.remote.service import Service
 from multicolm.backend.remote.written import Writing
 from multicolm.errors import CapabilityError, ServerError
 
@@ -109,7 +109,7 @@ class RemoteSession(Session):
 
     def __init__(
         self,
-        server: Server,
+        server: Service,
         abilities: Abilities,
         writing: Writing,
         name: str,

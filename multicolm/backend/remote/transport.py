@@ -28,7 +28,7 @@ except ImportError as error:
         "models in a server need httpx and tenacity: pip install 'multicolm[remote]'."
     ) from error
 
-from multicolm.errors import ServerError
+from multicolm.backend.remote.service import Service
 
 __all__ = ["Server"]
 
@@ -62,7 +62,7 @@ class _Failed(Exception):
         self.slow = slow
 
 
-class Server:
+class Server(Service):
     """A server that runs a model.
 
     Args:
@@ -74,10 +74,6 @@ class Server:
         retries: how often a request that failed is sent again; once if it ran out of time.
         sleep: waits some seconds between attempts.
 
-    Attributes:
-        url: the address, without ``/v1``.
-        check: called before an answer is used that another server may have given; raises
-            :class:`ServerError` if it is another one.
     """
 
     def __init__(
@@ -91,9 +87,7 @@ class Server:
         retries: int = 2,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        self.url = url.rstrip("/").removesuffix("/v1").rstrip("/")
-        self.check: Callable[[], None] | None = None
-        self._model = model
+        super().__init__(url.rstrip("/").removesuffix("/v1").rstrip("/"), model)
         self._timeout = timeout
         self._retries = retries
         self._sleep = sleep
@@ -117,11 +111,7 @@ class Server:
         self._client.close()
 
     def get(self, path: str, what: str) -> dict[str, Any]:
-        """The JSON object at a path.
-
-        Raises:
-            ServerError: if there is none.
-        """
+        """See :meth:`multicolm.backend.remote.service.Service.get`."""
         return self._ask("GET", path, None, what, None, final_500=True)
 
     def post(
@@ -133,28 +123,8 @@ class Server:
         timeout: float | None = None,
         final_500: bool = False,
     ) -> dict[str, Any]:
-        """The JSON object that answers a request.
-
-        Args:
-            path: such as ``/v1/completions``.
-            body: the request.
-            what: it asks for, for messages.
-            timeout: seconds that it may take, if more than usual.
-            final_500: whether HTTP status 500 counts as an answer: some servers give it to
-                whatever they do not understand.
-
-        Raises:
-            ServerError: if the server does not answer it.
-        """
+        """See :meth:`multicolm.backend.remote.service.Service.post`."""
         return self._ask("POST", path, body, what, timeout, final_500)
-
-    def error(self, request: str, reason: str, status: int | None = None) -> ServerError:
-        """The error for a request that has no right answer."""
-        return ServerError(
-            f"server {self.url} of model '{self._model}': {request}: {reason}",
-            server=self.url,
-            status=status,
-        )
 
     def _ask(
         self,

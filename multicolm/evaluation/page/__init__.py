@@ -21,6 +21,7 @@ from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import Any
 
+from multicolm.evaluation.harness_results import HarnessResults, figure_text, leaders
 from multicolm.evaluation.results import Comparison, RowResult, ShownToken, TracedAnswer
 from multicolm.evaluation.table import (
     best,
@@ -44,8 +45,18 @@ _N_COLOURS = 6
 _N_UNDERLINES = 4
 
 
-def as_page(comparison: Comparison, traces: Sequence[TracedAnswer]) -> str:
-    """The whole page; equal inputs give equal pages."""
+def as_page(
+    comparison: Comparison,
+    traces: Sequence[TracedAnswer],
+    harness: HarnessResults | None = None,
+) -> str:
+    """The whole page; equal inputs give equal pages.
+
+    Args:
+        comparison: what the table says.
+        traces: the answers to show token by token.
+        harness: figures of the lm-evaluation-harness, for a section of their own.
+    """
     css, js = _file("page.css"), _file("page.js")
     title = f"{comparison.ensemble} on {comparison.task}"
     return _filled(
@@ -60,6 +71,7 @@ def as_page(comparison: Comparison, traces: Sequence[TracedAnswer]) -> str:
             "heads": _heads(comparison),
             "rows": "\n".join(_rows(comparison)),
             "notes": _notes(comparison),
+            "harness": "" if harness is None else _harness(harness),
             "facts": "".join(
                 f"<dt>{_text(name)}</dt><dd>{_text(value)}</dd>"
                 for name, value in facts(comparison)
@@ -271,6 +283,37 @@ def _solo(comparison: Comparison) -> str:
     return (
         "<h3>Every model alone, in the same run</h3>"
         f'<table class="small"><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>'
+    )
+
+
+def _harness(results: HarnessResults) -> str:
+    """Figures of the lm-evaluation-harness, one line each."""
+    rows = []
+    for column in results.columns():
+        best = leaders(column)
+        for figure in column:
+            metric = figure.metric + ("" if figure.filter == "none" else f" ({figure.filter})")
+            texts = (figure.row, figure.likelihood, str(figure.n_questions or ""))
+            cells = "".join(f"<td>{_text(text)}</td>" for text in texts)
+            top = ' class="best"' if figure in best else ""
+            rows.append(
+                f'<tr><th scope="row">{_text(figure.task)}</th><td>{_text(metric)}</td>{cells}'
+                f"<td><span{top}>{_text(figure_text(figure))}</span></td></tr>"
+            )
+    names = ("task", "metric", "row", "likelihood", "questions", "figure")
+    heads = "".join(f'<th scope="col">{name}</th>' for name in names)
+    facts_ = "".join(
+        f"<dt>{_text(name)}</dt><dd>{_text(value)}</dd>" for name, value in results.facts() if value
+    )
+    notes = "".join(f'<p class="note">{_text(warning)}</p>' for warning in results.warnings)
+    return (
+        '<section aria-labelledby="harness-title" id="harness">'
+        '<h2 id="harness-title" tabindex="-1">Tasks of the lm-evaluation-harness</h2>'
+        '<p class="hint">Marked figures are the best of their task and metric; behind ± stands the '
+        "standard error.</p>"
+        '<div class="scroll" role="region" aria-labelledby="harness-title" tabindex="0">'
+        f'<table class="small"><thead><tr>{heads}</tr></thead><tbody>{"".join(rows)}</tbody>'
+        f'</table></div>{notes}<dl class="facts">{facts_}</dl></section>'
     )
 
 

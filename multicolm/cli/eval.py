@@ -1,0 +1,207 @@
+"""``multicolm eval``."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from multicolm.cli.options import as_json, json_option, parameters
+from multicolm.errors import ConfigError
+
+if TYPE_CHECKING:
+    from multicolm.evaluation.harness import Likelihoods, Progress
+    from multicolm.evaluation.harness_results import HarnessResults
+
+__all__ = ["command"]
+
+
+@click.command
+@click.argument("ensemble")
+@click.option(
+    "--tasks",
+    metavar="TASK,...",
+    multiple=True,
+    required=True,
+    help="Names of tasks, groups or tags of the lm-evaluation-harness, with wildcards, or YAML "
+    "files; with commas between them. Repeatable.",
+)
+@click.option(
+    "--policy",
+    "policies",
+    metavar="POLICY",
+    multiple=True,
+    help="A name (see `multicolm ls policies`), a YAML file, a folder with a policy.yaml, or "
+    "file.py:Class. Repeatable.  [default: the ensemble's]",
+)
+@click.option(
+    "--include-path",
+    metavar="FOLDER",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="A folder with tasks of your own; Python that their YAML names is run. Repeatable.",
+)
+@click.option(
+    "--out",
+    metavar="FOLDER",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Where the results go; the same command goes on with what is there.",
+)
+@click.option(
+    "--likelihood",
+    type=click.Choice(["auto", "joint", "routed", "both"]),
+    default="auto",
+    show_default=True,
+    help="Judge policies by the joint model, or by who they let write; auto is the joint model "
+    "where the policy has one.",
+)
+@click.option("--alone/--no-alone", default=True, help="Judge every model alone.")
+@click.option("--limit", type=int, help="Only so many questions of each task.")
+@click.option("--num-fewshot", type=int, help="Examples in front of each. [default: the task's]")
+@click.option(
+    "--gen-kwargs",
+    "pairs",
+    metavar="NAME=VALUE",
+    multiple=True,
+    help="Of texts that are written, such as max_gen_toks=64. Repeatable.",
+)
+@click.option(
+    "--apply-chat-template", is_flag=True, help="Ask as a chat, by each model's own template."
+)
+@click.option(
+    "--fewshot-as-multiturn/--fewshot-as-one-turn",
+    default=True,
+    help="Whether examples are turns of the chat.",
+)
+@click.option("--system-instruction", metavar="TEXT", help="What every question begins with.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of everything random.")
+@click.option("--batch-size", type=int, default=16, show_default=True, help="Texts at a time.")
+@click.option(
+    "--confirm-run-unsafe-code", is_flag=True, help="Let tasks run code that the models write."
+)
+@json_option
+def command(
+    ensemble: str,
+    tasks: tuple[str, ...],
+    policies: tuple[str, ...],
+    include_path: tuple[Path, ...],
+    out: Path | None,
+    likelihood: Likelihoods,
+    alone: bool,
+    limit: int | None,
+    num_fewshot: int | None,
+    pairs: tuple[str, ...],
+    apply_chat_template: bool,
+    fewshot_as_multiturn: bool,
+    system_instruction: str | None,
+    seed: int,
+    batch_size: int,
+    confirm_run_unsafe_code: bool,
+    as_json_: bool,
+) -> None:
+    """Judge policies, and every model of ENSEMBLE alone, by tasks of the lm-evaluation-harness.
+
+    With --out the results are kept as they are finished, a row of a task at a time: a command that
+    was stopped goes on where it was when it is given again. If the folder holds the results of
+    `multicolm compare`, the figures are shown on its page too.
+    """
+    if not sys.stderr.isatty():
+        # The harness and the libraries below it draw bars of their own, which belong in no log.
+        os.environ.setdefault("TQDM_DISABLE", "1")
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    from multicolm.cli.options import load
+    from multicolm.config import load_ensemble
+    from multicolm.evaluation.answering import NamedPolicy, named_policy
+    from multicolm.evaluation.harness import evaluate_tasks
+
+    names = [name.strip() for part in tasks for name in part.split(",")]
+    if not all(names):
+        raise ConfigError("--tasks: a name is missing beside a comma.")
+    gen_kwargs = parameters(pairs, "--gen-kwargs")
+    named = [named_policy(policy) for policy in policies]
+    config = load_ensemble(ensemble)
+    loaded, own = load(ensemble, None, ())
+    if not named:
+        named = [NamedPolicy(config.policy.kind, own)]
+    show = _Shown()
+    try:
+        with show:
+            results = evaluate_tasks(
+                loaded,
+                named,
+                names,
+                out=out,
+                include_path=include_path,
+                likelihood=likelihood,
+                alone=alone,
+                limit=limit,
+                num_fewshot=num_fewshot,
+                gen_kwargs=gen_kwargs,
+                apply_chat_template=apply_chat_template,
+                fewshot_as_multiturn=fewshot_as_multiturn,
+                system_instruction=system_instruction,
+                seed=seed,
+                batch_size=batch_size,
+                confirm_run_unsafe_code=confirm_run_unsafe_code,
+                title=ensemble,
+                progress=show,
+            )
+    except KeyboardInterrupt:
+        if out is not None:
+            text = f"What was finished is kept in {out}; the same command goes on there."
+            click.echo(text, err=True)
+        raise
+    if as_json_:
+        from multicolm.evaluation.table import plain
+
+        click.echo(as_json(plain(results.as_json())))
+    else:
+        _print(results, out)
+
+
+class _Shown:
+    """A line on stderr for each row of a task that is done, and a bar for the one at work."""
+
+    def __init__(self) -> None:
+        from multicolm.cli.console import work_bar
+
+        self._work = work_bar("requests")
+
+    def __enter__(self) -> None:
+        self._bar = self._work.__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        self._work.__exit__(*error)  # type: ignore[arg-type]
+
+    def __call__(self, progress: Progress) -> None:
+        from multicolm.cli.console import visible
+
+        label = visible(f"{progress.row}, {progress.task}")
+        if progress.finished:
+            click.echo(f"{label}: done", err=True)
+        else:
+            self._bar(progress.done, progress.total, label)
+
+
+def _print(results: HarnessResults, out: Path | None) -> None:
+    from multicolm.cli.console import print_table, visible
+    from multicolm.evaluation.harness_results import figure_text, leaders
+
+    rows: list[Sequence[object]] = []
+    for column in results.columns():
+        best = leaders(column)
+        for figure in column:
+            metric = figure.metric + ("" if figure.filter == "none" else f" ({figure.filter})")
+            mark = " *" if figure in best else ""
+            cells = (figure.likelihood or "-", figure_text(figure) + mark)
+            rows.append((figure.task, metric, figure.row, *cells))
+    print_table(["task", "metric", "row", "likelihood", "figure"], rows)
+    click.echo("* the best of its task and metric; behind ± stands the standard error")
+    for warning in results.warnings:
+        click.echo(visible(f"Warning: {warning}"), err=True)
+    if out is not None:
+        click.echo(f"\n{out / 'lm_eval.md'}")

@@ -1,0 +1,560 @@
+"""Runs tasks of EleutherAI's lm-evaluation-harness with an ensemble as the model.
+
+One row per policy and per model alone. What was finished is kept in a ledger, a row of a task at a
+time, so that a run that was stopped goes on where it was. The harness is imported when it is used
+(the extra ``eval``).
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import logging
+import math
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+import numpy as np
+
+from multicolm.ensemble import Ensemble
+from multicolm.errors import ConfigError, InputError, MulticolmError, UnknownNameError
+from multicolm.evaluation.answering import NamedPolicy, Plan, named_policy
+from multicolm.evaluation.harness_results import FILE, HarnessFigure, HarnessResults, as_bytes
+from multicolm.evaluation.ledger import Ledger
+from multicolm.evaluation.provenance import machine, plain, versions
+from multicolm.evaluation.results import read_comparison, read_traces
+from multicolm.files import write_whole
+from multicolm.policy.base import Policy
+from multicolm.policy.resolve import resolve_policy
+from multicolm.scoring.likelihood import Kind, LikelihoodReader
+
+if TYPE_CHECKING:
+    from lm_eval.tasks import TaskManager
+
+__all__ = ["Likelihoods", "Progress", "evaluate_tasks"]
+
+Likelihoods: TypeAlias = Literal["auto", "joint", "routed", "both"]
+"""Which log-likelihoods a policy is judged by: the joint ones where it has them and else the
+routed ones (``auto``), one of the two, or each in a row of its own where it has both."""
+
+# As the harness's own command has it, so that equal tasks draw equal examples.
+_FEW_SHOT_SEED = 1234
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far an evaluation has come.
+
+    Attributes:
+        row: at work.
+        task: at work.
+        done: requests that are answered.
+        total: of these there are, of the kind at work.
+        finished: whether the row is done with the task.
+    """
+
+    row: str
+    task: str
+    done: int
+    total: int
+    finished: bool = False
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A policy and by which likelihood it is judged; ``None`` where none is asked for."""
+
+    plan: Plan
+    likelihood: Kind | None
+
+    @property
+    def policy(self) -> Policy:
+        """The plan's."""
+        return self.plan.checked
+
+
+@dataclass(frozen=True)
+class _Unit:
+    """A task, or a group of tasks, as it was asked for.
+
+    Attributes:
+        name: by which it was asked for.
+        loaded: what the harness made of it.
+        digest: of its definition and questions.
+    """
+
+    name: str
+    loaded: Mapping[str, Any]
+    digest: str
+
+    @property
+    def tasks(self) -> list[Any]:
+        """The tasks themselves."""
+        return list(self.loaded["tasks"].values())
+
+    @property
+    def asks_for_likelihoods(self) -> bool:
+        """Whether any of them does, so that it matters which ones they are."""
+        return any(task.OUTPUT_TYPE != "generate_until" for task in self.tasks)
+
+
+def evaluate_tasks(
+    ensemble: Ensemble,
+    policies: Sequence[NamedPolicy | str | Path | Policy],
+    tasks: Sequence[str],
+    *,
+    out: str | Path | None = None,
+    include_path: Sequence[str | Path] = (),
+    likelihood: Likelihoods = "auto",
+    alone: bool = True,
+    limit: int | None = None,
+    num_fewshot: int | None = None,
+    gen_kwargs: Mapping[str, Any] | None = None,
+    apply_chat_template: bool = False,
+    fewshot_as_multiturn: bool = True,
+    system_instruction: str | None = None,
+    seed: int = 0,
+    batch_size: int = 16,
+    confirm_run_unsafe_code: bool = False,
+    title: str | None = None,
+    progress: Callable[[Progress], None] = lambda _: None,
+) -> HarnessResults:
+    """Judge policies, and every model alone, by tasks of the harness.
+
+    Called again with the same arguments and ``out``, it goes on where it was stopped.
+
+    Args:
+        ensemble: whose models read and write.
+        policies: what is judged.
+        tasks: names of tasks, groups or tags of the harness, with wildcards, or YAML files.
+        out: folder for ``lm_eval.json`` and ``lm_eval.md``; if it holds a comparison, the figures
+            are shown on its page too. Nothing is written and nothing resumed if not given.
+        include_path: folders with tasks of your own. What their YAML names is Python that is run.
+        likelihood: by which one policies are judged.
+        alone: whether every model is judged alone.
+        limit: only this many questions of each task, from its beginning.
+        num_fewshot: examples in front of each question; the task's own number if not given.
+        gen_kwargs: settings that replace the tasks' own when texts are written.
+        apply_chat_template: whether questions are asked as chats, by each model's own template.
+        fewshot_as_multiturn: whether examples are turns of that chat, not a part of the question.
+        system_instruction: what the chat, or the text, begins with.
+        seed: of whatever a policy, or drawing texts, decides at random.
+        batch_size: how many texts are written at a time.
+        confirm_run_unsafe_code: whether tasks may run code that the models wrote.
+        title: what the results call the ensemble; its models' names if not given.
+        progress: told as requests are answered, and when a row is done with a task.
+
+    Raises:
+        ConfigError: if the harness is not installed, or a task cannot be loaded.
+        UnknownNameError: if there is no such task.
+        InputError: if a number is out of range, two rows have one name, a request cannot be
+            answered, or ``out`` holds another evaluation.
+        CapabilityError: if a policy does not fit the ensemble, or has no such likelihood.
+    """
+    _check_numbers(limit, num_fewshot, batch_size)
+    named = [p if isinstance(p, NamedPolicy) else named_policy(p) for p in policies]
+    plans = _plans(ensemble, named, alone)
+    for plan in plans:
+        ensemble.check(plan.checked)
+    with _quiet():
+        units = _units(tasks, include_path, num_fewshot, gen_kwargs, limit)
+    # Found out now, so that no policy is refused when others have run for hours.
+    rows = {unit.name: list(_rows(ensemble, plans, unit, likelihood)) for unit in units}
+    settings = {
+        "limit": limit,
+        "num_fewshot": num_fewshot,
+        "gen_kwargs": plain(dict(gen_kwargs or {})),
+        "apply_chat_template": apply_chat_template,
+        "fewshot_as_multiturn": fewshot_as_multiturn,
+        "system_instruction": system_instruction,
+        "seed": seed,
+        "batch_size": batch_size,
+    }
+    run = _Run(ensemble, settings, confirm_run_unsafe_code, progress)
+    header = {
+        "verb": "eval",
+        "models": [[m.name, m.identity, m.precision] for m in ensemble.backends],
+        "settings": settings,
+        "versions": _versions(),
+    }
+    figures: list[HarnessFigure] = []
+    with _ledger(out, header) as ledger:
+        for unit in units:
+            for row in rows[unit.name]:
+                figures += run.figures(row, unit, ledger)
+        results = HarnessResults(
+            ensemble=title or ", ".join(ensemble.models),
+            models=tuple(ensemble.models),
+            identities=tuple(model.identity for model in ensemble.backends),
+            settings=settings,
+            versions=_versions(),
+            machine=machine(ensemble),
+            figures=tuple(_in_columns(figures)),
+            warnings=tuple(_warnings(figures)),
+        )
+        if out is not None:
+            _write(results, Path(out))
+    return results
+
+
+def _check_numbers(limit: int | None, num_fewshot: int | None, batch_size: int) -> None:
+    least = {"limit": (limit, 1), "num_fewshot": (num_fewshot, 0), "batch_size": (batch_size, 1)}
+    for name, (value, at_least) in least.items():
+        if value is not None and value < at_least:
+            raise InputError(f"{name} must be {at_least} or more, got {value}.")
+
+
+# --- rows ----------------------------------------------------------------------------------------
+
+
+def _plans(ensemble: Ensemble, named: Sequence[NamedPolicy], alone: bool) -> list[Plan]:
+    """The rows, before it is known by which likelihoods they are judged.
+
+    Raises:
+        InputError: if there is none, or two have one name.
+    """
+    plans = []
+    if alone:
+        for k, name in enumerate(ensemble.models):
+            policy = resolve_policy({"kind": "single", "params": {"model": k}})
+            plans.append(Plan(f"{name} alone", "model", policy))
+    plans += [Plan(each.name, "policy", each.policy) for each in named]
+    names = [plan.name for plan in plans]
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise InputError(
+            f"two rows of the table are called '{twice[0]}'; name each policy once, or copy it to "
+            "a file of another name."
+        )
+    if not plans:
+        raise InputError("there is nothing to judge; name a policy, or run the models alone.")
+    return plans
+
+
+def _rows(
+    ensemble: Ensemble, plans: Sequence[Plan], unit: _Unit, wanted: Likelihoods
+) -> Iterator[_Row]:
+    """A row for each plan and each likelihood that it is judged by.
+
+    Raises:
+        CapabilityError: if a policy has no such likelihood.
+    """
+    for plan in plans:
+        if not unit.asks_for_likelihoods:
+            yield _Row(plan, None)
+            continue
+        reader = LikelihoodReader(ensemble, plan.checked)
+        if plan.kind != "model" and wanted == "both":
+            reader.check()
+            yield from (_Row(plan, kind) for kind in reader.kinds)
+        elif plan.kind == "model" or wanted in ("auto", "both") or plan.checked.acts != "select":
+            # What several models write together is written by all: there is one likelihood.
+            yield _Row(plan, reader.check())
+        else:
+            yield _Row(plan, reader.check("joint" if wanted == "joint" else "routed"))
+
+
+# --- tasks ---------------------------------------------------------------------------------------
+
+
+def _units(
+    names: Sequence[str],
+    include_path: Sequence[str | Path],
+    num_fewshot: int | None,
+    gen_kwargs: Mapping[str, Any] | None,
+    limit: int | None,
+) -> list[_Unit]:
+    """The tasks, loaded and set up.
+
+    Raises:
+        ConfigError: if the harness is not installed, or a task cannot be loaded.
+        UnknownNameError: if there is no such task.
+    """
+    manager, found = _manager(names, include_path)
+    units = []
+    for name in found:
+        # What a task file may do to fail is not ours to enumerate: it downloads, and runs Python.
+        try:
+            loaded = manager.load([name])
+            for task in loaded["tasks"].values():
+                _set_up(task, num_fewshot, gen_kwargs)
+            digest = _digest(loaded["tasks"].values(), limit)
+        except MulticolmError:
+            raise
+        except Exception as error:
+            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            raise ConfigError(f"task '{name}' cannot be loaded: {reason}") from error
+        units.append(_Unit(name, loaded, digest))
+    return units
+
+
+def _manager(
+    names: Sequence[str], include_path: Sequence[str | Path]
+) -> tuple[TaskManager, list[str]]:
+    """What knows the tasks, and their names without wildcards.
+
+    Raises:
+        ConfigError: if the harness is not installed, or a folder is missing.
+        UnknownNameError: if there is no such task.
+    """
+    try:
+        import lm_eval.models  # noqa: F401  # before anything registers a model of its own
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise ConfigError(
+            "tasks of the lm-evaluation-harness need lm-eval: pip install 'multicolm[eval]'."
+        ) from error
+    if not names:
+        raise ConfigError("no task; name one or more of the lm-evaluation-harness.")
+    for folder in include_path:
+        if not Path(folder).is_dir():
+            raise ConfigError(f"there is no folder {folder}, which should hold tasks.")
+    own = TaskManager(include_path=[str(p) for p in include_path], include_defaults=False)
+    known = _matched(own, names)
+    # Reading the definitions of the harness's own thousands of tasks takes ten seconds.
+    manager = own if all(known) else TaskManager(include_path=[str(p) for p in include_path])
+    known = known if all(known) else _matched(manager, names)
+    for name, found in zip(names, known, strict=True):
+        if not found:
+            raise UnknownNameError(_unknown(name, manager.all_tasks, include_path))
+    return manager, list(dict.fromkeys(name for found in known for name in found))
+
+
+def _matched(manager: TaskManager, names: Sequence[str]) -> list[list[str]]:
+    """Per name, the tasks that it stands for."""
+    found: list[list[str]] = []
+    for name in names:
+        if name.endswith((".yaml", ".yml")) and Path(name).is_file():
+            found.append([name])
+        elif "*" in name:
+            found.append(sorted(manager.match_tasks([name])))
+        else:
+            found.append([name] if name in manager.all_tasks else [])
+    return found
+
+
+def _unknown(name: str, known: Sequence[str], include_path: Sequence[str | Path]) -> str:
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    hint = f" Did you mean '{near[0]}'?" if near else ""
+    where = f"and {', '.join(map(str, include_path))} have" if include_path else "has"
+    return (
+        f"unknown task '{name}'.{hint} The lm-evaluation-harness {where} {len(known)}; "
+        "`lm_eval ls tasks` lists its own, and --include-path adds a folder of yours."
+    )
+
+
+def _set_up(task: Any, num_fewshot: int | None, gen_kwargs: Mapping[str, Any] | None) -> None:
+    """Settings of this run in the place of a task's own, as the harness's command puts them."""
+    if gen_kwargs and task.get_config("output_type") == "generate_until":
+        task.set_config(key="generation_kwargs", value=dict(gen_kwargs), update=True)
+    own = task.get_config("num_fewshot")
+    if own is None or (num_fewshot is not None and own != 0):
+        task.set_config(key="num_fewshot", value=num_fewshot or 0)
+
+
+def _digest(tasks: Any, limit: int | None) -> str:
+    """Of definitions, questions and examples: what would make it another task."""
+    digest = hashlib.sha256()
+    for task in tasks:
+        digest.update(json.dumps(task.dump_config(), sort_keys=True, default=str).encode())
+        documents = [*task.eval_docs] if limit is None else _first(task.eval_docs, limit)
+        if task.get_config("num_fewshot"):
+            documents += list(task.fewshot_docs() or ())
+        for document in documents:
+            digest.update(json.dumps(document, sort_keys=True, default=str).encode())
+    return digest.hexdigest()
+
+
+def _first(documents: Any, n: int) -> list[Any]:
+    return [document for document, _ in zip(documents, range(n), strict=False)]
+
+
+# --- a row of a task -----------------------------------------------------------------------------
+
+
+class _Run:
+    """Has the harness judge one row after another."""
+
+    def __init__(
+        self,
+        ensemble: Ensemble,
+        settings: Mapping[str, Any],
+        confirm_run_unsafe_code: bool,
+        progress: Callable[[Progress], None],
+    ) -> None:
+        self._ensemble = ensemble
+        self._settings = settings
+        self._confirm = confirm_run_unsafe_code
+        self._progress = progress
+
+    def figures(self, row: _Row, unit: _Unit, ledger: Ledger | None) -> list[HarnessFigure]:
+        """What a row comes to on a task; from the ledger, if it is there."""
+        key = f"{row.plan.key} {row.likelihood or ''} {unit.name}#{unit.digest[:16]}"
+        if ledger is not None and key in ledger:
+            record = ledger.get(key)
+        else:
+            record = self._judge(row, unit)
+            if ledger is not None:
+                ledger.append(key, record)
+                ledger.sync()
+        self._progress(Progress(row.plan.name, unit.name, 0, 0, finished=True))
+        return [
+            HarnessFigure(
+                row=row.plan.name,
+                kind="model" if row.plan.kind == "model" else "policy",
+                policy=plain(row.policy.as_config()),
+                likelihood="" if row.plan.kind == "model" else row.likelihood or "",
+                seconds=record["seconds"],
+                n_cut=record["n_cut"],
+                **figure,
+            )
+            for figure in record["figures"]
+        ]
+
+    def _judge(self, row: _Row, unit: _Unit) -> dict[str, Any]:
+        from lm_eval.evaluator import evaluate
+
+        from multicolm.evaluation.harness_model import EnsembleLM
+
+        settings = self._settings
+
+        def tell(done: int, total: int) -> None:
+            self._progress(Progress(row.plan.name, unit.name, done, total))
+
+        model = EnsembleLM(
+            self._ensemble,
+            row.policy,
+            likelihood=row.likelihood,
+            batch_size=settings["batch_size"],
+            seed=settings["seed"],
+            progress=tell,
+        )
+        for task in unit.tasks:
+            task.set_fewshot_seed(seed=_FEW_SHOT_SEED)
+        start = time.perf_counter()
+        with _seeded(), _quiet():
+            try:
+                found = evaluate(
+                    lm=model,
+                    task_dict=unit.loaded,
+                    limit=settings["limit"],
+                    log_samples=False,
+                    apply_chat_template=settings["apply_chat_template"],
+                    fewshot_as_multiturn=settings["fewshot_as_multiturn"],
+                    system_instruction=settings["system_instruction"],
+                    confirm_run_unsafe_code=self._confirm,
+                )
+            except MulticolmError as error:
+                raise type(error)(f"task '{unit.name}', row '{row.plan.name}': {error}") from error
+            except ValueError as error:
+                # What the harness refuses, such as code of models that nobody allowed to run.
+                raise InputError(f"task '{unit.name}': {error}") from error
+        return {
+            "figures": list(_figures(found)),
+            "seconds": time.perf_counter() - start,
+            "n_cut": model.n_cut,
+        }
+
+
+def _figures(found: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """The harness's figures, those of groups behind those of tasks."""
+    for part in ("results", "groups"):
+        for task, numbers in found.get(part, {}).items():
+            if part == "groups" and task in found["results"]:
+                continue
+            samples = found["n-samples"].get(task, {})
+            for key, value in numbers.items():
+                metric, comma, filter_ = key.partition(",")
+                if not comma or metric.endswith("_stderr"):
+                    continue
+                yield {
+                    "task": task,
+                    "version": str(found["versions"].get(task) or ""),
+                    "n_questions": int(samples.get("effective", 0)),
+                    "n_shot": int(found["n-shot"].get(task) or 0),
+                    "metric": metric,
+                    "filter": filter_,
+                    "value": _number(value),
+                    "stderr": _number(numbers.get(f"{metric}_stderr,{filter_}")),
+                    "higher_is_better": found["higher_is_better"].get(task, {}).get(metric),
+                }
+
+
+def _number(value: Any) -> float | None:
+    """A number that JSON can hold; ``None`` for what is none."""
+    if isinstance(value, bool) or not isinstance(value, int | float | np.number):
+        return None
+    return float(value) if math.isfinite(float(value)) else None
+
+
+@contextmanager
+def _seeded() -> Iterator[None]:
+    """Some tasks shuffle with the global generators: equal calls are to shuffle equally."""
+    state, numpy_state = random.getstate(), np.random.get_state()
+    random.seed(0)
+    np.random.seed(_FEW_SHOT_SEED)
+    try:
+        yield
+    finally:
+        random.setstate(state)
+        np.random.set_state(numpy_state)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The harness tells its log what it does; only what goes wrong is worth a line here."""
+    logger = logging.getLogger("lm_eval")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
+# --- results -------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _ledger(out: str | Path | None, header: Mapping[str, Any]) -> Iterator[Ledger | None]:
+    if out is None:
+        yield None
+        return
+    with Ledger.open(Path(out) / "lm_eval.jsonl", header) as ledger:
+        yield ledger
+
+
+def _versions() -> dict[str, str]:
+    return {**versions(), "lm-eval": version("lm_eval")}
+
+
+def _in_columns(figures: Sequence[HarnessFigure]) -> list[HarnessFigure]:
+    """In the order of tasks and metrics, and within one of rows."""
+    columns = list(dict.fromkeys(figure.column for figure in figures))
+    return sorted(figures, key=lambda figure: columns.index(figure.column))
+
+
+def _warnings(figures: Sequence[HarnessFigure]) -> Iterator[str]:
+    cut = {(f.row, f.likelihood, f.task): f for f in figures if f.n_cut}
+    for figure in cut.values():
+        yield (
+            f"Of '{figure.row}' on {figure.task}, {figure.n_cut} requests were longer than a "
+            "model's context and were cut on the left."
+        )
+
+
+def _write(results: HarnessResults, folder: Path) -> None:
+    """The figures, as data and as a table; and on the page of a comparison that is there."""
+    write_whole(folder / FILE, as_bytes(results))
+    write_whole(folder / "lm_eval.md", results.as_markdown())
+    if (folder / "results.json").is_file():
+        from multicolm.evaluation.report import write_report
+
+        write_report(read_comparison(folder), read_traces(folder), folder)

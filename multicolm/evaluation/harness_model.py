@@ -1,0 +1,277 @@
+"""An ensemble as a model of EleutherAI's lm-evaluation-harness (the extra ``eval``).
+
+    from multicolm.evaluation.harness_model import EnsembleLM
+    lm_eval.simple_evaluate(model=EnsembleLM(multicolm.load("tiny"), "co-llm"), tasks=["hellaswag"])
+
+What it answers for a policy that lets one model write alone is what the harness's own ``hf`` model
+answers for that model's folder, but for these:
+
+- A tokenizer's own beginning of a text is read and not scored, also by ``loglikelihood_rolling``;
+  ``hf`` scores it once too unless it is told ``add_bos_token=False``.
+- A continuation is encoded by itself, as it is while a text is written; ``hf`` encodes context and
+  continuation in one go and cuts them apart. The tokens differ only where one would lie across
+  the seam.
+- White space at the end of a context is scored with the continuation, as ``hf`` does, but not that
+  of a chat template.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from lm_eval.api.model import LM
+from lm_eval.models.utils import normalize_gen_kwargs
+
+from multicolm.decoding.prompts import encode_prompt
+from multicolm.decoding.threads import torch_threads
+from multicolm.ensemble import Ensemble, PolicySource
+from multicolm.errors import InputError
+from multicolm.scoring.likelihood import Kind, LikelihoodReader, Passage
+from multicolm.types import Message, Prompt
+
+__all__ = ["EnsembleLM"]
+
+# Requests that are answered before progress is told.
+_CHUNK = 128
+_LONGEST_ANSWER = 256  # tokens, of tasks that do not say; as the harness's other models have it
+
+# What other settings have to be, for then they change nothing.
+_NEUTRAL: Mapping[str, object] = {
+    "num_beams": 1,
+    "repetition_penalty": 1.0,
+    "length_penalty": 1.0,
+    "num_return_sequences": 1,
+    "typical_p": 1.0,
+    "min_p": 0.0,
+}
+
+
+class EnsembleLM(LM):  # type: ignore[misc]
+    """An ensemble under one policy, as the harness wants a model.
+
+    Attributes:
+        likelihood: which log-likelihoods it gives; ``None`` where the policy has none.
+        n_cut: requests whose context was too long and was cut on the left.
+
+    Args:
+        ensemble: whose models read and write.
+        policy: decides who writes; the ensemble's own if not given.
+        likelihood: ``joint`` or ``routed`` (:mod:`multicolm.scoring.likelihood`); the policy's
+            first if not given.
+        batch_size: how many texts are written at a time.
+        batch_tokens: the most tokens of one pass while texts are read.
+        seed: of everything random.
+        progress: told how many requests of a kind are answered, and of how many.
+
+    Raises:
+        CapabilityError: if the policy does not fit the ensemble, or has no such likelihood.
+        ConfigError: if there is no such policy.
+    """
+
+    def __init__(
+        self,
+        ensemble: Ensemble,
+        policy: PolicySource | None = None,
+        *,
+        likelihood: Kind | None = None,
+        batch_size: int = 16,
+        batch_tokens: int = 4096,
+        seed: int = 0,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> None:
+        super().__init__()
+        self._ensemble = ensemble
+        self._policy = ensemble.resolve(policy)
+        self._reader = LikelihoodReader(
+            ensemble, self._policy, seed=seed, batch_tokens=batch_tokens
+        )
+        if likelihood is not None:
+            self._reader.check(likelihood)
+        self.likelihood: Kind | None = likelihood or next(iter(self._reader.kinds), None)
+        self.n_cut = 0
+        self._batch_size = batch_size
+        self._seed = seed
+        self._progress = progress
+        self._used = sorted(self._policy.uses(ensemble.models))
+        self._chats: dict[str, tuple[list[Message], str]] = {}
+
+    # --- likelihoods -----------------------------------------------------------------------------
+
+    def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
+        """Per request its continuation's log-likelihood in nats, and whether it is greedy.
+
+        Raises:
+            CapabilityError: if the policy has no likelihoods.
+        """
+        passages = [self._passage(*request.args[:2]) for request in requests]
+        return [(found.logprob, found.is_greedy) for found in self._likelihoods(passages)]
+
+    def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
+        """Per request the log-likelihood of a whole text, in nats."""
+        windows = [list(self._reader.windows(request.args[0])) for request in requests]
+        found = iter(self._likelihoods([passage for text in windows for passage in text]))
+        return [sum(next(found).logprob for _ in text) for text in windows]
+
+    def _likelihoods(self, passages: Sequence[Passage]) -> list[Any]:
+        found: list[Any] = []
+        models, threads = self._ensemble.backends, self._ensemble.generation.threads
+        with torch_threads(models, threads):
+            for start in range(0, len(passages), _CHUNK):
+                chunk = passages[start : start + _CHUNK]
+                found += self._reader.likelihoods(chunk, self.likelihood)
+                self._progress(len(found), len(passages))
+        return found
+
+    def _passage(self, context: str, continuation: str) -> Passage:
+        prompt: Prompt = context
+        written = ""
+        if context in self._chats:
+            prompt, written = self._chats[context]
+        else:
+            n_kept = len(context.rstrip())
+            prompt, continuation = context[:n_kept], context[n_kept:] + continuation
+        passage, was_cut = self._reader.fitted(
+            self._reader.passage(prompt, continuation, written=written)
+        )
+        self.n_cut += was_cut
+        return passage
+
+    # --- texts -----------------------------------------------------------------------------------
+
+    def generate_until(self, requests: Sequence[Any]) -> list[str]:
+        """Per request the text that is written, up to the first of its stop strings."""
+        texts = [""] * len(requests)
+        groups: dict[str, list[int]] = {}
+        for number, request in enumerate(requests):
+            groups.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(number)
+        times: Counter[str] = Counter()
+        n_done = 0
+        for key, numbers in groups.items():
+            settings = _settings(json.loads(key))
+            prompts = [
+                self._prompt(requests[i].args[0], settings["max_new_tokens"]) for i in numbers
+            ]
+            # A request that is asked several times is to be answered in several ways.
+            seeds = []
+            for i in numbers:
+                seeds.append(self._seed + times[requests[i].args[0]])
+                times[requests[i].args[0]] += 1
+            stream = self._ensemble.stream(
+                prompts, self._policy, seed=seeds, batch_size=self._batch_size, **settings
+            )
+            with stream:
+                for number, answer in stream.finished():
+                    texts[numbers[number]] = answer.text
+                    n_done += 1
+                    self._progress(n_done, len(requests))
+        return texts
+
+    def _prompt(self, context: str, max_new_tokens: int) -> Prompt:
+        """The context, cut on the left so far that the answer fits behind it."""
+        prompt: Prompt = context
+        if context in self._chats:
+            prompt, written = self._chats[context]
+            if written:
+                raise InputError(
+                    "a task that begins the answer itself (`gen_prefix`) cannot have texts written "
+                    "with --apply-chat-template; leave that out."
+                )
+        elif not context:
+            return self._ensemble.backends[0].tokenizer.start_ids
+        vocabulary, models = self._ensemble.vocabulary, self._ensemble.backends
+        room = {}
+        for k in self._used:
+            limit = models[k].context_length
+            if limit is None:
+                continue
+            if limit <= max_new_tokens:
+                raise InputError(
+                    f"answers of up to {max_new_tokens} tokens are wanted, and the context of "
+                    f"model '{models[k].name}' holds {limit} with the question; set max_gen_toks "
+                    "with --gen-kwargs."
+                )
+            room[k] = limit - max_new_tokens
+        lengths = {k: len(encode_prompt(prompt, k, models[k], vocabulary)) for k in room}
+        if all(lengths[k] <= room[k] for k in room):
+            return prompt
+        self.n_cut += 1
+        # What is cut is a text no more; everybody reads the base model's tokens of it.
+        ids = encode_prompt(prompt, 0, models[0], vocabulary)
+        while any(len(vocabulary.read(k, ids)) > room[k] for k in room):
+            excess = max(len(vocabulary.read(k, ids)) - room[k] for k in room)
+            ids = ids[min(excess, len(ids) - 1) :]
+        return ids
+
+    # --- chats -----------------------------------------------------------------------------------
+
+    def apply_chat_template(
+        self, chat_history: Sequence[Mapping[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """A chat in the template of the first model in use.
+
+        The other models read it in their own: what the text stands for is remembered.
+
+        Raises:
+            InputError: if that model has no template, or the template refuses the messages.
+        """
+        messages = [Message(role=m["role"], content=m["content"]) for m in chat_history]
+        written = "" if add_generation_prompt else messages.pop()["content"]
+        tokenizer = self._ensemble.backends[self._used[0]].tokenizer
+        ids = tokenizer.encode_chat(messages)
+        names = [tokenizer.special_name(i) for i in ids]
+        pieces = [
+            tokenizer.token_bytes(i) if name is None else name.encode()
+            for i, name in zip(ids, names, strict=True)
+        ]
+        text = b"".join(pieces).decode(errors="replace") + written
+        self._chats[text] = (messages, written)
+        return text
+
+    @property
+    def tokenizer_name(self) -> str:
+        """What tells the templates of one ensemble from those of another."""
+        return "multicolm " + " ".join(m.identity or m.name for m in self._ensemble.backends)
+
+    def chat_template(self, chat_template: bool | str = False) -> str:
+        """Every model has its own; none of them stands for all.
+
+        Raises:
+            InputError: if a template is asked for by name.
+        """
+        if isinstance(chat_template, str):
+            raise InputError(
+                f"chat template '{chat_template}': models use the template of their tokenizer, or "
+                "`chat_template:` of the ensemble file; ask for none by name."
+            )
+        return ""
+
+
+def _settings(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The harness's settings of a generation as those of :meth:`Ensemble.generate`.
+
+    Raises:
+        InputError: if one of them is not known here.
+    """
+    known = dict(normalize_gen_kwargs(dict(given), _LONGEST_ANSWER))
+    stop = known.pop("until", None) or []
+    settings: dict[str, Any] = {
+        "max_new_tokens": known.pop("max_gen_toks"),
+        "temperature": float(known.pop("temperature", 0.0)),
+        "stop": [text for text in ([stop] if isinstance(stop, str) else stop) if text],
+    }
+    known.pop("do_sample", None)
+    if (top_k := known.pop("top_k", None)) and settings["temperature"]:
+        settings["top_k"] = int(top_k)
+    if (top_p := known.pop("top_p", None)) is not None and settings["temperature"]:
+        settings["top_p"] = float(top_p)
+    strange = [key for key, value in known.items() if _NEUTRAL.get(key, ...) != value]
+    if strange:
+        raise InputError(
+            f"the task asks for {strange[0]} = {known[strange[0]]!r} when texts are written, which "
+            "an ensemble does not have; it has until, max_gen_toks, do_sample, temperature, top_k "
+            "and top_p, which --gen-kwargs can set."
+        )
+    return settings

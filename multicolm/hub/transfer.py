@@ -1,0 +1,180 @@
+"""One folder to the Hugging Face Hub, or from there; what goes wrong is one sentence.
+
+Only files of known kinds travel in either direction: nothing that is unpickled or run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import errors as hub
+from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # of its HTTP library
+
+from multicolm.errors import HubError
+
+__all__ = ["FILES", "RepoKind", "download", "hub_errors", "upload"]
+
+RepoKind: TypeAlias = Literal["model", "dataset"]
+"""Of a repository: routers and ensembles are models of the Hub, score tables are data sets."""
+
+FILES: Sequence[str] = (
+    *("*.yaml", "*.json", "*.md", "*.safetensors", "*.txt", "*.tree", "*.jinja", "*.model"),
+)
+"""What travels: declarations, cards, weights and tokenizers; nothing that could hold code."""
+
+
+@contextmanager
+def hub_errors(repo: str) -> Iterator[None]:
+    """Turn what the Hub's library raises into a :class:`multicolm.errors.HubError`.
+
+    Args:
+        repo: the repository, for the message.
+    """
+    try:
+        yield
+    except hub.HFValidationError as error:
+        raise HubError(
+            f"'{repo}' is no name of a repository on the Hub; one is written organisation/name."
+        ) from error
+    except hub.GatedRepoError as error:
+        raise HubError(
+            f"{repo} is open only to those who asked for it; ask on its page on the Hub, and log "
+            "in with `hf auth login`."
+        ) from error
+    except hub.RepositoryNotFoundError as error:
+        raise HubError(
+            f"the Hub has no repository {repo} that you may see; check the name, and log in with "
+            "`hf auth login` if it is private."
+        ) from error
+    except hub.RevisionNotFoundError as error:
+        raise HubError(
+            f"{repo} has no such revision; give a commit, a tag or a branch that its page lists."
+        ) from error
+    except hub.LocalTokenNotFoundError as error:
+        raise HubError(f"{repo}: nobody is logged in to the Hub; `hf auth login` does it.") from (
+            error
+        )
+    except hub.HfHubHTTPError as error:
+        raise HubError(_refusal(repo, error)) from error
+    except (hub.OfflineModeIsEnabled, hub.LocalEntryNotFoundError, HTTPError) as error:
+        raise HubError(
+            f"the Hub cannot be reached for {repo} ({_reason(error)}); nothing was changed. Try "
+            "again with a network, or name a folder on this disk."
+        ) from error
+
+
+def _refusal(repo: str, error: hub.HfHubHTTPError) -> str:
+    code = error.response.status_code
+    if code in (401, 403):
+        return (
+            f"the Hub does not let you do this with {repo}; log in with `hf auth login`, with a "
+            "token that may write if you push."
+        )
+    said = error.server_message or _reason(error)
+    return f"the Hub answers {code} for {repo}: {said}; try again later."
+
+
+def _reason(error: BaseException) -> str:
+    """What is behind an error of the Hub's library, in a few words."""
+    cause: BaseException = error
+    while isinstance(cause, hub.LocalEntryNotFoundError):
+        behind = cause.__cause__ or cause.__context__
+        if behind is None:
+            return "offline mode is on, or files are missing in the cache"
+        cause = behind
+    if isinstance(cause, hub.OfflineModeIsEnabled):
+        return "offline mode is on: HF_HUB_OFFLINE is set"
+    lines = str(cause).splitlines()
+    return lines[0].rstrip(".") if lines else type(cause).__name__
+
+
+def upload(
+    folder: Path,
+    repo: str,
+    kind: RepoKind = "model",
+    *,
+    private: bool = True,
+    revision: str | None = None,
+    message: str | None = None,
+    token: str | bool | None = None,
+    files: Sequence[str] = FILES,
+) -> str:
+    """Make a folder's files the content of a repository, in one commit.
+
+    Args:
+        folder: that holds them.
+        repo: its name; it is made if there is none.
+        kind: of the repository.
+        private: whether a repository that is made now is private; one that is there stays as it
+            is.
+        revision: a branch to write to; the main one if not given.
+        message: of the commit.
+        token: of the Hub; the one that is logged in if not given.
+        files: patterns of what travels.
+
+    Returns:
+        The address of the repository.
+
+    Raises:
+        HubError: if the Hub cannot be reached, or refuses.
+    """
+    with hub_errors(repo):
+        api = HfApi(token=token)
+        made = api.create_repo(repo, repo_type=kind, private=private, exist_ok=True)
+        api.upload_folder(
+            repo_id=made.repo_id,
+            repo_type=kind,
+            folder_path=folder,
+            revision=revision,
+            commit_message=message or "Push with multicolm",
+            allow_patterns=list(files),
+        )
+        return str(made)
+
+
+def download(
+    repo: str,
+    kind: RepoKind = "model",
+    *,
+    folder: Path | None = None,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+    force_download: bool = False,
+    local_files_only: bool = False,
+    token: str | bool | None = None,
+) -> Path:
+    """Fetch the files of known kinds of a repository.
+
+    Args:
+        repo: its name.
+        kind: of the repository.
+        folder: where to; the Hub's cache if not given.
+        revision: commit, tag or branch.
+        cache_dir: of the Hub's cache.
+        force_download: whether to fetch what is there already.
+        local_files_only: whether to look into the cache alone.
+        token: of the Hub; the one that is logged in if not given.
+
+    Returns:
+        The folder that holds them.
+
+    Raises:
+        HubError: if the Hub cannot be reached, or has no such repository.
+    """
+    with hub_errors(repo):
+        found = snapshot_download(
+            repo,
+            repo_type=kind,
+            revision=revision,
+            local_dir=folder,
+            cache_dir=cache_dir,
+            force_download=force_download,
+            local_files_only=local_files_only,
+            token=token,
+            allow_patterns=list(FILES),
+        )
+    return Path(str(found))

@@ -1,0 +1,734 @@
+"""How likely an ensemble finds texts that it did not write, under a policy.
+
+    joint     P(X) = prod_t sum_z P(z | X_<t) P_z(X_t | X_<t), the model that texts follow when the
+              writer is drawn too. A policy that mixes, or that verifies drafts, has such a model
+              as it is; one that selects has it if it gives probabilities of who writes.
+    routed    the probability of every token under the model that the policy lets write there.
+
+A policy that writes characters, or rates segments, has neither: what it writes does not follow a
+distribution over next tokens.
+
+Texts are read, not written: each model reads each text once, and the policy is asked about all
+places of it, as it would be asked while the text is written. All log-probabilities are in nats,
+without temperature, top-k and top-p.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import Literal, TypeAlias, get_args
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from multicolm.backend.base import Look
+from multicolm.backend.byte_session import ByteSession, span_logprobs
+from multicolm.decoding.draft import Draft, Positions, Shown
+from multicolm.decoding.prompts import encode_prompt
+from multicolm.decoding.reader import TokenReader
+from multicolm.decoding.row import Row, Written
+from multicolm.decoding.sampling import Noise, Sampling, row_key
+from multicolm.decoding.settle import PolicyDesk, Verdict
+from multicolm.decoding.text import TextStream
+from multicolm.ensemble import Ensemble
+from multicolm.errors import CapabilityError, InputError, ModelError, PolicyError
+from multicolm.policy.base import Policy, VerifyPolicy
+from multicolm.scoring.reading import Text, read_all
+from multicolm.scoring.spans import Spans, spans_of, to_base_tokens
+from multicolm.tokenizer.base import TokenizerAdapter
+from multicolm.tokenizer.bridged import BridgedVocabulary
+from multicolm.tokenizer.byte_vocabulary import ByteVocabulary
+from multicolm.types import Prompt
+from multicolm.views import View, Views
+
+__all__ = ["KINDS", "Kind", "Likelihood", "LikelihoodReader", "Passage"]
+
+Kind: TypeAlias = Literal["joint", "routed"]
+"""Under which model a text is likely; see above."""
+
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
+# Distributions count as the models and the policy give them.
+_AS_THEY_ARE = Sampling(temperature=1.0)
+# The most numbers that all models' logits may hold while texts are read; 256 MiB.
+_MAX_LOGITS = 1 << 26
+
+
+@dataclass(frozen=True, slots=True)
+class Passage:
+    """A text behind a prompt, in tokens.
+
+    Attributes:
+        prompt_ids: per model what it reads before, in its own tokens; nothing for models that are
+            not in use.
+        ids: the text, in the base model's tokens.
+    """
+
+    prompt_ids: tuple[tuple[int, ...], ...]
+    ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Likelihood:
+    """How likely a text is.
+
+    Attributes:
+        logprob: of the whole text, in nats.
+        is_greedy: whether every token is the most likely one at its place, so that greedy decoding
+            writes the text.
+    """
+
+    logprob: float
+    is_greedy: bool
+
+
+@dataclass(frozen=True)
+class _Told(Positions):
+    """Places of a text that is known: whatever is drawn there is its token.
+
+    Attributes:
+        gold: per position, that token.
+        numbers: per position, what it is numbered in ``likeliest``.
+        likeliest: at which something was drawn, the most likely token.
+    """
+
+    gold: Sequence[int] = ()
+    numbers: Sequence[int] = ()
+    likeliest: dict[int, int] = field(default_factory=dict)
+
+    def draw(self, logits: Float[Tensor, "positions vocab"]) -> Int[Tensor, "positions"]:
+        """The tokens that stand there."""
+        self.likeliest.update(zip(self.numbers, logits.argmax(-1).tolist(), strict=True))
+        return torch.tensor(self.gold, device=logits.device)
+
+    def at(self, which: Sequence[int]) -> _Told:
+        """Some of these positions."""
+        return _Told(
+            [self.rows[i] for i in which],
+            [self.places[i] for i in which],
+            self.noise,
+            [self.gold[i] for i in which],
+            [self.numbers[i] for i in which],
+            self.likeliest,
+        )
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """What one model made of some texts, one after another, token by token of the base model.
+
+    Attributes:
+        logits: at the places where a token of the model's own begins.
+        hidden: there, if the policy looks at it.
+        line: per base token, which of these places its beginning is; -1 for none.
+        logprobs: per base token with a place, of all up to the next one, in nats; 0 elsewhere.
+        misses: likewise, how many own tokens were not the most likely ones.
+        is_exact: whether ``logprobs`` are those of the base tokens themselves, wherever the
+            model's own begin.
+    """
+
+    logits: Float[Tensor, "places vocab"]
+    hidden: Float[Tensor, "places hidden"] | None
+    line: Int[Tensor, "positions"]
+    logprobs: Float[Tensor, "positions"]
+    misses: Float[Tensor, "positions"]
+    is_exact: bool = False
+
+
+class LikelihoodReader:
+    """Tells how likely an ensemble finds texts under one policy.
+
+    Attributes:
+        kinds: what it can tell, the likelihood that the policy is best known by first; nothing
+            for policies that have none.
+
+    Args:
+        ensemble: whose models read.
+        policy: decides who writes.
+        seed: of whatever the policy decides at random.
+        batch_tokens: the most tokens of one forward pass.
+
+    Raises:
+        CapabilityError: if the policy does not fit the ensemble.
+    """
+
+    def __init__(
+        self, ensemble: Ensemble, policy: Policy, *, seed: int = 0, batch_tokens: int = 4096
+    ) -> None:
+        ensemble.check(policy)
+        self._ensemble = ensemble
+        self._policy = policy
+        self._seed = seed
+        self._batch_tokens = batch_tokens
+        self._models = ensemble.backends
+        self._used = sorted(policy.uses(ensemble.models))
+        self._in_bytes = policy.support == "bytes"
+        self._vocabulary = (
+            ByteVocabulary(ensemble.models) if self._in_bytes else ensemble.vocabulary
+        )
+        first_tokens = None if self._vocabulary.is_shared else self._vocabulary.first_tokens
+        self._desk = PolicyDesk(
+            policy,
+            ensemble.models,
+            self._vocabulary.starts_word,
+            {k: self._embedder(k) for k in range(len(self._models))},
+            first_tokens,
+        )
+        needs = self._desk.needs
+        self._looked_at = sorted({*needs.always, *needs.deferred})
+        self.kinds: tuple[Kind, ...] = self._kinds()
+
+    def check(self, kind: Kind | None = None) -> Kind:
+        """The likelihood that is meant, if it is known under this policy.
+
+        Args:
+            kind: one of :attr:`kinds`; the first of them if not given.
+
+        Raises:
+            CapabilityError: naming those that are.
+        """
+        if not self.kinds:
+            raise CapabilityError(
+                f"policy '{self._policy.name}' gives no likelihood to a text: what it writes does "
+                "not follow a distribution over next tokens; choose another one, or tasks that "
+                "have texts written."
+            )
+        if kind is not None and kind not in self.kinds:
+            raise CapabilityError(
+                f"policy '{self._policy.name}' has no {kind} likelihood ({_REASONS[kind]}); it has "
+                f"the {self.kinds[0]} one."
+            )
+        return kind or self.kinds[0]
+
+    def passage(self, prompt: Prompt, text: str, *, written: str = "") -> Passage:
+        """A text as the models read it.
+
+        Args:
+            prompt: what stands before; a text that is empty if nothing does.
+            text: whose likelihood is asked for, not empty.
+            written: a part of the answer that stands between the two and is not asked for.
+
+        Raises:
+            InputError: if the text is empty, the base model has no tokens for it, a prompt cannot
+                be read, or nothing can stand before the first token.
+        """
+        tokenizer = self._models[0].tokenizer
+        prompts: list[tuple[int, ...]] = []
+        for k, model in enumerate(self._models):
+            own = model.tokenizer
+            if k not in self._used:
+                ids: list[int] = []
+            elif not prompt:
+                ids = own.start_ids + (own.encode_continuation(written) if written else [])
+            else:
+                ids = encode_prompt(prompt, k, model, self._ensemble.vocabulary)
+                ids = ids + (own.encode_continuation(written) if written else [])
+            if k in self._used and not ids:
+                raise InputError(
+                    f"nothing stands before the text for model '{model.name}', and its tokenizer "
+                    "has no token for the beginning or the end of a text; give a prompt."
+                )
+            prompts.append(tuple(ids))
+        at_start = not prompt and not written
+        ids = _opening(tokenizer, text) if at_start else tokenizer.encode_continuation(text)
+        if not ids:
+            raise InputError("a text whose likelihood is asked for is empty.")
+        return Passage(tuple(prompts), tuple(ids))
+
+    def room(self, ids: Sequence[int]) -> dict[int, int]:
+        """How many tokens of a prompt each model in use can read before a text.
+
+        Models without a limit are missing.
+
+        Raises:
+            InputError: if the text alone is longer than a context.
+        """
+        room = {}
+        for k in self._used:
+            limit = self._models[k].context_length
+            if limit is None:
+                continue
+            n_own = self._n_own(k, ids)
+            # The last token is predicted and never read.
+            if n_own > limit:
+                raise InputError(
+                    f"a text of {n_own} tokens whose likelihood is asked for is longer than the "
+                    f"context of model '{self._models[k].name}', which holds {limit}; shorten it."
+                )
+            room[k] = limit - n_own + 1
+        return room
+
+    def fitted(self, passage: Passage) -> tuple[Passage, bool]:
+        """The passage with prompts cut on the left so far that every model can read it.
+
+        Returns:
+            The passage, and whether anything was cut.
+
+        Raises:
+            InputError: if the text alone is longer than a context.
+        """
+        room = self.room(passage.ids)
+        cut = tuple(
+            ids[-room[k] :] if k in room else ids for k, ids in enumerate(passage.prompt_ids)
+        )
+        return Passage(cut, passage.ids), cut != passage.prompt_ids
+
+    def windows(self, text: str) -> Iterator[Passage]:
+        """A text from its beginning, in stretches that every model can read.
+
+        The first stands behind whatever begins a text, each other one behind as much of the text
+        before it as fits with as many tokens to predict as fit: one token, where there is more to
+        come. Together they predict every token once.
+
+        Raises:
+            InputError: see :meth:`passage`.
+        """
+        whole = self.passage("", text)
+        ids, done = whole.ids, 0
+        limits = [m.context_length for k, m in enumerate(self._models) if k in self._used]
+        longest = min((limit for limit in limits if limit is not None), default=len(ids))
+        while done < len(ids):
+            end = min(len(ids), done + longest)
+            while not self._fits(ids[done:end]):
+                end = done + (end - done + 1) // 2
+            # As in other harnesses, so that equal texts get equal numbers: what is left of the
+            # context is filled up with what stands before.
+            before = ids[max(0, end - longest - 1) : done]
+            prompts = tuple(
+                prompt if not before or k not in self._used else tuple(self._read_as(k, before))
+                for k, prompt in enumerate(whole.prompt_ids)
+            )
+            yield self.fitted(Passage(prompts, ids[done:end]))[0]
+            done = end
+
+    def likelihoods(
+        self, passages: Sequence[Passage], kind: Kind | None = None
+    ) -> list[Likelihood]:
+        """How likely texts are, in their order.
+
+        Where the models have different vocabularies, a text is likely by stretches whose ends are
+        ends of tokens of all of them, as in a score table; a stretch is greedy if the model that
+        writes it (of the joint model: that has the greatest part in its probability) would write
+        its own tokens greedily.
+
+        Args:
+            passages: that every model can read; see :meth:`fitted`.
+            kind: one of :attr:`kinds`; the first of them if not given.
+
+        Raises:
+            CapabilityError: if that likelihood is not known under this policy.
+            InputError: if a model cannot read a text to its end.
+            ModelError: if a model gives NaN.
+            PolicyError: if the policy broke its contract.
+        """
+        kind = self.check(kind)
+        found: list[Likelihood] = []
+        with torch.no_grad():
+            for batch in self._batches(passages):
+                found += self._likelihoods(batch, kind)
+        return found
+
+    def _kinds(self) -> tuple[Kind, ...]:
+        if self._policy.acts == "segment" or self._policy.support == "characters":
+            return ()
+        if self._policy.acts != "select":
+            return ("joint",)
+        if type(self._policy).model_probs is Policy.model_probs:
+            return ("routed",)
+        # Whether there are probabilities may hang on the params: asked about a place where no
+        # model knows anything.
+        width = self._vocabulary.size
+        views = {
+            k: View(
+                torch.zeros(1, width),
+                None if self._models[k].hidden_size is None else self._blank(k),
+                signals=self._desk.needs.of(k),
+                name=self._models[k].name,
+                embed=self._embedder(k),
+            )
+            for k in self._desk.needs.always
+        }
+        blank = Views(self._ensemble.models, views, n_positions=1)
+        return ("routed",) if self._policy.model_probs(blank) is None else KINDS
+
+    def _blank(self, k: int) -> Tensor:
+        return torch.zeros(1, self._models[k].hidden_size or 0)
+
+    def _embedder(self, k: int) -> Callable[[Tensor], Tensor]:
+        model, vocabulary = self._models[k], self._ensemble.vocabulary
+        return lambda ids: model.embed(vocabulary.own_ids(k, ids)).cpu()
+
+    # --- lengths ---------------------------------------------------------------------------------
+
+    def _is_other(self, k: int) -> bool:
+        """Whether a model has another vocabulary than the base model."""
+        vocabulary = self._ensemble.vocabulary
+        return isinstance(vocabulary, BridgedVocabulary) and vocabulary.groups[k] != 0
+
+    def _n_own(self, k: int, ids: Sequence[int]) -> int:
+        """How many tokens of its own a model reads for a text."""
+        vocabulary = self._ensemble.vocabulary
+        if not self._is_other(k) or not isinstance(vocabulary, BridgedVocabulary):
+            return len(ids)
+        return len(spans_of(vocabulary, k, ids, None).own)
+
+    def _read_as(self, k: int, ids: Sequence[int]) -> list[int]:
+        """A stretch within a text, in a model's own tokens."""
+        vocabulary = self._ensemble.vocabulary
+        if not self._is_other(k):
+            return vocabulary.read(k, ids)
+        content = b"".join(vocabulary.token_bytes(token) for token in ids)
+        return self._models[k].tokenizer.encode_bytes(content)
+
+    def _fits(self, ids: Sequence[int]) -> bool:
+        limits = {k: self._models[k].context_length for k in self._used}
+        return len(ids) == 1 or all(
+            limit is None or self._n_own(k, ids) <= limit for k, limit in limits.items()
+        )
+
+    def _batches(self, passages: Sequence[Passage]) -> Iterator[list[Passage]]:
+        """Texts whose logits fit into memory together; one at least."""
+        budget = _MAX_LOGITS // (self._vocabulary.size * len(self._used))
+        batch: list[Passage] = []
+        n_tokens = 0
+        for passage in passages:
+            n_tokens += len(passage.ids)
+            if batch and n_tokens > budget:
+                yield batch
+                batch, n_tokens = [], len(passage.ids)
+            batch.append(passage)
+        if batch:
+            yield batch
+
+    # --- one batch -------------------------------------------------------------------------------
+
+    def _likelihoods(self, batch: Sequence[Passage], kind: Kind) -> list[Likelihood]:
+        texts = [self._outcomes(passage.ids) for passage in batch]
+        if self._in_bytes:
+            seen = {k: self._read_bytes(k, batch, texts) for k in self._used}
+        else:
+            seen = {k: self._read(k, batch) for k in self._used}
+        place = _Places(self._rows(batch), texts, self._begins(seen, sum(map(len, texts))))
+        if self._policy.acts == "select" and kind == "joint":
+            logprobs, misses = self._joint(place, seen)
+        elif self._policy.acts == "select":
+            logprobs, misses = self._routed(place, seen)
+        elif self._policy.acts == "mix":
+            logprobs, misses = self._mixed(place, seen)
+        else:
+            logprobs, misses = self._verified(place, seen)
+        if bool(logprobs.isnan().any()):
+            raise ModelError(
+                f"a likelihood under policy '{self._policy.name}' is NaN; try another `dtype` for "
+                "the models."
+            )
+        sums = place.per_text(logprobs).tolist()
+        n_misses = place.per_text(misses).tolist()
+        return [Likelihood(a, b == 0) for a, b in zip(sums, n_misses, strict=True)]
+
+    def _outcomes(self, ids: Sequence[int]) -> list[int]:
+        """What is predicted, one after another: tokens, or bytes."""
+        if not self._in_bytes:
+            return list(ids)
+        vocabulary = self._ensemble.vocabulary
+        return list(b"".join(vocabulary.token_bytes(token) for token in ids))
+
+    def _rows(self, batch: Sequence[Passage]) -> list[Row]:
+        """The texts as a policy is told about them."""
+        rows = [
+            Row(
+                number=number,
+                prompt="",
+                prompt_ids=passage.prompt_ids,
+                key=row_key(self._seed, passage.prompt_ids[self._used[0]]),
+                seed=self._seed,
+                max_new_tokens=len(passage.ids),
+                text=TextStream(()),
+                draft_length=1,
+                sampling=_AS_THEY_ARE,
+            )
+            for number, passage in enumerate(batch)
+        ]
+        if self._policy.prompts:
+            self._score_prompts(rows)
+        return rows
+
+    def _score_prompts(self, rows: Sequence[Row]) -> None:
+        """How unlikely each model finds the prompts, for policies that weigh models by that."""
+        for row in rows:
+            row.slot = row.number
+            row.prompt_nats = [math.nan] * len(self._models)
+        for k in self._used:
+            model, vocabulary = self._models[k], self._ensemble.vocabulary
+            reader = TokenReader(model, k, vocabulary, len(rows), lambda: 0.0)
+            for row in rows:
+                reader.start(row)
+                row.prompt_nats[k] = reader.prompt_nats(row) / max(1, len(row.prompt_ids[0]) - 1)
+
+    def _begins(self, seen: Mapping[int, _Reading], n_positions: int) -> Bool[Tensor, "positions"]:
+        """Positions at which all models can go on that the policy looks at or lets write."""
+        begins = torch.ones(n_positions, dtype=torch.bool)
+        if self._policy.acts != "select":
+            return begins
+        for k, reading in seen.items():
+            if not reading.is_exact or k in self._looked_at:
+                begins &= reading.line >= 0
+        return begins
+
+    def _read(self, k: int, batch: Sequence[Passage]) -> _Reading:
+        """Let a model read texts, each token of a text once."""
+        hidden = "hidden" in self._desk.needs.of(k)
+        vocabulary = self._ensemble.vocabulary
+        spans: list[Spans] | None = None
+        # What several models write together is read by each as it comes, token by token.
+        writer = k if self._policy.acts == "select" else len(self._models)
+        own = [list(passage.ids) for passage in batch]
+        is_other = self._is_other(k) and self._policy.acts == "select"
+        if is_other and isinstance(vocabulary, BridgedVocabulary):
+            spans = [spans_of(vocabulary, k, passage.ids, None) for passage in batch]
+            own = [list(text.own) for text in spans]
+        texts = [
+            Text(passage.prompt_ids[k], ids, [writer] * len(ids))
+            for passage, ids in zip(batch, own, strict=True)
+        ]
+        model = self._models[k]
+        seen = read_all(model, k, vocabulary, texts, hidden=hidden, batch_tokens=self._batch_tokens)
+        gold = torch.tensor([token for ids in own for token in ids])
+        logprobs = seen.logits.log_softmax(-1).gather(-1, gold[:, None])[:, 0]
+        misses = (seen.logits.argmax(-1) != gold).float()
+        if self._policy.acts == "select" and not bool(seen.known.all()):
+            raise InputError(
+                f"model '{model.name}' cannot read a text to its end, for its context holds "
+                f"{model.context_length} tokens; shorten it."
+            )
+        if spans is None:
+            line = torch.arange(len(gold)).masked_fill(~seen.known, -1)
+            return _Reading(seen.logits, seen.hidden, line, logprobs, misses)
+        ones = torch.ones(len(gold), dtype=torch.uint8)
+        columns = to_base_tokens({"gold_logprobs": logprobs, "known": ones}, spans)
+        missed = to_base_tokens({"gold_logprobs": misses, "known": ones}, spans)
+        line = columns["number"].masked_fill(columns["open"] == 0, -1)
+        summed, is_exact = columns["gold_logprobs"], False
+        if isinstance(vocabulary, BridgedVocabulary) and vocabulary.is_exact(k):
+            summed, is_exact = self._exact(k, batch), True
+        return _Reading(seen.logits, seen.hidden, line, summed, missed["gold_logprobs"], is_exact)
+
+    def _exact(self, k: int, batch: Sequence[Passage]) -> Float[Tensor, "positions"]:
+        """What a model gives to every base token, summed over all ways to spell the text."""
+        found = []
+        for passage in batch:
+            contents = [self._ensemble.vocabulary.token_bytes(token) for token in passage.ids]
+            ends = list(accumulate(map(len, contents)))
+            prompt = passage.prompt_ids[k]
+            found.append(span_logprobs(self._models[k], prompt, b"".join(contents), ends).float())
+        return torch.cat(found)
+
+    def _read_bytes(
+        self, k: int, batch: Sequence[Passage], texts: Sequence[Sequence[int]]
+    ) -> _Reading:
+        """Let a model read texts byte by byte, all of them side by side."""
+        session = ByteSession(self._models[k], len(batch))
+        for row, passage in enumerate(batch):
+            session.begin(row, passage.prompt_ids[k])
+        starts = [0, *accumulate(map(len, texts))]
+        logprobs = torch.zeros(starts[-1], self._vocabulary.size)
+        for place in range(max(map(len, texts))):
+            rows = [row for row, text in enumerate(texts) if len(text) > place]
+            at = torch.tensor([starts[row] + place for row in rows])
+            logprobs[at] = session.next_byte_logprobs(rows).float()
+            session.feed(rows, [bytes([texts[row][place]]) for row in rows])
+        gold = torch.tensor([byte for text in texts for byte in text])
+        found = logprobs.gather(-1, gold[:, None])[:, 0]
+        misses = (logprobs.argmax(-1) != gold).float()
+        return _Reading(logprobs, None, torch.arange(starts[-1]), found, misses)
+
+    # --- what the policy says --------------------------------------------------------------------
+
+    def _shown(
+        self, place: _Places, seen: Mapping[int, _Reading], which: Sequence[int]
+    ) -> dict[int, Shown]:
+        """What the policy may look at, at some of the places."""
+        at = place.at[torch.tensor(which, dtype=torch.long)]
+        shown = {}
+        for k in self._looked_at:
+            reading = seen[k]
+            lines = reading.line[at].tolist()
+            shown[k] = Shown(
+                Look(reading.logits, reading.hidden),
+                {i: line for i, line in enumerate(lines) if line >= 0},
+                frozenset(i for i, line in enumerate(lines) if line < 0),
+            )
+        return shown
+
+    def _draft(
+        self, place: _Places, seen: Mapping[int, _Reading], which: Sequence[int]
+    ) -> tuple[Draft, _Told]:
+        told = _Told(
+            [place.rows[place.text[i]] for i in which],
+            [place.place[i] for i in which],
+            place.noise,
+            [place.gold[i] for i in which],
+            range(len(which)),
+        )
+        shown = self._shown(place, seen, which)
+        return Draft(told, shown=shown, scores=[None] * len(which)), told
+
+    def _always(self, draft: Draft) -> Views:
+        """What the policy is shown before anybody is asked because of it."""
+        always = {k: draft.shown[k] for k in self._desk.needs.always}
+        return self._desk.views(draft.positions, range(len(draft.positions)), always)
+
+    def _joint(self, place: _Places, seen: Mapping[int, _Reading]) -> tuple[Tensor, Tensor]:
+        """Log of sum_z pi_z P_z of every stretch, and whether it is the likeliest."""
+        draft, _ = self._draft(place, seen, range(len(place)))
+        probs = self._policy.model_probs(self._always(draft))
+        shape = (len(place), len(self._models))
+        if probs is None or probs.shape != shape:
+            got = None if probs is None else tuple(probs.shape)
+            raise PolicyError(
+                f"policy '{self._policy.name}': `model_probs` gave {got}; expected "
+                f"[positions, models], here {shape}."
+            )
+        log_pi = probs.float().cpu().log()[:, self._used]
+        parts = log_pi + torch.stack([place.sums(seen[k].logprobs) for k in self._used], dim=1)
+        if all(self._vocabulary.groups[k] == 0 for k in self._used):
+            mixed = torch.stack(
+                [
+                    log_pi[:, n, None] + seen[k].logits.log_softmax(-1)
+                    for n, k in enumerate(self._used)
+                ]
+            ).logsumexp(0)
+            misses = (mixed.argmax(-1) != torch.tensor(place.gold)).float()
+        else:
+            missed = torch.stack([place.sums(seen[k].misses) for k in self._used], dim=1)
+            misses = missed.gather(1, parts.argmax(-1, keepdim=True))[:, 0]
+        return parts.logsumexp(-1), misses
+
+    def _routed(self, place: _Places, seen: Mapping[int, _Reading]) -> tuple[Tensor, Tensor]:
+        """Log-probability of every stretch under who writes it, and whether it is the likeliest."""
+        rounds = place.one_by_one() if self._policy.history else [list(range(len(place)))]
+        writers = [0] * len(place)
+        for which in rounds:
+            found = self._writers(place, seen, which)
+            for i, writer in zip(which, found, strict=True):
+                writers[i] = writer
+                if self._policy.history:
+                    place.write(i, writer)
+        at = torch.tensor([self._used.index(writer) for writer in writers])[:, None]
+        logprobs = torch.stack([place.sums(seen[k].logprobs) for k in self._used], dim=1)
+        misses = torch.stack([place.sums(seen[k].misses) for k in self._used], dim=1)
+        return logprobs.gather(1, at)[:, 0], misses.gather(1, at)[:, 0]
+
+    def _writers(
+        self, place: _Places, seen: Mapping[int, _Reading], which: Sequence[int]
+    ) -> list[int]:
+        """Who writes at some of the places, asked as the decode loop asks."""
+        draft, _ = self._draft(place, seen, which)
+        asked = list(range(len(which)))
+        if self._policy.assistants == "deferred":
+            flags = self._desk.defers(self._always(draft))
+            asked = [i for i in asked if flags[i]]
+        verdict = Verdict()
+        waiting = self._desk.decide(draft, asked, verdict) if asked else {}
+        found = {**verdict.writers, **waiting}
+        return [found.get(i, 0) for i in range(len(which))]
+
+    def _mixed(self, place: _Places, seen: Mapping[int, _Reading]) -> tuple[Tensor, Tensor]:
+        """Log-probability of every token under the policy's mixture."""
+        draft, told = self._draft(place, seen, range(len(place)))
+        verdict, asked = Verdict(), list(range(len(place)))
+        if self._policy.assistants == "deferred":
+            flags = self._desk.defers(self._always(draft))
+            alone = [i for i in asked if not flags[i]]
+            asked = [i for i in asked if flags[i]]
+            if alone:
+                self._desk.write(draft, 0, alone, verdict)
+        if asked:
+            self._desk.decide(draft, asked, verdict)
+        logprobs = [verdict.logprobs[i] for i in range(len(place))]
+        misses = [float(told.likeliest[i] != place.gold[i]) for i in range(len(place))]
+        return torch.tensor(logprobs), torch.tensor(misses)
+
+    def _verified(self, place: _Places, seen: Mapping[int, _Reading]) -> tuple[Tensor, Tensor]:
+        """Log-probability of every token under the distribution that texts are made to follow."""
+        assert isinstance(self._policy, VerifyPolicy)
+        draft, _ = self._draft(place, seen, range(len(place)))
+        probs = self._policy.target_probs(self._always(draft))
+        gold = torch.tensor(place.gold)
+        misses = (probs.argmax(-1) != gold).float()
+        return probs.gather(-1, gold[:, None])[:, 0].log(), misses
+
+
+class _Places:
+    """The stretches of some texts, numbered through.
+
+    Attributes:
+        rows: the texts, as a policy is told about them.
+        noise: that the policy draws from.
+        at: per stretch, its first position among all tokens.
+        text: per stretch, which of the texts it is of.
+        place: per stretch, how many tokens of the text stand before it.
+        gold: per stretch, its first token.
+    """
+
+    def __init__(self, rows: Sequence[Row], texts: Sequence[Sequence[int]], begins: Tensor) -> None:
+        self.rows = rows
+        self.noise = Noise()
+        self.at = begins.nonzero()[:, 0]
+        self._span = begins.long().cumsum(0) - 1
+        flat = [
+            (number, place, token)
+            for number, text in enumerate(texts)
+            for place, token in enumerate(text)
+        ]
+        self._flat = flat
+        chosen = [flat[i] for i in self.at.tolist()]
+        self.text = [number for number, _, _ in chosen]
+        self.place = [place for _, place, _ in chosen]
+        self.gold = [token for _, _, token in chosen]
+
+    def __len__(self) -> int:
+        return len(self.gold)
+
+    def sums(self, values: Float[Tensor, "positions"]) -> Float[Tensor, "stretches"]:
+        """Per stretch, the sum over its tokens."""
+        return torch.zeros(len(self), dtype=torch.float64).index_add_(
+            0, self._span, values.double()
+        )
+
+    def per_text(self, values: Float[Tensor, "stretches"]) -> Float[Tensor, "texts"]:
+        """Per text, the sum over its stretches."""
+        sums = torch.zeros(len(self.rows), dtype=torch.float64)
+        return sums.index_add_(0, torch.tensor(self.text), values.double())
+
+    def one_by_one(self) -> Iterator[list[int]]:
+        """The first stretch of every text, then the second, and so on."""
+        order: list[list[int]] = [[] for _ in self.rows]
+        for i, number in enumerate(self.text):
+            order[number].append(i)
+        for turn in range(max(map(len, order))):
+            yield [numbers[turn] for numbers in order if turn < len(numbers)]
+
+    def write(self, i: int, writer: int) -> None:
+        """Note who wrote a stretch, for policies that look back."""
+        first = int(self.at[i])
+        last = int(self.at[i + 1]) if i + 1 < len(self) else len(self._flat)
+        row = self.rows[self.text[i]]
+        for _, _, token in self._flat[first:last]:
+            row.write(Written(token, writer, 0.0, None))
+
+
+_REASONS: dict[Kind, str] = {
+    "joint": "it says who writes, and not with what probability",
+    "routed": "its models write every token together",
+}
+
+
+def _opening(tokenizer: TokenizerAdapter, text: str) -> list[int]:
+    """Tokens of a text that nothing stands before, without what the tokenizer puts in front."""
+    front, ids = tokenizer.encode(""), tokenizer.encode(text)
+    return ids[len(front) :] if ids[: len(front)] == front else ids

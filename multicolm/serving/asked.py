@@ -1,0 +1,310 @@
+"""What clients may ask for, and what of OpenAI's interface is not served and therefore refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar, cast
+
+from pydantic import Field
+
+from multicolm.config import GenerationConfig
+from multicolm.config.wording import Strict, check
+from multicolm.errors import InputError
+from multicolm.types import Message, Prompt
+
+__all__ = ["ChatAsked", "CompletionAsked", "Extension", "Refusal", "StreamOptions", "read"]
+
+_MOST_TEXTS = 128
+
+_REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "audio": ((), "this server writes text only"),
+    "best_of": ((1,), "ask for n texts, and choose"),
+    "echo": ((False,), "the prompt is not read back"),
+    "frequency_penalty": ((0,), "only 0 is served"),
+    "function_call": (("none",), "functions are not served"),
+    "functions": (([],), "functions are not served"),
+    "logit_bias": (({},), "tokens cannot be biased"),
+    "modalities": ((["text"],), "this server writes text only"),
+    "parallel_tool_calls": ((), "tools are not served"),
+    "prediction": ((), "predicted outputs are not served"),
+    "presence_penalty": ((0,), "only 0 is served"),
+    "reasoning_effort": ((), "it has no meaning for these models"),
+    "response_format": (({"type": "text"},), "only plain text is served"),
+    "store": ((False,), "nothing is stored"),
+    "suffix": (("",), "texts cannot be filled in"),
+    "tool_choice": (("none",), "tools are not served"),
+    "tools": (([],), "tools are not served"),
+    "web_search_options": ((), "there is no search"),
+}
+"""Fields of OpenAI's that are not served: the values that ask for nothing, and why not others."""
+
+
+_PROMPTS = (
+    "'prompt' must be a text, a list of token ids, or a list of texts or of lists of token ids."
+)
+
+
+_CONTENT = (
+    'must be text, or a list of parts {"type": "text", "text": ...}; images, audio and files are '
+    "not served."
+)
+
+
+class Refusal(InputError):
+    """A request that is refused, and the field that is to blame.
+
+    Attributes:
+        param: the field, such as ``messages.0.content``.
+    """
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class Extension(Strict):
+    """What only multicolm understands.
+
+    Attributes:
+        policy: who decides who writes; the one that ``model`` names if not given.
+        params: params that replace those of the policy.
+    """
+
+    policy: str | None = None
+    params: dict[str, Any] = Field(default_factory=dict)
+
+
+class StreamOptions(Strict):
+    """How a text is streamed.
+
+    Attributes:
+        include_usage: whether a last chunk, without choices, says what was used.
+    """
+
+    include_usage: bool = False
+
+
+class _Asked(Strict):
+    model: str
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    n: int = Field(default=1, ge=1, le=_MOST_TEXTS)
+    seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
+    stop: str | list[str] | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    max_tokens: int | None = None
+    user: str | None = None  # who asks, in the client's own books: it changes nothing
+    multicolm: Extension = Field(default_factory=Extension)
+
+    def prompts(self) -> list[Prompt]:
+        """What is to be answered, one by one."""
+        raise NotImplementedError
+
+    @property
+    def wants_logprobs(self) -> bool:
+        """Whether the log-probabilities of the written tokens are wanted."""
+        raise NotImplementedError
+
+    @property
+    def limit(self) -> tuple[str, int | None]:
+        """The field that limits the length of a text, and its value."""
+        return "max_tokens", self.max_tokens
+
+    def settings(self, own: GenerationConfig, most: int) -> GenerationConfig:
+        """How the texts are written.
+
+        Args:
+            own: settings of the ensemble, for what is not asked.
+            most: the most tokens that the operator allows.
+
+        Raises:
+            Refusal: if a setting is out of range.
+        """
+        field, wanted = self.limit
+        if wanted is not None and not 1 <= wanted <= most:
+            raise Refusal(
+                f"{field} must be 1 to {most} on this server, got {wanted}; ask for less.", field
+            )
+        for name in ("temperature", "top_p", "top_k", "stop"):
+            value = getattr(self, name)
+            try:
+                own.updated({name: value})
+            except InputError as error:
+                raise Refusal(str(error), name) from error
+        return own.updated(
+            {
+                "max_new_tokens": min(own.max_new_tokens, most) if wanted is None else wanted,
+                "temperature": self.temperature,
+                "top_p": self.top_p,
+                "top_k": self.top_k,
+                "stop": self.stop,
+            }
+        )
+
+
+class CompletionAsked(_Asked):
+    """The body of ``POST /v1/completions``."""
+
+    prompt: str | list[int] | list[str] | list[list[int]]
+    logprobs: int | None = None
+
+    def prompts(self) -> list[Prompt]:
+        """What is to be answered, one by one."""
+        prompt = self.prompt
+        one = isinstance(prompt, str) or isinstance(prompt[0], int)
+        return cast("list[Prompt]", [prompt] if one else prompt)
+
+    @property
+    def wants_logprobs(self) -> bool:
+        """Whether the log-probabilities of the written tokens are wanted."""
+        return self.logprobs is not None
+
+
+class _Part(Strict):
+    type: Literal["text"]
+    text: str
+
+
+class _Turn(Strict):
+    role: str = Field(min_length=1)
+    content: str | list[_Part]
+
+    @property
+    def text(self) -> str:
+        content = self.content
+        return content if isinstance(content, str) else "".join(part.text for part in content)
+
+
+class ChatAsked(_Asked):
+    """The body of ``POST /v1/chat/completions``."""
+
+    messages: list[_Turn] = Field(min_length=1)
+    max_completion_tokens: int | None = None
+    logprobs: bool = False
+    top_logprobs: int = 0
+
+    def prompts(self) -> list[Prompt]:
+        """The one chat."""
+        return [[Message(role=turn.role, content=turn.text) for turn in self.messages]]
+
+    @property
+    def wants_logprobs(self) -> bool:
+        """Whether the log-probabilities of the written tokens are wanted."""
+        return self.logprobs
+
+    @property
+    def limit(self) -> tuple[str, int | None]:
+        """The field that limits the length of a text, and its value."""
+        if self.max_completion_tokens is not None:
+            return "max_completion_tokens", self.max_completion_tokens
+        return "max_tokens", self.max_tokens
+
+
+A = TypeVar("A", CompletionAsked, ChatAsked)
+
+
+@dataclass(frozen=True)
+class _Field:
+    """A field that is there, and its value."""
+
+    name: str
+    value: Any
+
+    @property
+    def is_refused(self) -> bool:
+        """Whether it asks for something that is not served."""
+        if self.name not in _REFUSED:
+            return False
+        return not any(_same(self.value, neutral) for neutral in _REFUSED[self.name][0])
+
+
+def _same(value: object, neutral: object) -> bool:
+    # In Python True is 1 and 0 is False; in JSON they are not.
+    return value == neutral and isinstance(value, bool) == isinstance(neutral, bool)
+
+
+def read(body: bytes, schema: type[A]) -> A:
+    """A request's body, checked.
+
+    Raises:
+        Refusal: if it is no JSON, asks for what is not served, or has a field that is not known or
+            of the wrong type; it names the field.
+    """
+    try:
+        data = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise Refusal("the body is not JSON; send an object in UTF-8.") from error
+    if not isinstance(data, Mapping):
+        raise Refusal("the body must be a JSON object with `model` and what it is to answer.")
+    given = {name: value for name, value in data.items() if value is not None}
+    for field in (_Field(name, value) for name, value in given.items()):
+        if field.is_refused:
+            why = _REFUSED[field.name][1]
+            raise Refusal(f"'{field.name}' is not supported: {why}.", field.name)
+        if field.name == "messages":
+            given["messages"] = _without_nulls(field.value)
+    given = {name: value for name, value in given.items() if name not in _REFUSED}
+    asked, problems = check(schema, given)
+    if asked is None:
+        first = problems[0]
+        if first.place[:1] == ("prompt",) and "prompt" in given:
+            raise Refusal(_PROMPTS, "prompt")
+        where = ".".join(map(str, first.place))
+        if first.place[:1] == ("messages",) and first.place[2:3] == ("content",):
+            if first.text.startswith("required"):
+                raise Refusal(f"'{where}' is missing; say what was said.", where)
+            raise Refusal(f"'{where}' {_CONTENT}", where)
+        lead = f"'{where}': " if where and not first.at_key else ""
+        raise Refusal(f"{lead}{first.text}".replace("unknown key", "unknown field"), where or None)
+    _check_together(asked)
+    return asked
+
+
+def _without_nulls(messages: Any) -> Any:
+    """Messages as clients hand them back: what they did not get is null in them."""
+    if not isinstance(messages, Sequence) or isinstance(messages, str):
+        return messages
+    return [
+        {name: value for name, value in turn.items() if value is not None}
+        if isinstance(turn, Mapping)
+        else turn
+        for turn in messages
+    ]
+
+
+def _check_together(asked: CompletionAsked | ChatAsked) -> None:
+    """Refuse what is right field by field, and not together.
+
+    Raises:
+        Refusal: naming the field.
+    """
+    if asked.stream_options is not None and not asked.stream:
+        raise Refusal(
+            "'stream_options' goes with \"stream\": true; leave it out.", "stream_options"
+        )
+    if isinstance(asked, CompletionAsked):
+        if asked.logprobs:
+            raise Refusal(
+                "'logprobs' must be 0 here, which gives the log-probabilities of the written "
+                f"tokens; alternatives to them are not kept. Got {asked.logprobs}.",
+                "logprobs",
+            )
+        if not asked.prompt:
+            raise Refusal("'prompt' is empty; write at least a word.", "prompt")
+        return
+    if asked.top_logprobs:
+        raise Refusal(
+            "'top_logprobs' must be 0 here: alternatives to the written tokens are not kept; got "
+            f"{asked.top_logprobs}.",
+            "top_logprobs",
+        )
+    both = (asked.max_tokens, asked.max_completion_tokens)
+    if None not in both and both[0] != both[1]:
+        raise Refusal(
+            "'max_tokens' and 'max_completion_tokens' say different things; give one of them.",
+            "max_tokens",
+        )

@@ -1,0 +1,227 @@
+"""Which policies clients may choose, and by which names.
+
+``tiny``                     the ensemble's own policy
+``tiny:confidence``          another one, as far as the operator allows
+``tiny:confidence@0.3``      the same with another threshold of deferral
+
+A client names policies and their params, and never a path or a file.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from multicolm import catalog
+from multicolm.config import file_params, is_path, load_policy_file
+from multicolm.ensemble import Ensemble
+from multicolm.errors import ConfigError, InputError, MulticolmError, UnknownNameError, unknown
+from multicolm.policy.base import Policy
+
+__all__ = ["DEFAULT", "Choice", "Dish", "Menu", "NotServedError"]
+
+DEFAULT = "default"
+"""What the ensemble's own policy is called."""
+
+
+class NotServedError(UnknownNameError):
+    """A model or a policy that a client cannot choose here.
+
+    Attributes:
+        param: the field that names it.
+    """
+
+    def __init__(self, message: str, param: str) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A policy that a client has chosen.
+
+    Attributes:
+        name: of the policy on the menu.
+        policy: the policy.
+        params: that the client has given.
+    """
+
+    name: str
+    policy: Policy
+    params: Mapping[str, Any]
+
+    @cached_property
+    def key(self) -> str:
+        """Equal for equal choices."""
+        return json.dumps([self.name, self.params], sort_keys=True)
+
+
+@dataclass(frozen=True)
+class Dish:
+    """A policy that may be chosen.
+
+    Attributes:
+        name: by which it is.
+        policy: with the params that it has if a client gives none.
+        summary: one line about it.
+    """
+
+    name: str
+    policy: Policy
+    summary: str = ""
+
+
+class Menu:
+    """What clients may choose from.
+
+    Args:
+        ensemble: that the policies are for.
+        served: the ensemble's name for clients.
+        allowed: policies that may be chosen besides the ensemble's own: each a preset's name, or
+            ``name=source`` with whatever :meth:`Ensemble.generate` takes for a policy. ``None``
+            allows every preset that fits these models.
+
+    Raises:
+        ConfigError: if an allowed policy is not known, or two have one name.
+        CapabilityError: if one does not fit these models.
+    """
+
+    def __init__(
+        self, ensemble: Ensemble, served: str, allowed: Sequence[str] | None = None
+    ) -> None:
+        self.served = served
+        self._ensemble = ensemble
+        own = Dish(DEFAULT, ensemble.policy, f"the ensemble's own, {ensemble.policy.name}")
+        self.dishes: dict[str, Dish] = {DEFAULT: own}
+        for dish in _presets(ensemble) if allowed is None else map(self._read, allowed):
+            if dish.name == DEFAULT:
+                continue
+            if dish.name in self.dishes:
+                raise ConfigError(f"--allow-policy: '{dish.name}' stands for two policies.")
+            self.dishes[dish.name] = dish
+
+    def _read(self, written: str) -> Dish:
+        """A policy that the operator allows.
+
+        Raises:
+            MulticolmError: if there is none, or it does not fit.
+        """
+        if written == DEFAULT:
+            return self.dishes[DEFAULT]
+        name, _, source = written.partition("=")
+        if not source and (is_path(name) or ".py:" in name):
+            raise ConfigError(
+                f"--allow-policy {written}: clients need a name for it; write NAME={written}."
+            )
+        if not name or set(name) & set(":@/\\"):
+            raise ConfigError(
+                f"--allow-policy {written}: a name has no ':', '@', '/' or '\\' in it."
+            )
+        policy = self._ensemble.resolve(source or name)
+        self._ensemble.live(policy, n_slots=1)  # which refuses what does not fit
+        known = not source and name in catalog.names("policies")
+        return Dish(name, policy, load_policy_file(name).summary if known else "")
+
+    def ids(self) -> list[str]:
+        """What a client may write for a model, the ensemble's own policy first."""
+        others = [f"{self.served}:{name}" for name in self.dishes if name != DEFAULT]
+        return [self.served, *others]
+
+    def choose(
+        self,
+        model: str,
+        policy: str | None = None,
+        params: Mapping[str, Any] | None = None,
+    ) -> Choice:
+        """What a client means.
+
+        Args:
+            model: the name of a model, as above.
+            policy: of the extension field; it must not contradict ``model``.
+            params: params that replace those of the policy.
+
+        Raises:
+            NotServedError: if there is no such model or policy.
+            InputError: if the policy has no threshold, or a param cannot be set by a client.
+            ConfigError: if a param is not known, or of the wrong type.
+        """
+        name, threshold = self._parse(model)
+        if policy is not None:
+            if name is not None and name != policy:
+                raise InputError(
+                    f"model '{model}' names policy '{name}' and multicolm.policy names "
+                    f"'{policy}'; name one."
+                )
+            name = policy
+        name = name or DEFAULT
+        if name not in self.dishes:
+            param = "model" if policy is None else "multicolm.policy"
+            raise NotServedError(unknown("policy", name, self.dishes), param)
+        chosen = self.dishes[name].policy
+        given = dict(params or {})
+        if given:
+            _check_params(name, chosen, given)
+            chosen = self._ensemble.resolve(chosen, given)
+        if threshold is not None:
+            param = _deferral_param(name, chosen)
+            given[param] = threshold
+            chosen = self._ensemble.resolve(chosen, {param: threshold})
+        return Choice(name, chosen, given)
+
+    def _parse(self, model: str) -> tuple[str | None, float | None]:
+        """``tiny:confidence@0.3`` as its parts."""
+        if model != self.served and not model.startswith(f"{self.served}:"):
+            raise NotServedError(unknown("model", model, self.ids()), "model")
+        rest = model[len(self.served) + 1 :]
+        name, at, number = rest.partition("@")
+        if not at:
+            return name or None, None
+        try:
+            threshold = float(number)
+        except ValueError:
+            threshold = math.nan
+        if not math.isfinite(threshold):
+            raise InputError(f"model '{model}': behind '@' stands a number, got '{number}'.")
+        return name or None, threshold
+
+
+def _presets(ensemble: Ensemble) -> list[Dish]:
+    """The presets that fit an ensemble."""
+    fit = []
+    for name in catalog.names("policies"):
+        try:
+            policy = ensemble.resolve(name)
+            ensemble.live(policy, n_slots=1)
+        except MulticolmError:
+            continue
+        fit.append(Dish(name, policy, load_policy_file(name).summary))
+    return fit
+
+
+def _check_params(name: str, policy: Policy, params: Mapping[str, Any]) -> None:
+    """Refuse params that are files.
+
+    Raises:
+        InputError: naming the param.
+    """
+    fields = set(policy.as_config()["params"])
+    closed = file_params(type(policy)) | ({"made_for"} & fields)
+    for param in params:
+        if param in closed:
+            raise InputError(
+                f"multicolm.params.{param} of policy '{name}' is the operator's to set; allowed "
+                f"are {', '.join(sorted(fields - closed)) or 'none'}."
+            )
+
+
+def _deferral_param(name: str, policy: Policy) -> str:
+    if policy.deferral is None:
+        raise InputError(
+            f"policy '{name}' has no threshold of deferral for '@'; leave it out, or set its "
+            "params in the field 'multicolm'."
+        )
+    return policy.deferral.param

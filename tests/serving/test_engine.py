@@ -1,0 +1,227 @@
+"""The engine: places, cancellations, failures and its end, with models that wait for a gate."""
+
+from __future__ import annotations
+
+import gc
+import queue
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+from serving_worlds import SECONDS, Gate
+
+from multicolm.config import GenerationConfig
+from multicolm.decoding.row import Row
+from multicolm.errors import BusyError, ClosedError, InputError
+from multicolm.serving.engine import (
+    Begun,
+    Ended,
+    Engine,
+    Event,
+    Failed,
+    Grown,
+    Order,
+    Ticket,
+)
+from multicolm.serving.menu import Menu
+
+SHORT = GenerationConfig(max_new_tokens=3)
+ENDLESS = GenerationConfig(max_new_tokens=1_000_000)
+
+
+class Desk:
+    """An engine of few places, and what it says."""
+
+    def __init__(self, gate: Gate, **places: int) -> None:
+        self.gate = gate
+        ensemble = gate.ensemble()
+        self.menu = Menu(ensemble, "duo")
+        self.engine = Engine(ensemble, **{"max_concurrent": 2, "max_waiting": 2, **places})
+        self.news: dict[int, queue.Queue[Event]] = {}
+
+    def ask(
+        self, settings: GenerationConfig = SHORT, policy: str = "default", prompt: str = "a"
+    ) -> Ticket:
+        order = Order(prompt, self.menu.choose("duo", policy), settings, seed=0)
+        news: queue.Queue[Event] = queue.Queue()
+        [ticket] = self.engine.submit([order], [news.put])
+        self.news[ticket.number] = news
+        return ticket
+
+    def next(self, ticket: Ticket) -> Event:
+        return self.news[ticket.number].get(timeout=SECONDS)
+
+    def end(self, ticket: Ticket) -> Ended | Failed:
+        while True:
+            event = self.next(ticket)
+            if isinstance(event, Ended | Failed):
+                return event
+
+
+def until(true: Callable[[], bool]) -> None:
+    end = time.monotonic() + SECONDS
+    while not true():
+        assert time.monotonic() < end, "that does not come true"
+        time.sleep(0.005)
+
+
+@pytest.fixture
+def desk() -> Iterator[Desk]:
+    desk = Desk(Gate())
+    with desk.engine:
+        yield desk
+        desk.gate.open.set()
+
+
+def test_a_text_begins_grows_and_ends(desk: Desk) -> None:
+    desk.gate.open.set()
+    ticket = desk.ask()
+    assert desk.next(ticket) == Begun(1)
+    grown: list[Grown] = []
+    while isinstance(event := desk.next(ticket), Grown):
+        grown.append(event)
+    assert isinstance(event, Ended)
+    assert tuple(token for e in grown for token in e.tokens) == event.answer.trace.tokens
+    assert "".join(piece.text for e in grown for piece in e.pieces) == event.answer.text
+    assert event.answer.finish_reason == "length"
+    assert desk.news[ticket.number].empty()
+
+
+def test_there_are_as_many_places_as_it_says_and_a_request_gets_all_or_none(desk: Desk) -> None:
+    first = desk.ask(ENDLESS)
+    rest = [desk.ask() for _ in range(2)]
+    order = Order("a", desk.menu.choose("duo"), SHORT, seed=0)
+    with pytest.raises(BusyError, match="3 of 4 places are taken") as caught:
+        desk.engine.submit([order, order], [print, print])
+    assert caught.value.retry_after >= 1
+    last = desk.ask()
+    until(lambda: desk.engine.stats().active == 2)
+    assert desk.engine.stats().waiting == 2
+    desk.gate.open.set()
+    for ticket in (*rest, last):
+        assert isinstance(desk.end(ticket), Ended)
+    desk.engine.cancel(first)
+    until(lambda: desk.engine.stats().active == 0)
+    assert desk.engine.stats().outcomes == {"finished": 3, "cancelled": 1, "failed": 0}
+
+
+@pytest.mark.parametrize("policy", ["default", "average"])
+def test_who_leaves_frees_the_place_for_who_waits(desk: Desk, policy: str) -> None:
+    writing = [desk.ask(ENDLESS, policy) for _ in range(2)]
+    gone, waits = desk.ask(ENDLESS, policy), desk.ask(SHORT, policy)
+    desk.gate.open.set()
+    desk.engine.cancel(gone)  # which has waited
+    until(lambda: desk.engine.stats().outcomes["cancelled"] == 1)
+    assert desk.engine.stats().active == 2
+    desk.engine.cancel(writing[0])  # which is being written
+    assert isinstance(desk.end(waits), Ended)
+    desk.engine.cancel(writing[0])  # once more: nothing happens
+    desk.engine.cancel(waits)
+    desk.engine.cancel(writing[1])
+    until(lambda: desk.engine.stats().active == 0)
+    assert desk.engine.stats().outcomes == {"finished": 1, "cancelled": 3, "failed": 0}
+
+
+def test_policies_take_turns(desk: Desk) -> None:
+    desk.gate.open.set()
+    endless = desk.ask(ENDLESS, "default")
+    assert isinstance(desk.end(desk.ask(SHORT, "average")), Ended)
+    desk.engine.cancel(endless)
+
+
+def test_a_prompt_that_cannot_be_read_costs_nobody_else_anything(desk: Desk) -> None:
+    wrong, right = desk.ask(prompt="zzz"), desk.ask()
+    desk.gate.open.set()
+    failed = desk.end(wrong)
+    assert isinstance(failed, Failed) and isinstance(failed.error, InputError)
+    assert isinstance(desk.end(right), Ended)
+
+
+def test_a_model_that_breaks_costs_those_it_was_writing_and_nobody_else(desk: Desk) -> None:
+    desk.gate.errors.append(RuntimeError("out of memory"))
+    writing = [desk.ask(), desk.ask()]
+    waiting = [desk.ask(), desk.ask(policy="average")]
+    until(lambda: desk.engine.stats().active == 2)
+    desk.gate.open.set()
+    for ticket in writing:
+        failed = desk.end(ticket)
+        assert isinstance(failed, Failed) and str(failed.error) == "out of memory"
+    for ticket in waiting:
+        assert isinstance(desk.end(ticket), Ended)
+    assert desk.engine.stats().outcomes == {"finished": 2, "cancelled": 0, "failed": 2}
+    assert isinstance(desk.end(desk.ask()), Ended)
+
+
+def test_a_listener_that_breaks_costs_nobody_anything(desk: Desk) -> None:
+    def broken(_: Event) -> None:
+        raise ValueError("not listening")
+
+    desk.gate.open.set()
+    order = Order("a", desk.menu.choose("duo"), SHORT, seed=0)
+    desk.engine.submit([order], [broken])
+    assert isinstance(desk.end(desk.ask()), Ended)
+    until(lambda: desk.engine.stats().outcomes["finished"] == 2)
+
+
+def test_closing_finishes_what_there_is_and_takes_nothing_new() -> None:
+    desk = Desk(Gate())
+    desk.engine.start()
+    tickets = [desk.ask() for _ in range(4)]
+    desk.gate.open.set()
+    closing = desk.engine.close(grace=SECONDS)
+    assert all(isinstance(desk.end(ticket), Ended) for ticket in tickets)
+    assert closing.finished <= 4 and closing.broken_off == 0
+    with pytest.raises(ClosedError, match="shutting down"):
+        desk.ask()
+
+
+def test_what_is_not_finished_in_time_is_told_so() -> None:
+    desk = Desk(Gate())
+    desk.engine.start()
+    desk.gate.open.set()
+    tickets = [desk.ask(ENDLESS) for _ in range(4)]
+    until(lambda: desk.engine.stats().active == 2)
+    closing = desk.engine.close(grace=0.2)
+    assert (closing.finished, closing.broken_off) == (0, 4)
+    for ticket in tickets:
+        failed = desk.end(ticket)
+        assert isinstance(failed, Failed) and isinstance(failed.error, ClosedError)
+    assert not desk.engine.is_open
+
+
+def test_an_engine_that_never_began_can_be_closed() -> None:
+    desk = Desk(Gate())
+    with pytest.raises(ClosedError):
+        desk.ask()
+    assert desk.engine.close().broken_off == 0
+
+
+def test_nothing_of_a_text_is_kept(desk: Desk) -> None:
+    desk.gate.open.set()
+    policies = ["default", "average", *(f"confidence@{n / 10}" for n in range(9))]
+    for policy in policies:
+        name, _, number = policy.partition("@")
+        choice = desk.menu.choose(f"duo:{name}@{number}" if number else f"duo:{name}")
+        news: queue.Queue[Event] = queue.Queue()
+        left: queue.Queue[Event] = queue.Queue()
+        tickets = desk.engine.submit(
+            [Order("a", choice, SHORT, 0), Order("a", choice, ENDLESS, 0)], [news.put, left.put]
+        )
+        while not isinstance(news.get(timeout=SECONDS), Ended):
+            pass
+        desk.engine.cancel(tickets[1])
+        until(lambda: desk.engine.stats().active == 0)
+    del tickets
+    forwards = desk.engine.stats().models["base"].forwards
+    assert forwards >= 3 * len(policies)  # those of policies that are closed are still counted
+    assert len(desk.engine._shops) <= 4
+    # A text that ends while the loop turns may be a local variable there until it turns again.
+    assert isinstance(desk.end(desk.ask()), Ended)
+    gc.collect()
+    assert sum(type(thing) is Row for thing in gc.get_objects()) <= 1
+
+
+@pytest.mark.parametrize("places", [{"max_concurrent": 0}, {"max_waiting": -1}])
+def test_places_are_counted_from_one(places: dict[str, int]) -> None:
+    with pytest.raises(InputError, match="must be 1 or more"):
+        Desk(Gate(), **places)

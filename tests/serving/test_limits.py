@@ -1,0 +1,354 @@
+"""Who may ask for what, how much and how often; everything else is refused, and says why."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+from serving_worlds import SECONDS, Gate, Reply, ask, running
+
+from multicolm import Ensemble
+from multicolm.errors import CapabilityError, ConfigError, InputError, UnknownNameError
+from multicolm.serving.app import Limits
+from multicolm.serving.menu import Menu
+from multicolm.serving.server import Server
+
+COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+
+
+def complain(server: Server, path: str = COMPLETIONS, **fields: Any) -> tuple[int, str, Any]:
+    """Status, message and field of what a request gets."""
+    body = {"model": "tiny"}
+    body |= {"messages": [{"role": "user", "content": "a"}]} if path == CHAT else {"prompt": "a"}
+    reply = ask(server, path, {**body, **fields})
+    error = reply.json["error"]
+    return reply.status, error["message"], error["param"]
+
+
+REFUSED: list[tuple[str, dict[str, Any], str]] = [
+    *(
+        (path, {name: value}, f"'{name}' is not supported")
+        for path in (COMPLETIONS, CHAT)
+        for name, value in {
+            "tools": [{"type": "function"}],
+            "tool_choice": "auto",
+            "functions": [{}],
+            "logit_bias": {"5": 1},
+            "best_of": 2,
+            "echo": True,
+            "suffix": "b",
+            "presence_penalty": 0.5,
+            "frequency_penalty": -1,
+            "response_format": {"type": "json_object"},
+            "modalities": ["text", "audio"],
+            "store": True,
+        }.items()
+    ),
+    (COMPLETIONS, {"logprobs": 2}, "must be 0 here"),
+    (CHAT, {"logprobs": True, "top_logprobs": 2}, "must be 0 here"),
+    (COMPLETIONS, {"nonsense": 1}, "unknown field 'nonsense'. Allowed: logprobs,"),
+    (COMPLETIONS, {"temprature": 1}, "Did you mean 'temperature'?"),
+    (COMPLETIONS, {"temperature": -0.1}, "must be 0 or more"),
+    (COMPLETIONS, {"temperature": "hot"}, "must be a number"),
+    (COMPLETIONS, {"top_p": 0}, "more than 0"),
+    (COMPLETIONS, {"top_k": 0}, "1 or more"),
+    (COMPLETIONS, {"n": 0}, "1 or more"),
+    (COMPLETIONS, {"n": 129}, "at most 128"),
+    (COMPLETIONS, {"n": 100}, "more than the 80 that this server has places for"),
+    (COMPLETIONS, {"seed": 1.5}, "whole number"),
+    (COMPLETIONS, {"stop": [""]}, "must not be empty"),
+    (COMPLETIONS, {"max_tokens": 0}, "must be 1 to 1024 on this server"),
+    (COMPLETIONS, {"max_tokens": 5000}, "must be 1 to 1024 on this server"),
+    (CHAT, {"max_completion_tokens": 5000}, "max_completion_tokens must be 1 to 1024"),
+    (CHAT, {"max_completion_tokens": 5, "max_tokens": 6}, "say different things"),
+    (COMPLETIONS, {"prompt": ""}, "'prompt' is empty"),
+    (COMPLETIONS, {"prompt": []}, "'prompt' is empty"),
+    (COMPLETIONS, {"prompt": ["a", 3]}, "must be a text, a list of token ids"),
+    (COMPLETIONS, {"prompt": ["a", ""]}, "prompt 2 is empty"),
+    (COMPLETIONS, {"prompt": [10**6]}, "token id 1000000; the vocabulary has"),
+    (COMPLETIONS, {"prompt": "a " * 3000}, "the context of model"),
+    (COMPLETIONS, {"prompt": "\ud800"}, "not valid Unicode"),
+    (COMPLETIONS, {"stream_options": {"include_usage": True}}, "goes with"),
+    (CHAT, {"messages": []}, "must hold 1 or more"),
+    (CHAT, {"messages": "hello"}, "must be a list"),
+    (CHAT, {"messages": [{"role": "user"}]}, "'messages.0.content' is missing"),
+    (
+        CHAT,
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
+        "images, audio and files are not served",
+    ),
+    (COMPLETIONS, {"model": "tiny:cosd-rule@0.3"}, "no threshold of deferral"),
+    (COMPLETIONS, {"model": "tiny:confidence@nan"}, "behind '@' stands a number"),
+    (COMPLETIONS, {"multicolm": {"polcy": "x"}}, "Did you mean 'policy'?"),
+    (
+        COMPLETIONS,
+        {"model": "tiny:confidence", "multicolm": {"policy": "margin"}},
+        "names policy 'confidence' and multicolm.policy names 'margin'",
+    ),
+    (
+        COMPLETIONS,
+        {"multicolm": {"policy": "confidence", "params": {"thresold": 1}}},
+        "Did you mean 'threshold'?",
+    ),
+    (
+        COMPLETIONS,
+        {"multicolm": {"policy": "single", "params": {"model": "nobody"}}},
+        "unknown model 'nobody'",
+    ),
+]
+
+
+@pytest.mark.parametrize(("path", "fields", "said"), REFUSED)
+def test_what_is_not_served_is_refused_and_named(
+    server: Server, path: str, fields: dict[str, Any], said: str
+) -> None:
+    status, message, param = complain(server, path, **fields)
+    assert (status, said in message) == (400, True), message
+    first = next(iter(fields))
+    if first not in ("prompt", "model", "multicolm"):
+        assert str(param).startswith(tuple(fields))
+
+
+@pytest.mark.parametrize(
+    "model",
+    ["tinny", "tiny:nope", "tiny:co-llm", "tiny:../../etc/passwd", "tiny:policy.py:Class", ""],
+)
+def test_a_client_names_what_is_on_the_menu_and_nothing_else(server: Server, model: str) -> None:
+    status, message, param = complain(server, model=model)
+    assert (status, param) == (404, "model")
+    assert message.startswith("unknown ")
+    name = model.partition(":")[2] or "../x.yaml"
+    status, _, param = complain(server, multicolm={"policy": name})
+    assert (status, param) == (404, "multicolm.policy")
+
+
+def test_what_asks_for_nothing_is_taken(server: Server) -> None:
+    nothing = {
+        **{"tools": [], "logit_bias": {}, "best_of": 1, "echo": False, "suffix": None, "n": 1},
+        **{"presence_penalty": 0, "frequency_penalty": 0.0, "response_format": {"type": "text"}},
+        **{"user": "me", "stream_options": None, "store": False, "tool_choice": "none"},
+    }
+    reply = ask(server, COMPLETIONS, {"model": "tiny", "prompt": "a", "max_tokens": 1, **nothing})
+    assert reply.status == 200, reply.body
+
+
+@pytest.mark.parametrize("raw", [b"", b"{", b"[1]", b"\xff\xfe", b'"text"', b"[" * 100_000])
+def test_a_body_that_is_no_object_is_refused(server: Server, raw: bytes) -> None:
+    reply = ask(server, COMPLETIONS, raw=raw, method="POST")
+    assert reply.status == 400 and "the body" in reply.json["error"]["message"]
+
+
+def test_another_type_of_body_is_refused_so_that_no_web_page_can_send_one(server: Server) -> None:
+    reply = ask(server, COMPLETIONS, raw=b"{}", headers={"Content-Type": "text/plain"})
+    assert reply.status == 415 and "application/json" in reply.json["error"]["message"]
+    reply = ask(server, COMPLETIONS, method="OPTIONS", headers={"Origin": "http://evil.example"})
+    assert reply.status == 404 and "access-control-allow-origin" not in reply.headers
+
+
+def test_without_a_key_a_server_on_loopback_answers_to_its_own_names_only(server: Server) -> None:
+    assert ask(server, "/health", headers={"Host": "evil.example:80"}).status == 421
+    port = urlsplit(server.address).port
+    for host in (f"localhost:{port}", f"127.0.0.1:{port}", f"[::1]:{port}", "LOCALHOST"):
+        assert ask(server, "/health", headers={"Host": host}).status == 200
+
+
+def test_an_address_that_is_not_there_says_which_are(server: Server) -> None:
+    for path, method in (("/v1/embeddings", "POST"), ("/docs", "GET"), (COMPLETIONS, "GET")):
+        reply = ask(server, path, {} if method == "POST" else None)
+        assert reply.status == 404
+        assert "known are GET /" in reply.json["error"]["message"]
+
+
+def test_metrics_count_requests_texts_and_tokens(server: Server) -> None:
+    def counted() -> dict[str, float]:
+        reply = ask(server, "/metrics")
+        assert reply.headers["content-type"].startswith("text/plain; version=0.0.4")
+        lines = [line for line in reply.body.decode().splitlines() if not line.startswith("#")]
+        return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines)}
+
+    before = counted()
+    reply = ask(server, COMPLETIONS, {"model": "tiny", "prompt": "What", "max_tokens": 5})
+    complain(server, tools=[1])
+    usage = reply.json["multicolm"]["usage"]
+    after = counted()
+    new = {name: value - before.get(name, 0) for name, value in after.items()}
+    for model, used in usage.items():
+        assert new[f'multicolm_tokens_written_total{{model="{model}"}}'] == used["tokens_written"]
+        assert new[f'multicolm_tokens_read_total{{model="{model}"}}'] == used["tokens_read"]
+        assert new[f'multicolm_forwards_total{{model="{model}"}}'] == used["forwards"]
+    assert new['multicolm_texts_total{outcome="finished"}'] == 1
+    assert new[f'multicolm_requests_total{{route="{COMPLETIONS}",status="200"}}'] == 1
+    assert new[f'multicolm_requests_total{{route="{COMPLETIONS}",status="400"}}'] == 1
+    assert new[f'multicolm_request_seconds_count{{route="{COMPLETIONS}"}}'] == 2
+    assert new["multicolm_first_token_seconds_count"] == 1
+    assert after["multicolm_active"] == after["multicolm_queue"] == 0
+    assert after["multicolm_slots"] == 16
+
+
+# A server with a key, few places and small limits, whose models run while the gate is open.
+
+
+@pytest.fixture
+def gate() -> Gate:
+    return Gate()
+
+
+@pytest.fixture
+def small(gate: Gate) -> Iterator[Server]:
+    limits = Limits(max_body=500, max_new_tokens=10_000, body_seconds=0.5)
+    with running(
+        gate.ensemble(), "duo", api_key="secret", limits=limits, max_concurrent=1, max_waiting=1,
+        allowed=["default"], grace=0.0,
+    ) as server:  # fmt: skip
+        yield server
+        gate.open.set()
+
+
+KEY = {"Authorization": "Bearer secret"}
+
+
+def test_a_server_with_a_key_wants_it(small: Server) -> None:
+    for path in ("/v1/models", "/metrics", COMPLETIONS, "/nothing"):
+        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "secret"}):
+            reply = ask(small, path, headers=headers)
+            assert reply.status == 401 and reply.headers["www-authenticate"] == "Bearer"
+            assert reply.json["error"]["code"] == "invalid_api_key"
+    assert ask(small, "/v1/models", headers=KEY).status == 200
+    assert ask(small, "/health").status == 200
+    assert ask(small, "/health", headers={"Host": "my.example"}).status == 200
+    assert ask(small, "/").status == 200
+
+
+def test_a_body_that_is_too_long_is_not_read(small: Server) -> None:
+    body = json.dumps({"model": "duo", "prompt": "a" * 600}).encode()
+    assert ask(small, COMPLETIONS, raw=body, headers=KEY).status == 413
+    place = urlsplit(small.address)
+    with socket.create_connection((place.hostname, place.port), timeout=SECONDS) as connection:
+        head = (
+            "POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer secret\r\n"
+            "Content-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
+        )
+        connection.sendall(head.encode() + b"64\r\n" + b"a" * 100 + b"\r\n")
+        connection.sendall((b"64\r\n" + b"a" * 100 + b"\r\n") * 5)
+        assert b" 413 " in connection.recv(200)
+
+
+def test_a_body_that_does_not_come_is_not_waited_for(small: Server) -> None:
+    place = urlsplit(small.address)
+    with socket.create_connection((place.hostname, place.port), timeout=SECONDS) as connection:
+        connection.sendall(
+            b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer secret\r\n"
+            b"Content-Type: application/json\r\nContent-Length: 100\r\n\r\n{"
+        )
+        assert b" 408 " in connection.recv(200)
+
+
+def test_who_finds_no_place_is_told_when_to_come_again(small: Server, gate: Gate) -> None:
+    body = {"model": "duo", "prompt": "a", "max_tokens": 3}
+    replies: list[Reply] = []
+    threads = [
+        threading.Thread(target=lambda: replies.append(ask(small, COMPLETIONS, body, headers=KEY)))
+        for _ in range(2)
+    ]
+    for thread in threads:
+        thread.start()
+    wait_for(lambda: small.engine.stats().active + small.engine.stats().waiting == 2)
+    refused = ask(small, COMPLETIONS, body, headers=KEY)
+    assert refused.status == 429
+    assert int(refused.headers["retry-after"]) >= 1
+    assert refused.json["error"]["type"] == "rate_limit_error"
+    gate.open.set()
+    for thread in threads:
+        thread.join(SECONDS)
+    assert [reply.status for reply in replies] == [200, 200]
+    assert ask(small, COMPLETIONS, body, headers=KEY).status == 200
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_goes_away_frees_its_place_at_once(
+    small: Server, gate: Gate, stream: bool
+) -> None:
+    body = json.dumps({"model": "duo", "prompt": "a", "max_tokens": 10_000, "stream": stream})
+    place = urlsplit(small.address)
+    head = (
+        f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer secret\r\n"
+        f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n{body}"
+    )
+    connections = []
+    for _ in range(2):  # one is written, the other one waits
+        connections.append(socket.create_connection((place.hostname, place.port)))
+        connections[-1].sendall(head.encode())
+    wait_for(lambda: small.engine.stats().active + small.engine.stats().waiting == 2)
+    connections[1].close()
+    wait_for(lambda: small.engine._coming or small.engine._leaving)
+    gate.open.set()
+    wait_for(lambda: small.engine.stats().outcomes["cancelled"] == 1)
+    connections[0].close()
+    wait_for(lambda: small.engine.stats().outcomes["cancelled"] == 2)
+    assert small.engine.stats().active == small.engine.stats().waiting == 0
+
+
+def test_an_error_in_the_middle_of_a_stream_is_told(small: Server, gate: Gate) -> None:
+    gate.errors.append(RuntimeError("/a/path/that/is/nobody's/business"))
+    gate.open.set()
+    body = {"model": "duo", "prompt": "a", "stream": True}
+    reply = ask(small, COMPLETIONS, body, headers=KEY)
+    assert reply.status == 200
+    assert "something broke" in reply.body.decode()
+    assert "business" not in reply.body.decode() and "[DONE]" not in reply.body.decode()
+    gate.errors.append(RuntimeError("once more"))
+    reply = ask(small, COMPLETIONS, {"model": "duo", "prompt": "a"}, headers=KEY)
+    assert reply.status == 500 and reply.json["error"]["type"] == "server_error"
+    assert ask(small, COMPLETIONS, {**body, "max_tokens": 2}, headers=KEY).events
+
+
+def test_the_operator_says_what_is_on_the_menu(small: Server, alone: Ensemble) -> None:
+    listed = ask(small, "/v1/models", headers=KEY).json["data"]
+    assert [entry["id"] for entry in listed] == ["duo"]
+    menu = Menu(alone, "tiny", ["confidence", "mine=margin"])
+    assert menu.ids() == ["tiny", "tiny:confidence", "tiny:mine"]
+    assert menu.choose("tiny:mine@0.25").policy.as_config() == {
+        "kind": "margin",
+        "params": {"threshold": 0.25},
+    }
+    for allowed, said, kind in (
+        ("nope", "unknown policy 'nope'", UnknownNameError),
+        ("./folder", "clients need a name for it; write NAME=./folder", ConfigError),
+        ("a:b=confidence", "a name has no ':'", ConfigError),
+        ("co-llm", "train", CapabilityError),
+    ):
+        with pytest.raises(kind, match=said):
+            Menu(alone, "tiny", [allowed])
+    with pytest.raises(ConfigError, match="stands for two policies"):
+        Menu(alone, "tiny", ["margin", "margin=confidence"])
+
+
+def test_a_param_that_is_a_file_is_the_operators_to_set(alone: Ensemble) -> None:
+    from multicolm.plugins import policies
+
+    menu = Menu(alone, "tiny", ["confidence"])
+    for kind, param in (("co-llm", "head"), ("cosd-tree", "tree"), ("mlp-router", "network")):
+        dish = menu.dishes["confidence"]
+        menu.dishes[kind] = type(dish)(kind, policies.get(kind)())
+        for name in (param, "made_for"):
+            with pytest.raises(InputError, match=f"{name} of policy '{kind}' is the operator's"):
+                menu.choose("tiny", kind, {name: "/etc/passwd"})
+
+
+@pytest.mark.parametrize("limits", [{"max_body": 0}, {"max_new_tokens": 0}])
+def test_limits_are_counted_from_one(limits: dict[str, int]) -> None:
+    with pytest.raises(InputError, match="1 or more"):
+        Limits(**limits)
+
+
+def wait_for(true: Any) -> None:
+    end = time.monotonic() + SECONDS
+    while not true():
+        assert time.monotonic() < end, "that does not come true"
+        time.sleep(0.005)
