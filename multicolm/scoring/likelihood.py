@@ -37,7 +37,7 @@ from multicolm.decoding.text import TextStream
 from multicolm.ensemble import Ensemble
 from multicolm.errors import CapabilityError, InputError, ModelError, PolicyError
 from multicolm.policy.base import Policy, VerifyPolicy
-from multicolm.scoring.reading import Text, read_all
+from multicolm.scoring.reading import Text, read_all, refuse_partial
 from multicolm.scoring.spans import Spans, spans_of, to_base_tokens
 from multicolm.tokenizer.base import TokenizerAdapter
 from multicolm.tokenizer.bridged import BridgedVocabulary
@@ -153,7 +153,8 @@ class LikelihoodReader:
         batch_tokens: the most tokens of one forward pass.
 
     Raises:
-        CapabilityError: if the policy does not fit the ensemble.
+        CapabilityError: if the policy does not fit the ensemble, or a model's server tells of its
+            likeliest tokens only.
     """
 
     def __init__(
@@ -166,6 +167,7 @@ class LikelihoodReader:
         self._batch_tokens = batch_tokens
         self._models = ensemble.backends
         self._used = sorted(policy.uses(ensemble.models))
+        refuse_partial(self._models[k] for k in self._used)
         self._in_bytes = policy.support == "bytes"
         self._vocabulary = (
             ByteVocabulary(ensemble.models) if self._in_bytes else ensemble.vocabulary
