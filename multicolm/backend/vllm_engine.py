@@ -69,7 +69,7 @@ class Engine(Service):
     def close(self) -> None:
         """Nothing to do: the engine goes with whoever holds it."""
 
-    def get(self, path: str, what: str, *, timeout: float | None = None) -> dict[str, Any]:
+    def get(self, path: str, what: str) -> dict[str, Any]:
         """The list of models: this one."""
         length = self._engine.llm_engine.model_config.max_model_len
         return {"data": [{"id": self._model, "max_model_len": length, "root": self.url}]}

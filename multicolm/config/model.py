@@ -53,7 +53,7 @@ _SETTINGS: dict[str, frozenset[str]] = {
 }
 """What each backend can be told, besides what all can."""
 
-_URL = re.compile(r"https?://[^\s/?#]+(/[^\s?#]*)?")
+_URL = re.compile(r"https?://[^\s/?#@]+(/[^\s?#]*)?")
 
 
 class ModelFile(Strict):
@@ -143,7 +143,8 @@ class ModelConfig(Strict):
         timeout: the most seconds that one request may take; the first one, which warms the server
             up, may take three minutes.
         connect_timeout: the most seconds to wait for a connection.
-        retries: how often a request that failed is sent again, with growing pauses.
+        retries: how often a request that failed is sent again, with growing pauses; one that ran
+            out of time, once at most.
         look_ahead: the most tokens to ask for at a time while the model's own text goes on.
         logprobs: of how many of its likeliest tokens to ask for the log-probability, or ``all``.
             Not given: all of a vocabulary of up to 4096 tokens, else 20; less where the server

@@ -107,7 +107,8 @@ class LikelihoodReader(PassageReader):
         batch_tokens: the most tokens of one forward pass.
 
     Raises:
-        CapabilityError: if the policy does not fit the ensemble.
+        CapabilityError: if the policy does not fit the ensemble, or a model's server tells of its
+            likeliest tokens only.
     """
 
     def __init__(
