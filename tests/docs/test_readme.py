@@ -24,8 +24,10 @@ CONSOLES = [
     for kind, text in BLOCKS
     if kind == "console"
 ]
-VERBS = [commands for commands in CONSOLES if commands[0].startswith("multicolm")]
-TARGETS = [c for commands in CONSOLES if commands not in VERBS for c in commands]
+SERVED = [commands for commands in CONSOLES if commands[0].startswith("multicolm serve")]
+VERBS = [c for c in CONSOLES if c[0].startswith("multicolm") and c not in SERVED]
+CLIENTS = [text for kind, text in BLOCKS if kind == "python" and "http://" in text]
+TARGETS = [c for commands in CONSOLES if commands not in VERBS + SERVED for c in commands]
 
 
 def run(command: list[str], **settings: object) -> subprocess.CompletedProcess[str]:
@@ -73,21 +75,43 @@ def test_the_python_blocks_run_one_after_another(
     monkeypatch.setitem(sys.modules, "readme", module)  # where its classes say they are from
     names = module.__dict__
     for kind, text in BLOCKS:
-        if kind == "python":
+        if kind == "python" and text not in CLIENTS:
             exec(compile(text, "README.md", "exec"), names)
     assert "generalist" in capsys.readouterr().out
     assert names["answer"].text
 
 
-def test_the_yaml_block_is_an_ensemble(tmp_path: Path) -> None:
-    [text] = [text for kind, text in BLOCKS if kind == "yaml"]
-    file = tmp_path / "duo.yaml"
-    file.write_text(text, encoding="utf-8")
-    config = load_ensemble(file)
-    assert config.names == ("generalist", "facts")
-    assert config.policy.params == {"threshold": 0.6}
-    done = run([sys.executable, "-m", "multicolm", "validate", str(file)])
-    assert done.returncode == 0, done.stderr
+def test_clients_of_the_served_ensemble_get_answers(capfd: pytest.CaptureFixture[str]) -> None:
+    [[command]], [client] = SERVED, CLIENTS
+    words = [sys.executable, "-m", *shlex.split(command), "--port", "0"]
+    with subprocess.Popen(words, cwd=ROOT, stderr=subprocess.PIPE, text=True) as server:
+        try:
+            assert server.stderr is not None
+            line = server.stderr.readline()
+            address = re.search(r"http://127\.0\.0\.1:\d+", line)
+            assert address is not None, line
+            text = client.replace("http://127.0.0.1:8000", address.group())
+            assert text != client
+            exec(compile(text, "README.md", "exec"), {})
+        finally:
+            server.terminate()
+            server.wait(timeout=60)
+    assert "'generalist'" in capfd.readouterr().out
+
+
+def test_the_yaml_blocks_are_ensembles(tmp_path: Path) -> None:
+    configs = []
+    for number, text in enumerate(text for kind, text in BLOCKS if kind == "yaml"):
+        file = tmp_path / f"{number}.yaml"
+        file.write_text(text, encoding="utf-8")
+        configs.append(load_ensemble(file))
+        done = run([sys.executable, "-m", "multicolm", "validate", str(file)])
+        assert done.returncode == 0, done.stderr
+    duo, servers = configs
+    assert duo.names == ("generalist", "facts")
+    assert duo.policy.params == {"threshold": 0.6}
+    example = load_ensemble(ROOT / "examples/two-servers/ensemble.yaml")
+    assert servers.models == example.models and servers.policy == example.policy
 
 
 def test_the_table_of_policies_lists_every_policy_with_its_params() -> None:
