@@ -53,7 +53,7 @@ _SETTINGS: dict[str, frozenset[str]] = {
 }
 """What each backend can be told, besides what all can."""
 
-_URL = re.compile(r"https?://[^\s/?#]+(/[^\s?#]*)?")
+_URL = re.compile(r"https?://[^\s/?#@]+(/[^\s?#]*)?")
 
 
 class ModelFile(Strict):
@@ -143,7 +143,8 @@ class ModelConfig(Strict):
         timeout: the most seconds that one request may take; the first one, which warms the server
             up, may take three minutes.
         connect_timeout: the most seconds to wait for a connection.
-        retries: how often a request that failed is sent again, with growing pauses.
+        retries: how often a request that failed is sent again, with growing pauses; one that ran
+            out of time, once at most.
         look_ahead: the most tokens to ask for at a time while the model's own text goes on.
         logprobs: of how many of its likeliest tokens to ask for the log-probability, or ``all``.
             Not given: all of a vocabulary of up to 4096 tokens, else 20; less where the server
@@ -195,7 +196,7 @@ class ModelConfig(Strict):
         known = _SETTINGS.get(self.backend)  # a backend of somebody else takes what it likes
         for key in sorted(self.model_fields_set - _OF_ALL) if known is not None else ():
             if key not in (known or ()):
-                owners = [backend for backend, keys in _SETTINGS.items() if key in keys]
+                owners = sorted(backend for backend, keys in _SETTINGS.items() if key in keys)
                 raise ValueError(
                     f"`{key}` belongs to {_backends(owners)}, and this model has backend "
                     f"'{self.backend}'; leave it out."

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -11,9 +11,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from multicolm.backend.base import Model
+from multicolm.errors import CapabilityError
 from multicolm.tokenizer.vocabulary import Vocabulary
 
-__all__ = ["Reading", "Seen", "Text", "read_all", "read_texts"]
+__all__ = ["Reading", "Seen", "Text", "read_all", "read_texts", "refuse_partial"]
 
 # The most numbers that the logits of one pass may hold; a gigabyte in float32.
 _MAX_LOGITS = 2**28
@@ -82,6 +83,21 @@ class _Line:
     number: int
     tokens: Sequence[int]
     looks: Sequence[tuple[int, int]]
+
+
+def refuse_partial(models: Iterable[Model]) -> None:
+    """Refuse to score with models that tell of their likeliest tokens only.
+
+    Raises:
+        CapabilityError: naming the model and its server.
+    """
+    for model in models:
+        if model.n_likeliest is not None:
+            raise CapabilityError(
+                f"model '{model.name}' cannot be scored: its server {model.server} tells of "
+                f"{model.n_likeliest} tokens, and scores need every probability; set `logprobs: "
+                "all` for it, and let the server allow it (vLLM: --max-logprobs -1)."
+            )
 
 
 def read_texts(

@@ -28,7 +28,7 @@ from multicolm.errors import (
 )
 from multicolm.files import locked, sha256, write_whole
 from multicolm.scoring.corpus import Corpus, Example
-from multicolm.scoring.reading import Text, read_texts
+from multicolm.scoring.reading import Text, read_texts, refuse_partial
 from multicolm.scoring.spans import spans_of, to_base_tokens
 from multicolm.scoring.store import (
     FEATURES,
@@ -120,13 +120,7 @@ def score(
                 f"{', '.join(shown) or 'no features'}."
             )
     _check_names(ensemble.models)
-    for model in ensemble.backends:
-        if model.n_likeliest is not None:
-            raise CapabilityError(
-                f"model '{model.name}' cannot be scored: its server {model.server} tells of "
-                f"{model.n_likeliest} tokens, and scores need every probability; set `logprobs: "
-                "all` for it, and let the server allow it (vLLM: --max-logprobs -1)."
-            )
+    refuse_partial(ensemble.backends)
     if rank > 0:
         index = _plan(ensemble, corpus, features, top_k, end_of_text, shard_positions)
         wait()  # until the first process has put away what is damaged

@@ -98,7 +98,7 @@ def completions(
         logprobs: of how many likeliest tokens to tell the log-probability, -1 for all; not given,
             none is asked for.
         scoring: how to ask for the prompts' own tokens too, if they are wanted.
-        timeout: seconds that it may take, if not as usual.
+        timeout: seconds that it may take, if more than usual.
         final_500: whether HTTP status 500 counts as an answer; it is asked again otherwise.
         **more: further parameters.
 

@@ -22,7 +22,15 @@ from multicolm.errors import ServerError, VocabularyError, unknown
 from multicolm.tokenizer.base import TokenizerAdapter
 from multicolm.types import Signal
 
-__all__ = ["Abilities", "Wish", "find_served_model", "fingerprint", "is_same", "probe"]
+__all__ = ["NEUTRAL", "Abilities", "Wish", "find_served_model", "fingerprint", "is_same", "probe"]
+
+NEUTRAL: dict[str, Any] = {
+    "repeat_penalty": 1.0,
+    "repetition_penalty": 1.0,
+    "frequency_penalty": 0.0,
+    "presence_penalty": 0.0,
+}
+"""Parameters by which servers are told not to avoid repetitions, as llama-cpp-python's does."""
 
 WARM_UP = 180.0
 """Seconds that the first request may take: engines compile, and load what they put off."""
@@ -56,11 +64,14 @@ class Abilities:
         served_model: what it calls the model.
         answers_as: the model's name in its answers.
         takes_ids: whether prompts may be token ids; else they are text.
+        takes_several: whether one request may hold several prompts.
         n_likeliest: of how many likeliest tokens it tells the log-probability, by id; ``None`` for
             the whole vocabulary, 0 for none.
         n_told: how many log-probabilities it tells at a time.
         width: number of ids in its vocabulary, as far as that shows.
         scoring: how it tells the log-probabilities of a prompt's own tokens, if it does.
+        is_neutral: whether it can be told not to avoid what it wrote before; asked only of a server
+            whose text is all there is.
         max_tokens_0: what it makes of ``max_tokens: 0``; it is never asked for that.
         context_length: the most tokens of a text that it goes on behind; ``None`` if it is not
             known.
@@ -70,10 +81,12 @@ class Abilities:
     served_model: str
     answers_as: str
     takes_ids: bool
+    takes_several: bool
     n_likeliest: int | None
     n_told: int
     width: int
     scoring: Scoring | None
+    is_neutral: bool
     max_tokens_0: str
     context_length: int | None
     root: str | None
@@ -99,13 +112,15 @@ class Abilities:
         elif self.n_likeliest:
             known = f"log-probabilities of the {self.n_likeliest} likeliest tokens"
         else:
-            known = "text only, no log-probabilities by token id"
-        scoring = f"by `{self.scoring}`" if self.scoring else "not by the server"
+            own = "" if self.is_neutral else "; if it avoids repetitions, it goes on doing so"
+            known = f"text only, no log-probabilities by token id{own}"
+        several = "several at a time" if self.takes_several else "one at a time"
+        scoring = f"scored by `{self.scoring}`" if self.scoring else "not scored by the server"
         return [
             f"the server calls it '{self.served_model}'",
-            f"prompts are {'token ids' if self.takes_ids else 'text'}",
+            f"prompts are {'token ids' if self.takes_ids else 'text'}, {several}",
             known,
-            f"prompts are scored {scoring}",
+            f"prompts are {scoring}",
             f"`max_tokens: 0` {self.max_tokens_0}",
             f"its context takes {self.context_length or 'an unknown number of'} tokens",
         ]
@@ -143,10 +158,12 @@ def probe(server: Service, tokenizer: TokenizerAdapter, wish: Wish, name: str) -
         served_model=listing.served_model,
         answers_as=warm,
         takes_ids=takes_ids,
+        takes_several=trial.ask([trial.ids if takes_ids else _TEXTS[0]] * 2, 1) is not None,
         n_likeliest=n_likeliest,
         n_told=len(row.ids),
         width=max([tokenizer.n_tokens - 1, *row.ids]) + 1,
         scoring=trial.scoring(how_many) if how_many else None,
+        is_neutral=not how_many and trial.ask([_TEXTS[0]], 1, **NEUTRAL) is not None,
         max_tokens_0=trial.max_tokens_0(takes_ids),
         context_length=None if listing.max_length is None else listing.max_length - 1,
         root=listing.root,
@@ -169,7 +186,7 @@ def find_served_model(server: Service, wanted: str | None) -> _Listing:
         ServerError: if it does not serve the model, or several of which none is named.
     """
     try:
-        answer = server.get("/v1/models", "which models it serves", timeout=WARM_UP)
+        answer = server.get("/v1/models", "which models it serves")
     except ServerError as error:
         # Some servers list nothing; then the first request tells whether the name is right.
         if wanted is None or error.status is None:
@@ -348,7 +365,8 @@ def fingerprint(server: Service, abilities: Abilities, ids: Sequence[int]) -> li
     try:
         if abilities.n_likeliest == 0:
             prompts: list[Sequence[int] | str] = [ids] if abilities.takes_ids else [_TEXTS[0]]
-            return completions(server, abilities.served_model, prompts, 8)[0]
+            more = NEUTRAL if abilities.is_neutral else {}
+            return completions(server, abilities.served_model, prompts, 8, **more)[0]
         k = min(5, abilities.n_likeliest or 5)
         return completions(server, abilities.served_model, [ids], 4, logprobs=k)[0]
     except Unreadable as error:

@@ -39,7 +39,7 @@ class Service(ABC):
         """Let go of what is held for it."""
 
     @abstractmethod
-    def get(self, path: str, what: str, *, timeout: float | None = None) -> dict[str, Any]:
+    def get(self, path: str, what: str) -> dict[str, Any]:
         """The JSON object at a path.
 
         Raises:
@@ -62,7 +62,7 @@ class Service(ABC):
             path: such as ``/v1/completions``.
             body: the request.
             what: it asks for, for messages.
-            timeout: seconds that it may take, if not as usual.
+            timeout: seconds that it may take, if more than usual.
             final_500: whether HTTP status 500 counts as an answer: some servers give it to
                 whatever they do not understand.
 

@@ -14,7 +14,7 @@ import torch
 
 from multicolm.backend.base import Look, Session
 from multicolm.backend.remote.completions import Completion, Likeliest, Unreadable, completions
-from multicolm.backend.remote.probe import Abilities
+from multicolm.backend.remote.probe import NEUTRAL, Abilities
 from multicolm.backend.remote.service import Service
 from multicolm.backend.remote.written import Writing
 from multicolm.errors import CapabilityError, ServerError
@@ -66,20 +66,23 @@ class _Text:
     def _leave(self, place: int) -> None:
         """The text takes another way than it did or was foreseen to."""
         del self.line[place:]
-        self.known = {n: row for n, row in self.known.items() if n <= place}
-        if self.n_right is None and self.asked_at <= place < self.asked_at + self.n_foreseen:
-            self.n_right = place - self.asked_at
+        self._keep(range(place + 1))
+        if self.n_right is None and place < self.asked_at + self.n_foreseen:
+            self.n_right = max(0, place - self.asked_at)
 
     def foresee(self, rows: Sequence[Likeliest], tokens: Sequence[int]) -> None:
         """Remember how the server would go on behind the text."""
         self.asked_at, self.n_foreseen, self.n_right = len(self.ids), len(tokens), None
         self.line = [*self.ids, *tokens]
+        self._keep(range(len(self.ids)))
         self.known.update({len(self.ids) + i: row for i, row in enumerate(rows)})
 
     def forget(self) -> None:
-        """Keep what may be asked again: the last places."""
-        for place in sorted(self.known)[:-_MOST_REMEMBERED]:
-            del self.known[place]
+        """Keep what may be asked again: the last places, and what was foreseen."""
+        self._keep(range(len(self.ids) - _MOST_REMEMBERED + 1, len(self.line) + 1))
+
+    def _keep(self, places: range) -> None:
+        self.known = {n: row for n, row in self.known.items() if n in places}
 
     def plan(self, most: int) -> int:
         """How many tokens to ask for: twice as many as were foreseen rightly, if all were."""
@@ -241,16 +244,25 @@ class RemoteSession(Session):
     def _ask(
         self, texts: Sequence[Sequence[int]], n_tokens: int, *, scoring: bool = False
     ) -> list[Completion]:
+        prompts = [self._writing.prompt(ids) for ids in texts]
+        if self._abilities.takes_several:
+            return self._send(prompts, n_tokens, scoring)
+        return [self._send([prompt], n_tokens, scoring)[0] for prompt in prompts]
+
+    def _send(
+        self, prompts: Sequence[Sequence[int] | str], n_tokens: int, scoring: bool
+    ) -> list[Completion]:
         abilities = self._abilities
         self._n_passes += n_tokens
         try:
             answers, whole = completions(
                 self._server,
                 abilities.served_model,
-                [self._writing.prompt(ids) for ids in texts],
+                prompts,
                 n_tokens,
                 logprobs=abilities.how_many or None,
                 scoring=abilities.scoring if scoring else None,
+                **(NEUTRAL if abilities.is_neutral else {}),
             )
         except Unreadable as error:
             raise self._changed(str(error)) from error

@@ -45,12 +45,21 @@ class _Failed(Exception):
         reason: what happened.
         status: of the answer, if there was one.
         pause: how long the server asks to wait, in seconds.
+        slow: whether it cost all the time that it may take.
     """
 
-    def __init__(self, reason: str, status: int | None = None, pause: float | None = None) -> None:
+    def __init__(
+        self,
+        reason: str,
+        status: int | None = None,
+        pause: float | None = None,
+        *,
+        slow: bool = False,
+    ) -> None:
         super().__init__(reason)
         self.status = status
         self.pause = pause
+        self.slow = slow
 
 
 class Server(Service):
@@ -62,7 +71,7 @@ class Server(Service):
         api_key: sent as a bearer token.
         timeout: seconds that a request may take in all.
         connect_timeout: seconds that connecting may take.
-        retries: how often a request that failed is sent again.
+        retries: how often a request that failed is sent again; once if it ran out of time.
         sleep: waits some seconds between attempts.
 
     """
@@ -101,9 +110,9 @@ class Server(Service):
         """Close the connections."""
         self._client.close()
 
-    def get(self, path: str, what: str, *, timeout: float | None = None) -> dict[str, Any]:
+    def get(self, path: str, what: str) -> dict[str, Any]:
         """See :meth:`multicolm.backend.remote.service.Service.get`."""
-        return self._ask("GET", path, None, what, timeout, final_500=True)
+        return self._ask("GET", path, None, what, None, final_500=True)
 
     def post(
         self,
@@ -161,11 +170,13 @@ class Server(Service):
             self._own.is_checking = False
 
     def _gives_up(self, state: tenacity.RetryCallState) -> bool:
-        """After the last attempt, and where the server wants us to wait too long."""
+        """After the last attempt, and where more of them would take too long."""
         failed = state.outcome.exception() if state.outcome else None
-        pause = failed.pause if isinstance(failed, _Failed) else None
-        too_long = pause is not None and pause > self._timeout
-        return too_long or state.attempt_number > self._retries
+        if not isinstance(failed, _Failed):
+            return False
+        if failed.pause is not None and failed.pause > self._timeout:
+            return True
+        return state.attempt_number > (min(1, self._retries) if failed.slow else self._retries)
 
     def _attempt(
         self,
@@ -177,12 +188,12 @@ class Server(Service):
         final_500: bool,
     ) -> dict[str, Any]:
         self._own.n_calls += 1
-        limit = timeout or self._timeout
+        limit = max(self._timeout, timeout or 0.0)
         try:
             status, headers, content = self._exchange(method, path, body, limit)
         except httpx.TimeoutException as error:
             what = "no connection" if isinstance(error, httpx.ConnectTimeout) else "no whole answer"
-            raise _Failed(f"{what} in time (the limit is {limit:g} s)") from error
+            raise _Failed(f"{what} in time (the limit is {limit:g} s)", slow=True) from error
         except httpx.ConnectError as error:
             raise _Failed(f"it cannot be reached ({error})") from error
         except httpx.TransportError as error:

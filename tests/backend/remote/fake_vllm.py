@@ -34,11 +34,13 @@ class Manners:
 
     Attributes:
         takes_ids: prompts may be token ids; else the status is ``refusal``.
+        takes_several: a request may hold several prompts.
         tells_ids: tokens may be named ``token_id:7``; else they are named by their text.
         max_logprobs: how many log-probabilities it tells at most, -1 for all; 0 ignores the wish.
         clamps: gives ``max_logprobs`` where more are wanted, instead of refusing.
         prompt_logprobs: whether that parameter works; else it is ignored.
         echo: likewise.
+        avoids: avoids what it wrote before, unless ``repeat_penalty`` says not to.
         max_tokens_0: what it makes of that.
         lists: whether there is ``/v1/models``.
         keeps_alive: whether it keeps connections open.
@@ -46,11 +48,13 @@ class Manners:
     """
 
     takes_ids: bool = True
+    takes_several: bool = True
     tells_ids: bool = True
     max_logprobs: int = -1
     clamps: bool = False
     prompt_logprobs: bool = True
     echo: bool = True
+    avoids: bool = False
     max_tokens_0: Literal["refused", "nothing", "unlimited"] = "refused"
     lists: bool = True
     keeps_alive: bool = True
@@ -58,7 +62,7 @@ class Manners:
     max_model_len: int = 512
 
 
-TEXT_ONLY = Manners(takes_ids=False, max_logprobs=0, echo=False, prompt_logprobs=False)
+TEXT_ONLY = Manners(takes_ids=False, max_logprobs=0, echo=False, prompt_logprobs=False, avoids=True)
 
 
 class _Refused(Exception):
@@ -150,6 +154,8 @@ class FakeVllm:
             raise _Refused(404, f"The model `{body.get('model')}` does not exist.")
         prompts = body["prompt"]
         several = isinstance(prompts, list) and prompts and isinstance(prompts[0], list | str)
+        if several and len(prompts) > 1 and not self.manners.takes_several:
+            raise _Refused(self.manners.refusal, "one prompt at a time")
         texts = [self._ids(prompt) for prompt in (prompts if several else [prompts])]
         with self._lock:
             choices = [self._choice(n, ids, body) for n, ids in enumerate(texts)]
@@ -226,11 +232,13 @@ class FakeVllm:
     ) -> tuple[list[int], list[torch.Tensor], bool]:
         """Greedy tokens, what each could have been, and whether the text ended."""
         session, new = self.model.open(1), ids
+        manners_avoid = self.manners.avoids and body.get("repeat_penalty") != 1.0
         written: list[int] = []
         rows: list[torch.Tensor] = []
         for _ in range(n_tokens):
             rows.append(session.feed([0], [new], [1]).logits[0].float().log_softmax(-1))
-            token = int(rows[-1].argmax())
+            avoided = written if manners_avoid else []
+            token = int(rows[-1].index_fill(0, torch.tensor(avoided).long(), -1e9).argmax())
             written.append(token)
             new = [token]
             if token in self.model.tokenizer.end_ids:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from multicolm.cli import main
 from multicolm.errors import CapabilityError, ServerError
 from multicolm.evaluation.compare import compare, named_policy
 from multicolm.scoring.corpus import open_corpus
+from multicolm.scoring.likelihood import LikelihoodReader
 from multicolm.scoring.score import score
 from multicolm.scoring.store import load_table
 
@@ -65,7 +68,7 @@ def test_validate_tells_what_the_server_was_found_to_do(
     assert (
         f"  checked  model facts: server {fake.url}\n"
         "  checked  model facts: the server calls it 'facts'\n"
-        "  checked  model facts: prompts are token ids\n"
+        "  checked  model facts: prompts are token ids, several at a time\n"
         "  checked  model facts: log-probabilities of the 20 likeliest tokens\n"
     ) in out
     fake.stop()
@@ -186,6 +189,20 @@ def test_scores_need_every_probability(serve: Serve, tmp_path: Path) -> None:
         score(ensemble(remote(fake)), corpus, tmp_path / "scores")
 
 
+def test_likelihoods_need_every_probability_of_the_models_in_use(serve: Serve) -> None:
+    fake = serve("facts", Manners(max_logprobs=20))
+    partial = ensemble(remote(fake))
+    with pytest.raises(CapabilityError, match="model 'facts' cannot be scored: its server"):
+        LikelihoodReader(partial, partial.resolve("cosd-rule"))
+    LikelihoodReader(partial, partial.resolve("single"))
+    both = (ensemble(local("facts")), ensemble(remote(serve())))
+    seen = []
+    for world in both:
+        reader = LikelihoodReader(world, world.resolve("average"))
+        seen += reader.likelihoods([reader.passage(PROMPTS[0], " It treats typhus.")])
+    assert seen[0].logprob == pytest.approx(seen[1].logprob, abs=1e-3)
+
+
 def test_a_comparison_goes_on_where_a_server_that_died_stopped_it(
     serve: Serve, tmp_path: Path
 ) -> None:
@@ -216,3 +233,27 @@ def test_a_comparison_goes_on_where_a_server_that_died_stopped_it(
     # What this server does not tell, traces do not show.
     assert any("Traces do not show model 'facts'" in sentence for sentence in got.warnings)
     shutil.rmtree(tmp_path / "there")
+
+
+def test_without_the_libraries_the_command_says_what_to_install(tmp_path: Path) -> None:
+    program = """
+import sys
+sys.modules["httpx"] = None
+from multicolm.cli import main
+sys.exit(main(["generate", sys.argv[1], "x"]))
+"""
+    path = tmp_path / "ensemble.yaml"
+    path.write_text(
+        "base_model: a\nmodels:\n  a: {backend: vllm, url: 'http://127.0.0.1:1', model: tiny-facts}"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(path)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == 1
+    assert done.stderr == (
+        "Error: models in a server need httpx and tenacity: pip install 'multicolm[remote]'.\n"
+    )

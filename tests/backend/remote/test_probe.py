@@ -51,7 +51,7 @@ def test_what_was_found_is_said_in_sentences(serve: Serve) -> None:
     assert remote(fake).abilities == [
         f"server {fake.url}",
         "the server calls it 'facts'",
-        "prompts are token ids",
+        "prompts are token ids, several at a time",
         "log-probabilities of the 20 likeliest tokens",
         "prompts are scored by `prompt_logprobs`",
         "`max_tokens: 0` is refused",

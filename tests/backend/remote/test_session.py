@@ -58,6 +58,13 @@ def test_one_request_asks_for_twice_as_many_tokens_as_long_as_all_are_used(serve
     assert [body["max_tokens"] for body in fake.requests[-6:]] == [1, 2, 4, 8, 8, 8]
 
 
+def test_what_is_foreseen_far_ahead_is_remembered_until_it_is_reached(serve: Serve) -> None:
+    fake = serve("facts", Manners(max_logprobs=5))
+    written, n_calls = write_greedily(remote(fake, look_ahead=128), IDS, 200)
+    assert written == write_greedily(local("facts"), IDS, 200)[0]
+    assert n_calls == 8  # 1 + 2 + 4 + ... + 64 + 128
+
+
 def test_where_others_write_it_soon_asks_for_one_token_at_a_time(serve: Serve) -> None:
     fake = serve()
     session = remote(fake, look_ahead=8).open(1)
@@ -128,6 +135,16 @@ def test_of_few_places_each_is_a_text_of_its_own_and_all_at_once_are_scored(serv
     model.open(1).feed([0], [[*IDS, *IDS]], [16])
     assert fake.requests[-1]["prompt_logprobs"] == -1
     assert len(fake.requests) == n_before + 2
+
+
+def test_a_server_that_takes_one_prompt_at_a_time_is_asked_one_by_one(serve: Serve) -> None:
+    fake = serve("facts", Manners(takes_several=False))
+    model = remote(fake)
+    assert "prompts are token ids, one at a time" in model.abilities
+    look = model.open(2).feed([0, 1], [IDS, IDS[:4]], [1, 2])
+    assert look.n_calls == 3
+    want = [logprobs(local("facts"), ids, n) for ids, n in ((IDS, 1), (IDS[:4], 2))]
+    assert torch.allclose(look.logits.log_softmax(-1), torch.cat(want), atol=1e-5)
 
 
 def test_hidden_states_are_refused_by_name(serve: Serve) -> None:
