@@ -6,6 +6,7 @@ import time
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from itertools import accumulate
 
 from multicolm.backend.base import Model
@@ -103,7 +104,7 @@ class Live:
             InputError: if the prompt is empty, or longer than a context.
             CapabilityError: if tokens are to be drawn of which a server does not tell.
         """
-        sampling = Sampling(wanted.temperature, wanted.top_k, wanted.top_p)
+        sampling = _sampling(wanted.temperature, wanted.top_k, wanted.top_p)
         self._check_draws(sampling)
         ids = prompt_ids(prompt, number, self._models, self._vocabulary, self._used)
         return Row(
@@ -222,3 +223,9 @@ class Live:
             if new.token in text_ends and end_ids:
                 tokens.append(replace(new, token=min(end_ids)))
         return tokens
+
+
+@lru_cache(maxsize=256)
+def _sampling(temperature: float, top_k: int | None, top_p: float | None) -> Sampling:
+    """Equal settings are one object, so that the loop sees at a glance that they are equal."""
+    return Sampling(temperature, top_k, top_p)

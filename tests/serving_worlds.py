@@ -43,17 +43,9 @@ class Reply:
 @contextmanager
 def running(ensemble: Ensemble, name: str = "tiny", **settings: Any) -> Iterator[Server]:
     """A server on a port of its own."""
-    server = Server(ensemble, name, Settings(port=0, **settings))
-    ready = threading.Event()
-    thread = threading.Thread(target=server.run, args=[ready.set], name="server")
-    thread.start()
-    try:
-        assert ready.wait(SECONDS), "the server does not come up"
+    with Server(ensemble, name, Settings(port=0, **settings)) as server:
         yield server
-    finally:
-        server.stop()
-        thread.join(SECONDS)
-        assert not thread.is_alive(), "the server does not end"
+    assert not server.engine.is_open
 
 
 def ask(

@@ -41,20 +41,23 @@ class Positions:
         Whoever writes, a position has the same noise. So two models that agree draw the same
         token, and a schedule that asks in another order gets the same text.
         """
+        if self._shared_sampling is not None:  # the usual case, and the cheap one
+            return self._drawn(self._shared_sampling, range(len(self)), logits)
         tokens = torch.empty(len(self), dtype=torch.long, device=logits.device)
-        for sampling, lines in self._by_sampling.items():
-            noise = None if sampling.greedy else self._gumbel(lines, logits.shape[-1], "token")
-            if len(lines) == len(self):
-                return sampling.draw(logits, noise)
-            tokens[lines] = sampling.draw(logits[lines], noise)
+        for sampling, lines in self._by_sampling().items():
+            tokens[lines] = self._drawn(sampling, lines, logits[lines])
         return tokens
+
+    def _drawn(self, sampling: Sampling, lines: Sequence[int], logits: Tensor) -> Tensor:
+        noise = None if sampling.greedy else self._gumbel(lines, logits.shape[-1], "token")
+        return sampling.draw(logits, noise)
 
     def probs(self, logits: Float[Tensor, "positions vocab"]) -> Float[Tensor, "positions vocab"]:
         """The probabilities that tokens are drawn from, as each row wants."""
+        if self._shared_sampling is not None:
+            return self._shared_sampling.probs(logits)
         probs = torch.empty_like(logits, dtype=torch.float32)
-        for sampling, lines in self._by_sampling.items():
-            if len(lines) == len(self):
-                return sampling.probs(logits)
+        for sampling, lines in self._by_sampling().items():
             probs[lines] = sampling.probs(logits[lines])
         return probs
 
@@ -78,12 +81,19 @@ class Positions:
         """Some of these positions."""
         return Positions([self.rows[i] for i in which], [self.places[i] for i in which], self.noise)
 
-    @cached_property
+    @property
+    def _shared_sampling(self) -> Sampling | None:
+        """How tokens are drawn, if it is known to be the same everywhere."""
+        if not self.rows:
+            return Sampling()
+        first = self.rows[0].sampling
+        for row in self.rows:
+            if row.sampling is not first:
+                return None
+        return first
+
     def _by_sampling(self) -> dict[Sampling, list[int]]:
         """Positions by how tokens are drawn there."""
-        first = self.rows[0].sampling if self.rows else Sampling()
-        if all(row.sampling is first for row in self.rows):  # the usual case, and the cheap one
-            return {first: list(range(len(self)))}
         lines: dict[Sampling, list[int]] = {}
         for i, row in enumerate(self.rows):
             lines.setdefault(row.sampling, []).append(i)

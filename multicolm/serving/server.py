@@ -10,6 +10,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from types import TracebackType
 
 import uvicorn
 
@@ -51,7 +52,7 @@ class Settings:
 
 
 class Server:
-    """An ensemble behind a socket.
+    """An ensemble behind a socket: :meth:`run` it, or use it as a context, in which it runs aside.
 
     Args:
         ensemble: whose models write; nobody else may use it meanwhile.
@@ -93,6 +94,21 @@ class Server:
         self._socket = _listening(settings.host, settings.port)
         self.address = _address(settings.host, self._socket.getsockname()[1])
         self._server = _Server(config, self.engine, settings.grace)
+        self._thread = threading.Thread(target=self.run, name="multicolm-server")
+
+    def __enter__(self) -> Server:
+        # It listens already: whoever asks too early waits a moment.
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.stop()
+        self._thread.join()
 
     def run(self, ready: Callable[[], None] = lambda: None) -> Closing:
         """Serve until it is stopped, or SIGINT or SIGTERM comes; a second one is in a hurry.
