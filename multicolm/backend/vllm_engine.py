@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,6 +24,8 @@ __all__ = ["Engine", "VllmEngineModel"]
 _FAILURES = (AssertionError, ImportError, OSError, RuntimeError, TypeError, ValueError)
 # A request that vLLM does not serve; its own exceptions come on top.
 _REFUSALS = (NotImplementedError, TypeError, ValueError)
+# vLLM keeps in globals what it is at, so that engines of one process cannot be asked at once.
+_ONE_AT_A_TIME = threading.Lock()
 
 
 class Engine(Service):
@@ -56,12 +59,12 @@ class Engine(Service):
         except (*_FAILURES, own) as error:
             reason = " ".join(str(error).split())[:400]
             raise ModelError(f"model '{model}': vLLM cannot load {location}: {reason}") from error
-        self._n_calls = 0
+        self._of_thread = threading.local()
 
     @property
     def n_calls(self) -> int:
-        """How often the engine was asked."""
-        return self._n_calls
+        """How often this thread has asked the engine."""
+        return int(getattr(self._of_thread, "n_calls", 0))
 
     def close(self) -> None:
         """Nothing to do: the engine goes with whoever holds it."""
@@ -85,7 +88,7 @@ class Engine(Service):
         Raises:
             ServerError: if it does not serve such a request, or fails.
         """
-        self._n_calls += 1
+        self._of_thread.n_calls = self.n_calls + 1
         if body.get("echo"):
             raise self.error(what, "an engine has no parameter `echo`", 400)
         try:
@@ -96,7 +99,9 @@ class Engine(Service):
                 prompt_logprobs=body.get("prompt_logprobs"),
                 stop=body.get("stop"),
             )
-            outputs = self._engine.generate(_prompts(body["prompt"]), parameters, use_tqdm=False)
+            prompts = _prompts(body["prompt"])
+            with _ONE_AT_A_TIME:
+                outputs = self._engine.generate(prompts, parameters, use_tqdm=False)
         except self._refusals as error:
             raise self.error(what, " ".join(str(error).split())[:300], 400) from error
         except RuntimeError as error:

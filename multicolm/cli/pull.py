@@ -29,9 +29,12 @@ def command(repository: str, folder: Path, revision: str | None, as_json_: bool)
     fetched is read through, and refused if it is not whole.
     """
     quiet_transfers()
+    from multicolm.cli.console import visible
     from multicolm.hub.kinds import pull
 
     done = pull(repository, folder, revision=revision)
+    for warning in done.warnings:
+        click.echo(visible(f"Warning: {warning}"), err=True)
     if as_json_:
         click.echo(as_json({"kind": done.kind, "folder": done.place}))
         return

@@ -196,7 +196,7 @@ class ModelConfig(Strict):
         known = _SETTINGS.get(self.backend)  # a backend of somebody else takes what it likes
         for key in sorted(self.model_fields_set - _OF_ALL) if known is not None else ():
             if key not in (known or ()):
-                owners = [backend for backend, keys in _SETTINGS.items() if key in keys]
+                owners = sorted(backend for backend, keys in _SETTINGS.items() if key in keys)
                 raise ValueError(
                     f"`{key}` belongs to {_backends(owners)}, and this model has backend "
                     f"'{self.backend}'; leave it out."

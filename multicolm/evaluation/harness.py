@@ -7,10 +7,6 @@ time, so that a run that was stopped goes on where it was. The harness is import
 
 from __future__ import annotations
 
-import difflib
-import hashlib
-import json
-import logging
 import math
 import random
 import time
@@ -19,14 +15,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
 from multicolm.ensemble import Ensemble
-from multicolm.errors import ConfigError, InputError, MulticolmError, UnknownNameError
+from multicolm.errors import CapabilityError, InputError, MulticolmError
 from multicolm.evaluation.answering import NamedPolicy, Plan, named_policy
 from multicolm.evaluation.harness_results import FILE, HarnessFigure, HarnessResults, as_bytes
+from multicolm.evaluation.harness_tasks import Unit, load_units, quiet
 from multicolm.evaluation.ledger import Ledger
 from multicolm.evaluation.provenance import machine, plain, versions
 from multicolm.evaluation.results import read_comparison, read_traces
@@ -34,9 +31,6 @@ from multicolm.files import write_whole
 from multicolm.policy.base import Policy
 from multicolm.policy.resolve import resolve_policy
 from multicolm.scoring.likelihood import Kind, LikelihoodReader
-
-if TYPE_CHECKING:
-    from lm_eval.tasks import TaskManager
 
 __all__ = ["Likelihoods", "Progress", "evaluate_tasks"]
 
@@ -78,31 +72,6 @@ class _Row:
     def policy(self) -> Policy:
         """The plan's."""
         return self.plan.checked
-
-
-@dataclass(frozen=True)
-class _Unit:
-    """A task, or a group of tasks, as it was asked for.
-
-    Attributes:
-        name: by which it was asked for.
-        loaded: what the harness made of it.
-        digest: of its definition and questions.
-    """
-
-    name: str
-    loaded: Mapping[str, Any]
-    digest: str
-
-    @property
-    def tasks(self) -> list[Any]:
-        """The tasks themselves."""
-        return list(self.loaded["tasks"].values())
-
-    @property
-    def asks_for_likelihoods(self) -> bool:
-        """Whether any of them does, so that it matters which ones they are."""
-        return any(task.OUTPUT_TYPE != "generate_until" for task in self.tasks)
 
 
 def evaluate_tasks(
@@ -163,8 +132,10 @@ def evaluate_tasks(
     plans = _plans(ensemble, named, alone)
     for plan in plans:
         ensemble.check(plan.checked)
-    with _quiet():
-        units = _units(tasks, include_path, num_fewshot, gen_kwargs, limit)
+    with quiet():
+        units = load_units(tasks, include_path, num_fewshot, gen_kwargs, limit)
+    for unit in units:
+        _check_unit(unit, confirm_run_unsafe_code)
     # Found out now, so that no policy is refused when others have run for hours.
     rows = {unit.name: list(_rows(ensemble, plans, unit, likelihood)) for unit in units}
     settings = {
@@ -211,6 +182,24 @@ def _check_numbers(limit: int | None, num_fewshot: int | None, batch_size: int) 
             raise InputError(f"{name} must be {at_least} or more, got {value}.")
 
 
+def _check_unit(unit: Unit, confirm_run_unsafe_code: bool) -> None:
+    """Refuse tasks that run what models wrote, unless that is wanted, and those that show pictures.
+
+    Raises:
+        InputError: if nobody has said that such code may run.
+        CapabilityError: if a task has more than text.
+    """
+    for task in unit.tasks:
+        name = task.config.task
+        if getattr(task, "UNSAFE_CODE", False) and not confirm_run_unsafe_code:
+            raise InputError(
+                f"task '{name}' runs code that the models write; say that it may with "
+                "--confirm-run-unsafe-code, on a machine where it can do no harm."
+            )
+        if getattr(task, "MULTIMODAL", False):
+            raise CapabilityError(f"task '{name}' has more than text, which ensembles cannot read.")
+
+
 # --- rows ----------------------------------------------------------------------------------------
 
 
@@ -239,7 +228,7 @@ def _plans(ensemble: Ensemble, named: Sequence[NamedPolicy], alone: bool) -> lis
 
 
 def _rows(
-    ensemble: Ensemble, plans: Sequence[Plan], unit: _Unit, wanted: Likelihoods
+    ensemble: Ensemble, plans: Sequence[Plan], unit: Unit, wanted: Likelihoods
 ) -> Iterator[_Row]:
     """A row for each plan and each likelihood that it is judged by.
 
@@ -261,121 +250,6 @@ def _rows(
             yield _Row(plan, reader.check("joint" if wanted == "joint" else "routed"))
 
 
-# --- tasks ---------------------------------------------------------------------------------------
-
-
-def _units(
-    names: Sequence[str],
-    include_path: Sequence[str | Path],
-    num_fewshot: int | None,
-    gen_kwargs: Mapping[str, Any] | None,
-    limit: int | None,
-) -> list[_Unit]:
-    """The tasks, loaded and set up.
-
-    Raises:
-        ConfigError: if the harness is not installed, or a task cannot be loaded.
-        UnknownNameError: if there is no such task.
-    """
-    manager, found = _manager(names, include_path)
-    units = []
-    for name in found:
-        # What a task file may do to fail is not ours to enumerate: it downloads, and runs Python.
-        try:
-            loaded = manager.load([name])
-            for task in loaded["tasks"].values():
-                _set_up(task, num_fewshot, gen_kwargs)
-            digest = _digest(loaded["tasks"].values(), limit)
-        except MulticolmError:
-            raise
-        except Exception as error:
-            reason = " ".join(str(error).split())[:300] or type(error).__name__
-            raise ConfigError(f"task '{name}' cannot be loaded: {reason}") from error
-        units.append(_Unit(name, loaded, digest))
-    return units
-
-
-def _manager(
-    names: Sequence[str], include_path: Sequence[str | Path]
-) -> tuple[TaskManager, list[str]]:
-    """What knows the tasks, and their names without wildcards.
-
-    Raises:
-        ConfigError: if the harness is not installed, or a folder is missing.
-        UnknownNameError: if there is no such task.
-    """
-    try:
-        import lm_eval.models  # noqa: F401  # before anything registers a model of its own
-        from lm_eval.tasks import TaskManager
-    except ImportError as error:
-        raise ConfigError(
-            "tasks of the lm-evaluation-harness need lm-eval: pip install 'multicolm[eval]'."
-        ) from error
-    if not names:
-        raise ConfigError("no task; name one or more of the lm-evaluation-harness.")
-    for folder in include_path:
-        if not Path(folder).is_dir():
-            raise ConfigError(f"there is no folder {folder}, which should hold tasks.")
-    own = TaskManager(include_path=[str(p) for p in include_path], include_defaults=False)
-    known = _matched(own, names)
-    # Reading the definitions of the harness's own thousands of tasks takes ten seconds.
-    manager = own if all(known) else TaskManager(include_path=[str(p) for p in include_path])
-    known = known if all(known) else _matched(manager, names)
-    for name, found in zip(names, known, strict=True):
-        if not found:
-            raise UnknownNameError(_unknown(name, manager.all_tasks, include_path))
-    return manager, list(dict.fromkeys(name for found in known for name in found))
-
-
-def _matched(manager: TaskManager, names: Sequence[str]) -> list[list[str]]:
-    """Per name, the tasks that it stands for."""
-    found: list[list[str]] = []
-    for name in names:
-        if name.endswith((".yaml", ".yml")) and Path(name).is_file():
-            found.append([name])
-        elif "*" in name:
-            found.append(sorted(manager.match_tasks([name])))
-        else:
-            found.append([name] if name in manager.all_tasks else [])
-    return found
-
-
-def _unknown(name: str, known: Sequence[str], include_path: Sequence[str | Path]) -> str:
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    hint = f" Did you mean '{near[0]}'?" if near else ""
-    where = f"and {', '.join(map(str, include_path))} have" if include_path else "has"
-    return (
-        f"unknown task '{name}'.{hint} The lm-evaluation-harness {where} {len(known)}; "
-        "`lm_eval ls tasks` lists its own, and --include-path adds a folder of yours."
-    )
-
-
-def _set_up(task: Any, num_fewshot: int | None, gen_kwargs: Mapping[str, Any] | None) -> None:
-    """Settings of this run in the place of a task's own, as the harness's command puts them."""
-    if gen_kwargs and task.get_config("output_type") == "generate_until":
-        task.set_config(key="generation_kwargs", value=dict(gen_kwargs), update=True)
-    own = task.get_config("num_fewshot")
-    if own is None or (num_fewshot is not None and own != 0):
-        task.set_config(key="num_fewshot", value=num_fewshot or 0)
-
-
-def _digest(tasks: Any, limit: int | None) -> str:
-    """Of definitions, questions and examples: what would make it another task."""
-    digest = hashlib.sha256()
-    for task in tasks:
-        digest.update(json.dumps(task.dump_config(), sort_keys=True, default=str).encode())
-        documents = [*task.eval_docs] if limit is None else _first(task.eval_docs, limit)
-        if task.get_config("num_fewshot"):
-            documents += list(task.fewshot_docs() or ())
-        for document in documents:
-            digest.update(json.dumps(document, sort_keys=True, default=str).encode())
-    return digest.hexdigest()
-
-
-def _first(documents: Any, n: int) -> list[Any]:
-    return [document for document, _ in zip(documents, range(n), strict=False)]
-
-
 # --- a row of a task -----------------------------------------------------------------------------
 
 
@@ -394,7 +268,7 @@ class _Run:
         self._confirm = confirm_run_unsafe_code
         self._progress = progress
 
-    def figures(self, row: _Row, unit: _Unit, ledger: Ledger | None) -> list[HarnessFigure]:
+    def figures(self, row: _Row, unit: Unit, ledger: Ledger | None) -> list[HarnessFigure]:
         """What a row comes to on a task; from the ledger, if it is there."""
         key = f"{row.plan.key} {row.likelihood or ''} {unit.name}#{unit.digest[:16]}"
         if ledger is not None and key in ledger:
@@ -418,7 +292,7 @@ class _Run:
             for figure in record["figures"]
         ]
 
-    def _judge(self, row: _Row, unit: _Unit) -> dict[str, Any]:
+    def _judge(self, row: _Row, unit: Unit) -> dict[str, Any]:
         from lm_eval.evaluator import evaluate
 
         from multicolm.evaluation.harness_model import EnsembleLM
@@ -439,7 +313,7 @@ class _Run:
         for task in unit.tasks:
             task.set_fewshot_seed(seed=_FEW_SHOT_SEED)
         start = time.perf_counter()
-        with _seeded(), _quiet():
+        with _seeded(), quiet():
             try:
                 found = evaluate(
                     lm=model,
@@ -452,10 +326,12 @@ class _Run:
                     confirm_run_unsafe_code=self._confirm,
                 )
             except MulticolmError as error:
-                raise type(error)(f"task '{unit.name}', row '{row.plan.name}': {error}") from error
-            except ValueError as error:
-                # What the harness refuses, such as code of models that nobody allowed to run.
-                raise InputError(f"task '{unit.name}': {error}") from error
+                # The same error, which may know more than its message.
+                error.args = (
+                    f"task '{unit.name}', row '{row.plan.name}': {error}",
+                    *error.args[1:],
+                )
+                raise
         return {
             "figures": list(_figures(found)),
             "seconds": time.perf_counter() - start,
@@ -505,18 +381,6 @@ def _seeded() -> Iterator[None]:
     finally:
         random.setstate(state)
         np.random.set_state(numpy_state)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """The harness tells its log what it does; only what goes wrong is worth a line here."""
-    logger = logging.getLogger("lm_eval")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
 
 
 # --- results -------------------------------------------------------------------------------------

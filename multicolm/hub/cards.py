@@ -72,6 +72,8 @@ def _is_here(model: Any) -> bool:
 def _facts(config: EnsembleConfig, name: str) -> tuple[str, str]:
     """What a model is, and its licence where that is known."""
     model = config.models[name]
+    if model.url is not None:
+        return f"{model.model}, in a server at {model.url}", "its own"
     if model.model in catalog.names("models"):
         return model.model, load_model_file(model.model).licence
     if model.resolved.is_local:

@@ -28,10 +28,12 @@ class Shared:
     Attributes:
         kind: what it is.
         place: the repository's address, or the folder.
+        warnings: what one has to know before using it, one sentence each.
     """
 
     kind: Kind
     place: str
+    warnings: tuple[str, ...] = ()
 
     @property
     def noun(self) -> str:
@@ -163,26 +165,35 @@ def pull(repo: str, folder: str | Path, *, revision: str | None = None) -> Share
     kind = kind_of(target)
     if kind == "score table":
         SharedScores.from_pretrained(target)
-    else:
-        _check_declared(target, kind)
-    return Shared(kind, str(target))
+        return Shared(kind, str(target))
+    return Shared(kind, str(target), tuple(_check_declared(target, kind)))
 
 
-def _check_declared(folder: Path, kind: Kind) -> None:
+def _check_declared(folder: Path, kind: Kind) -> list[str]:
     """Read what the YAML files say; one that would run code of others is put out of use.
+
+    Returns:
+        To which servers what one asks would go, one sentence each.
 
     Raises:
         MulticolmError: naming what is wrong.
     """
+    servers: list[str] = []
     if (folder / "ensemble.yaml").is_file():
         try:
-            SharedEnsemble.from_pretrained(folder)
+            models = SharedEnsemble.from_pretrained(folder).config.models
+            servers = [
+                f"model '{name}' runs in a server at {model.url}: what you ask goes there."
+                for name, model in models.items()
+                if model.url is not None
+            ]
         except ConfigError as error:
             (folder / "ensemble.yaml").rename(folder / "ensemble.yaml.refused")
             raise ConfigError(f"{error} It is kept as ensemble.yaml.refused.") from error
     if kind == "router":
         for value in Checkpoint.from_pretrained(folder).policy.as_config()["params"].values():
             _ = getattr(value, "content", None)  # read now what would be missed only later
+    return servers
 
 
 def _check_empty(folder: Path) -> None:

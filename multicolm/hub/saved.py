@@ -230,7 +230,7 @@ def _refuse_unsafe(config: EnsembleConfig, origin: str) -> None:
     """
     for name, model in config.models.items():
         for setting in _UNSAFE:
-            if getattr(model, setting, None):
+            if getattr(model, setting):
                 raise ConfigError(
                     f"{origin}: models.{name}.{setting}: an ensemble that is shared must not have "
                     "this setting, for it would act on the machine of whoever takes it; leave it "

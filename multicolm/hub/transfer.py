@@ -22,7 +22,8 @@ RepoKind: TypeAlias = Literal["model", "dataset"]
 """Of a repository: routers and ensembles are models of the Hub, score tables are data sets."""
 
 FILES: Sequence[str] = (
-    *("*.yaml", "*.json", "*.md", "*.safetensors", "*.txt", "*.tree", "*.jinja", "*.model"),
+    *("*.yaml", "*.json", "*.md", "*.txt", "*.tree", "*.jinja"),
+    *("*.safetensors", "*.gguf", "*.model"),
 )
 """What travels: declarations, cards, weights and tokenizers; nothing that could hold code."""
 

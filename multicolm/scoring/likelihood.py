@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Literal, TypeAlias, get_args
 
@@ -27,22 +27,21 @@ from torch import Tensor
 
 from multicolm.backend.base import Look
 from multicolm.backend.byte_session import ByteSession, span_logprobs
-from multicolm.decoding.draft import Draft, Positions, Shown
-from multicolm.decoding.prompts import encode_prompt
+from multicolm.decoding.draft import Draft, Shown
 from multicolm.decoding.reader import TokenReader
-from multicolm.decoding.row import Row, Written
-from multicolm.decoding.sampling import Noise, Sampling, row_key
+from multicolm.decoding.row import Row
+from multicolm.decoding.sampling import Sampling, row_key
 from multicolm.decoding.settle import PolicyDesk, Verdict
 from multicolm.decoding.text import TextStream
 from multicolm.ensemble import Ensemble
 from multicolm.errors import CapabilityError, InputError, ModelError, PolicyError
 from multicolm.policy.base import Policy, VerifyPolicy
-from multicolm.scoring.reading import Text, read_all, refuse_partial
+from multicolm.scoring.passages import Passage, PassageReader
+from multicolm.scoring.places import Places, ToldPositions
+from multicolm.scoring.reading import Text, read_all
 from multicolm.scoring.spans import Spans, spans_of, to_base_tokens
-from multicolm.tokenizer.base import TokenizerAdapter
 from multicolm.tokenizer.bridged import BridgedVocabulary
 from multicolm.tokenizer.byte_vocabulary import ByteVocabulary
-from multicolm.types import Prompt
 from multicolm.views import View, Views
 
 __all__ = ["KINDS", "Kind", "Likelihood", "LikelihoodReader", "Passage"]
@@ -59,20 +58,6 @@ _MAX_LOGITS = 1 << 26
 
 
 @dataclass(frozen=True, slots=True)
-class Passage:
-    """A text behind a prompt, in tokens.
-
-    Attributes:
-        prompt_ids: per model what it reads before, in its own tokens; nothing for models that are
-            not in use.
-        ids: the text, in the base model's tokens.
-    """
-
-    prompt_ids: tuple[tuple[int, ...], ...]
-    ids: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
 class Likelihood:
     """How likely a text is.
 
@@ -84,37 +69,6 @@ class Likelihood:
 
     logprob: float
     is_greedy: bool
-
-
-@dataclass(frozen=True)
-class _Told(Positions):
-    """Places of a text that is known: whatever is drawn there is its token.
-
-    Attributes:
-        gold: per position, that token.
-        numbers: per position, what it is numbered in ``likeliest``.
-        likeliest: at which something was drawn, the most likely token.
-    """
-
-    gold: Sequence[int] = ()
-    numbers: Sequence[int] = ()
-    likeliest: dict[int, int] = field(default_factory=dict)
-
-    def draw(self, logits: Float[Tensor, "positions vocab"]) -> Int[Tensor, "positions"]:
-        """The tokens that stand there."""
-        self.likeliest.update(zip(self.numbers, logits.argmax(-1).tolist(), strict=True))
-        return torch.tensor(self.gold, device=logits.device)
-
-    def at(self, which: Sequence[int]) -> _Told:
-        """Some of these positions."""
-        return _Told(
-            [self.rows[i] for i in which],
-            [self.places[i] for i in which],
-            self.noise,
-            [self.gold[i] for i in which],
-            [self.numbers[i] for i in which],
-            self.likeliest,
-        )
 
 
 @dataclass(frozen=True)
@@ -139,12 +93,12 @@ class _Reading:
     is_exact: bool = False
 
 
-class LikelihoodReader:
+class LikelihoodReader(PassageReader):
     """Tells how likely an ensemble finds texts under one policy.
 
     Attributes:
         kinds: what it can tell, the likelihood that the policy is best known by first; nothing
-            for policies that have none.
+            for policies that have none, and where not every probability is known.
 
     Args:
         ensemble: whose models read.
@@ -161,13 +115,10 @@ class LikelihoodReader:
         self, ensemble: Ensemble, policy: Policy, *, seed: int = 0, batch_tokens: int = 4096
     ) -> None:
         ensemble.check(policy)
-        self._ensemble = ensemble
+        super().__init__(ensemble, policy)
         self._policy = policy
         self._seed = seed
         self._batch_tokens = batch_tokens
-        self._models = ensemble.backends
-        self._used = sorted(policy.uses(ensemble.models))
-        refuse_partial(self._models[k] for k in self._used)
         self._in_bytes = policy.support == "bytes"
         self._vocabulary = (
             ByteVocabulary(ensemble.models) if self._in_bytes else ensemble.vocabulary
@@ -193,6 +144,13 @@ class LikelihoodReader:
         Raises:
             CapabilityError: naming those that are.
         """
+        for k in self._used:
+            if (known := self._models[k].n_likeliest) is not None:
+                raise CapabilityError(
+                    f"model '{self._models[k].name}' runs in a server that tells the probabilities "
+                    f"of {known} tokens only, and the likelihood of a given text needs those of "
+                    "all; set `logprobs: all` if the server allows it."
+                )
         if not self.kinds:
             raise CapabilityError(
                 f"policy '{self._policy.name}' gives no likelihood to a text: what it writes does "
@@ -205,107 +163,6 @@ class LikelihoodReader:
                 f"the {self.kinds[0]} one."
             )
         return kind or self.kinds[0]
-
-    def passage(self, prompt: Prompt, text: str, *, written: str = "") -> Passage:
-        """A text as the models read it.
-
-        Args:
-            prompt: what stands before; a text that is empty if nothing does.
-            text: whose likelihood is asked for, not empty.
-            written: a part of the answer that stands between the two and is not asked for.
-
-        Raises:
-            InputError: if the text is empty, the base model has no tokens for it, a prompt cannot
-                be read, or nothing can stand before the first token.
-        """
-        tokenizer = self._models[0].tokenizer
-        prompts: list[tuple[int, ...]] = []
-        for k, model in enumerate(self._models):
-            own = model.tokenizer
-            if k not in self._used:
-                ids: list[int] = []
-            elif not prompt:
-                ids = own.start_ids + (own.encode_continuation(written) if written else [])
-            else:
-                ids = encode_prompt(prompt, k, model, self._ensemble.vocabulary)
-                ids = ids + (own.encode_continuation(written) if written else [])
-            if k in self._used and not ids:
-                raise InputError(
-                    f"nothing stands before the text for model '{model.name}', and its tokenizer "
-                    "has no token for the beginning or the end of a text; give a prompt."
-                )
-            prompts.append(tuple(ids))
-        at_start = not prompt and not written
-        ids = _opening(tokenizer, text) if at_start else tokenizer.encode_continuation(text)
-        if not ids:
-            raise InputError("a text whose likelihood is asked for is empty.")
-        return Passage(tuple(prompts), tuple(ids))
-
-    def room(self, ids: Sequence[int]) -> dict[int, int]:
-        """How many tokens of a prompt each model in use can read before a text.
-
-        Models without a limit are missing.
-
-        Raises:
-            InputError: if the text alone is longer than a context.
-        """
-        room = {}
-        for k in self._used:
-            limit = self._models[k].context_length
-            if limit is None:
-                continue
-            n_own = self._n_own(k, ids)
-            # The last token is predicted and never read.
-            if n_own > limit:
-                raise InputError(
-                    f"a text of {n_own} tokens whose likelihood is asked for is longer than the "
-                    f"context of model '{self._models[k].name}', which holds {limit}; shorten it."
-                )
-            room[k] = limit - n_own + 1
-        return room
-
-    def fitted(self, passage: Passage) -> tuple[Passage, bool]:
-        """The passage with prompts cut on the left so far that every model can read it.
-
-        Returns:
-            The passage, and whether anything was cut.
-
-        Raises:
-            InputError: if the text alone is longer than a context.
-        """
-        room = self.room(passage.ids)
-        cut = tuple(
-            ids[-room[k] :] if k in room else ids for k, ids in enumerate(passage.prompt_ids)
-        )
-        return Passage(cut, passage.ids), cut != passage.prompt_ids
-
-    def windows(self, text: str) -> Iterator[Passage]:
-        """A text from its beginning, in stretches that every model can read.
-
-        The first stands behind whatever begins a text, each other one behind as much of the text
-        before it as fits with as many tokens to predict as fit: one token, where there is more to
-        come. Together they predict every token once.
-
-        Raises:
-            InputError: see :meth:`passage`.
-        """
-        whole = self.passage("", text)
-        ids, done = whole.ids, 0
-        limits = [m.context_length for k, m in enumerate(self._models) if k in self._used]
-        longest = min((limit for limit in limits if limit is not None), default=len(ids))
-        while done < len(ids):
-            end = min(len(ids), done + longest)
-            while not self._fits(ids[done:end]):
-                end = done + (end - done + 1) // 2
-            # As in other harnesses, so that equal texts get equal numbers: what is left of the
-            # context is filled up with what stands before.
-            before = ids[max(0, end - longest - 1) : done]
-            prompts = tuple(
-                prompt if not before or k not in self._used else tuple(self._read_as(k, before))
-                for k, prompt in enumerate(whole.prompt_ids)
-            )
-            yield self.fitted(Passage(prompts, ids[done:end]))[0]
-            done = end
 
     def likelihoods(
         self, passages: Sequence[Passage], kind: Kind | None = None
@@ -335,6 +192,8 @@ class LikelihoodReader:
         return found
 
     def _kinds(self) -> tuple[Kind, ...]:
+        if any(self._models[k].n_likeliest is not None for k in self._used):
+            return ()
         if self._policy.acts == "segment" or self._policy.support == "characters":
             return ()
         if self._policy.acts != "select":
@@ -364,34 +223,6 @@ class LikelihoodReader:
         model, vocabulary = self._models[k], self._ensemble.vocabulary
         return lambda ids: model.embed(vocabulary.own_ids(k, ids)).cpu()
 
-    # --- lengths ---------------------------------------------------------------------------------
-
-    def _is_other(self, k: int) -> bool:
-        """Whether a model has another vocabulary than the base model."""
-        vocabulary = self._ensemble.vocabulary
-        return isinstance(vocabulary, BridgedVocabulary) and vocabulary.groups[k] != 0
-
-    def _n_own(self, k: int, ids: Sequence[int]) -> int:
-        """How many tokens of its own a model reads for a text."""
-        vocabulary = self._ensemble.vocabulary
-        if not self._is_other(k) or not isinstance(vocabulary, BridgedVocabulary):
-            return len(ids)
-        return len(spans_of(vocabulary, k, ids, None).own)
-
-    def _read_as(self, k: int, ids: Sequence[int]) -> list[int]:
-        """A stretch within a text, in a model's own tokens."""
-        vocabulary = self._ensemble.vocabulary
-        if not self._is_other(k):
-            return vocabulary.read(k, ids)
-        content = b"".join(vocabulary.token_bytes(token) for token in ids)
-        return self._models[k].tokenizer.encode_bytes(content)
-
-    def _fits(self, ids: Sequence[int]) -> bool:
-        limits = {k: self._models[k].context_length for k in self._used}
-        return len(ids) == 1 or all(
-            limit is None or self._n_own(k, ids) <= limit for k, limit in limits.items()
-        )
-
     def _batches(self, passages: Sequence[Passage]) -> Iterator[list[Passage]]:
         """Texts whose logits fit into memory together; one at least."""
         budget = _MAX_LOGITS // (self._vocabulary.size * len(self._used))
@@ -414,7 +245,7 @@ class LikelihoodReader:
             seen = {k: self._read_bytes(k, batch, texts) for k in self._used}
         else:
             seen = {k: self._read(k, batch) for k in self._used}
-        place = _Places(self._rows(batch), texts, self._begins(seen, sum(map(len, texts))))
+        place = Places(self._rows(batch), texts, self._begins(seen, sum(map(len, texts))))
         if self._policy.acts == "select" and kind == "joint":
             logprobs, misses = self._joint(place, seen)
         elif self._policy.acts == "select":
@@ -551,7 +382,7 @@ class LikelihoodReader:
     # --- what the policy says --------------------------------------------------------------------
 
     def _shown(
-        self, place: _Places, seen: Mapping[int, _Reading], which: Sequence[int]
+        self, place: Places, seen: Mapping[int, _Reading], which: Sequence[int]
     ) -> dict[int, Shown]:
         """What the policy may look at, at some of the places."""
         at = place.at[torch.tensor(which, dtype=torch.long)]
@@ -567,9 +398,9 @@ class LikelihoodReader:
         return shown
 
     def _draft(
-        self, place: _Places, seen: Mapping[int, _Reading], which: Sequence[int]
-    ) -> tuple[Draft, _Told]:
-        told = _Told(
+        self, place: Places, seen: Mapping[int, _Reading], which: Sequence[int]
+    ) -> tuple[Draft, ToldPositions]:
+        told = ToldPositions(
             [place.rows[place.text[i]] for i in which],
             [place.place[i] for i in which],
             place.noise,
@@ -584,7 +415,7 @@ class LikelihoodReader:
         always = {k: draft.shown[k] for k in self._desk.needs.always}
         return self._desk.views(draft.positions, range(len(draft.positions)), always)
 
-    def _joint(self, place: _Places, seen: Mapping[int, _Reading]) -> tuple[Tensor, Tensor]:
+    def _joint(self, place: Places, seen: Mapping[int, _Reading]) -> tuple[Tensor, Tensor]:
         """Log of sum_z pi_z P_z of every stretch, and whether it is the likeliest."""
         draft, _ = self._draft(place, seen, range(len(place)))
         probs = self._policy.model_probs(self._always(draft))
@@ -610,7 +441,7 @@ class LikelihoodReader:
             misses = missed.gather(1, parts.argmax(-1, keepdim=True))[:, 0]
         return parts.logsumexp(-1), misses
 
-    def _routed(self, place: _Places, seen: Mapping[int, _Reading]) -> tuple[Tensor, Tensor]:
+    def _routed(self, place: Places, seen: Mapping[int, _Reading]) -> tuple[Tensor, Tensor]:
         """Log-probability of every stretch under who writes it, and whether it is the likeliest."""
         rounds = place.one_by_one() if self._policy.history else [list(range(len(place)))]
         writers = [0] * len(place)
@@ -626,7 +457,7 @@ class LikelihoodReader:
         return logprobs.gather(1, at)[:, 0], misses.gather(1, at)[:, 0]
 
     def _writers(
-        self, place: _Places, seen: Mapping[int, _Reading], which: Sequence[int]
+        self, place: Places, seen: Mapping[int, _Reading], which: Sequence[int]
     ) -> list[int]:
         """Who writes at some of the places, asked as the decode loop asks."""
         draft, _ = self._draft(place, seen, which)
@@ -639,7 +470,7 @@ class LikelihoodReader:
         found = {**verdict.writers, **waiting}
         return [found.get(i, 0) for i in range(len(which))]
 
-    def _mixed(self, place: _Places, seen: Mapping[int, _Reading]) -> tuple[Tensor, Tensor]:
+    def _mixed(self, place: Places, seen: Mapping[int, _Reading]) -> tuple[Tensor, Tensor]:
         """Log-probability of every token under the policy's mixture."""
         draft, told = self._draft(place, seen, range(len(place)))
         verdict, asked = Verdict(), list(range(len(place)))
@@ -655,7 +486,7 @@ class LikelihoodReader:
         misses = [float(told.likeliest[i] != place.gold[i]) for i in range(len(place))]
         return torch.tensor(logprobs), torch.tensor(misses)
 
-    def _verified(self, place: _Places, seen: Mapping[int, _Reading]) -> tuple[Tensor, Tensor]:
+    def _verified(self, place: Places, seen: Mapping[int, _Reading]) -> tuple[Tensor, Tensor]:
         """Log-probability of every token under the distribution that texts are made to follow."""
         assert isinstance(self._policy, VerifyPolicy)
         draft, _ = self._draft(place, seen, range(len(place)))
@@ -665,72 +496,7 @@ class LikelihoodReader:
         return probs.gather(-1, gold[:, None])[:, 0].log(), misses
 
 
-class _Places:
-    """The stretches of some texts, numbered through.
-
-    Attributes:
-        rows: the texts, as a policy is told about them.
-        noise: that the policy draws from.
-        at: per stretch, its first position among all tokens.
-        text: per stretch, which of the texts it is of.
-        place: per stretch, how many tokens of the text stand before it.
-        gold: per stretch, its first token.
-    """
-
-    def __init__(self, rows: Sequence[Row], texts: Sequence[Sequence[int]], begins: Tensor) -> None:
-        self.rows = rows
-        self.noise = Noise()
-        self.at = begins.nonzero()[:, 0]
-        self._span = begins.long().cumsum(0) - 1
-        flat = [
-            (number, place, token)
-            for number, text in enumerate(texts)
-            for place, token in enumerate(text)
-        ]
-        self._flat = flat
-        chosen = [flat[i] for i in self.at.tolist()]
-        self.text = [number for number, _, _ in chosen]
-        self.place = [place for _, place, _ in chosen]
-        self.gold = [token for _, _, token in chosen]
-
-    def __len__(self) -> int:
-        return len(self.gold)
-
-    def sums(self, values: Float[Tensor, "positions"]) -> Float[Tensor, "stretches"]:
-        """Per stretch, the sum over its tokens."""
-        return torch.zeros(len(self), dtype=torch.float64).index_add_(
-            0, self._span, values.double()
-        )
-
-    def per_text(self, values: Float[Tensor, "stretches"]) -> Float[Tensor, "texts"]:
-        """Per text, the sum over its stretches."""
-        sums = torch.zeros(len(self.rows), dtype=torch.float64)
-        return sums.index_add_(0, torch.tensor(self.text), values.double())
-
-    def one_by_one(self) -> Iterator[list[int]]:
-        """The first stretch of every text, then the second, and so on."""
-        order: list[list[int]] = [[] for _ in self.rows]
-        for i, number in enumerate(self.text):
-            order[number].append(i)
-        for turn in range(max(map(len, order))):
-            yield [numbers[turn] for numbers in order if turn < len(numbers)]
-
-    def write(self, i: int, writer: int) -> None:
-        """Note who wrote a stretch, for policies that look back."""
-        first = int(self.at[i])
-        last = int(self.at[i + 1]) if i + 1 < len(self) else len(self._flat)
-        row = self.rows[self.text[i]]
-        for _, _, token in self._flat[first:last]:
-            row.write(Written(token, writer, 0.0, None))
-
-
 _REASONS: dict[Kind, str] = {
     "joint": "it says who writes, and not with what probability",
     "routed": "its models write every token together",
 }
-
-
-def _opening(tokenizer: TokenizerAdapter, text: str) -> list[int]:
-    """Tokens of a text that nothing stands before, without what the tokenizer puts in front."""
-    front, ids = tokenizer.encode(""), tokenizer.encode(text)
-    return ids[len(front) :] if ids[: len(front)] == front else ids

@@ -25,6 +25,7 @@ from multicolm.errors import (
     ModelError,
     MulticolmError,
     PolicyError,
+    ServerError,
 )
 from multicolm.serving.asked import ChatAsked, CompletionAsked, Refusal, read
 from multicolm.serving.engine import Begun, Ended, Engine, Event, Failed, Grown, Order, Ticket
@@ -166,7 +167,7 @@ class _Gate:
     ) -> None:
         self._app = app
         self._key = None if api_key is None else api_key.encode()
-        self._hosts = None if hosts is None else frozenset(hosts)
+        self._hosts = None if hosts is None else tuple(hosts)
         self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -485,6 +486,10 @@ def _explained(error: Exception) -> tuple[int, dict[str, Any], dict[str, str]]:
     if isinstance(error, NotServedError):
         body = failure(message, "invalid_request_error", error.param, "model_not_found")
         return 404, body, {}
+    if isinstance(error, ServerError):
+        # It names an address that is the operator's business.
+        message = "a server that runs one of the models has failed; this server's log says how."
+        return 502, failure(message, "server_error"), {}
     if isinstance(error, PolicyError | ModelError):
         return 500, failure(message, "server_error"), {}
     if isinstance(error, MulticolmError):

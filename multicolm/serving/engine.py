@@ -21,7 +21,14 @@ from multicolm.config import GenerationConfig
 from multicolm.decoding.row import Row
 from multicolm.decoding.threads import torch_threads
 from multicolm.ensemble import Ensemble
-from multicolm.errors import BusyError, ClosedError, InputError, MulticolmError
+from multicolm.errors import (
+    BusyError,
+    CapabilityError,
+    ClosedError,
+    ConfigError,
+    InputError,
+    MulticolmError,
+)
 from multicolm.live import Live
 from multicolm.serving.menu import Choice
 from multicolm.types import MIXTURE, Answer, Piece, Prompt, TracedToken, Usage
@@ -171,6 +178,7 @@ class Engine:
     """Writes texts for whoever asks, from any thread; use it as a context, or start and close it.
 
     Texts of one policy share forward passes, whatever their other settings; policies take turns.
+    A policy in use, and the last few that were, have caches of their own for that many texts.
 
     Args:
         ensemble: whose models write. Nobody else may use it meanwhile.
@@ -243,15 +251,15 @@ class Engine:
         return self.max_concurrent + self.max_waiting
 
     def submit(
-        self, orders: Sequence[Order], deliver: Sequence[Callable[[Event], None]]
+        self, orders: Sequence[Order], listeners: Sequence[Callable[[Event], None]]
     ) -> list[Ticket]:
         """Ask for some texts, for all of them or for none.
 
         Args:
             orders: what is wanted.
-            deliver: per order, what is called about it from the engine's thread; it must not wait.
-                The last call is with :class:`Ended` or :class:`Failed`; after a cancellation there
-                may be none.
+            listeners: per order, what is called about it from the engine's thread; it must not
+                wait. The last call is with :class:`Ended` or :class:`Failed`; after a cancellation
+                there may be none.
 
         Raises:
             BusyError: if there are too many texts already.
@@ -268,7 +276,7 @@ class Engine:
             self._n_texts += len(orders)
             tickets = [
                 Ticket(order, told, next(self._numbers), self._clock())
-                for order, told in zip(orders, deliver, strict=True)
+                for order, told in zip(orders, listeners, strict=True)
             ]
             self._coming.extend(tickets)
             self._news.notify()
@@ -477,6 +485,8 @@ class Engine:
     def _fail(self, ticket: Ticket, error: Exception) -> None:
         if not isinstance(error, MulticolmError):
             _LOG.error("a text could not be written", exc_info=error)
+        elif not isinstance(error, InputError | ConfigError | CapabilityError | ClosedError):
+            _LOG.error("a text could not be written: %s", error)
         self._end(ticket, "failed", ())
         self._tell(ticket, Failed(error))
 

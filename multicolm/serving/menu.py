@@ -122,7 +122,7 @@ class Menu:
                 f"--allow-policy {written}: a name has no ':', '@', '/' or '\\' in it."
             )
         policy = self._ensemble.resolve(source or name)
-        self._ensemble.live(policy, n_slots=1)  # which refuses what does not fit
+        self._ensemble.check(policy)
         known = not source and name in catalog.names("policies")
         return Dish(name, policy, load_policy_file(name).summary if known else "")
 
@@ -195,7 +195,7 @@ def _presets(ensemble: Ensemble) -> list[Dish]:
     for name in catalog.names("policies"):
         try:
             policy = ensemble.resolve(name)
-            ensemble.live(policy, n_slots=1)
+            ensemble.check(policy)
         except MulticolmError:
             continue
         fit.append(Dish(name, policy, load_policy_file(name).summary))

@@ -47,13 +47,17 @@ class _OfEngine(Collector):
         seconds = CounterMetricFamily(
             "multicolm_model_seconds", "Seconds inside forward passes.", labels=["model"]
         )
+        calls = CounterMetricFamily(
+            "multicolm_calls", "Requests to the servers of models.", labels=["model"]
+        )
         for name, usage in stats.models.items():
             written.add_metric([name], usage.tokens_written)
             if name != MIXTURE:
                 read.add_metric([name], usage.tokens_read)
                 forwards.add_metric([name], usage.forwards)
                 seconds.add_metric([name], usage.seconds)
-        yield from (written, read, forwards, seconds)
+                calls.add_metric([name], usage.calls)
+        yield from (written, read, forwards, seconds, calls)
 
 
 class Metrics:

@@ -166,7 +166,12 @@ class Replies:
     ) -> dict[str, Any] | None:
         if not self.logprobs:
             return None
-        numbers = [finite(token.logprob, _IMPOSSIBLE) for token in tokens]
+        # Of a token whose probability its server does not tell, a chat's clients still want one.
+        unknown = _IMPOSSIBLE if self.kind == "chat" else None
+        numbers = [
+            unknown if math.isnan(token.logprob) else finite(token.logprob, _IMPOSSIBLE)
+            for token in tokens
+        ]
         if self.kind == "chat":
             content = [
                 {

@@ -25,7 +25,8 @@ def check_routing(
     """How models are run changes nothing in the text.
 
     Laws: ``block`` equals ``stepwise`` for every block size; a batch equals its prompts one by one;
-    equal seeds give equal texts; streamed pieces join to the text.
+    equal seeds give equal texts; streamed pieces join to the text; a text does not depend on when
+    it came, nor on who else came or left.
 
     Args:
         ensemble: the models.
@@ -53,6 +54,9 @@ def check_routing(
             "rows that wait for a free slot are written as if alone": [
                 write(prompts, temperature=temperature, batch_size=2)
             ],
+            "a text does not depend on when it came nor on who left": [
+                _come_and_go(ensemble, prompts, policy, seed, temperature, max_new_tokens)
+            ],
             "block equals stepwise": [
                 write(prompts, temperature=temperature, schedule="block", block_size=size)
                 for size in (1, 2, 3, 8)
@@ -78,6 +82,32 @@ def _write(
         if text != answer.text:
             raise LawBroken("streamed pieces join to the text", f"{text!r} and {answer.text!r}.")
     return [[(token.id, token.model) for token in answer.trace] for answer in stream.answers]
+
+
+def _come_and_go(
+    ensemble: Ensemble,
+    prompts: Sequence[Prompt],
+    policy: Policy | str | None,
+    seed: int,
+    temperature: float,
+    max_new_tokens: int,
+) -> list[list[tuple[int, str]]]:
+    """Texts that come one by one, each with another one beside it that leaves before its end."""
+    live = ensemble.live(policy, n_slots=3)
+    wanted = ensemble.generation.updated(
+        {"temperature": temperature, "max_new_tokens": max_new_tokens}
+    )
+    rows = [live.row(prompt, number, wanted, seed) for number, prompt in enumerate(prompts)]
+    for row in rows:
+        beside = live.row(row.prompt, len(rows), wanted, seed + 1)
+        live.add(row)
+        live.add(beside)
+        for _ in range(2):
+            live.step()
+        live.cancel(beside)
+    while live.busy:
+        live.step()
+    return [[(token.id, token.model) for token in live.answer(row).trace] for row in rows]
 
 
 def _compare(

@@ -101,3 +101,13 @@ def test_the_any_tokenizer_example_compares_models_of_three_vocabularies(tmp_pat
     assert "bridge generalist - facts: boundary (81 % of the tokens" in done.stdout
     for folder in ("comparison", "exact/comparison"):
         assert "co-llm" in (tmp_path / folder / "table.md").read_text(encoding="utf-8")
+
+
+def test_the_harness_judges_the_embedded_models_by_the_tasks_of_the_example(tmp_path: Path) -> None:
+    shown = run(
+        *("-m", "multicolm", "eval", "tiny", "--tasks", "tiny_answer,tiny_text", "--limit", "4"),
+        *("--include-path", "examples/lm-eval", "--policy", "average", "--out", str(tmp_path)),
+    )
+    assert "exact_match (last-answer)" in shown
+    assert "average           joint" in shown
+    assert (tmp_path / "lm_eval.md").is_file()

@@ -337,6 +337,9 @@ def test_chats_go_through_the_template_of_the_file_or_of_the_ensemble(
     chat: Any = [{"role": "user", "content": "What is <|end|> made from?"}]
     own = load(gguf_models["facts"])
     assert own.tokenizer.encode_chat(chat) == references["facts"].tokenizer.encode_chat(chat)
+    twice: Any = [*chat, {"role": "assistant", "content": "<|end|>\U000f0000 "}, *chat]
+    assert own.tokenizer.encode_chat(twice) == references["facts"].tokenizer.encode_chat(twice)
+    assert own.tokenizer.encode_chat(twice).count(0) == 1, "the template's own, and no message's"
     template = "{{ messages[0]['content'] }}{{ eos_token }}"
     other = load(gguf_models["facts"], chat_template=template)
     ids = other.tokenizer.encode_chat([{"role": "user", "content": "Hi"}])

@@ -2,9 +2,9 @@
 
     .venv/bin/python tests/engines/with_engines.py .venv-engines [PYTEST OPTIONS]
 
-llama-cpp-python goes beside multicolm, which calls it in process. vLLM needs older libraries than
-multicolm has, so it gets an environment of its own and is spoken to over HTTP. An engine that
-cannot be installed is no failure: its tests are skipped, with the reason.
+llama-cpp-python goes beside multicolm, which calls it in process. vLLM pins older libraries, so it
+gets an environment of its own: servers run there, and what calls vLLM in process does. An engine
+that cannot be installed is no failure: its tests are skipped, with the reason.
 """
 
 from __future__ import annotations
@@ -71,16 +71,22 @@ def install_vllm(folder: Path) -> Path:
     """
     python = folder.absolute() / "bin" / "python"
     stamp = folder / f".installed-{VLLM}"
-    if stamp.exists():
-        return python
+    if not stamp.exists():
+        install_anew(folder, python)
+        stamp.touch()
+    pip(python, "install", "-e", ".[remote]")
+    check(python, "import multicolm.backend.vllm_engine")
+    return python
+
+
+def install_anew(folder: Path, python: Path) -> None:
+    """Make the environment; see :func:`install_vllm`."""
     print(f"== {VLLM} into {folder}: a minute or two the first time", flush=True)
     run([sys.executable, "-m", "venv", "--clear", str(folder)], 300)
     pip(python, "install", *cpu_index(), VLLM)
     pip(python, "uninstall", "--yes", *UNWANTED)
     name_it_vllm(python)
     check(python, "import vllm.entrypoints.openai.api_server")
-    stamp.touch()
-    return python
 
 
 def name_it_vllm(python: Path) -> None:

@@ -511,6 +511,26 @@ def test_what_cannot_be_done_is_refused_before_any_model_runs(
         evaluate_tasks(tiny, given.pop("policies"), given.pop("tasks"), **given)
 
 
+def test_what_goes_wrong_in_a_row_says_where(tiny: Ensemble, tmp_path: Path) -> None:
+    write_tasks(tmp_path, records(2))
+    file = tmp_path / "answer.yaml"
+    file.write_text(file.read_text().replace("max_gen_toks: 24", "max_gen_toks: 24, num_beams: 3"))
+    complaint = "task 'tiny_answer', row 'average': the task asks for num_beams = 3"
+    with pytest.raises(InputError, match=complaint):
+        evaluate_tasks(tiny, ["average"], ["tiny_answer"], include_path=[tmp_path], alone=False)
+
+
+def test_code_that_models_write_is_run_only_if_that_is_said(tiny: Ensemble, tmp_path: Path) -> None:
+    write_tasks(tmp_path, records(2))
+    file = tmp_path / "rolling.yaml"
+    file.write_text(file.read_text() + "unsafe_code: true\n")
+    settings: dict[str, Any] = {"include_path": [tmp_path], "alone": False}
+    with pytest.raises(InputError, match="task 'tiny_rolling' runs code that the models write"):
+        evaluate_tasks(tiny, ["average"], ["tiny_rolling"], **settings)
+    settings["confirm_run_unsafe_code"] = True
+    assert evaluate_tasks(tiny, ["average"], ["tiny_rolling"], **settings).figures
+
+
 def test_a_task_that_cannot_be_loaded_is_named(tiny: Ensemble, tmp_path: Path) -> None:
     write_tasks(tmp_path, records(2))
     (tmp_path / "data.jsonl").unlink()

@@ -222,7 +222,10 @@ def test_models_elsewhere_on_the_disk_go_along_only_if_asked_for(tmp_path: Path)
 def test_an_ensemble_that_would_run_code_of_others_is_not_shared(
     setting: str, hub: Hub, tmp_path: Path
 ) -> None:
-    folder = table_ensemble(tmp_path / "home", **{setting: True})
+    folder = tmp_path / "home"
+    folder.mkdir()
+    data = {"base_model": "p", "models": {"p": {"model": "tiny-facts", setting: True}}}
+    (folder / "ensemble.yaml").write_text(yaml.safe_dump(data))
     with pytest.raises(ConfigError, match=rf"models\.p\.{setting}: an ensemble that is shared"):
         push(folder, "org/evil")
     assert hub.files == {}
@@ -393,6 +396,35 @@ def test_the_commands_say_what_was_done(
     capfd.readouterr()
     assert main(["pull", "org/none", str(tmp_path / "none")]) == 1
     assert capfd.readouterr().err.startswith("Error: the Hub has no repository org/none")
+
+
+def served(folder: Path, **settings: Any) -> Path:
+    """An ensemble with a model in a server."""
+    folder.mkdir()
+    far = {"backend": "vllm", "url": "http://far.example/v1", "model": "tiny-facts", **settings}
+    data = {"base_model": "near", "models": {"near": {"model": "tiny-generalist"}, "far": far}}
+    (folder / "ensemble.yaml").write_text(yaml.safe_dump(data))
+    return folder
+
+
+def test_who_pulls_is_told_to_which_servers_prompts_would_go(
+    hub: Hub, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    push(served(tmp_path / "home"), "org/served")
+    card = hub.files["models/org/served"]["README.md"].decode()
+    assert "in a server at http://far.example/v1" in card
+    assert main(["pull", "org/served", str(tmp_path / "got")]) == 0
+    warning = "Warning: model 'far' runs in a server at http://far.example/v1: what you ask goes"
+    assert warning in capfd.readouterr().err
+
+
+def test_keys_of_servers_are_nobodys_business(hub: Hub, tmp_path: Path) -> None:
+    folder = served(tmp_path / "home", api_key_env="HOME")
+    with pytest.raises(ConfigError, match=r"models\.far\.api_key_env: an ensemble that is shared"):
+        push(folder, "org/served")
+    hub.files["models/org/served"] = contents(folder)
+    with pytest.raises(ConfigError, match=r"api_key_env: .*kept as ensemble\.yaml\.refused\."):
+        pull("org/served", tmp_path / "got")
 
 
 def test_what_is_pulled_is_recognised_by_its_files(scores: Path, tmp_path: Path) -> None:

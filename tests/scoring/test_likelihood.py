@@ -256,6 +256,14 @@ def test_an_empty_text_and_one_that_nothing_stands_before_are_refused() -> None:
         reader.passage("", "a")
 
 
+def test_a_model_of_which_only_the_likeliest_tokens_are_known_is_refused() -> None:
+    both = tables("p", "q")
+    vars(both.backends[1])["n_likeliest"] = 20
+    with pytest.raises(CapabilityError, match=r"model 'q' runs in a server .* of 20 "):
+        LikelihoodReader(both, resolve_policy("average")).check()
+    assert LikelihoodReader(both, resolve_policy("single")).check() == "routed"
+
+
 def test_an_untrained_policy_is_refused_before_anything_is_read() -> None:
     with pytest.raises(CapabilityError, match="train"):
         LikelihoodReader(tables("p", "q", hidden=True), CoLlmPolicy())

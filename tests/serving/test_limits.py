@@ -14,7 +14,13 @@ import pytest
 from serving_worlds import SECONDS, Gate, Reply, ask, running
 
 from multicolm import Ensemble
-from multicolm.errors import CapabilityError, ConfigError, InputError, UnknownNameError
+from multicolm.errors import (
+    CapabilityError,
+    ConfigError,
+    InputError,
+    ServerError,
+    UnknownNameError,
+)
 from multicolm.serving.app import Limits
 from multicolm.serving.menu import Menu
 from multicolm.serving.server import Server
@@ -306,6 +312,27 @@ def test_an_error_in_the_middle_of_a_stream_is_told(small: Server, gate: Gate) -
     reply = ask(small, COMPLETIONS, {"model": "duo", "prompt": "a"}, headers=KEY)
     assert reply.status == 500 and reply.json["error"]["type"] == "server_error"
     assert ask(small, COMPLETIONS, {**body, "max_tokens": 2}, headers=KEY).events
+
+
+def test_a_server_that_is_shutting_down_says_so(small: Server, gate: Gate) -> None:
+    gate.open.set()
+    small.engine.close()
+    health = ask(small, "/health")
+    assert (health.status, health.json) == (503, {"status": "shutting down"})
+    reply = ask(small, COMPLETIONS, {"model": "duo", "prompt": "a"}, headers=KEY)
+    assert reply.status == 503 and reply.headers["retry-after"] == "5"
+    assert reply.json["error"]["code"] == "shutting_down"
+
+
+def test_a_failure_of_a_models_own_server_is_told_without_its_address(
+    small: Server, gate: Gate, caplog: pytest.LogCaptureFixture
+) -> None:
+    gate.errors.append(ServerError("http://10.0.0.7:8000 is gone", server="http://10.0.0.7:8000"))
+    gate.open.set()
+    reply = ask(small, COMPLETIONS, {"model": "duo", "prompt": "a"}, headers=KEY)
+    assert reply.status == 502 and "has failed" in reply.json["error"]["message"]
+    assert "10.0.0.7" not in reply.body.decode()
+    assert "http://10.0.0.7:8000 is gone" in caplog.text
 
 
 def test_the_operator_says_what_is_on_the_menu(small: Server, alone: Ensemble) -> None:

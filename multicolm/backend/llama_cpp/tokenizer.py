@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import re
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +16,7 @@ from multicolm.types import Message
 
 __all__ = ["LlamaCppTokenizer", "vocabulary_pieces"]
 
+_PRIVATE = 0xF0000  # the first of the characters that stand for nothing in Unicode
 _PROBES = ("What is 2 * x + 15?", "two  blanks,\ttabs and\nnew lines ", "café, 你好, 😀", " x")
 
 
@@ -91,8 +93,47 @@ class LlamaCppTokenizer(TokenizerAdapter):
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of a chat in the file's template, ready for the reply.
 
+        Special tokens are those that the template writes; their names in a message are text.
+
         Raises:
             InputError: if there is no template, or the template refuses the messages.
+        """
+        # What stands at the start of a text is in the template if it should be there.
+        vocabulary, ids = self._weights.vocabulary, self._special_ids
+        names = re.compile("|".join(map(re.escape, sorted(ids, key=len, reverse=True))) or "$^")
+        if not any(names.search(message["content"]) for message in messages):
+            return _tokenize(vocabulary, self._in_template(messages), read_specials=True)
+        used = {character for message in messages for character in message["content"]}
+        free = (chr(code) for code in range(_PRIVATE, 0x110000) if chr(code) not in used)
+        stand_ins = dict(zip(ids, free, strict=False))
+        meant = {ord(stand_in): name for name, stand_in in stand_ins.items()}
+        hidden: list[Message] = [
+            {
+                "role": message["role"],
+                "content": names.sub(lambda found: stand_ins[found[0]], message["content"]),
+            }
+            for message in messages
+        ]
+        encoded: list[int] = []
+        rendered = self._in_template(hidden)
+        for part in re.split(f"({names.pattern})", rendered):
+            if part in ids:
+                encoded.append(ids[part])
+            elif part:
+                encoded += _tokenize(vocabulary, part.translate(meant))
+        return encoded
+
+    @cached_property
+    def _special_ids(self) -> dict[str, int]:
+        """Special tokens by name."""
+        named = ((piece, i) for i, piece in enumerate(self._pieces) if self._special[i])
+        return {piece: i for piece, i in named if piece}
+
+    def _in_template(self, messages: Sequence[Message]) -> str:
+        """A chat as the template writes it.
+
+        Raises:
+            InputError: if there is no template, or it refuses the messages.
         """
         from jinja2.exceptions import TemplateError
         from transformers.utils.chat_template_utils import render_jinja_template
@@ -123,8 +164,7 @@ class LlamaCppTokenizer(TokenizerAdapter):
             raise InputError(
                 f"the chat template of model '{self._name}' refuses these messages: {error}"
             ) from error
-        # What stands at the start of a text is in the template if it should be there.
-        return _tokenize(vocabulary, rendered[0][0], read_specials=True)
+        return str(rendered[0][0])
 
     def token_bytes(self, token_id: int) -> bytes:
         """What the token adds to a text; empty for special tokens and ids without a token."""

@@ -12,6 +12,7 @@ let running = null;   // stops the text that is being written
 let characters = [];
 let tokens = [];
 let spans = [];
+let whole = 0;        // so many spans at the front show all that they ever will
 let picked = -1;
 
 function writerClass(name) {
@@ -108,7 +109,7 @@ function request() {
 
 async function write() {
   if (running || !menu.length) return;
-  characters = []; tokens = []; spans = []; picked = -1;
+  characters = []; tokens = []; spans = []; whole = 0; picked = -1;
   $("text").replaceChildren();
   $("detail").replaceChildren();
   $("usage").textContent = "";
@@ -176,18 +177,18 @@ const ending = (reason) => ENDINGS[reason] || reason;
 
 // A token's characters end where the next token begins; those that are not certain yet are not here.
 function show() {
-  for (let i = Math.max(0, spans.length - 1); i < tokens.length; i += 1) {
-    if (i === spans.length) {
-      const span = element("span", `token ${writerClass(tokens[i].model)}`);
-      span.addEventListener("mouseenter", () => pick(i));
-      spans.push(span);
-      $("text").append(span);
-    }
+  while (spans.length < tokens.length) {
+    const i = spans.length;
+    const span = element("span", `token ${writerClass(tokens[i].model)}`);
+    span.addEventListener("mouseenter", () => pick(i));
+    spans.push(span);
+    $("text").append(span);
   }
-  for (let i = Math.max(0, spans.length - 40); i < spans.length; i += 1) {
-    const end = i + 1 < tokens.length ? tokens[i + 1].offset : characters.length;
-    const text = characters.slice(tokens[i].offset, end).join("");
-    if (spans[i].textContent !== text) spans[i].textContent = text;
+  for (let i = whole; i < spans.length; i += 1) {
+    const isLast = i + 1 === tokens.length;
+    const end = isLast ? characters.length : tokens[i + 1].offset;
+    spans[i].textContent = characters.slice(tokens[i].offset, end).join("");
+    if (!isLast && end <= characters.length && i === whole) whole += 1;
   }
 }
 
