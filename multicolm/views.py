@@ -127,6 +127,7 @@ class View:
         self._n_likeliest = n_likeliest
         self._logits = logits
         self._hidden = hidden
+        self._declared = signals
         self._signals = None if signals is None else implied(signals)
         self.name = name
 
@@ -137,7 +138,7 @@ class View:
         if self._signals is not None and signal not in self._signals:
             raise PolicyError(
                 f"the policy reads '{signal}' of model '{self.name}' but declared only "
-                f"{sorted(self._signals) or 'nothing'}; add '{signal}' to its needs."
+                f"{sorted(self._declared or ()) or 'nothing'}; add '{signal}' to its needs."
             )
 
     @cached_property

@@ -17,7 +17,7 @@ from multicolm.backend.remote.completions import Completion, Likeliest, Unreadab
 from multicolm.backend.remote.probe import NEUTRAL, Abilities
 from multicolm.backend.remote.service import Service
 from multicolm.backend.remote.written import Writing
-from multicolm.errors import CapabilityError, ServerError
+from multicolm.errors import CapabilityError, MulticolmError, ServerError
 
 __all__ = ["RemoteSession"]
 
@@ -149,7 +149,7 @@ class RemoteSession(Session):
     ) -> Look:
         """See :meth:`multicolm.backend.base.Session.feed`.
 
-        A row is cut back to what it was if the server does not answer.
+        Rows are cut back to what they were if the server does not answer.
 
         Raises:
             CapabilityError: if hidden states are wanted.
@@ -167,7 +167,7 @@ class RemoteSession(Session):
         self._n_passes = 0
         try:
             calls = self._learn(rows, n_last)
-        except ServerError:
+        except MulticolmError:
             for row, length in zip(rows, before, strict=True):
                 self.truncate(row, length)
             raise
