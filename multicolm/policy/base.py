@@ -212,6 +212,10 @@ class Policy:
         """
         return None
 
+    def params_at(self, threshold: float) -> dict[str, Any] | None:
+        """The params with which it hands over by a threshold; ``None`` if it knows no such."""
+        return None if self.deferral is None else {self.deferral.param: threshold}
+
     def check_models(self, models: Sequence[ModelFacts]) -> None:
         """Refuse an ensemble that this policy was not made for; every policy fits by default.
 

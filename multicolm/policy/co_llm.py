@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from jaxtyping import Bool, Float, Int
 from pydantic import Field
@@ -76,6 +76,10 @@ class CoLlmPolicy(SelectPolicy, MixPolicy):
         }
         for name, value in settings.items():
             object.__setattr__(self, name, value)
+
+    def params_at(self, threshold: float) -> dict[str, Any]:
+        """However it decodes otherwise, a threshold is the published rule."""
+        return {"decode": "threshold", "threshold": threshold}
 
     def needs(self, models: ModelNames) -> Needs:
         """The base model's hidden state; for ``mixture`` every model's log-probabilities.

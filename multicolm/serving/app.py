@@ -154,7 +154,7 @@ def _model(menu: Menu, engine: Engine, name: str, created: int) -> dict[str, Any
             "kind": dish.policy.name,
             "summary": dish.summary,
             "models": list(engine.ensemble.models),
-            "threshold": dish.policy.deferral.param if dish.policy.deferral else None,
+            "threshold": dish.policy.params_at(0.5) is not None,
         },
     }
 

@@ -2,7 +2,7 @@
 
 ``tiny``                     the ensemble's own policy
 ``tiny:confidence``          another one, as far as the operator allows
-``tiny:confidence@0.3``      the same with another threshold of deferral
+``tiny:confidence@0.3``      the same with another threshold of deferral; ``tiny@0.3`` likewise
 
 A client names policies and their params, and never a path or a file.
 """
@@ -167,17 +167,17 @@ class Menu:
             _check_params(name, chosen, given)
             chosen = self._ensemble.resolve(chosen, given)
         if threshold is not None:
-            param = _deferral_param(name, chosen)
-            given[param] = threshold
-            chosen = self._ensemble.resolve(chosen, {param: threshold})
+            at = _params_at(name, chosen, threshold)
+            given |= at
+            chosen = self._ensemble.resolve(chosen, at)
         return Choice(name, chosen, given)
 
     def _parse(self, model: str) -> tuple[str | None, float | None]:
         """``tiny:confidence@0.3`` as its parts."""
-        if model != self.served and not model.startswith(f"{self.served}:"):
+        rest = model.removeprefix(self.served) if model.startswith(self.served) else "?"
+        if rest[:1] not in ("", ":", "@"):
             raise NotServedError(unknown("model", model, self.ids()), "model")
-        rest = model[len(self.served) + 1 :]
-        name, at, number = rest.partition("@")
+        name, at, number = rest.removeprefix(":").partition("@")
         if not at:
             return name or None, None
         try:
@@ -218,10 +218,11 @@ def _check_params(name: str, policy: Policy, params: Mapping[str, Any]) -> None:
             )
 
 
-def _deferral_param(name: str, policy: Policy) -> str:
-    if policy.deferral is None:
+def _params_at(name: str, policy: Policy, threshold: float) -> dict[str, Any]:
+    params = policy.params_at(threshold)
+    if params is None:
         raise InputError(
             f"policy '{name}' has no threshold of deferral for '@'; leave it out, or set its "
             "params in the field 'multicolm'."
         )
-    return policy.deferral.param
+    return params

@@ -327,3 +327,8 @@ def test_weights_that_are_no_head_are_refused_with_their_file(tmp_path) -> None:
     path = Weights({"a": torch.zeros(2)}).save(tmp_path / "head.safetensors").path
     with pytest.raises(ArtefactError, match=r"head\.safetensors holds no router: its tensors"):
         tables("base", "left", hidden=True).generate(["a"], CoLlmPolicy(head=Weights(path)))
+
+
+def test_a_threshold_stands_for_the_published_rule_however_it_decodes_otherwise() -> None:
+    assert CoLlmPolicy().params_at(0.3) == {"decode": "threshold", "threshold": 0.3}
+    assert CoLlmPolicy(**CoLlmPolicy(decode="sample").params_at(0.3)).deferral is not None

@@ -344,6 +344,11 @@ def test_the_operator_says_what_is_on_the_menu(small: Server, alone: Ensemble) -
         "kind": "margin",
         "params": {"threshold": 0.25},
     }
+    with pytest.raises(InputError, match="no threshold of deferral"):
+        menu.choose("tiny@0.25")
+    assert Menu(Ensemble(alone.backends, policy="entropy"), "tiny", []).choose(
+        "tiny@0.25"
+    ).params == {"threshold": 0.25}
     for allowed, said, kind in (
         ("nope", "unknown policy 'nope'", UnknownNameError),
         ("./folder", "clients need a name for it; write NAME=./folder", ConfigError),

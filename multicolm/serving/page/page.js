@@ -99,7 +99,7 @@ function request() {
     max_tokens: Number($("length").value),
   };
   if (!$("threshold-box").hidden && $("threshold").value !== "") {
-    body.multicolm = { params: { [entry.multicolm.threshold]: Number($("threshold").value) } };
+    body.model += `@${Number($("threshold").value)}`;
   }
   const prompt = $("prompt").value;
   if ($("manner").value === "chat") body.messages = [{ role: "user", content: prompt }];
