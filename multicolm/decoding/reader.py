@@ -228,7 +228,8 @@ class TokenReader(Reader):
         look = self._session.feed(slots, fed, n_last)
         self._model.wait()
         self._account(rows, fed, self._clock() - start, look)
-        logprobs = look.logits.float().log_softmax(-1)
+        # Columns of a padded head belong to no token.
+        logprobs = look.logits[:, : self._model.tokenizer.n_tokens].float().log_softmax(-1)
         gold = torch.tensor([t for ids, n in zip(own, n_last, strict=True) for t in ids[-n:]])
         gold = gold.to(logprobs.device)
         ends = logprobs[:, sorted(self._model.tokenizer.end_ids)].logsumexp(-1)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tables import random_table
 from tiny_models import END, byte_level, model, network, sentencepiece, shared_tokenizer
 
 from multicolm import Ensemble, ModelNames
@@ -110,6 +111,15 @@ def test_padding_ids_are_never_written(temperature: float) -> None:
         assert [a.text for a in padded] == [
             a.text for a in plain.generate(["a", "b"], policy, **settings)
         ]
+
+
+@pytest.mark.parametrize("policy", ["pack-llm", "cool-fusion"])
+def test_padding_is_nothing_to_a_model_that_judges_texts(policy: str) -> None:
+    tables = [random_table("base", 1), random_table("left", 2)]
+    prompts = ["abad", "b cd", "dabb", " cab"]
+    narrow = Ensemble(tables).generate(prompts, policy, max_new_tokens=12)
+    wide = Ensemble([Wide(tables[0], 5), tables[1]]).generate(prompts, policy, max_new_tokens=12)
+    assert [a.text for a in wide] == [a.text for a in narrow]
 
 
 # --- tokens that not all models have -------------------------------------------------------------
