@@ -48,7 +48,10 @@ class PackLlmPolicy(MixPolicy):
         import torch
 
         logprobs = views.stack(lambda view: view.logprobs)
-        weights = (-views.prompt_nats[:, list(views)] / self.tau).softmax(-1).to(logprobs.device)
+        known = -views.prompt_nats[:, list(views)] / self.tau
+        # A prompt that all of them rule out tells nothing of them: all weigh the same.
+        known = known.clamp_min(torch.finfo(known.dtype).min)
+        weights = known.softmax(-1).to(logprobs.device)
         best = weights.argmax(-1)
         own = logprobs[best, torch.arange(len(best), device=best.device)]
         # Weights of next to nothing would turn 0 * -inf into NaN.

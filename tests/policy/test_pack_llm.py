@@ -77,6 +77,19 @@ def test_a_great_tau_is_the_geometric_mean() -> None:
     assert texts[0] == texts[1]
 
 
+def test_a_prompt_that_all_models_find_impossible_tells_nothing_of_them() -> None:
+    table = {"": {"a": 0.6, "b": 0.4}, "a": {"b": 1.0}}
+    other = {"": {"a": 0.5, "b": 0.5}, "a": {"b": 0.7, ".": 0.3}}
+    own = [
+        TableModel(name, ["a", "b", "."], rows, ends=["."])
+        for name, rows in (("base", table), ("other", other))
+    ]
+    average = {"kind": "average", "params": {"mean": "geometric"}}
+    [answer] = Ensemble(own).generate(["aa"], policy(0.5), max_new_tokens=4)
+    [equal] = Ensemble(own).generate(["aa"], average, max_new_tokens=4)
+    assert answer.text == equal.text == "baba"
+
+
 def test_it_keeps_the_laws() -> None:
     own = [random_table("base", 1, BASE), random_table("other", 2, LEFT)]
     check_policy(Ensemble(own).resolve(policy(0.5)))
