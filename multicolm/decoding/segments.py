@@ -23,7 +23,7 @@ class _Proposal:
 
     Attributes:
         writer: index of the model.
-        tokens: in the ensemble's vocabulary; none if the model cannot write here at all.
+        tokens: in the ensemble's vocabulary; one at least, once the model has written.
         logprobs: of each, in nats.
     """
 

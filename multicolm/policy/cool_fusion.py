@@ -37,5 +37,6 @@ class CoolFusionPolicy(SegmentPolicy):
 
     def rate(self, segments: Segments) -> Float[Tensor, "rows writers"]:
         """Minus the average perplexity."""
-        perplexity = (segments.nats / segments.n_tokens.clamp_min(1)).exp()
+        # In single precision a token of 89 nats would be as bad as one that cannot come.
+        perplexity = (segments.nats.double() / segments.n_tokens.clamp_min(1)).exp()
         return -perplexity.mean(-1)

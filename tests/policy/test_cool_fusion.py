@@ -159,6 +159,19 @@ def test_nats_of_a_draft_are_those_of_the_models_own_tokens() -> None:
             assert int(seen[0].n_tokens[0, a, b]) == len(ids)
 
 
+def test_of_proposals_that_all_but_their_writers_find_incredible_the_least_incredible_wins() -> None:
+    def sure(name: str, token: str, others: float) -> TableModel:
+        rest = {t: others for t in "abc" if t != token}
+        return TableModel(name, ["a", "b", "c", "."], {"": {token: 1.0, **rest}}, ends=["."])
+
+    own = [sure("one", "a", 1e-150), sure("two", "b", 1e-100), sure("three", "c", 1e-160)]
+    [answer] = Ensemble(own).generate(["a"], "cool-fusion", max_new_tokens=1)
+    # a: 1e100 and 1e160; b: 1e150 and 1e160; c: 1e150 and 1e100.
+    assert answer.text == "c"
+    [token] = answer.trace
+    assert token.score == pytest.approx(-(1e150 + 1e100 + 1) / 3, rel=1e-3)
+
+
 def test_ratings_of_another_shape_are_refused_by_name() -> None:
     class Wrong(SegmentPolicy):
         base_signals = frozenset({"logprobs"})
