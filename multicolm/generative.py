@@ -38,6 +38,7 @@ class Streamer(Protocol):
         """There are no more."""
 
 
+_LENGTHS = ("max_length", "max_new_tokens")
 _HONOURED = (
     "do_sample",
     "max_length",
@@ -253,6 +254,8 @@ class GenerativeEnsemble:
         kwargs = dict(kwargs)
         # Stop strings are found in the text itself, without a tokenizer.
         kwargs.pop("tokenizer", None)
+        # As in transformers, None is nothing that is said.
+        kwargs = {k: v for k, v in kwargs.items() if v is not None or k not in _LENGTHS}
         if "max_length" in kwargs and "max_new_tokens" not in kwargs:
             wanted.max_new_tokens = None  # What the call says goes before what it does not.
         try:
@@ -274,7 +277,7 @@ class GenerativeEnsemble:
                 f"generate(eos_token_id={ends!r}): every model ends a text with its own tokens, "
                 f"the base model with {self._ends}; give stop_strings for other ends."
             )
-        if given is not None and not {"max_new_tokens", "max_length"} & {*asked}:
+        if given is not None and not {*_LENGTHS} & {*asked}:
             wanted.max_new_tokens = self.generation_config.max_new_tokens
         return wanted
 
@@ -359,7 +362,8 @@ def _one_of(inputs: Tensor | None, input_ids: Tensor | None) -> Tensor:
         )
     prompts = inputs if input_ids is None else input_ids
     assert prompts is not None
-    if prompts.ndim != 2 or prompts.is_floating_point() or 0 in prompts.shape:
+    counts = not (prompts.is_floating_point() or prompts.dtype == torch.bool)
+    if prompts.ndim != 2 or not counts or 0 in prompts.shape:
         raise InputError(
             f"input_ids have shape {list(prompts.shape)} and type {prompts.dtype}; expected whole "
             "numbers, [rows, time]."

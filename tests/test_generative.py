@@ -139,6 +139,14 @@ def test_set_seed_makes_texts_repeatable_and_each_of_several_another(tiny: Ensem
     assert by_seed[0].tolist() != by_seed[2].tolist()
 
 
+@pytest.mark.parametrize("unsaid", [{"max_new_tokens": None}, {"max_length": None}], ids=str)
+def test_a_length_of_none_is_not_said(tiny: Ensemble, inputs: Any, unsaid: dict[str, Any]) -> None:
+    mine = multicolm.as_transformers(tiny)
+    assert torch.equal(mine.generate(**inputs, **unsaid), mine.generate(**inputs))
+    short = mine.generate(**inputs, max_new_tokens=3, max_length=None)
+    assert short.shape[1] == inputs["input_ids"].shape[1] + 3
+
+
 def test_what_is_not_said_is_the_ensembles_own(tiny: Ensemble) -> None:
     mine = multicolm.as_transformers(tiny)
     assert mine.generation_config.max_new_tokens == tiny.generation.max_new_tokens
@@ -241,6 +249,7 @@ def test_what_an_ensemble_does_not_do_is_refused_by_name(
     ("arguments", "complaint"),
     [
         ({}, "give `input_ids`"),
+        ({"input_ids": torch.ones(1, 2).bool()}, "expected whole numbers"),
         ({"input_ids": torch.zeros(3)}, "expected whole numbers"),
         ({"input_ids": torch.zeros(1, 0, dtype=torch.long)}, r"have shape \[1, 0\]"),
         (
