@@ -159,7 +159,7 @@ def test_nats_of_a_draft_are_those_of_the_models_own_tokens() -> None:
             assert int(seen[0].n_tokens[0, a, b]) == len(ids)
 
 
-def test_of_proposals_that_all_but_their_writers_find_incredible_the_least_incredible_wins() -> None:
+def test_of_proposals_that_others_find_incredible_the_least_incredible_wins() -> None:
     def sure(name: str, token: str, others: float) -> TableModel:
         rest = {t: others for t in "abc" if t != token}
         return TableModel(name, ["a", "b", "c", "."], {"": {token: 1.0, **rest}}, ends=["."])
