@@ -43,7 +43,7 @@ def main(folder: Path, options: Sequence[str]) -> int:
     except NotHere as reason:
         environment["MULTICOLM_VLLM_MISSING"] = str(reason)
     print("== tests against the engines", flush=True)
-    command = [sys.executable, "-m", "pytest", "tests/engines", "-q", "-rs", *options]
+    command = [sys.executable, "-m", "pytest", "tests/engines", "-q", "-rsP", *options]
     try:
         status = subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
     finally:
