@@ -287,6 +287,7 @@ class _Run:
                 likelihood="" if row.plan.kind == "model" else row.likelihood or "",
                 seconds=record["seconds"],
                 n_cut=record["n_cut"],
+                n_impossible=record["n_impossible"],
                 **figure,
             )
             for figure in record["figures"]
@@ -313,7 +314,8 @@ class _Run:
         for task in unit.tasks:
             task.set_fewshot_seed(seed=_FEW_SHOT_SEED)
         start = time.perf_counter()
-        with _seeded(), quiet():
+        # The harness compares choices by differences, which -inf has none of; see `n_impossible`.
+        with _seeded(), quiet(), np.errstate(invalid="ignore"):
             try:
                 found = evaluate(
                     lm=model,
@@ -336,6 +338,7 @@ class _Run:
             "figures": list(_figures(found)),
             "seconds": time.perf_counter() - start,
             "n_cut": model.n_cut,
+            "n_impossible": model.n_impossible,
         }
 
 
@@ -406,12 +409,18 @@ def _in_columns(figures: Sequence[HarnessFigure]) -> list[HarnessFigure]:
 
 
 def _warnings(figures: Sequence[HarnessFigure]) -> Iterator[str]:
-    cut = {(f.row, f.likelihood, f.task): f for f in figures if f.n_cut}
-    for figure in cut.values():
-        yield (
-            f"Of '{figure.row}' on {figure.task}, {figure.n_cut} requests were longer than a "
-            "model's context and were cut on the left."
-        )
+    for figure in {(f.row, f.likelihood, f.task): f for f in figures}.values():
+        if figure.n_cut:
+            yield (
+                f"Of '{figure.row}' on {figure.task}, {figure.n_cut} requests were longer than a "
+                "model's context and were cut on the left."
+            )
+        if figure.n_impossible:
+            yield (
+                f"Of '{figure.row}' on {figure.task}, {figure.n_impossible} texts were impossible "
+                "under the policy, and of impossible choices the harness takes the first one; "
+                "tasks that have texts written can judge it."
+            )
 
 
 def _write(results: HarnessResults, folder: Path) -> None:

@@ -18,6 +18,7 @@ answers for that model's folder, but for these:
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -55,6 +56,7 @@ class EnsembleLM(LM):  # type: ignore[misc]
     Attributes:
         likelihood: which log-likelihoods it gives; ``None`` where the policy has none.
         n_cut: requests whose context was too long and was cut on the left.
+        n_impossible: texts whose likelihood was asked for and is 0.
 
     Args:
         ensemble: whose models read and write.
@@ -92,6 +94,7 @@ class EnsembleLM(LM):  # type: ignore[misc]
             self._reader.check(likelihood)
         self.likelihood: Kind | None = likelihood or next(iter(self._reader.kinds), None)
         self.n_cut = 0
+        self.n_impossible = 0
         self._batch_size = batch_size
         self._seed = seed
         self._progress = progress
@@ -123,6 +126,7 @@ class EnsembleLM(LM):  # type: ignore[misc]
                 chunk = passages[start : start + _CHUNK]
                 found += self._reader.likelihoods(chunk, self.likelihood)
                 self._progress(len(found), len(passages))
+        self.n_impossible += sum(each.logprob == -math.inf for each in found)
         return found
 
     def _passage(self, context: str, continuation: str) -> Passage:

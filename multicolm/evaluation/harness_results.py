@@ -40,6 +40,7 @@ class HarnessFigure:
         higher_is_better: ``None`` if that is not said.
         seconds: that the row took for the task.
         n_cut: requests whose context was longer than a model's and was cut on the left.
+        n_impossible: texts of likelihood 0, since the policy rules out one of their tokens.
     """
 
     row: str
@@ -57,6 +58,7 @@ class HarnessFigure:
     higher_is_better: bool | None
     seconds: float
     n_cut: int
+    n_impossible: int = 0
 
     @property
     def column(self) -> tuple[str, str, str]:

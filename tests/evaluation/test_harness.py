@@ -455,6 +455,20 @@ def test_a_policy_without_likelihoods_is_judged_by_its_texts(tiny: Ensemble, tas
         evaluate_tasks(tiny, ["average", "cool-fusion"], ["tiny_choice"], **settings)
 
 
+def test_choices_that_a_policy_never_writes_are_counted_and_warned_of(
+    tiny: Ensemble, tasks: Path
+) -> None:
+    greedy = tiny.resolve({"kind": "unite", "params": {"top_k": 1}})
+    found = evaluate_tasks(
+        tiny, [greedy, "average"], ["tiny_choice"], include_path=[tasks], alone=False
+    )
+    # The first choice is the right one here: the figure is no merit.
+    assert by_row(found.figures, "acc")["unite"] == 1
+    assert {f.row: f.n_impossible for f in found.figures} == {"unite": 32, "average": 0}
+    [warning] = found.warnings
+    assert "Of 'unite' on tiny_choice, 32 texts were impossible" in warning
+
+
 def test_groups_and_tags_have_rows_too(tiny: Ensemble, tasks: Path) -> None:
     settings: dict[str, Any] = {"include_path": [tasks], "alone": False, "limit": 3}
     grouped = evaluate_tasks(tiny, ["average"], ["tiny_group"], **settings)
