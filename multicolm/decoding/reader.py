@@ -18,6 +18,7 @@ from multicolm.types import Usage
 __all__ = ["Reader", "TokenReader"]
 
 _END = -1  # instead of an own token: the end of a text
+_MAX_LOGITS = 1 << 26  # numbers that are looked at at a time where a prompt is scored; 256 MiB
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,9 +183,12 @@ class TokenReader(Reader):
     def prompt_nats(self, row: Row) -> float:
         """How unlikely the model finds the row's prompt behind its first token, in nats."""
         own = self._followers[row.slot].own
-        if len(own) < 2:
-            return 0.0
-        return -float(self._own_logprobs([row], [own], [len(own) - 1])[0].sum())
+        n_at_once = max(1, _MAX_LOGITS // self._model.tokenizer.n_tokens)
+        nats = 0.0
+        for begin in range(1, len(own), n_at_once):
+            part = own[: begin + n_at_once]
+            nats -= float(self._own_logprobs([row], [part], [len(part) - begin])[0].double().sum())
+        return nats
 
     def draft_nats(self, rows: Sequence[Row]) -> list[tuple[float, int]]:
         """How unlikely the model finds what stands behind the written tokens of some rows."""

@@ -11,7 +11,8 @@ from tables import random_table
 
 import multicolm
 from multicolm import Ensemble, MixPolicy, Views
-from multicolm.backend.table import TableModel
+from multicolm.backend.base import Look
+from multicolm.backend.table import TableModel, TableSession
 from multicolm.errors import PolicyError
 from multicolm.testing import check_policy, check_routing
 
@@ -88,6 +89,29 @@ def test_a_prompt_that_all_models_find_impossible_tells_nothing_of_them() -> Non
     [answer] = Ensemble(own).generate(["aa"], policy(0.5), max_new_tokens=4)
     [equal] = Ensemble(own).generate(["aa"], average, max_new_tokens=4)
     assert answer.text == equal.text == "baba"
+
+
+def test_a_long_prompt_is_scored_in_parts_that_fit_into_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shown: list[int] = []
+    feed = TableSession.feed
+
+    def watch(session: TableSession, *args: Any, **kwargs: Any) -> Look:
+        look = feed(session, *args, **kwargs)
+        shown.append(look.logits.numel())
+        return look
+
+    monkeypatch.setattr(TableSession, "feed", watch)
+    prompt = "abcd a dd" * 5
+    [whole] = Ensemble(twins()).generate([prompt], policy(0.5), max_new_tokens=6)
+    most, n_passes = max(shown), len(shown)
+    shown.clear()
+    monkeypatch.setattr("multicolm.decoding.reader._MAX_LOGITS", 3 * len(BASE))
+    [parts] = Ensemble(twins()).generate([prompt], policy(0.5), max_new_tokens=6)
+    assert max(shown) == 3 * len(BASE) < most and len(shown) > n_passes
+    assert [t.id for t in parts.trace] == [t.id for t in whole.trace]
+    assert [t.logprob for t in parts.trace] == pytest.approx([t.logprob for t in whole.trace])
 
 
 def test_it_keeps_the_laws() -> None:
