@@ -138,7 +138,21 @@ def test_it_keeps_the_laws() -> None:
     check_routing(Ensemble(models()), PROMPTS, Ensemble(models()).resolve(policy(0.6, 0.4)))
 
 
-def test_characters_of_several_bytes_are_one_outcome_and_never_broken() -> None:
+@pytest.mark.parametrize("seed", range(4))
+def test_characters_of_several_bytes_are_one_outcome_and_never_broken(seed: int) -> None:
+    alphabet = ("é", "你", "好", "a")
+    own = [
+        random_table("left", 10 * seed + 1, (*alphabet, "你好", "<stop>")),
+        random_table("right", 10 * seed + 2, (*alphabet, "é你", "好é", "<stop>")),
+    ]
+    answers = Ensemble(own).generate(["é", "a你", "好"], "chared", max_new_tokens=10)
+    for prompt, answer in zip(["é", "a你", "好"], answers, strict=True):
+        assert answer.text == slowly(own, [0.5, 0.5], prompt, len(answer.text))[0]
+        assert {*answer.text} <= {*alphabet}
+    assert any({*answer.text} & {"é", "你", "好"} for answer in answers)
+
+
+def test_the_trace_of_the_embedded_models_joins_to_their_text() -> None:
     ensemble = multicolm.load("tiny-mixed")
     prompts = ["Straße 你好 é", "What does Zosos treat?"]
     answers = ensemble.generate(prompts, "chared", max_new_tokens=12, temperature=1.2, seed=1)
