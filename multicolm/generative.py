@@ -305,22 +305,33 @@ class GenerativeEnsemble:
         """Hand over the prompt, and the tokens as they become certain."""
         streamer.put(prompts.cpu())
         n_told = 0
-        # Pieces of text and tokens come apart where there are several vocabularies.
-        is_told = self._is_written_in_base_ids()
+        # Pieces of text and tokens come apart where there are several vocabularies, and behind a
+        # token that the base model does not have, the whole text is put in its tokens.
+        is_told = self._is_written_in_base_ids() and self._has_all_texts()
         for _ in stream:
             if is_told:
-                n_told = self._tell(stream.token_ids(0), n_told, streamer)
+                ids = [self._in_base_ids(token) for token in stream.token_ids(0)]
+                n_told = self._tell(ids, n_told, streamer)
         [answer] = stream.answers
         self._tell(self._ids(answer), n_told, streamer)
         streamer.end()
 
     def _tell(self, ids: Sequence[int], n_told: int, streamer: Streamer) -> int:
         for token in ids[n_told:]:
-            streamer.put(torch.tensor([self._in_base_ids(token)]))
+            streamer.put(torch.tensor([token]))
         return len(ids)
 
     def _is_written_in_base_ids(self) -> bool:
         return self.ensemble.vocabulary.is_shared and self.policy.support in ("shared", "union")
+
+    def _is_own(self, token: int) -> bool:
+        return token < self._base.tokenizer.n_tokens
+
+    def _has_all_texts(self) -> bool:
+        """Whether whatever is written, but for ends of text, is written in own tokens."""
+        vocabulary = self.ensemble.vocabulary
+        others = range(self._base.tokenizer.n_tokens, vocabulary.size)
+        return {*others} <= vocabulary.end_ids(None)
 
     def _in_base_ids(self, token: int) -> int:
         """A token of the text; another model's end of it is the base model's."""
@@ -329,9 +340,9 @@ class GenerativeEnsemble:
 
     def _ids(self, answer: Answer) -> list[int]:
         """A text in the base model's ids, its end included."""
-        ids = [token.id for token in answer.trace]
-        if self._is_written_in_base_ids() and all(i < self._base.tokenizer.n_tokens for i in ids):
-            return [self._in_base_ids(token) for token in ids]
+        ids = [self._in_base_ids(token.id) for token in answer.trace]
+        if self._is_written_in_base_ids() and all(map(self._is_own, ids)):
+            return ids
         ids = self._base.tokenizer.encode_continuation(answer.text) if answer.text else []
         return [*ids, *self._ends[:1]] if answer.finish_reason == "eos" else ids
 

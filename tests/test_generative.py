@@ -13,6 +13,7 @@ from tiny_models import PROMPTS, generated, model, network, shared_tokenizer
 
 import multicolm
 from multicolm import Ensemble
+from multicolm.backend.table import TableModel
 from multicolm.errors import CapabilityError, InputError, UnknownNameError
 
 ASKED = [
@@ -188,6 +189,23 @@ def test_a_streamer_hears_the_prompt_and_every_token(tiny: Ensemble, inputs: Any
     own(tiny).generate(**one, max_new_tokens=20, streamer=theirs, do_sample=False)
     assert mine.tokens == theirs.tokens == found[0].tolist()
     assert mine.ended and mine.n_puts == theirs.n_puts
+
+
+def test_an_assistants_own_end_is_the_base_models_and_the_tokens_before_it_stay() -> None:
+    tokens = ["a", "b", "ab", "."]
+    table = {"": {"a": 1.0}, "a": {"b": 1.0}, ("a", "b"): {"<y>": 1.0}}
+    ensemble = Ensemble(
+        [
+            TableModel("base", tokens, {"": {"a": 1.0}}, ends=["."]),
+            TableModel("other", [*tokens, "<y>"], table, ends=[".", "<y>"]),
+        ]
+    )
+    other = {"kind": "single", "params": {"model": "other"}}
+    heard = Heard()
+    prompt = torch.tensor([[1]])
+    found = multicolm.as_transformers(ensemble, other).generate(prompt, streamer=heard)
+    assert found.tolist() == [[1, 0, 1, 3]]
+    assert heard.tokens == [1, 0, 1, 3] and heard.ended
 
 
 def test_the_text_streamer_prints_the_text(
