@@ -218,13 +218,20 @@ def test_models_elsewhere_on_the_disk_go_along_only_if_asked_for(tmp_path: Path)
     assert contents(tmp_path / "again") == contents(tmp_path / "saved")
 
 
-@pytest.mark.parametrize("setting", ["trust_remote_code", "allow_pickled_weights"])
+@pytest.mark.parametrize(
+    ("setting", "more"),
+    [
+        ("trust_remote_code", {"trust_remote_code": True}),
+        ("allow_pickled_weights", {"allow_pickled_weights": True}),
+        ("engine_options", {"backend": "vllm-engine", "engine_options": {"worker_cls": "x.Y"}}),
+    ],
+)
 def test_an_ensemble_that_would_run_code_of_others_is_not_shared(
-    setting: str, hub: Hub, tmp_path: Path
+    setting: str, more: dict[str, Any], hub: Hub, tmp_path: Path
 ) -> None:
     folder = tmp_path / "home"
     folder.mkdir()
-    data = {"base_model": "p", "models": {"p": {"model": "tiny-facts", setting: True}}}
+    data = {"base_model": "p", "models": {"p": {"model": "tiny-facts", **more}}}
     (folder / "ensemble.yaml").write_text(yaml.safe_dump(data))
     with pytest.raises(ConfigError, match=rf"models\.p\.{setting}: an ensemble that is shared"):
         push(folder, "org/evil")
