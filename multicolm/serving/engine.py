@@ -428,19 +428,18 @@ class Engine:
         """One round of a policy's loop, and the news of it."""
         try:
             pieces = shop.live.step()
+            answers = {row.number: shop.live.answer(row) for row in shop.live.finished()}
+            new: dict[int, list[Piece]] = {}
+            for piece in pieces:
+                new.setdefault(piece.row, []).append(piece)
+            for number, ticket in shop.active.items():
+                self._tell_growth(shop.live, ticket, new.get(number, ()))
         except Exception as error:
             self._start_over(shop, error)
             return
-        new: dict[int, list[Piece]] = {}
-        for piece in pieces:
-            new.setdefault(piece.row, []).append(piece)
-        finished = shop.live.finished()
-        for number, ticket in shop.active.items():
-            self._tell_growth(shop.live, ticket, new.get(number, ()))
-        for row in finished:
-            ticket = shop.active.pop(row.number)
+        for number, answer in answers.items():
+            ticket = shop.active.pop(number)
             self._n_active -= 1
-            answer = shop.live.answer(row)
             self._end(ticket, "finished", answer.trace.tokens)
             self._tell(ticket, Ended(answer))
 
@@ -455,7 +454,10 @@ class Engine:
             self._tell(ticket, Grown(tuple(pieces), tuple(tokens)))
 
     def _start_over(self, shop: _Shop, error: Exception) -> None:
-        """A round has failed: those who were in it fail, those who wait do not."""
+        """A round has failed: those who were in it fail, those who wait do not.
+
+        Unless the policy cannot be opened once more: then they fail, too.
+        """
         failed = list(shop.active.values())
         shop.active.clear()
         self._n_active -= len(failed)
@@ -463,10 +465,17 @@ class Engine:
             self._retire(shop)
         for ticket in failed:
             self._fail(ticket, error)
-        if shop.waiting:
+        if not shop.waiting:
+            return
+        try:
             shop.live = self._open(shop.choice)
-            with self._news:
-                self._shops[shop.choice.key] = shop
+        except Exception as again:
+            for number, ticket in shop.waiting.items():
+                del self._queue[number]
+                self._fail(ticket, again)
+            return
+        with self._news:
+            self._shops[shop.choice.key] = shop
 
     def _let_go(self, ticket: Ticket) -> None:
         """Stop writing a text, if it is not finished."""

@@ -13,6 +13,7 @@ from serving_worlds import SECONDS, Gate
 from multicolm.config import GenerationConfig
 from multicolm.decoding.row import Row
 from multicolm.errors import BusyError, ClosedError, InputError
+from multicolm.live import Live
 from multicolm.serving.engine import (
     Begun,
     Ended,
@@ -149,6 +150,43 @@ def test_a_model_that_breaks_costs_those_it_was_writing_and_nobody_else(desk: De
     for ticket in waiting:
         assert isinstance(desk.end(ticket), Ended)
     assert desk.engine.stats().outcomes == {"finished": 2, "cancelled": 0, "failed": 2}
+    assert isinstance(desk.end(desk.ask()), Ended)
+
+
+def test_a_policy_that_cannot_be_opened_once_more_fails_all_who_wait_for_it_and_nobody_else(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = [desk.ask(ENDLESS, "average") for _ in range(3)]
+    until(lambda: desk.engine.stats().active == 2)
+    live = desk.engine.ensemble.live
+
+    def no_room(*_: object, **__: object) -> object:
+        monkeypatch.setattr(desk.engine.ensemble, "live", live)
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(desk.engine.ensemble, "live", no_room)
+    desk.gate.errors.append(RuntimeError("out of memory"))
+    desk.gate.open.set()
+    for ticket, kind in zip(broken, (RuntimeError, RuntimeError, MemoryError), strict=True):
+        event = desk.end(ticket)
+        assert isinstance(event, Failed) and isinstance(event.error, kind)
+    assert isinstance(desk.end(desk.ask()), Ended)
+    assert desk.engine.stats().active == desk.engine.stats().waiting == 0
+
+
+@pytest.mark.parametrize("method", ["answer", "tokens"])
+def test_a_text_that_cannot_be_told_costs_its_round_and_not_the_engine(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    def breaks(*_: object) -> object:
+        raise RuntimeError("a token without a name")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Live, method, breaks)
+        wrong = desk.ask()
+        desk.gate.open.set()
+        failed = desk.end(wrong)
+    assert isinstance(failed, Failed) and isinstance(failed.error, RuntimeError)
     assert isinstance(desk.end(desk.ask()), Ended)
 
 
