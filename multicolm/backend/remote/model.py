@@ -62,6 +62,8 @@ class RemoteModel(Model):
         self._abilities = found
         self.n_likeliest = found.n_likeliest
         self.context_length = found.context_length or context_length
+        # The type is the server's own affair; what is kept of one model is not taken for another's.
+        self.precision = found.as_served
         self._known_by = fingerprint(server, found, self._ids)
         server.check = self._check
 

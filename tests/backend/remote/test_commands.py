@@ -178,6 +178,24 @@ def test_scoring_goes_on_where_a_server_that_died_stopped_it(serve: Serve, tmp_p
     assert want.models[1].name == "facts"
 
 
+def test_scores_of_one_model_are_not_kept_for_another_that_a_server_has_by_now(
+    serve: Serve, tmp_path: Path
+) -> None:
+    corpus = open_corpus(records(tmp_path / "some.jsonl", 4))
+    fake, out = serve(), tmp_path / "scores"
+    score(ensemble(remote(fake)), corpus, out)
+    before = torch.as_tensor(load_table(out).gold_logprobs)
+    n_asked = len(fake.requests)
+    again = remote(fake)
+    n_probe = len(fake.requests) - n_asked
+    score(ensemble(again), corpus, out)
+    assert len(fake.requests) == n_asked + n_probe  # of the same model all is there
+    fake.restart(model=local("math"))
+    score(ensemble(remote(fake)), corpus, out)
+    after = torch.as_tensor(load_table(out).gold_logprobs)
+    assert not torch.allclose(before, after, atol=1e-2)
+
+
 def test_scores_need_every_probability(serve: Serve, tmp_path: Path) -> None:
     fake = serve("facts", Manners(max_logprobs=20))
     corpus = open_corpus(records(tmp_path / "some.jsonl", 1))
