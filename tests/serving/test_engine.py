@@ -24,7 +24,7 @@ from multicolm.serving.engine import (
     Order,
     Ticket,
 )
-from multicolm.serving.menu import Menu
+from multicolm.serving.menu import Choice, Menu
 
 SHORT = GenerationConfig(max_new_tokens=3)
 ENDLESS = GenerationConfig(max_new_tokens=1_000_000)
@@ -41,9 +41,13 @@ class Desk:
         self.news: dict[int, queue.Queue[Event]] = {}
 
     def ask(
-        self, settings: GenerationConfig = SHORT, policy: str = "default", prompt: str = "a"
+        self,
+        settings: GenerationConfig = SHORT,
+        policy: str = "default",
+        prompt: str = "a",
+        choice: Choice | None = None,
     ) -> Ticket:
-        order = Order(prompt, self.menu.choose("duo", policy), settings, seed=0)
+        order = Order(prompt, choice or self.menu.choose("duo", policy), settings, seed=0)
         news: queue.Queue[Event] = queue.Queue()
         [ticket] = self.engine.submit([order], [news.put])
         self.news[ticket.number] = news
@@ -128,6 +132,29 @@ def test_policies_take_turns(desk: Desk) -> None:
     endless = desk.ask(ENDLESS, "default")
     assert isinstance(desk.end(desk.ask(SHORT, "average")), Ended)
     desk.engine.cancel(endless)
+
+
+def test_clients_that_all_want_other_thresholds_do_not_multiply_the_caches() -> None:
+    desk = Desk(Gate(), max_concurrent=8, max_waiting=4)
+    wanted = [desk.menu.choose(f"duo:confidence@0.{i}") for i in range(1, 8)]
+    most = 0
+
+    def with_caches() -> int:
+        return sum(bool(s.active or s.live.router.readers) for s in desk.engine._shops.values())
+
+    with desk.engine:
+        desk.gate.open.set()
+        endless = [desk.ask(ENDLESS, choice=choice) for choice in wanted]
+        until(lambda: desk.engine.stats().active == 4)
+        late = desk.ask(choice=wanted[0])  # its policy is at work, and others came before
+        for done, ticket in enumerate(endless):
+            until(lambda n=done: desk.engine.stats().active >= min(4, len(wanted) - n))
+            most = max(most, with_caches())
+            assert isinstance(desk.next(ticket), Begun) and isinstance(desk.next(ticket), Grown)
+            desk.engine.cancel(ticket)
+        assert isinstance(desk.end(late), Ended)
+        assert max(most, with_caches()) == 4
+        assert isinstance(desk.end(desk.ask()), Ended)
 
 
 def test_a_prompt_that_cannot_be_read_costs_nobody_else_anything(desk: Desk) -> None:
