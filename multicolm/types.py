@@ -44,12 +44,13 @@ __all__ = [
     "prompt_digest",
 ]
 
-Signal: TypeAlias = Literal["text", "top1", "topk", "logprobs", "hidden", "embedding"]
+Signal: TypeAlias = Literal["text", "top1", "topk", "given", "logprobs", "hidden", "embedding"]
 """What a policy may ask of a model. ``logprobs`` (the whole vocabulary) includes those before it.
 
 ``text``      the most likely token
 ``top1``      the most likely token and its log-probability
 ``topk``      a few of the most likely tokens and their log-probabilities
+``given``     the log-probabilities of tokens that the policy names
 ``logprobs``  the log-probability of every token
 ``hidden``    the last hidden state, after the final norm
 ``embedding`` the input embedding of the most likely token

@@ -23,7 +23,8 @@ Role = int | str
 first assistant)."""
 
 _IMPLIED: dict[Signal, frozenset[Signal]] = {
-    "logprobs": frozenset({"logprobs", "topk", "top1", "text"}),
+    "logprobs": frozenset({"logprobs", "given", "topk", "top1", "text"}),
+    "given": frozenset({"given"}),
     "topk": frozenset({"topk", "top1", "text"}),
     "top1": frozenset({"top1", "text"}),
     "text": frozenset({"text"}),
@@ -111,6 +112,7 @@ class View:
         n_likeliest: of how many of its likeliest tokens the model tells. Then ``logits`` are
             log-probabilities, taken as they are: -inf stands for what is not known, and nothing is
             normalised. ``None`` if the model tells of all tokens.
+        candidates: per position, tokens that such a model was asked about besides.
     """
 
     def __init__(
@@ -122,9 +124,11 @@ class View:
         name: str = "model",
         embed: Callable[[Tensor], Tensor] | None = None,
         n_likeliest: int | None = None,
+        candidates: Int[Tensor, "positions n"] | None = None,
     ) -> None:
         self._embed = embed
         self._n_likeliest = n_likeliest
+        self._candidates = candidates
         self._logits = logits
         self._hidden = hidden
         self._declared = signals
@@ -133,6 +137,16 @@ class View:
 
     def __len__(self) -> int:
         return int(self._logits.shape[0])
+
+    @property
+    def n_tokens(self) -> int:
+        """How many tokens its rows speak of."""
+        return int(self._logits.shape[-1])
+
+    @property
+    def _knows_all(self) -> bool:
+        """Whether the policy declared every probability, and says how it treats unknown ones."""
+        return self._signals is None or "logprobs" in self._signals
 
     def _allow(self, signal: Signal) -> None:
         if self._signals is not None and signal not in self._signals:
@@ -237,11 +251,22 @@ class View:
         """
         import torch
 
+        top = self._topk(k)[0]
+        return torch.nn.functional.pad(top, (0, k - top.shape[-1]), value=float("-inf"))
+
+    def topk_ids(self, k: int) -> Int[Tensor, "positions n"]:
+        """The ``k`` most likely tokens, or all, the most likely first.
+
+        Raises:
+            CapabilityError: as :meth:`topk_logprobs`.
+        """
+        return self._topk(k)[1]
+
+    def _topk(self, k: int) -> tuple[Tensor, Tensor]:
         self._allow("topk")
         self._refuse_beyond(k)
-        n = min(k, self._logprobs.shape[-1])
-        top = self._logprobs.topk(n, dim=-1).values
-        return torch.nn.functional.pad(top, (0, k - n), value=float("-inf"))
+        top = self._logprobs.topk(min(k, self._logprobs.shape[-1]), dim=-1)
+        return top.values, top.indices
 
     @property
     def top1_embeddings(self) -> Float[Tensor, "positions width"]:
@@ -253,8 +278,28 @@ class View:
 
     def logprob_of(self, ids: Int[Tensor, "positions"]) -> Float[Tensor, "positions"]:
         """Log-probability in nats of one given token per position."""
-        self._allow("logprobs")
-        return self._logprobs.gather(-1, ids[:, None])[:, 0]
+        return self.logprobs_of(ids[:, None])[:, 0]
+
+    def logprobs_of(self, ids: Int[Tensor, "positions n"]) -> Float[Tensor, "positions n"]:
+        """Log-probabilities in nats of some given tokens per position.
+
+        Raises:
+            PolicyError: if a server was not asked about one of them; see
+                :meth:`multicolm.policy.base.Policy.candidates`.
+        """
+        self._allow("given")
+        known = self._logprobs.gather(-1, ids)
+        if self._n_likeliest is not None and not self._knows_all:
+            unknown = known == float("-inf")
+            if self._candidates is not None:
+                named = (ids[:, :, None] == self._candidates[:, None, :].to(ids.device)).any(-1)
+                unknown = unknown & ~named
+            if bool(unknown.any()):
+                raise PolicyError(
+                    f"the policy reads the probability of a token that the server of model "
+                    f"'{self.name}' was not asked about; name it in `candidates`."
+                )
+        return known
 
 
 class Views:
@@ -315,6 +360,11 @@ class Views:
     def __iter__(self) -> Iterator[int]:
         """Indices of the models that were looked at, ascending."""
         return iter(sorted(self._views))
+
+    @property
+    def n_tokens(self) -> int:
+        """How many tokens there are to choose from."""
+        return next(iter(self._views.values())).n_tokens
 
     @property
     def base(self) -> View:

@@ -78,6 +78,21 @@ class Session(ABC):
             The predictions, row after row, within a row in the order of the text.
         """
 
+    def tell(self, rows: Sequence[int], lengths: Sequence[int], ids: Sequence[int]) -> Look:
+        """Log-probabilities of given tokens behind the first tokens of rows, in nats.
+
+        Asked of models that show the signal ``given`` and not ``logprobs``.
+
+        Args:
+            rows: row numbers; one may come several times.
+            lengths: per row number, how many of its tokens stand before.
+            ids: tokens of the model's own vocabulary.
+
+        Returns:
+            One line per row number, one column per token.
+        """
+        raise NotImplementedError(f"a {type(self).__name__} tells of all tokens")
+
     @abstractmethod
     def truncate(self, row: int, length: int) -> None:
         """Cut a row back to its first ``length`` tokens; what follows is as if never fed."""

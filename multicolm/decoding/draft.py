@@ -213,6 +213,8 @@ class Draft:
         foreseen: per position without a drafted token, who goes on there if nobody else does, and
             with which token; absent at the start of a text.
         closed: per model index, positions at which it was found that the model cannot go on.
+        candidates: per model index, at the positions that are decided now, tokens that its server
+            was asked about besides its likeliest: [positions, n].
     """
 
     positions: Positions
@@ -222,6 +224,7 @@ class Draft:
     scores: list[float | None] = field(default_factory=list)
     foreseen: dict[int, tuple[int, int]] = field(default_factory=dict)
     closed: dict[int, set[int]] = field(default_factory=dict)
+    candidates: dict[int, Tensor] = field(default_factory=dict)
 
     def goes_on(self, i: int) -> tuple[int, int] | None:
         """Who goes on at position ``i`` if nobody else does, and with which token, if known."""

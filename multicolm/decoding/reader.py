@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from multicolm.backend.base import Look, Model
@@ -80,6 +80,20 @@ class Reader(ABC):
         Returns:
             Predictions over the ensemble's vocabulary, row after row, by ascending place.
         """
+
+    def tell(
+        self, rows: Sequence[Row], places: Sequence[int], ids: Sequence[Int[Tensor, "n"]]
+    ) -> list[Float[Tensor, "n"]]:
+        """Log-probabilities of given own tokens at places that were just looked at, in nats.
+
+        Asked of models in servers that do not tell of all tokens.
+
+        Args:
+            rows: per place its row; rows may come several times.
+            places: of the rows' texts.
+            ids: per place, own tokens.
+        """
+        raise NotImplementedError(f"a {type(self).__name__} tells of all tokens")
 
     def prompt_nats(self, row: Row) -> float:
         """How unlikely the model finds the row's prompt behind its first token, in nats.
@@ -178,6 +192,23 @@ class TokenReader(Reader):
         """How many own tokens the prompt and the text have; the text has been written so far."""
         self._follow(row, len(row.written))
         return len(self._followers[row.slot].own)
+
+    def tell(
+        self, rows: Sequence[Row], places: Sequence[int], ids: Sequence[Int[Tensor, "n"]]
+    ) -> list[Float[Tensor, "n"]]:
+        """Log-probabilities of given own tokens at places that were just looked at, in nats."""
+        start = self._clock()
+        slots = [row.slot for row in rows]
+        lengths = [self._reach(slot, place) for slot, place in zip(slots, places, strict=True)]
+        wanted = sorted({int(token) for line in ids for token in line})
+        look = self._session.tell(slots, lengths, wanted)
+        seconds = self._clock() - start
+        self.usage += Usage(look.n_passes, 0, 0, seconds, look.n_calls)
+        for row in dict.fromkeys(rows):
+            row.usage[self._index] += Usage(1, 0, 0, seconds / len(set(rows)), look.n_calls)
+        place_of = {token: i for i, token in enumerate(wanted)}
+        index = [[place_of[int(token)] for token in line] for line in ids]
+        return [line[at] for line, at in zip(look.logits, index, strict=True)]
 
     def prompt_nats(self, row: Row) -> float:
         """How unlikely the model finds the row's prompt behind its first token, in nats."""

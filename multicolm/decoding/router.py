@@ -407,9 +407,34 @@ class Router:
         looked_at = sorted({*needs.always, *needs.deferred} - {0})
         now = self._survey(looked_at, draft, asked)
         self._look_at(dict.fromkeys(looked_at, now), draft)
+        self._name_candidates(draft, now)
         waiting = self._desk.decide(draft, now, verdict)
         self._hear_late_writers(draft, waiting, verdict)
         return verdict
+
+    def _name_candidates(self, draft: Draft, which: Sequence[int]) -> None:
+        """Ask servers about tokens that the policy names, where they do not tell of all."""
+        draft.candidates = self._desk.candidates(draft, which)
+        for k, named in draft.candidates.items():
+            shown = draft.shown[k]
+            known = shown.look.logits.clone()
+            own = self._vocabulary.own_ids(k, named.flatten()).view_as(named)
+            asked: list[tuple[int, int]] = []  # position number, and its row of `named`
+            for n, i in enumerate(which):
+                if i in shown.line_of:
+                    values = known[shown.line_of[i], named[n]]
+                    if bool(((values == -math.inf) & (own[n] >= 0)).any()):
+                        asked.append((i, n))
+            if not asked:
+                continue
+            rows = [draft.positions.rows[i] for i, _ in asked]
+            places = [draft.positions.places[i] for i, _ in asked]
+            ids = [own[n] for _, n in asked]
+            told = self._reader(k).tell(rows, places, [line.clamp_min(0) for line in ids])
+            for (i, n), line, values in zip(asked, ids, told, strict=True):
+                has = line >= 0
+                known[shown.line_of[i], named[n][has]] = values[has].to(known)
+            draft.shown[k] = replace(shown, look=replace(shown.look, logits=known))
 
     def _hear_late_writers(self, draft: Draft, waiting: dict[int, int], verdict: Verdict) -> None:
         """Run writers that were chosen without having been looked at.

@@ -92,8 +92,21 @@ class PolicyDesk:
         self._uses = policy.uses(models)
         self._scores = type(policy).score is not Policy.score
 
-    def views(self, positions: Positions, which: Sequence[int], shown: dict[int, Shown]) -> Views:
-        """Views of the positions numbered ``which`` from all models that were looked at there."""
+    def views(
+        self,
+        positions: Positions,
+        which: Sequence[int],
+        shown: dict[int, Shown],
+        candidates: Mapping[int, Tensor] | None = None,
+    ) -> Views:
+        """Views of the positions numbered ``which`` from all models that were looked at there.
+
+        Args:
+            positions: of the draft.
+            which: some of them.
+            shown: per model index, what it shows.
+            candidates: per model index, what its server was asked about besides.
+        """
         device = torch.device("cpu")
         views: dict[int, View] = {}
         for k, model in shown.items():
@@ -108,6 +121,7 @@ class PolicyDesk:
                 name=self.models[k],
                 embed=self._embeds.get(k),
                 n_likeliest=self._n_likeliest.get(k),
+                candidates=(candidates or {}).get(k),
             )
         here = positions.at(which)
         context = here.context(device)
@@ -129,6 +143,24 @@ class PolicyDesk:
                 if k in views and model.closed
             },
         )
+
+    def candidates(self, draft: Draft, which: Sequence[int]) -> dict[int, Tensor]:
+        """Per model index whose server does not tell of all tokens: which ones the policy names."""
+        wanting = [k for k in self._n_likeliest if "given" in self.needs.of(k) and k in draft.shown]
+        if not wanting:
+            return {}
+        if "logprobs" in frozenset().union(*(self.needs.of(k) for k in wanting)):
+            return {}  # it says itself what it makes of the others
+        views = self.views(draft.positions, which, draft.shown)
+        named = {}
+        for k in wanting:
+            named[k] = self.policy.candidates(views, k)
+            if named[k].dtype != torch.int64 or named[k].shape[:1] != (len(which),):
+                raise PolicyError(
+                    f"policy '{self.policy.name}': candidates() must return an int64 tensor with "
+                    f"{len(which)} rows, one per position."
+                )
+        return named
 
     def defers(self, views: Views) -> list[bool]:
         """Where the base model may hand over, judged by its own view."""
@@ -152,7 +184,7 @@ class PolicyDesk:
         Returns:
             Per position number, the writer that still has to be looked at before it can write.
         """
-        views = self.views(draft.positions, which, draft.shown)
+        views = self.views(draft.positions, which, draft.shown, draft.candidates)
         if self.policy.assistants == "always" and self._scores:
             for i, score in zip(which, self.scores(views), strict=True):
                 draft.scores[i] = score

@@ -212,6 +212,14 @@ class Policy:
         """
         return None
 
+    def candidates(self, views: Views, role: int) -> Int[Tensor, "positions n"]:
+        """Tokens whose probability it reads of a model: what it has declared as ``given``.
+
+        Asked where a server tells of its likeliest tokens only, so that it can be asked about
+        these too; the views show no more of that model so far.
+        """
+        raise NotImplementedError(f"{type(self).__name__} declares `given` but has no `candidates`")
+
     def params_at(self, threshold: float) -> dict[str, Any] | None:
         """The params with which it hands over by a threshold; ``None`` if it knows no such."""
         return None if self.deferral is None else {self.deferral.param: threshold}

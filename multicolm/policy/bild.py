@@ -47,7 +47,7 @@ class BildPolicy(SelectPolicy):
         "rollback": (1.0, 2.0, 3.0, 5.0, 8.0),
     }
     base_signals: ClassVar[set[Signal]] = {"top1"}
-    assistant_signals: ClassVar[set[Signal]] = {"logprobs"}
+    assistant_signals: ClassVar[set[Signal]] = {"top1", "given"}
     certain: ClassVar[bool] = True
     history: ClassVar[bool] = True
     schedule: ClassVar[Schedule] = "block"
@@ -65,6 +65,10 @@ class BildPolicy(SelectPolicy):
         """Fallback, or the small model's turn is over."""
         unsure = views.base.top1_probs < self.fallback
         return unsure | (views.base_run >= self.num_small_iters)
+
+    def candidates(self, views: Views, role: int) -> Int[Tensor, "positions n"]:
+        """The small model's token."""
+        return views.base.top1_ids[:, None]
 
     def score(self, views: Views) -> Float[Tensor, "positions"]:
         """Negative log-probability that the large model gives the small one's token, in nats."""

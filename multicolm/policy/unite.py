@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from pydantic import Field
 
 from multicolm.policy.base import Support, register_policy
 from multicolm.policy.mixture import WeightedPolicy
-from multicolm.types import Tensor
+from multicolm.types import Signal, Tensor
 from multicolm.views import Views
 
 __all__ = ["UnitePolicy"]
@@ -38,26 +38,50 @@ class UnitePolicy(WeightedPolicy):
     top_k: int = Field(default=10, ge=1)
     weights: list[float] | dict[str, float] | None = None
 
+    base_signals: ClassVar[set[Signal]] = {"topk", "given"}
+    assistant_signals: ClassVar[set[Signal]] = {"topk", "given"}
     support: ClassVar[Support] = "union"
+
+    def candidates(self, views: Views, role: int) -> Int[Tensor, "positions n"]:
+        """The union, each as the first token with which the model spells it."""
+        return self._as_spelled(views, role, self._union(views))
+
+    def _union(self, views: Views) -> Int[Tensor, "positions n"]:
+        """The likeliest tokens of every model; those of several stand there several times."""
+        import torch
+
+        return torch.cat([views[k].topk_ids(self.top_k) for k in views], dim=-1)
+
+    def _as_spelled(self, views: Views, role: int, ids: Tensor) -> Int[Tensor, "positions n"]:
+        first = views.first_tokens(role)
+        return ids if first is None else first.to(ids.device)[ids]
 
     def mix(self, views: Views) -> Float[Tensor, "positions vocab"]:
         """Logarithm of the average over the union; -inf outside of it."""
         import torch
 
         weights = views.models.weights(self.weights)
-        logprobs = views.stack(lambda view: view.logprobs)
-        top = logprobs.topk(min(self.top_k, logprobs.shape[-1]), dim=-1)
-        # Fewer than k tokens may have any probability at all.
-        likely = top.values > _NEVER
-        union = torch.zeros(logprobs.shape[1:], dtype=torch.bool, device=logprobs.device)
-        for ids, real in zip(top.indices, likely, strict=True):
-            union |= torch.zeros_like(union).scatter(-1, ids, real)
+        ids = self._union(views)
+        n = min(self.top_k, views.n_tokens)
+        # Fewer than k tokens may have any probability at all; of equal ones the first counts.
+        likely = torch.cat([views[k].topk_logprobs(n) for k in views], dim=-1) > _NEVER
+        counts = likely & ~_is_repeated(ids, likely)
         shown = []
-        for k, own in zip(views, logprobs, strict=True):
-            first = views.first_tokens(k)
-            weighed = own if first is None else own[:, first.to(own.device)]
-            weighed = weighed.masked_fill(~union, _NEVER)
+        for k in views:
+            weighed = views[k].logprobs_of(self._as_spelled(views, k, ids))
+            weighed = weighed.masked_fill(~counts, _NEVER)
             # A model that finds the whole union impossible has nothing to say here.
             share = weighed.log_softmax(-1).nan_to_num(nan=_NEVER, neginf=_NEVER)
-            shown.append(share + torch.tensor(weights[k], device=own.device).log())
-        return torch.stack(shown).logsumexp(0)
+            shown.append(share + torch.tensor(weights[k], device=ids.device).log())
+        mixed = torch.stack(shown).logsumexp(0)
+        whole = torch.full((len(ids), views.n_tokens), _NEVER, device=ids.device)
+        # Every token counts once, so the greatest of what is put at one place is its number.
+        return whole.scatter_reduce(-1, ids, mixed, "amax")
+
+
+def _is_repeated(
+    ids: Int[Tensor, "positions n"], counts: Bool[Tensor, "positions n"]
+) -> Bool[Tensor, "positions n"]:
+    """Whether a token that counts stands further in front."""
+    same = (ids[:, :, None] == ids[:, None, :]) & counts[:, None, :]
+    return same.tril(-1).any(-1)

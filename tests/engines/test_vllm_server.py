@@ -224,6 +224,25 @@ def test_average_of_the_twenty_likeliest_is_the_average_of_what_is_known(
     assert [answer.text for answer in got] == [answer.text for answer in want]
 
 
+@pytest.mark.parametrize("schedule", ["stepwise", "block"])
+@pytest.mark.parametrize("policy", ["unite", {"kind": "bild", "params": {"rollback": 1.0}}])
+def test_tokens_that_a_policy_names_are_told_beside_the_twenty_likeliest(
+    served: dict[str, Url],
+    references: dict[str, TransformersModel],
+    at_home: Ensemble,
+    policy: Any,
+    schedule: Any,
+) -> None:
+    partial = Ensemble(
+        [references["generalist"], *(behind(served[n], n, logprobs=20) for n in served)]
+    )
+    settings: dict[str, Any] = {"max_new_tokens": 24, "temperature": 0.0, "schedule": schedule}
+    got = partial.generate(QUESTIONS, policy, **settings)
+    want = at_home.generate(QUESTIONS, policy, **settings)
+    assert [a.text for a in got] == [a.text for a in want]
+    assert [[t.model for t in a.trace] for a in got] == [[t.model for t in a.trace] for a in want]
+
+
 def test_looking_ahead_takes_half_the_calls_on_a_span_of_one_expert_or_fewer(
     served: dict[str, Url], references: dict[str, TransformersModel]
 ) -> None:

@@ -39,7 +39,7 @@ class RemoteModel(Model):
         VocabularyError: if it reads texts in other tokens than ``tokenizer``.
     """
 
-    signals: ClassVar[frozenset[Signal]] = frozenset({"text", "top1", "topk", "logprobs"})
+    signals: ClassVar[frozenset[Signal]] = frozenset({"text", "top1", "topk", "given", "logprobs"})
     backend: ClassVar[str]
 
     def __init__(

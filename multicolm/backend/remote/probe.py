@@ -69,6 +69,8 @@ class Abilities:
             the whole vocabulary, 0 for none.
         n_told: how many log-probabilities it tells at a time.
         width: number of ids in its vocabulary, as far as that shows.
+        tells_given: whether it tells of tokens that are named (``logprob_token_ids``); asked only
+            where it does not tell of all.
         scoring: how it tells the log-probabilities of a prompt's own tokens, if it does.
         is_neutral: whether it can be told not to avoid what it wrote before; asked only of a server
             whose text is all there is.
@@ -85,6 +87,7 @@ class Abilities:
     n_likeliest: int | None
     n_told: int
     width: int
+    tells_given: bool
     scoring: Scoring | None
     is_neutral: bool
     max_tokens_0: str
@@ -95,10 +98,13 @@ class Abilities:
     def signals(self) -> frozenset[Signal]:
         """What a policy can ask of the model."""
         if self.n_likeliest is None:
-            return frozenset({"text", "top1", "topk", "logprobs"})
+            return frozenset({"text", "top1", "topk", "given", "logprobs"})
         if self.n_likeliest == 0:
             return frozenset({"text"})
-        return frozenset({"text", "top1", "topk"} if self.n_likeliest > 1 else {"text", "top1"})
+        signals: set[Signal] = {"text", "top1"}
+        signals |= {"topk"} if self.n_likeliest > 1 else set()
+        signals |= {"given"} if self.tells_given else set()
+        return frozenset(signals)
 
     @property
     def how_many(self) -> int:
@@ -117,7 +123,8 @@ class Abilities:
         if self.n_likeliest is None:
             known = f"log-probabilities of the whole vocabulary ({self.width} tokens)"
         elif self.n_likeliest:
-            known = f"log-probabilities of the {self.n_likeliest} likeliest tokens"
+            named = " and of tokens that are named" if self.tells_given else ""
+            known = f"log-probabilities of the {self.n_likeliest} likeliest tokens{named}"
         else:
             own = "" if self.is_neutral else "; if it avoids repetitions, it goes on doing so"
             known = f"text only, no log-probabilities by token id{own}"
@@ -169,6 +176,7 @@ def probe(server: Service, tokenizer: TokenizerAdapter, wish: Wish, name: str) -
         n_likeliest=n_likeliest,
         n_told=len(row.ids),
         width=max([tokenizer.n_tokens - 1, *row.ids]) + 1,
+        tells_given=how_many > 0 and trial.tells_given(row),
         scoring=trial.scoring(how_many) if how_many else None,
         is_neutral=not how_many and trial.ask([_TEXTS[0]], 1, **NEUTRAL) is not None,
         max_tokens_0=trial.max_tokens_0(takes_ids),
@@ -291,6 +299,13 @@ class _Trial:
     def _likeliest(self, k: int) -> Likeliest | None:
         answer = self.ask([self.ids], 1, logprobs=k)
         return answer[0].rows[0] if answer and answer[0].rows else None
+
+    def tells_given(self, row: Likeliest) -> bool:
+        """Whether the server tells of tokens that are named, likely or not."""
+        ids = [i for i in range(self._tokenizer.n_tokens) if i not in row.ids][-3:]
+        answer = self.ask([self.ids], 1, logprobs=1, logprob_token_ids=ids) if ids else None
+        rows = answer[0].rows if answer else []
+        return bool(rows) and set(rows[0].ids) >= set(ids)
 
     def scoring(self, how_many: int) -> Scoring | None:
         """How the server scores a prompt: the way whose numbers are right, if there is one."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -21,6 +22,7 @@ from multicolm.errors import CapabilityError, MulticolmError, ServerError
 
 __all__ = ["RemoteSession"]
 
+_MOST_NAMED = 128  # tokens that are asked about in one request
 _MOST_REMEMBERED = 64  # places of one text; a row over a whole vocabulary may have megabytes
 # What one more text costs a server, counted in numbers of its answer: with vLLM on a CPU a number
 # took 8 microseconds and a text with a common beginning 1 millisecond.
@@ -184,6 +186,29 @@ class RemoteSession(Session):
             calls_of=tuple(calls),
         )
 
+    def tell(self, rows: Sequence[int], lengths: Sequence[int], ids: Sequence[int]) -> Look:
+        """See :meth:`multicolm.backend.base.Session.tell`.
+
+        Raises:
+            ServerError: if the server does not answer, or not about all of these tokens.
+        """
+        n_calls = self._server.n_calls
+        self._n_passes = 0
+        texts = [self._texts[row].ids[:n] for row, n in zip(rows, lengths, strict=True)]
+        told = []
+        for first in range(0, len(ids), _MOST_NAMED):
+            some = list(ids[first : first + _MOST_NAMED])
+            lines = []
+            for answer in self._ask(texts, 1, about=some):
+                [row] = answer.rows or [Likeliest([], [])]
+                known = dict(zip(row.ids, row.logprobs, strict=True))
+                if not known.keys() >= set(some):
+                    raise self._changed("it does not tell of tokens that are named")
+                lines.append([known[token] for token in some])
+            told.append(torch.tensor(lines))
+        n_calls = self._server.n_calls - n_calls
+        return Look(torch.cat(told, dim=-1), n_passes=self._n_passes, n_calls=n_calls)
+
     def _learn(self, rows: Sequence[int], n_last: Sequence[int]) -> list[int]:
         """Ask for what is not known; returns in how many requests each row had a part."""
         going: list[_Text] = []
@@ -242,17 +267,27 @@ class RemoteSession(Session):
             text.known[len(text.ids)] = self._read(answer, 1)[1][0]
 
     def _ask(
-        self, texts: Sequence[Sequence[int]], n_tokens: int, *, scoring: bool = False
+        self,
+        texts: Sequence[Sequence[int]],
+        n_tokens: int,
+        *,
+        scoring: bool = False,
+        about: Sequence[int] = (),
     ) -> list[Completion]:
         prompts = [self._writing.prompt(ids) for ids in texts]
         if self._abilities.takes_several:
-            return self._send(prompts, n_tokens, scoring)
-        return [self._send([prompt], n_tokens, scoring)[0] for prompt in prompts]
+            return self._send(prompts, n_tokens, scoring, about)
+        return [self._send([prompt], n_tokens, scoring, about)[0] for prompt in prompts]
 
     def _send(
-        self, prompts: Sequence[Sequence[int] | str], n_tokens: int, scoring: bool
+        self,
+        prompts: Sequence[Sequence[int] | str],
+        n_tokens: int,
+        scoring: bool,
+        about: Sequence[int],
     ) -> list[Completion]:
         abilities = self._abilities
+        named: dict[str, Any] = {"logprob_token_ids": list(about)} if about else {}
         self._n_passes += n_tokens
         try:
             answers, whole = completions(
@@ -260,8 +295,9 @@ class RemoteSession(Session):
                 abilities.served_model,
                 prompts,
                 n_tokens,
-                logprobs=abilities.how_many or None,
+                logprobs=1 if about else abilities.how_many or None,
                 scoring=abilities.scoring if scoring else None,
+                **named,
                 **(NEUTRAL if abilities.is_neutral else {}),
             )
         except Unreadable as error:

@@ -37,6 +37,7 @@ class Manners:
         takes_several: a request may hold several prompts.
         tells_ids: tokens may be named ``token_id:7``; else they are named by their text.
         max_logprobs: how many log-probabilities it tells at most, -1 for all; 0 ignores the wish.
+        tells_given: whether ``logprob_token_ids`` works; else it is ignored.
         clamps: gives ``max_logprobs`` where more are wanted, instead of refusing.
         prompt_logprobs: whether that parameter works; else it is ignored.
         echo: likewise.
@@ -51,6 +52,7 @@ class Manners:
     takes_several: bool = True
     tells_ids: bool = True
     max_logprobs: int = -1
+    tells_given: bool = True
     clamps: bool = False
     prompt_logprobs: bool = True
     echo: bool = True
@@ -190,12 +192,17 @@ class FakeVllm:
         if body.get("echo") and manners.echo:
             told = [*zip(ids, prompt_rows, strict=True), *told]
         logprobs = None
+        also = body.get("logprob_token_ids", []) if manners.tells_given else []
+        if rows and any(i >= len(rows[0]) for i in also):
+            raise _Refused(400, f"Token id {max(also)} is out of vocabulary")
         if k is not None:
             logprobs = {
                 "tokens": [self._token(i, named) for i, _ in told],
                 "token_logprobs": [None if r is None else _number(r[i]) for i, r in told],
                 "top_logprobs": [
-                    None if r is None else {self._token(j, named): p for j, p in _top(r, k, i)}
+                    None
+                    if r is None
+                    else {self._token(j, named): p for j, p in _top(r, k, i, also)}
                     for i, r in told
                 ],
             }
@@ -264,8 +271,12 @@ def _number(logprob: torch.Tensor) -> float:
     return max(float(logprob), -9999.0)  # JSON cannot hold -inf
 
 
-def _top(row: torch.Tensor, k: int, given: int) -> list[tuple[int, float]]:
-    """The k likeliest tokens, all for -1, and the given one in any case."""
+def _top(
+    row: torch.Tensor, k: int, given: int, also: Sequence[int] = ()
+) -> list[tuple[int, float]]:
+    """The k likeliest tokens, all for -1, or ``also``; and the given one in any case."""
+    if also:
+        return [(i, _number(row[i])) for i in dict.fromkeys([*also, given])]
     if k == -1:
         chosen = list(range(len(row)))
     else:

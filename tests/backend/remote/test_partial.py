@@ -57,7 +57,9 @@ def test_a_partial_row_holds_true_log_probabilities_and_leaves_the_rest_unknown(
     assert model.n_likeliest == 20 == int(known.sum())
     assert torch.allclose(got[known], want[known], atol=1e-5)
     assert float(want[~known].max()) <= float(want[known].min())
-    assert model.shows == {"text", "top1", "topk"}
+    assert model.shows == {"text", "top1", "topk", "given"}
+    silent = remote(serve("facts", Manners(max_logprobs=20, tells_given=False)))
+    assert silent.shows == {"text", "top1", "topk"}
 
 
 @pytest.mark.parametrize(("schedule", "temperature"), [("stepwise", 0.9), ("block", 0.0)])
@@ -98,7 +100,7 @@ def test_a_policy_that_needs_every_probability_is_refused_by_name_signal_and_ser
     partial = ensemble(remote(fake))
     for policy in (
         "entropy",
-        "unite",
+        "pack-llm",
         "speculative",
         {"kind": "average", "params": {"mean": "geometric"}},
     ):
@@ -106,7 +108,7 @@ def test_a_policy_that_needs_every_probability_is_refused_by_name_signal_and_ser
         with pytest.raises(
             CapabilityError,
             match=f"policy '{name}' needs logprobs of model 'facts' \\(server {fake.url}\\), which "
-            "shows only text, top1, topk; choose another policy",
+            "shows only given, text, top1, topk; choose another policy",
         ):
             partial.generate(PROMPTS[0], policy)
 
@@ -224,3 +226,49 @@ def test_no_warning_is_given_where_everything_is_known(serve: Serve) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         whole.generate(PROMPTS[0], "average", max_new_tokens=2)
+
+
+# What a server is asked about besides
+
+
+@pytest.mark.parametrize("schedule", ["stepwise", "block"])
+@pytest.mark.parametrize("kind", ["unite", "bild"])
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_a_policy_that_names_tokens_writes_the_same_with_a_server_that_tells_of_them(
+    serve: Serve, kind: str, schedule: Any, temperature: float
+) -> None:
+    policy = {"kind": kind, "params": {"rollback": 1.0} if kind == "bild" else {"top_k": 6}}
+    fake = serve("facts", Manners(max_logprobs=6))
+    settings: dict[str, Any] = {
+        "temperature": temperature,
+        "top_k": 6,
+        "schedule": schedule,
+        "max_new_tokens": 10,
+        "seed": 2,
+    }
+    got = ensemble(remote(fake, logprobs=6)).generate(PROMPTS, policy, **settings)
+    want = ensemble(local("facts")).generate(PROMPTS, policy, **settings)
+    for one, other in zip(got, want, strict=True):
+        assert [(t.id, t.model) for t in one.trace] == [(t.id, t.model) for t in other.trace]
+        for mine, theirs in zip(one.trace, other.trace, strict=True):
+            assert mine.logprob == pytest.approx(theirs.logprob, abs=1e-4)
+    named = [body for body in fake.requests if "logprob_token_ids" in body]
+    assert len(named) > 1, "the probe's, and those of the texts"
+    assert got.usage["facts"].calls > 0
+
+
+def test_a_server_that_tells_of_no_named_tokens_is_refused_by_policies_that_name_some(
+    serve: Serve,
+) -> None:
+    fake = serve("facts", Manners(max_logprobs=6, tells_given=False))
+    with pytest.raises(CapabilityError, match="policy 'unite' needs given of model 'facts'"):
+        ensemble(remote(fake)).generate(PROMPTS[0], "unite")
+
+
+def test_a_token_that_no_server_was_asked_about_is_not_taken_for_impossible() -> None:
+    signals = frozenset({"topk", "given"})
+    named = torch.tensor([[6]])
+    view = View(ROW, signals=signals, name="facts", n_likeliest=5, candidates=named)
+    assert view.logprobs_of(torch.tensor([[0, 6]])).tolist()[0][1] == -INF
+    with pytest.raises(PolicyError, match="server of model 'facts' was not asked about"):
+        view.logprob_of(torch.tensor([7]))

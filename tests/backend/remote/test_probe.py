@@ -52,7 +52,7 @@ def test_what_was_found_is_said_in_sentences(serve: Serve) -> None:
         f"server {fake.url}",
         "the server calls it 'facts'",
         "prompts are token ids, several at a time",
-        "log-probabilities of the 20 likeliest tokens",
+        "log-probabilities of the 20 likeliest tokens and of tokens that are named",
         "prompts are scored by `prompt_logprobs`",
         "`max_tokens: 0` is refused",
         "its context takes 511 tokens",
