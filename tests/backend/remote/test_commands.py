@@ -69,7 +69,8 @@ def test_validate_tells_what_the_server_was_found_to_do(
         f"  checked  model facts: server {fake.url}\n"
         "  checked  model facts: the server calls it 'facts'\n"
         "  checked  model facts: prompts are token ids, several at a time\n"
-        "  checked  model facts: log-probabilities of the 20 likeliest tokens\n"
+        "  checked  model facts: log-probabilities of the 20 likeliest tokens and of tokens that "
+        "are named\n"
     ) in out
     fake.stop()
     code, out, _ = call("validate", path, "--load")
@@ -110,7 +111,7 @@ def test_a_policy_that_needs_more_than_the_server_gives_is_one_sentence(
     assert (code, out) == (1, "")
     assert err == (
         f"Error: policy 'entropy' needs logprobs of model 'facts' (server {fake.url}), which shows "
-        "only text, top1, topk; choose another policy, or another backend for that model.\n"
+        "only given, text, top1, topk; choose another policy, or another backend for that model.\n"
     )
     # A base model in a server has no hidden states, which is known before anything is asked.
     swapped = Path(path).read_text().replace("base_model: generalist", "base_model: facts")
