@@ -285,7 +285,11 @@ def test_a_model_in_a_server_needs_the_servers_address(backend: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "url", ["127.0.0.1:8000", "ftp://host", "http://", "http://a b/", "http://me:hush@host"]
+    "url",
+    [
+        *("127.0.0.1:8000", "ftp://host", "http://", "http://a b/", "http://me:hush@host"),
+        *("http://host:80a", "http://host:99999", "http://[::1"),
+    ],
 )
 def test_an_address_is_one_of_http(url: str) -> None:
     assert served(f"backend: vllm, url: '{url}'") == (

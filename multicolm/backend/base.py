@@ -114,7 +114,8 @@ class Model(ABC):
         identity: what it is, wherever it lies and whatever it is called; empty if unknown. Equal
             identities mean equal weights.
         hidden_size: width of its last hidden state; ``None`` if it shows none.
-        precision: the type it computes in, such as ``float32``.
+        precision: the type it computes in, such as ``float32``; of a model in a server, what the
+            server says of it. What was kept of a model goes on only where this is equal.
     """
 
     name: str

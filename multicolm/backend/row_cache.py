@@ -12,6 +12,7 @@ that a cut across the window is as cheap as any other.
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,7 +56,9 @@ class RowLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # their __ini
 
     def __init__(self, cache: RowCache) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._cache = cache
+        # Weakly, so that the storage is free as soon as nobody holds the cache, and not when the
+        # garbage collector comes round to a circle: it does not see how large that is.
+        self._cache: RowCache = weakref.proxy(cache)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Make storage of the right width, type and device for what the layer produces."""

@@ -146,6 +146,7 @@ class VllmEngineModel(RemoteModel):
             context_length=length,
         )
         model.identity = identity_of(config, None)
+        model.precision = f"{options['dtype']}, {model.precision}"
         return model
 
 

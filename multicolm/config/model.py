@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import Field, PrivateAttr, model_validator
 
@@ -54,6 +55,14 @@ _SETTINGS: dict[str, frozenset[str]] = {
 """What each backend can be told, besides what all can."""
 
 _URL = re.compile(r"https?://[^\s/?#@]+(/[^\s?#]*)?")
+
+
+def _is_url(text: str) -> bool:
+    try:
+        # A port is looked at only when it is asked for.
+        return bool(_URL.fullmatch(text)) and urlsplit(text).port != 0
+    except ValueError:
+        return False
 
 
 class ModelFile(Strict):
@@ -191,7 +200,7 @@ class ModelConfig(Strict):
                 f"backend '{self.backend}' needs a `url`: that of the server, such as "
                 "http://127.0.0.1:8000/v1."
             )
-        if self.url is not None and not _URL.fullmatch(self.url):
+        if self.url is not None and not _is_url(self.url):
             raise ValueError(f"`url` must be http://host:port or https://..., got '{self.url}'.")
         known = _SETTINGS.get(self.backend)  # a backend of somebody else takes what it likes
         for key in sorted(self.model_fields_set - _OF_ALL) if known is not None else ():

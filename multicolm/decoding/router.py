@@ -16,6 +16,8 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
 from functools import partial
 from threading import Lock
+from typing import ParamSpec, TypeVar
+from weakref import WeakMethod
 
 import torch
 from torch import Tensor
@@ -39,6 +41,9 @@ from multicolm.types import MIXTURE, Piece
 from multicolm.views import ModelNames
 
 __all__ = ["Router"]
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class Router:
@@ -75,7 +80,11 @@ class Router:
         self._models = list(models)
         self._names = ModelNames(model.name for model in models)
         self._vocabulary = vocabulary
-        embeds = {k: partial(self._embed, k) for k in range(len(models))}
+        # Its parts do not hold the router: its caches are free as soon as nobody else holds it,
+        # and not when the garbage collector comes round to a circle.
+        embed, reader = _weakly(self._embed), _weakly(self._reader)
+        positions, fits = _weakly(self._positions), _weakly(self._fits)
+        embeds = {k: partial(embed, k) for k in range(len(models))}
         first_tokens = None if vocabulary.is_shared else vocabulary.first_tokens
         self._desk = PolicyDesk(
             policy,
@@ -119,14 +128,14 @@ class Router:
                 policy,
                 self._used,
                 vocabulary,
-                self._reader,
-                self._positions,
-                self._fits,
+                reader,
+                positions,
+                fits,
                 self._ends,
             )
         elif 0 in self._desk.needs.always or policy.acts == "verify":
             self._drafter = Drafter(
-                self._look_at_base, self._desk, self._positions, self._fits, self._ends[0]
+                _weakly(self._look_at_base), self._desk, positions, fits, self._ends[0]
             )
 
     @property
@@ -566,3 +575,15 @@ class Router:
 
     def _name(self, writer: int) -> str:
         return self._names[writer] if writer < len(self._names) else MIXTURE
+
+
+def _weakly(method: Callable[P, T]) -> Callable[P, T]:
+    """A method for parts of its own object, which live no longer than that does."""
+    ref = WeakMethod(method)
+
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        found = ref()
+        assert found is not None, "a part outlives its owner"
+        return found(*args, **kwargs)
+
+    return call

@@ -11,11 +11,14 @@ from huggingface_hub.errors import RepositoryNotFoundError
 from multicolm import catalog
 from multicolm.config import load_ensemble
 from multicolm.errors import ArtefactError, ConfigError, HubError, InputError
+from multicolm.files import write_whole
 from multicolm.hub.saved import SharedEnsemble, SharedScores
 from multicolm.hub.transfer import download, upload
 from multicolm.training.checkpoint import Checkpoint
 
 __all__ = ["Kind", "Shared", "kind_of", "pull", "push"]
+
+_CACHE = ".cache"  # where the Hub's library notes what it has fetched into a folder
 
 Kind: TypeAlias = Literal["router", "ensemble", "score table"]
 """A policy with what it has learned; models that write together; what models gave to a corpus."""
@@ -154,7 +157,7 @@ def pull(repo: str, folder: str | Path, *, revision: str | None = None) -> Share
         InputError: if the folder holds something else.
     """
     target = Path(folder)
-    _check_empty(target)
+    _claim(target, repo)
     try:
         download(repo, "model", folder=target, revision=revision)
     except HubError as error:
@@ -196,11 +199,19 @@ def _check_declared(folder: Path, kind: Kind) -> list[str]:
     return servers
 
 
-def _check_empty(folder: Path) -> None:
-    """Refuse a folder with files that the Hub's library did not put there."""
-    if not folder.exists():
-        return
-    if not folder.is_dir():
+def _claim(folder: Path, repo: str) -> None:
+    """Take a folder for one repository, whose files no others are to be mixed with.
+
+    Raises:
+        InputError: if it holds files already, and not of that repository.
+    """
+    if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder} is a file; name a folder to pull into.")
-    if any(folder.iterdir()) and not (folder / ".cache" / "huggingface").is_dir():
-        raise InputError(f"{folder} is not empty; name another folder to pull into.")
+    claim = folder / _CACHE / "huggingface" / "multicolm-repository"
+    is_empty = not folder.exists() or all(path.name == _CACHE for path in folder.iterdir())
+    if not is_empty and not (claim.is_file() and claim.read_text(encoding="utf-8") == repo):
+        raise InputError(
+            f"{folder} is not empty, and what it holds is not from {repo}; name another folder to "
+            "pull into."
+        )
+    write_whole(claim, repo)

@@ -35,7 +35,8 @@ __all__ = ["SharedEnsemble", "SharedScores"]
 # Facts about the machine that an ensemble ran on, which mean nothing elsewhere.
 _OF_THIS_MACHINE = ("device", "device_map")
 # What would run code of others, or hand them what is secret here.
-_UNSAFE = ("trust_remote_code", "allow_pickled_weights", "api_key_env")
+# The options of an engine are any keyword arguments of a library: they can name code, too.
+_UNSAFE = ("trust_remote_code", "allow_pickled_weights", "api_key_env", "engine_options")
 _MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 

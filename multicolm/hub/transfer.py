@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, TypeAlias
 
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub import errors as hub
 from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # of its HTTP library
 
@@ -167,6 +167,11 @@ def download(
         HubError: if the Hub cannot be reached, or has no such repository.
     """
     with hub_errors(repo):
+        if folder is not None:
+            # The Hub's library takes a folder that is there for the repository if it cannot see it.
+            wanted = revision or constants.DEFAULT_REVISION
+            info = HfApi(token=token).repo_info(repo, repo_type=kind, revision=wanted)
+            revision = info.sha
         found = snapshot_download(
             repo,
             repo_type=kind,

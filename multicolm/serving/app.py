@@ -98,9 +98,15 @@ def create_app(
     desk = _Desk(engine, menu, limits or Limits(), metrics)
     app = FastAPI(title="multicolm", docs_url=None, redoc_url=None)
     app.add_middleware(_Gate, api_key=api_key, hosts=hosts, metrics=metrics)
-    app.add_exception_handler(Exception, _explain)
-    for kind in (MulticolmError, _Denied, ClientDisconnect):
-        app.add_exception_handler(kind, _explain)
+
+    async def explain(_: Request, error: Exception) -> Response:
+        if isinstance(error, ClientDisconnect):
+            return Response(status_code=_GONE)
+        status, content, headers = _explained(error, engine)
+        return JSONResponse(content, status_code=status, headers=headers)
+
+    for kind in (Exception, MulticolmError, _Denied, ClientDisconnect):
+        app.add_exception_handler(kind, explain)
     app.add_exception_handler(404, _no_such_page)
     app.add_exception_handler(405, _no_such_page)
     created = int(time.time())
@@ -419,7 +425,7 @@ class _Texts:
             if with_usage:
                 yield as_event(replies.usage(self.written))
         except Exception as error:
-            _, content, _ = _explained(error)
+            _, content, _ = _explained(error, self._engine)
             yield as_event(content)
             return
         yield as_event("[DONE]")
@@ -473,9 +479,13 @@ async def _unless_gone(receive: Receive, work: Awaitable[T]) -> T:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def _explained(error: Exception) -> tuple[int, dict[str, Any], dict[str, str]]:
+def _explained(error: Exception, engine: Engine) -> tuple[int, dict[str, Any], dict[str, str]]:
     """Status, body and headers of the reply to a request that went wrong."""
     message = str(error)
+    # Where the models' own servers are is the operator's business.
+    addresses = {model.server for model in engine.ensemble.backends} - {""}
+    for address in sorted(addresses, key=len, reverse=True):
+        message = message.replace(f" {address}", "").replace(address, "its server")
     if isinstance(error, _Denied):
         return error.status, failure(message, "invalid_request_error"), error.headers
     if isinstance(error, BusyError):
@@ -487,7 +497,6 @@ def _explained(error: Exception) -> tuple[int, dict[str, Any], dict[str, str]]:
         body = failure(message, "invalid_request_error", error.param, "model_not_found")
         return 404, body, {}
     if isinstance(error, ServerError):
-        # It names an address that is the operator's business.
         message = "a server that runs one of the models has failed; this server's log says how."
         return 502, failure(message, "server_error"), {}
     if isinstance(error, PolicyError | ModelError):
@@ -498,13 +507,6 @@ def _explained(error: Exception) -> tuple[int, dict[str, Any], dict[str, str]]:
             param = "multicolm.params"
         return 400, failure(message, "invalid_request_error", param), {}
     return 500, failure("something broke; the server's log says what.", "server_error"), {}
-
-
-async def _explain(_: Request, error: Exception) -> Response:
-    if isinstance(error, ClientDisconnect):
-        return Response(status_code=_GONE)
-    status, content, headers = _explained(error)
-    return JSONResponse(content, status_code=status, headers=headers)
 
 
 async def _no_such_page(request: Request, _: Exception) -> Response:

@@ -17,6 +17,7 @@ from multicolm.types import Message, Prompt
 __all__ = ["ChatAsked", "CompletionAsked", "Extension", "Refusal", "StreamOptions", "read"]
 
 _MOST_TEXTS = 128
+_MOST_STOPS = 16  # each is looked for behind every token, in the thread that writes for all
 
 _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "audio": ((), "this server writes text only"),
@@ -234,10 +235,7 @@ def read(body: bytes, schema: type[A]) -> A:
         Refusal: if it is no JSON, asks for what is not served, or has a field that is not known or
             of the wrong type; it names the field.
     """
-    try:
-        data = json.loads(body)
-    except (ValueError, RecursionError) as error:
-        raise Refusal("the body is not JSON; send an object in UTF-8.") from error
+    data = _parsed(body)
     if not isinstance(data, Mapping):
         raise Refusal("the body must be a JSON object with `model` and what it is to answer.")
     given = {name: value for name, value in data.items() if value is not None}
@@ -264,6 +262,30 @@ def read(body: bytes, schema: type[A]) -> A:
     return asked
 
 
+def _parsed(body: bytes) -> Any:
+    """What a body says, which can be said back to the client too.
+
+    Raises:
+        Refusal: if it is no JSON, or holds what a reply in JSON could not repeat.
+    """
+    try:
+        data = json.loads(body)
+        json.dumps(data, ensure_ascii=False, allow_nan=False).encode()
+    except UnicodeEncodeError as error:
+        raise Refusal(
+            "the body holds text that is not valid Unicode: one half of a pair of surrogates; "
+            "send whole characters."
+        ) from error
+    except RecursionError as error:
+        raise Refusal("the body is not JSON that is served: it is nested too deep.") from error
+    except ValueError as error:
+        raise Refusal(
+            "the body is not JSON, or has a number in it that is not finite; send an object in "
+            "UTF-8."
+        ) from error
+    return data
+
+
 def _without_nulls(messages: Any) -> Any:
     """Messages as clients hand them back: what they did not get is null in them."""
     if not isinstance(messages, Sequence) or isinstance(messages, str):
@@ -285,6 +307,12 @@ def _check_together(asked: CompletionAsked | ChatAsked) -> None:
     if asked.stream_options is not None and not asked.stream:
         raise Refusal(
             "'stream_options' goes with \"stream\": true; leave it out.", "stream_options"
+        )
+    if isinstance(asked.stop, list) and len(asked.stop) > _MOST_STOPS:
+        raise Refusal(
+            f"'stop' must hold at most {_MOST_STOPS} texts on this server, got {len(asked.stop)}; "
+            "send fewer.",
+            "stop",
         )
     if isinstance(asked, CompletionAsked):
         if asked.logprobs:

@@ -47,7 +47,7 @@ __all__ = [
 ]
 
 _LOG = logging.getLogger("multicolm.serving")
-_KEPT = 4  # policies that keep their caches though nobody uses them just now
+_KEPT = 4  # policies that have caches, in use or not; each other threshold is another policy
 _PAST = 32  # texts whose durations tell how long the next will take
 
 Outcome: TypeAlias = Literal["finished", "cancelled", "failed"]
@@ -138,6 +138,10 @@ class _Shop:
     def is_idle(self) -> bool:
         return not self.waiting and not self.active
 
+    @property
+    def has_caches(self) -> bool:
+        return bool(self.active or self.live.router.readers)
+
 
 @dataclass(frozen=True, slots=True)
 class Stats:
@@ -178,7 +182,8 @@ class Engine:
     """Writes texts for whoever asks, from any thread; use it as a context, or start and close it.
 
     Texts of one policy share forward passes, whatever their other settings; policies take turns.
-    A policy in use, and the last few that were, have caches of their own for that many texts.
+    Each has caches of its own for that many texts, so that only a few policies work at a time, and
+    who wants another one waits until one of these is done.
 
     Args:
         ensemble: whose models write. Nobody else may use it meanwhile.
@@ -417,30 +422,41 @@ class Engine:
         """Give slots to those who wait, first come, first served."""
         while self._queue and self._n_active < self.max_concurrent:
             number, ticket = next(iter(self._queue.items()))
-            del self._queue[number]
             shop = self._shops[ticket.order.choice.key]
+            # Nobody overtakes who waits for room, or those who work would never be done.
+            if not shop.active and not self._make_room(shop):
+                return
+            del self._queue[number]
             shop.active[number] = shop.waiting.pop(number)
             assert ticket.row is not None
             shop.live.add(ticket.row)
             self._n_active += 1
 
+    def _make_room(self, shop: _Shop) -> bool:
+        """Whether a policy can begin to work; those that have caches and no texts give them up."""
+        others = [s for s in self._shops.values() if s is not shop and s.has_caches]
+        idle = [s for s in others if s.is_idle][: max(0, len(others) + 1 - _KEPT)]
+        with self._news:
+            for old in idle:
+                self._retire(old)
+        return len(others) - len(idle) < _KEPT or not self._n_active
+
     def _round(self, shop: _Shop) -> None:
         """One round of a policy's loop, and the news of it."""
         try:
             pieces = shop.live.step()
+            answers = {row.number: shop.live.answer(row) for row in shop.live.finished()}
+            new: dict[int, list[Piece]] = {}
+            for piece in pieces:
+                new.setdefault(piece.row, []).append(piece)
+            for number, ticket in shop.active.items():
+                self._tell_growth(shop.live, ticket, new.get(number, ()))
         except Exception as error:
             self._start_over(shop, error)
             return
-        new: dict[int, list[Piece]] = {}
-        for piece in pieces:
-            new.setdefault(piece.row, []).append(piece)
-        finished = shop.live.finished()
-        for number, ticket in shop.active.items():
-            self._tell_growth(shop.live, ticket, new.get(number, ()))
-        for row in finished:
-            ticket = shop.active.pop(row.number)
+        for number, answer in answers.items():
+            ticket = shop.active.pop(number)
             self._n_active -= 1
-            answer = shop.live.answer(row)
             self._end(ticket, "finished", answer.trace.tokens)
             self._tell(ticket, Ended(answer))
 
@@ -455,7 +471,10 @@ class Engine:
             self._tell(ticket, Grown(tuple(pieces), tuple(tokens)))
 
     def _start_over(self, shop: _Shop, error: Exception) -> None:
-        """A round has failed: those who were in it fail, those who wait do not."""
+        """A round has failed: those who were in it fail, those who wait do not.
+
+        Unless the policy cannot be opened once more: then they fail, too.
+        """
         failed = list(shop.active.values())
         shop.active.clear()
         self._n_active -= len(failed)
@@ -463,10 +482,17 @@ class Engine:
             self._retire(shop)
         for ticket in failed:
             self._fail(ticket, error)
-        if shop.waiting:
+        if not shop.waiting:
+            return
+        try:
             shop.live = self._open(shop.choice)
-            with self._news:
-                self._shops[shop.choice.key] = shop
+        except Exception as again:
+            for number, ticket in shop.waiting.items():
+                del self._queue[number]
+                self._fail(ticket, again)
+            return
+        with self._news:
+            self._shops[shop.choice.key] = shop
 
     def _let_go(self, ticket: Ticket) -> None:
         """Stop writing a text, if it is not finished."""

@@ -153,6 +153,32 @@ def test_a_pull_that_was_stopped_goes_on(hub: Hub, tmp_path: Path) -> None:
     assert pulled(tmp_path / "got") == hub.files["models/org/tiny"]
 
 
+def test_a_folder_is_not_taken_for_a_repository_that_cannot_be_seen(
+    hub: Hub, tmp_path: Path
+) -> None:
+    push("tiny", "org/tiny")
+    pull("org/tiny", tmp_path / "got")
+    files = hub.files.pop("models/org/tiny")
+    with pytest.raises(HubError, match="no repository org/tiny"):
+        pull("org/tiny", tmp_path / "got")
+    hub.files["models/org/tiny"] = files
+    assert pull("org/tiny", tmp_path / "got").kind == "ensemble"
+
+
+def test_two_repositories_are_not_pulled_into_one_folder(
+    hub: Hub, scores: Path, tmp_path: Path
+) -> None:
+    push("tiny", "org/tiny")
+    push(scores, "org/scores")
+    with pytest.raises(HubError):
+        pull("org/misspelt", tmp_path / "got")  # which leaves nothing in the way
+    assert pull("org/scores", tmp_path / "got").kind == "score table"
+    before = contents(tmp_path / "got")
+    with pytest.raises(InputError, match="is not from org/tiny"):
+        pull("org/tiny", tmp_path / "got")
+    assert contents(tmp_path / "got") == before
+
+
 # --- an ensemble's folder ------------------------------------------------------------------------
 
 
@@ -218,13 +244,20 @@ def test_models_elsewhere_on_the_disk_go_along_only_if_asked_for(tmp_path: Path)
     assert contents(tmp_path / "again") == contents(tmp_path / "saved")
 
 
-@pytest.mark.parametrize("setting", ["trust_remote_code", "allow_pickled_weights"])
+@pytest.mark.parametrize(
+    ("setting", "more"),
+    [
+        ("trust_remote_code", {"trust_remote_code": True}),
+        ("allow_pickled_weights", {"allow_pickled_weights": True}),
+        ("engine_options", {"backend": "vllm-engine", "engine_options": {"worker_cls": "x.Y"}}),
+    ],
+)
 def test_an_ensemble_that_would_run_code_of_others_is_not_shared(
-    setting: str, hub: Hub, tmp_path: Path
+    setting: str, more: dict[str, Any], hub: Hub, tmp_path: Path
 ) -> None:
     folder = tmp_path / "home"
     folder.mkdir()
-    data = {"base_model": "p", "models": {"p": {"model": "tiny-facts", setting: True}}}
+    data = {"base_model": "p", "models": {"p": {"model": "tiny-facts", **more}}}
     (folder / "ensemble.yaml").write_text(yaml.safe_dump(data))
     with pytest.raises(ConfigError, match=rf"models\.p\.{setting}: an ensemble that is shared"):
         push(folder, "org/evil")
@@ -338,7 +371,7 @@ def test_options_of_an_ensemble_are_refused_for_others(scores: Path, tmp_path: P
 
 def test_a_folder_with_other_files_is_not_pulled_into(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("x")
-    with pytest.raises(InputError, match="is not empty; name another folder"):
+    with pytest.raises(InputError, match="is not from org/tiny; name another folder"):
         pull("org/tiny", tmp_path)
     with pytest.raises(InputError, match="is a file; name a folder"):
         pull("org/tiny", tmp_path / "mine.txt")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import random
+import weakref
 from typing import Any
 
 import pytest
@@ -166,6 +168,46 @@ def test_a_round_without_texts_does_nothing(tables: Ensemble) -> None:
     live = tables.live("confidence", n_slots=2)
     assert live.step() == [] and not live.busy
     assert all(usage.forwards == 0 for usage in live.usage.values())
+
+
+@pytest.mark.parametrize(
+    "policy", ["confidence", "cosd-rule", "cool-fusion", "byte-mixture", "chared"]
+)
+def test_its_caches_are_free_as_soon_as_nobody_holds_it(mixed: Ensemble, policy: str) -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        live = mixed.live(policy)
+        live.add(live.row("a", 0, GenerationConfig(max_new_tokens=3), seed=0))
+        while live.busy:
+            live.step()
+        held = [weakref.ref(reader) for reader in live.router.readers.values()]
+        assert held and all(ref() is not None for ref in held)
+        del live
+        assert [ref() for ref in held] == [None] * len(held)
+    finally:
+        gc.enable()
+
+
+def test_nor_do_keys_and_values_wait_for_the_garbage_collector(cached: Ensemble) -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        live = cached.live("confidence")
+        prompt = LONG_PROMPTS[0]
+        live.add(live.row(prompt, 0, GenerationConfig(max_new_tokens=3), seed=0))
+        while live.busy:
+            live.step()
+        held = [
+            weakref.ref(layer.keys)
+            for reader in live.router.readers.values()
+            for layer in reader._session._cache.layers
+        ]
+        assert held and all(ref() is not None for ref in held)
+        del live
+        assert [ref() for ref in held] == [None] * len(held)
+    finally:
+        gc.enable()
 
 
 def test_only_those_texts_report_a_seed_that_were_drawn_at_random(tables: Ensemble) -> None:

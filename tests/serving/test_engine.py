@@ -13,6 +13,7 @@ from serving_worlds import SECONDS, Gate
 from multicolm.config import GenerationConfig
 from multicolm.decoding.row import Row
 from multicolm.errors import BusyError, ClosedError, InputError
+from multicolm.live import Live
 from multicolm.serving.engine import (
     Begun,
     Ended,
@@ -23,7 +24,7 @@ from multicolm.serving.engine import (
     Order,
     Ticket,
 )
-from multicolm.serving.menu import Menu
+from multicolm.serving.menu import Choice, Menu
 
 SHORT = GenerationConfig(max_new_tokens=3)
 ENDLESS = GenerationConfig(max_new_tokens=1_000_000)
@@ -40,9 +41,13 @@ class Desk:
         self.news: dict[int, queue.Queue[Event]] = {}
 
     def ask(
-        self, settings: GenerationConfig = SHORT, policy: str = "default", prompt: str = "a"
+        self,
+        settings: GenerationConfig = SHORT,
+        policy: str = "default",
+        prompt: str = "a",
+        choice: Choice | None = None,
     ) -> Ticket:
-        order = Order(prompt, self.menu.choose("duo", policy), settings, seed=0)
+        order = Order(prompt, choice or self.menu.choose("duo", policy), settings, seed=0)
         news: queue.Queue[Event] = queue.Queue()
         [ticket] = self.engine.submit([order], [news.put])
         self.news[ticket.number] = news
@@ -129,6 +134,29 @@ def test_policies_take_turns(desk: Desk) -> None:
     desk.engine.cancel(endless)
 
 
+def test_clients_that_all_want_other_thresholds_do_not_multiply_the_caches() -> None:
+    desk = Desk(Gate(), max_concurrent=8, max_waiting=4)
+    wanted = [desk.menu.choose(f"duo:confidence@0.{i}") for i in range(1, 8)]
+    most = 0
+
+    def with_caches() -> int:
+        return sum(bool(s.active or s.live.router.readers) for s in desk.engine._shops.values())
+
+    with desk.engine:
+        desk.gate.open.set()
+        endless = [desk.ask(ENDLESS, choice=choice) for choice in wanted]
+        until(lambda: desk.engine.stats().active == 4)
+        late = desk.ask(choice=wanted[0])  # its policy is at work, and others came before
+        for done, ticket in enumerate(endless):
+            until(lambda n=done: desk.engine.stats().active >= min(4, len(wanted) - n))
+            most = max(most, with_caches())
+            assert isinstance(desk.next(ticket), Begun) and isinstance(desk.next(ticket), Grown)
+            desk.engine.cancel(ticket)
+        assert isinstance(desk.end(late), Ended)
+        assert max(most, with_caches()) == 4
+        assert isinstance(desk.end(desk.ask()), Ended)
+
+
 def test_a_prompt_that_cannot_be_read_costs_nobody_else_anything(desk: Desk) -> None:
     wrong, right = desk.ask(prompt="zzz"), desk.ask()
     desk.gate.open.set()
@@ -149,6 +177,43 @@ def test_a_model_that_breaks_costs_those_it_was_writing_and_nobody_else(desk: De
     for ticket in waiting:
         assert isinstance(desk.end(ticket), Ended)
     assert desk.engine.stats().outcomes == {"finished": 2, "cancelled": 0, "failed": 2}
+    assert isinstance(desk.end(desk.ask()), Ended)
+
+
+def test_a_policy_that_cannot_be_opened_once_more_fails_all_who_wait_for_it_and_nobody_else(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = [desk.ask(ENDLESS, "average") for _ in range(3)]
+    until(lambda: desk.engine.stats().active == 2)
+    live = desk.engine.ensemble.live
+
+    def no_room(*_: object, **__: object) -> object:
+        monkeypatch.setattr(desk.engine.ensemble, "live", live)
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(desk.engine.ensemble, "live", no_room)
+    desk.gate.errors.append(RuntimeError("out of memory"))
+    desk.gate.open.set()
+    for ticket, kind in zip(broken, (RuntimeError, RuntimeError, MemoryError), strict=True):
+        event = desk.end(ticket)
+        assert isinstance(event, Failed) and isinstance(event.error, kind)
+    assert isinstance(desk.end(desk.ask()), Ended)
+    assert desk.engine.stats().active == desk.engine.stats().waiting == 0
+
+
+@pytest.mark.parametrize("method", ["answer", "tokens"])
+def test_a_text_that_cannot_be_told_costs_its_round_and_not_the_engine(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    def breaks(*_: object) -> object:
+        raise RuntimeError("a token without a name")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Live, method, breaks)
+        wrong = desk.ask()
+        desk.gate.open.set()
+        failed = desk.end(wrong)
+    assert isinstance(failed, Failed) and isinstance(failed.error, RuntimeError)
     assert isinstance(desk.end(desk.ask()), Ended)
 
 

@@ -80,6 +80,9 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     (COMPLETIONS, {"prompt": [10**6]}, "token id 1000000; the vocabulary has"),
     (COMPLETIONS, {"prompt": "a " * 3000}, "the context of model"),
     (COMPLETIONS, {"prompt": "\ud800"}, "not valid Unicode"),
+    (COMPLETIONS, {"model": "tiny\ud800"}, "not valid Unicode"),
+    (COMPLETIONS, {"multicolm": {"params": {"\ud800": 1}}}, "not valid Unicode"),
+    (COMPLETIONS, {"stop": ["a"] * 17}, "at most 16 texts"),
     (COMPLETIONS, {"stream_options": {"include_usage": True}}, "goes with"),
     (CHAT, {"messages": []}, "must hold 1 or more"),
     (CHAT, {"messages": "hello"}, "must be a list"),
@@ -148,6 +151,20 @@ def test_what_asks_for_nothing_is_taken(server: Server) -> None:
 def test_a_body_that_is_no_object_is_refused(server: Server, raw: bytes) -> None:
     reply = ask(server, COMPLETIONS, raw=raw, method="POST")
     assert reply.status == 400 and "the body" in reply.json["error"]["message"]
+
+
+@pytest.mark.parametrize("number", ["1e999", "-1e999", "Infinity", "NaN", f"1{'0' * 400}"])
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_number_that_no_reply_can_repeat_is_refused_before_a_text_is_written(
+    server: Server, number: str, stream: bool
+) -> None:
+    asked = {"model": "tiny:confidence", "prompt": "a", "max_tokens": 1, "stream": stream}
+    raw = json.dumps({**asked, "multicolm": {"params": {"threshold": "?"}}})
+    raw = raw.replace('"?"', number)
+    finished = server.engine.stats().outcomes["finished"]
+    reply = ask(server, COMPLETIONS, raw=raw.encode())
+    assert reply.status == 400, reply.body
+    assert server.engine.stats().outcomes["finished"] == finished
 
 
 def test_another_type_of_body_is_refused_so_that_no_web_page_can_send_one(server: Server) -> None:
@@ -333,6 +350,21 @@ def test_a_failure_of_a_models_own_server_is_told_without_its_address(
     assert reply.status == 502 and "has failed" in reply.json["error"]["message"]
     assert "10.0.0.7" not in reply.body.decode()
     assert "http://10.0.0.7:8000 is gone" in caplog.text
+
+
+def test_what_a_models_server_cannot_do_is_told_without_its_address(
+    small: Server, gate: Gate
+) -> None:
+    for model in small.engine.ensemble.backends:
+        model.server = "http://10.0.0.7:8000"
+    for said in ("its server http://10.0.0.7:8000 tells none", "http://10.0.0.7:8000: is slow"):
+        gate.errors.append(CapabilityError(said))
+        gate.open.set()
+        reply = ask(small, COMPLETIONS, {"model": "duo", "prompt": "a"}, headers=KEY)
+        assert reply.status == 400 and "its server" in reply.json["error"]["message"]
+        assert "10.0.0.7" not in reply.body.decode()
+    for model in small.engine.ensemble.backends:
+        model.server = ""
 
 
 def test_the_operator_says_what_is_on_the_menu(small: Server, alone: Ensemble) -> None:

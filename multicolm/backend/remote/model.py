@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Callable
 from typing import ClassVar
@@ -18,6 +19,8 @@ from multicolm.tokenizer.base import TokenizerAdapter
 from multicolm.types import Signal
 
 __all__ = ["LlamaCppServerModel", "OpenAIModel", "RemoteModel", "SglangModel", "VllmModel"]
+
+_KEY = re.compile(r"[!-~]+")
 
 
 class RemoteModel(Model):
@@ -59,6 +62,8 @@ class RemoteModel(Model):
         self._abilities = found
         self.n_likeliest = found.n_likeliest
         self.context_length = found.context_length or context_length
+        # The type is the server's own affair; what is kept of one model is not taken for another's.
+        self.precision = found.as_served
         self._known_by = fingerprint(server, found, self._ids)
         server.check = self._check
 
@@ -67,7 +72,7 @@ class RemoteModel(Model):
         """Load the tokenizer, and find out what the server can do.
 
         Raises:
-            ConfigError: if the environment variable of the key is not set.
+            ConfigError: if the environment variable of the key is not set, or holds none.
             ModelError: if there is no tokenizer where ``model`` says.
             ServerError: if the server does not answer, or does not serve the model.
             VocabularyError: if it reads texts in other tokens than that tokenizer.
@@ -176,5 +181,12 @@ def _api_key(name: str, variable: str | None) -> str | None:
         raise ConfigError(
             f"models.{name}.api_key_env: the environment variable {variable} is not set; set it to "
             "the server's key."
+        )
+    # Whoever complains about a header shows it: it must not come to that.
+    if not _KEY.fullmatch(key):
+        raise ConfigError(
+            f"models.{name}.api_key_env: the environment variable {variable} holds what is no key: "
+            "it has a blank, a line break or a character that is not ASCII in it; set it to the "
+            "key alone."
         )
     return key

@@ -111,6 +111,13 @@ class Abilities:
         """The value of ``logprobs`` in requests."""
         return -1 if self.n_likeliest is None else self.n_likeliest
 
+    @property
+    def as_served(self) -> str:
+        """Which model it is by the server's account, and how much it tells, in a few words."""
+        of = "" if self.root is None else f" from {self.root}"
+        told = "all" if self.n_likeliest is None else self.n_likeliest
+        return f"as served: {self.served_model}{of}, {told} log-probabilities"
+
     def sentences(self) -> list[str]:
         """For users."""
         if self.n_likeliest is None:

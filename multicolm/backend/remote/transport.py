@@ -2,14 +2,13 @@
 
 Every request asks for something that is computed anew and changes nothing, so each may be sent
 again. After a failure, or on a connection that had to be opened anew, the server may be another
-one: before such an answer is used, :attr:`Server.check` is called.
+one: no answer is used from then on until :attr:`Server.check` has found that it is not.
 """
 
 from __future__ import annotations
 
 import json
 import random
-import textwrap
 import threading
 import time
 import weakref
@@ -73,7 +72,6 @@ class Server(Service):
         connect_timeout: seconds that connecting may take.
         retries: how often a request that failed is sent again; once if it ran out of time.
         sleep: waits some seconds between attempts.
-
     """
 
     def __init__(
@@ -92,6 +90,11 @@ class Server(Service):
         self._retries = retries
         self._sleep = sleep
         self._keeps_alive = False
+        # Reasons to doubt that it is the same model, found by any thread; and how many of them a
+        # check has done away with.
+        self._n_doubts = 0
+        self._n_settled = 0
+        self._doubting, self._checking = threading.Lock(), threading.Lock()
         self._own = _OfThread()
         self._client = httpx.Client(
             headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
@@ -141,6 +144,7 @@ class Server(Service):
         def count(state: tenacity.RetryCallState) -> None:
             nonlocal n_failed
             n_failed += 1
+            self._doubt()
 
         attempts = tenacity.Retrying(
             stop=self._gives_up,
@@ -156,18 +160,25 @@ class Server(Service):
             times = "" if n_failed == 1 else f" (tried {n_failed} times)"
             advice = f"{times}. See that it runs, then call again."
             raise self.error(request, f"{failed}{advice}", failed.status) from failed
-        if self._own.is_strange or n_failed:
+        if self._n_settled < self._n_doubts and not self._own.is_checking:
             self._see_that_it_is_the_same()
         return answer
 
+    def _doubt(self) -> None:
+        with self._doubting:
+            self._n_doubts += 1
+
     def _see_that_it_is_the_same(self) -> None:
-        if self.check is None or self._own.is_checking:
-            return
-        self._own.is_checking = True
-        try:
-            self.check()
-        finally:
-            self._own.is_checking = False
+        """Ask who answers; a check that fails settles nothing, and will be made again."""
+        with self._checking:
+            n_doubts = self._n_doubts
+            if self.check is not None and self._n_settled < n_doubts:
+                self._own.is_checking = True
+                try:
+                    self.check()
+                finally:
+                    self._own.is_checking = False
+            self._n_settled = n_doubts
 
     def _gives_up(self, state: tenacity.RetryCallState) -> bool:
         """After the last attempt, and where more of them would take too long."""
@@ -198,6 +209,8 @@ class Server(Service):
             raise _Failed(f"it cannot be reached ({error})") from error
         except httpx.TransportError as error:
             raise _Failed(f"the connection broke ({error})") from error
+        except httpx.DecodingError as error:
+            raise _Failed(f"the answer is compressed wrongly ({error})") from error
         if status != 200:
             reason = f"HTTP {status}: {_message(content)}"
             if status in _BUSY and not (final_500 and status == 500):
@@ -207,7 +220,7 @@ class Server(Service):
             raise self.error(request, reason, status)
         try:
             answer = json.loads(content)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise _Failed(f"the answer is no JSON ({_shorten(content)})") from error
         if not isinstance(answer, dict):
             raise self.error(request, f"the answer is no JSON object ({_shorten(content)})")
@@ -235,7 +248,8 @@ class Server(Service):
                 if len(content) > _LONGEST_BODY:
                     raise httpx.ReadError("the answer does not end")
         # A server that keeps no connection says so; of another, a new one is a sign.
-        self._own.is_strange = self._keeps_alive and _CONNECTED in events
+        if self._keeps_alive and _CONNECTED in events:
+            self._doubt()
         closes = "close" in response.headers.get("connection", "").lower()
         self._keeps_alive = response.http_version != "HTTP/1.0" and not closes
         return response.status_code, dict(response.headers), bytes(content)
@@ -246,12 +260,10 @@ class _OfThread(threading.local):
 
     Attributes:
         n_calls: that it sent.
-        is_strange: whether the last one went over a connection that should have been there.
         is_checking: whether it is about to find out who answers.
     """
 
     n_calls = 0
-    is_strange = False
     is_checking = False
 
 
@@ -269,7 +281,7 @@ def _retry_after(headers: Mapping[str, str]) -> float | None:
     given = headers.get("retry-after")
     if given is None:
         return None
-    if given.strip().isdigit():
+    if given.strip().isdecimal():
         return float(given)
     try:
         then = parsedate_to_datetime(given)
@@ -284,16 +296,21 @@ def _message(content: bytes) -> str:
     """What a server says is wrong, as the usual forms of its body have it."""
     try:
         body = json.loads(content)
-    except ValueError:
+    except (ValueError, RecursionError):
         return _shorten(content)
     if isinstance(body, dict):
         told = body.get("error", body.get("detail", body.get("message")))
         told = told.get("message") if isinstance(told, dict) else told
         if isinstance(told, str):
-            return textwrap.shorten(told, 300, placeholder=" ...")
+            return _cut(told, 300)
     return _shorten(content)
 
 
 def _shorten(content: bytes) -> str:
-    text = content[:400].decode("utf-8", "replace")
-    return textwrap.shorten(text, 120, placeholder=" ...") or "an empty body"
+    return _cut(content[:400].decode("utf-8", "replace"), 120) or "an empty body"
+
+
+def _cut(text: str, length: int) -> str:
+    """A text on one line, of so many characters at the most."""
+    line = " ".join(text.split())
+    return line if len(line) <= length else f"{line[: length - 4]} ..."

@@ -69,7 +69,8 @@ def test_validate_tells_what_the_server_was_found_to_do(
         f"  checked  model facts: server {fake.url}\n"
         "  checked  model facts: the server calls it 'facts'\n"
         "  checked  model facts: prompts are token ids, several at a time\n"
-        "  checked  model facts: log-probabilities of the 20 likeliest tokens\n"
+        "  checked  model facts: log-probabilities of the 20 likeliest tokens and of tokens that "
+        "are named\n"
     ) in out
     fake.stop()
     code, out, _ = call("validate", path, "--load")
@@ -110,7 +111,7 @@ def test_a_policy_that_needs_more_than_the_server_gives_is_one_sentence(
     assert (code, out) == (1, "")
     assert err == (
         f"Error: policy 'entropy' needs logprobs of model 'facts' (server {fake.url}), which shows "
-        "only text, top1, topk; choose another policy, or another backend for that model.\n"
+        "only given, text, top1, topk; choose another policy, or another backend for that model.\n"
     )
     # A base model in a server has no hidden states, which is known before anything is asked.
     swapped = Path(path).read_text().replace("base_model: generalist", "base_model: facts")
@@ -176,6 +177,24 @@ def test_scoring_goes_on_where_a_server_that_died_stopped_it(serve: Serve, tmp_p
         got, seen = (torch.as_tensor(getattr(table, part)) for table in tables)
         assert torch.allclose(got, seen, atol=1e-4), part
     assert want.models[1].name == "facts"
+
+
+def test_scores_of_one_model_are_not_kept_for_another_that_a_server_has_by_now(
+    serve: Serve, tmp_path: Path
+) -> None:
+    corpus = open_corpus(records(tmp_path / "some.jsonl", 4))
+    fake, out = serve(), tmp_path / "scores"
+    score(ensemble(remote(fake)), corpus, out)
+    before = torch.as_tensor(load_table(out).gold_logprobs)
+    n_asked = len(fake.requests)
+    again = remote(fake)
+    n_probe = len(fake.requests) - n_asked
+    score(ensemble(again), corpus, out)
+    assert len(fake.requests) == n_asked + n_probe  # of the same model all is there
+    fake.restart(model=local("math"))
+    score(ensemble(remote(fake)), corpus, out)
+    after = torch.as_tensor(load_table(out).gold_logprobs)
+    assert not torch.allclose(before, after, atol=1e-2)
 
 
 def test_scores_need_every_probability(serve: Serve, tmp_path: Path) -> None:

@@ -186,6 +186,43 @@ def test_the_same_name_and_place_do_not_make_it_the_same_model(serve: Serve) -> 
         another.name = plain
 
 
+@pytest.mark.parametrize("keeps_alive", [True, False])
+def test_a_server_that_was_found_to_be_another_is_not_believed_when_asked_again(
+    serve: Serve, keeps_alive: bool
+) -> None:
+    fake = serve("facts", Manners(keeps_alive=keeps_alive))
+    model = remote(fake, retries=0)
+    fake.go_wrong("500")
+    with pytest.raises(ServerError, match="HTTP 500"):
+        look(model)
+    fake.restart(model=local("math"))
+    for _ in range(3):
+        with pytest.raises(ServerError, match="is another model now"):
+            look(model)
+    fake.restart(model=local("facts"))
+    assert look(model) == look(local("facts"))
+
+
+def test_a_doubt_of_one_thread_is_a_doubt_of_all(serve: Serve) -> None:
+    fake = serve()
+    model = remote(fake)
+    look(model)
+    fake.restart(model=local("math"))
+    complaints: list[ServerError] = []
+
+    def ask() -> None:
+        try:
+            look(model)
+        except ServerError as error:
+            complaints.append(error)
+
+    for _ in range(2):
+        thread = threading.Thread(target=ask)
+        thread.start()
+        thread.join(20)
+    assert len(complaints) == 2 and "another model now" in str(complaints[1])
+
+
 def test_a_server_that_comes_back_with_fewer_abilities_is_refused(serve: Serve) -> None:
     fake = serve()
     model = remote(fake)
@@ -262,8 +299,8 @@ class saying:
         self._socket.close()
 
 
-def server(url: str) -> Server:
-    return Server(url, "facts", timeout=2.0, retries=2, sleep=impatient().sleep)
+def server(url: str, retries: int = 2) -> Server:
+    return Server(url, "facts", timeout=2.0, retries=retries, sleep=impatient().sleep)
 
 
 @pytest.mark.parametrize(
@@ -275,11 +312,23 @@ def server(url: str) -> Server:
             'HTTP/1.1 400 No\r\ncontent-length: 23\r\n\r\n{"detail":"not so long"}'[:-1],
             'HTTP 400: {"detail":"not so long"',
         ),
+        (
+            "HTTP/1.1 200 OK\r\ncontent-encoding: gzip\r\ncontent-length: 4\r\n\r\nnope",
+            "the answer is compressed wrongly",
+        ),
+        (
+            f"HTTP/1.1 200 OK\r\ncontent-length: 100000\r\n\r\n{'[' * 100_000}",
+            "the answer is no JSON ([[[",
+        ),
+        (
+            f"HTTP/1.1 400 No\r\ncontent-length: 100000\r\n\r\n{'[' * 100_000}",
+            "HTTP 400: [[[",
+        ),
     ],
 )
 def test_answers_that_are_none_are_quoted(text: str, reason: str) -> None:
     with saying(text) as url, pytest.raises(ServerError) as caught:
-        server(url).get("/v1/models", "which models it serves")
+        server(url, retries=0).get("/v1/models", "which models it serves")
     assert str(caught.value).startswith(
         f"server {url} of model 'facts': GET /v1/models (which models it serves): {reason}"
     )

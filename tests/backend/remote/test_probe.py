@@ -127,6 +127,16 @@ def test_the_key_comes_from_the_environment(serve: Serve, monkeypatch: pytest.Mo
     assert VllmModel.from_config("facts", settings).n_likeliest is None
 
 
+@pytest.mark.parametrize("key", ["hush\n", "hush\r", "hu sh", "h\xfcsh"])
+def test_a_key_that_no_header_can_hold_is_not_shown_in_the_complaint(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    monkeypatch.setenv("SOME_KEY", key)
+    with pytest.raises(ConfigError, match="the environment variable SOME_KEY holds") as caught:
+        VllmModel.from_config("facts", config(serve(), api_key_env="SOME_KEY", retries=0))
+    assert key.strip() not in str(caught.value)
+
+
 def test_every_backend_of_servers_is_a_remote_model() -> None:
     for name in ("vllm", "sglang", "llama-cpp-server", "openai"):
         cls = backends.get(name)
