@@ -59,7 +59,8 @@ def install_llama_cpp() -> None:
     """
     print("== llama-cpp-python: building it takes some minutes the first time", flush=True)
     options = {"CMAKE_ARGS": "-DGGML_NATIVE=ON -DLLAMA_CURL=OFF"}
-    pip(sys.executable, "install", "-c", "constraints.txt", "llama-cpp-python", "gguf", **options)
+    wanted = ("llama-cpp-python[server]", "gguf")
+    pip(sys.executable, "install", "-c", "constraints.txt", *wanted, **options)
     check(sys.executable, "import llama_cpp, gguf")
 
 
