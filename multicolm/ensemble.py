@@ -1,4 +1,4 @@
-"""An ensemble: models that share a vocabulary, and a policy that says who writes."""
+"""An ensemble: models that write one text together, and a policy that says who writes."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ class Ensemble:
             self._refuse_unknown()
         self._characters: CharacterVocabulary | None = None  # made when it is first asked for
         self.policy = resolve_policy(policy or {"kind": "single"}, base_dir=base_dir)
-        self._check(self.policy)
+        self.check(self.policy)
 
     @classmethod
     def from_config(cls, config: EnsembleConfig) -> Ensemble:
@@ -255,8 +255,7 @@ class Ensemble:
 
     def _live(self, chosen: Policy, asked: PolicySource | None, **how: Unpack[_How]) -> Live:
         name = asked if isinstance(asked, str) else chosen.name
-        written_in = self._vocabulary(chosen)
-        return Live(self.backends, self.vocabulary, written_in, chosen, name, **how)
+        return Live(self.backends, self.vocabulary, self.written_in(chosen), chosen, name, **how)
 
     def resolve(
         self, policy: PolicySource | None, params: Mapping[str, Any] | None = None
@@ -267,14 +266,6 @@ class Ensemble:
             ConfigError: if it is not known, or a param is not.
         """
         return resolve_policy(self.policy if policy is None else policy, params)
-
-    def check(self, policy: Policy) -> None:
-        """Refuse a policy that does not fit these models, before anything is read or written.
-
-        Raises:
-            CapabilityError: naming what it needs and does not get.
-        """
-        self._check(policy)
 
     @property
     def bridges(self) -> list[Pair]:
@@ -302,8 +293,8 @@ class Ensemble:
                     "`bridge: boundary`, or `logprobs: all` if the server allows it."
                 )
 
-    def _vocabulary(self, policy: Policy) -> Vocabulary:
-        """What a policy's texts are written in."""
+    def written_in(self, policy: Policy) -> Vocabulary:
+        """What texts are written in under a policy: tokens, bytes or characters."""
         if policy.support == "bytes":
             return ByteVocabulary(self.models)
         if policy.support == "characters":
@@ -314,11 +305,11 @@ class Ensemble:
         return self.vocabulary
 
     def _warn_of(self, policy: Policy) -> None:
-        for sentence in self._check(policy):
+        for sentence in self.check(policy):
             warnings.warn(sentence, MulticolmWarning, stacklevel=4)
 
-    def _check(self, policy: Policy) -> list[str]:
-        """Refuse a policy that does not fit these models.
+    def check(self, policy: Policy) -> list[str]:
+        """Refuse a policy that does not fit these models, before anything is read or written.
 
         Returns:
             What has to be known of how it fits them, one sentence each.

@@ -185,7 +185,7 @@ class GenerativeEnsemble:
         stream = self.ensemble.stream(
             rows,
             self.policy,
-            seed=[first + i % n_each for i in range(len(rows))],
+            seed=[first + i for i in range(len(rows))],
             batch_size=batch_size,
             **settings,
         )

@@ -73,10 +73,9 @@ class Live:
         self._name = name
         self._used = sorted(policy.uses(self._names))
         drafts = (schedule or policy.schedule) == "block"
-        # Elsewhere what the base model drafts is not in the others' tokens.
-        same = policy.support == "shared" or written_in.is_shared
-        self._block_size = block_size if drafts and same and written_in is vocabulary else 1
-        self._is_metered = policy.support in ("bytes", "characters")
+        # Elsewhere what the base model drafts is not in the others' tokens, or in tokens at all.
+        own = written_in is vocabulary and (policy.support == "shared" or vocabulary.is_shared)
+        self._block_size = block_size if drafts and own else 1
         self.router = Router(
             models,
             written_in,
@@ -107,6 +106,7 @@ class Live:
         sampling = _sampling(wanted.temperature, wanted.top_k, wanted.top_p)
         self._check_draws(sampling)
         ids = prompt_ids(prompt, number, self._models, self._vocabulary, self._used)
+        in_tokens = self._written_in is self._vocabulary
         return Row(
             number=number,
             prompt=prompt,
@@ -117,7 +117,7 @@ class Live:
             text=TextStream(wanted.stop),
             draft_length=self._block_size,
             sampling=sampling,
-            meter=IncrementalEncoder(self._models[0].tokenizer) if self._is_metered else None,
+            meter=None if in_tokens else IncrementalEncoder(self._models[0].tokenizer),
         )
 
     def _check_draws(self, sampling: Sampling) -> None:

@@ -41,6 +41,7 @@ __all__ = [
     "Trace",
     "TracedToken",
     "Usage",
+    "finite",
     "prompt_digest",
 ]
 
@@ -91,6 +92,11 @@ class GenerationSettings(TypedDict, total=False):
 
 Prompt: TypeAlias = str | Sequence[Message] | Sequence[int]
 """Text, a chat, or token ids of the shared vocabulary."""
+
+
+def finite(value: float | None, otherwise: float | None = None) -> float | None:
+    """A number that JSON can hold: the number itself, or what stands for one that it cannot."""
+    return value if value is not None and math.isfinite(value) else otherwise
 
 
 def prompt_digest(prompt: Prompt) -> str:
@@ -234,10 +240,7 @@ class Answer:
         """A dictionary of plain values; numbers that JSON cannot hold become ``None``."""
         tokens = [asdict(token) for token in self.trace.tokens]
         for token in tokens:
-            for key in ("logprob", "score"):
-                value = token[key]
-                if value is not None and not math.isfinite(value):
-                    token[key] = None
+            token |= {key: finite(token[key]) for key in ("logprob", "score")}
         return {
             "prompt": self.prompt,
             "text": self.text,

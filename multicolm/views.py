@@ -144,7 +144,7 @@ class View:
         return int(self._logits.shape[-1])
 
     @property
-    def _knows_all(self) -> bool:
+    def _declares_all(self) -> bool:
         """Whether the policy declared every probability, and says how it treats unknown ones."""
         return self._signals is None or "logprobs" in self._signals
 
@@ -289,7 +289,7 @@ class View:
         """
         self._allow("given")
         known = self._logprobs.gather(-1, ids)
-        if self._n_likeliest is not None and not self._knows_all:
+        if self._n_likeliest is not None and not self._declares_all:
             unknown = known == float("-inf")
             if self._candidates is not None:
                 named = (ids[:, :, None] == self._candidates[:, None, :].to(ids.device)).any(-1)

@@ -23,7 +23,7 @@ from multicolm.types import Signal, Tensor
 if TYPE_CHECKING:
     from multicolm.backend.byte_session import ByteSession
 
-__all__ = ["Look", "Model", "Session"]
+__all__ = ["Look", "Model", "Session", "TokenSession"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +96,22 @@ class Session(ABC):
     @abstractmethod
     def truncate(self, row: int, length: int) -> None:
         """Cut a row back to its first ``length`` tokens; what follows is as if never fed."""
+
+
+class TokenSession(Session):
+    """A session that keeps the tokens of its rows, for models that have to read them again."""
+
+    def __init__(self, n_rows: int) -> None:
+        self._ids: list[list[int]] = [[] for _ in range(n_rows)]
+
+    @property
+    def lengths(self) -> list[int]:  # type: ignore[override]  # derived, so it cannot go stale
+        """Per row, how many tokens it holds."""
+        return [len(ids) for ids in self._ids]
+
+    def truncate(self, row: int, length: int) -> None:
+        """See :meth:`Session.truncate`."""
+        del self._ids[row][length:]
 
 
 class Model(ABC):

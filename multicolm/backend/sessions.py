@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from multicolm.backend.base import Look, Session
+from multicolm.backend.base import Look, Session, TokenSession
 from multicolm.backend.row_cache import Plan, RowCache, additive_mask
 
 __all__ = ["GrowingSession", "RowSession", "Runs", "UncachedSession", "width_groups"]
@@ -176,17 +176,12 @@ class RowSession(Session):
             self._n_filled[row] = 0
 
 
-class UncachedSession(Session):
+class UncachedSession(TokenSession):
     """Every look reads the whole text of the row."""
 
     def __init__(self, model: Runs, n_rows: int) -> None:
+        super().__init__(n_rows)
         self._model = model
-        self._ids: list[list[int]] = [[] for _ in range(n_rows)]
-
-    @property
-    def lengths(self) -> list[int]:  # type: ignore[override]  # derived, so it cannot go stale
-        """Per row, how many tokens it holds."""
-        return [len(ids) for ids in self._ids]
 
     def feed(
         self,
@@ -219,10 +214,6 @@ class UncachedSession(Session):
             torch.tensor([list(ids)], device=device), count, hidden, **arguments
         )
         return Look(logits[0], None if states is None else states[0])
-
-    def truncate(self, row: int, length: int) -> None:
-        """See :meth:`multicolm.backend.base.Session.truncate`."""
-        del self._ids[row][length:]
 
 
 class GrowingSession(UncachedSession):

@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 import yaml
 
-from multicolm.backend.base import Look, Model, Session
+from multicolm.backend.base import Look, Model, TokenSession
 from multicolm.config import ModelConfig
 from multicolm.errors import ConfigError, InputError, ModelError
 from multicolm.tokenizer.literal import LiteralTokenizer
@@ -117,17 +117,12 @@ class TableModel(Model):
         raise AssertionError("the empty context fits always")
 
 
-class TableSession(Session):
+class TableSession(TokenSession):
     """Texts that a table follows; there is nothing to cache."""
 
     def __init__(self, model: TableModel, n_rows: int) -> None:
+        super().__init__(n_rows)
         self._model = model
-        self._ids: list[list[int]] = [[] for _ in range(n_rows)]
-
-    @property
-    def lengths(self) -> list[int]:  # type: ignore[override]  # derived, so it cannot go stale
-        """Per row, how many tokens it holds."""
-        return [len(ids) for ids in self._ids]
 
     def feed(
         self,
@@ -149,7 +144,3 @@ class TableSession(Session):
                 for back in range(count - 1, -1, -1)
             )
         return Look(torch.stack(looked))
-
-    def truncate(self, row: int, length: int) -> None:
-        """See :meth:`multicolm.backend.base.Session.truncate`."""
-        del self._ids[row][length:]

@@ -66,9 +66,6 @@ class Engine(Service):
         """How often this thread has asked the engine."""
         return int(getattr(self._of_thread, "n_calls", 0))
 
-    def close(self) -> None:
-        """Nothing to do: the engine goes with whoever holds it."""
-
     def get(self, path: str, what: str) -> dict[str, Any]:
         """The list of models: this one."""
         length = self._engine.llm_engine.model_config.max_model_len

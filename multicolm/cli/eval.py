@@ -195,10 +195,9 @@ def _print(results: HarnessResults, out: Path | None) -> None:
     for column in results.columns():
         best = leaders(column)
         for figure in column:
-            metric = figure.metric + ("" if figure.filter == "none" else f" ({figure.filter})")
             mark = " *" if figure in best else ""
             cells = (figure.likelihood or "-", figure_text(figure) + mark)
-            rows.append((figure.task, metric, figure.row, *cells))
+            rows.append((figure.task, figure.label, figure.row, *cells))
     print_table(["task", "metric", "row", "likelihood", "figure"], rows)
     click.echo("* the best of its task and metric; behind ± stands the standard error")
     for warning in results.warnings:

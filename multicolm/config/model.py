@@ -201,7 +201,9 @@ class ModelConfig(Strict):
                 "http://127.0.0.1:8000/v1."
             )
         if self.url is not None and not _is_url(self.url):
-            raise ValueError(f"`url` must be http://host:port or https://..., got '{self.url}'.")
+            # A name and password in it are refused, and not shown.
+            got = "one with '@' in it" if "@" in self.url else f"'{self.url}'"
+            raise ValueError(f"`url` must be http://host:port or https://..., got {got}.")
         known = _SETTINGS.get(self.backend)  # a backend of somebody else takes what it likes
         for key in sorted(self.model_fields_set - _OF_ALL) if known is not None else ():
             if key not in (known or ()):

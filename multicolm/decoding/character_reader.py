@@ -118,14 +118,10 @@ class CharacterReader(Reader):
         """
         assert not hidden and all(len(wanted) == 1 for wanted in places)
         n_passes = 0
-        waiting = list(rows)
-        while waiting:
-            # A row that was cut back may have to ask several times; else this is one round.
-            place_of = {row: wanted[0] for row, wanted in zip(rows, places, strict=True)}
-            asking = [row for row in waiting if not self._follow(row, place_of[row])]
-            if asking:
-                n_passes += self._ask(asking)
-            waiting = asking
+        waiting = {row: place for row, [place] in zip(rows, places, strict=True)}
+        # A row that was cut back may have to ask several times; else this is one round.
+        while waiting := {r: place for r, place in waiting.items() if not self._follow(r, place)}:
+            n_passes += self._ask(list(waiting))
         shown = np.stack([self._shown(self._tables[row.slot]) for row in rows])
         return Look(torch.from_numpy(shown).log().float(), None, n_passes)
 

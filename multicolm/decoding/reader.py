@@ -97,9 +97,10 @@ class Reader(ABC):
         raise NotImplementedError(f"a {type(self).__name__} tells of all tokens")
 
     def prompt_nats(self, row: Row) -> float:
-        """How unlikely the model finds the row's prompt behind its first token, in nats.
+        """How unlikely the model finds the row's prompt, in nats per token of the base model's.
 
-        Asked before anything is written.
+        Its own first token, which nothing predicts, does not count. Asked before anything is
+        written.
         """
         raise NotImplementedError(f"a {type(self).__name__} scores no prompts")
 
@@ -212,14 +213,14 @@ class TokenReader(Reader):
         return [line[at] for line, at in zip(look.logits, index, strict=True)]
 
     def prompt_nats(self, row: Row) -> float:
-        """How unlikely the model finds the row's prompt behind its first token, in nats."""
+        """How unlikely the model finds the row's prompt, in nats per token of the base model's."""
         own = self._followers[row.slot].own
         n_at_once = max(1, _MAX_LOGITS // self._model.tokenizer.n_tokens)
         nats = 0.0
         for begin in range(1, len(own), n_at_once):
             part = own[: begin + n_at_once]
             nats -= float(self._own_logprobs([row], [part], [len(part) - begin])[0].double().sum())
-        return nats
+        return nats / max(1, len(row.prompt_ids[0]) - 1)
 
     def draft_nats(self, rows: Sequence[Row]) -> list[tuple[float, int]]:
         """How unlikely the model finds what stands behind the written tokens of some rows."""

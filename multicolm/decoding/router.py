@@ -36,7 +36,7 @@ from multicolm.policy.base import Policy, SegmentPolicy
 from multicolm.tokenizer.bridged import BridgedVocabulary
 from multicolm.tokenizer.byte_vocabulary import ByteVocabulary
 from multicolm.tokenizer.character_vocabulary import CharacterVocabulary
-from multicolm.tokenizer.vocabulary import Vocabulary
+from multicolm.tokenizer.vocabulary import Outcomes, Vocabulary
 from multicolm.types import MIXTURE, Piece
 from multicolm.views import ModelNames
 
@@ -113,7 +113,7 @@ class Router:
         # What is written together is read by everybody as it comes, and has no seams.
         self._is_bridged = several and policy.acts == "select"
         self._has_seams = several and (policy.acts == "select" or policy.seams)
-        self._counts_bytes = several or policy.support in ("bytes", "characters")
+        self._counts_bytes = several or isinstance(vocabulary, Outcomes)
         self.finished: deque[Row] = deque()
         self._coming: deque[Row] = deque()
         self._active: list[Row] = []
@@ -232,10 +232,11 @@ class Router:
 
     def _prompt_nats(self, row: Row) -> list[float]:
         """How unlikely each model in use finds the prompt, per token of the base model's."""
-        nats = [math.nan] * len(self._models)
-        for k in self._used:
-            nats[k] = self._reader(k).prompt_nats(row) / max(1, len(row.prompt_ids[0]) - 1)
-        return nats
+        used = set(self._used)
+        return [
+            self._reader(k).prompt_nats(row) if k in used else math.nan
+            for k in range(len(self._models))
+        ]
 
     def _clear(self) -> None:
         """Take out the rows that are done."""
@@ -419,21 +420,18 @@ class Router:
             shown = draft.shown[k]
             known = shown.look.logits.clone()
             own = self._vocabulary.own_ids(k, named.flatten()).view_as(named)
-            asked: list[tuple[int, int]] = []  # position number, and its row of `named`
-            for n, i in enumerate(which):
+            unknown: dict[int, Tensor] = {}  # per position number, tokens of the model's
+            for i, ids, own_ids in zip(which, named, own, strict=True):
                 if i in shown.line_of:
-                    values = known[shown.line_of[i], named[n]]
-                    if bool(((values == -math.inf) & (own[n] >= 0)).any()):
-                        asked.append((i, n))
-            if not asked:
+                    new = ids[(known[shown.line_of[i], ids] == -math.inf) & (own_ids >= 0)]
+                    unknown |= {i: new} if len(new) else {}
+            if not unknown:
                 continue
-            rows = [draft.positions.rows[i] for i, _ in asked]
-            places = [draft.positions.places[i] for i, _ in asked]
-            ids = [own[n] for _, n in asked]
-            told = self._reader(k).tell(rows, places, [line.clamp_min(0) for line in ids])
-            for (i, n), line, values in zip(asked, ids, told, strict=True):
-                has = line >= 0
-                known[shown.line_of[i], named[n][has]] = values[has].to(known)
+            here = draft.positions.at(list(unknown))
+            asked = [self._vocabulary.own_ids(k, ids) for ids in unknown.values()]
+            told = self._reader(k).tell(here.rows, here.places, asked)
+            for (i, ids), values in zip(unknown.items(), told, strict=True):
+                known[shown.line_of[i], ids] = values.to(known)
             draft.shown[k] = replace(shown, look=replace(shown.look, logits=known))
 
     def _hear_late_writers(self, draft: Draft, waiting: dict[int, int], verdict: Verdict) -> None:

@@ -44,7 +44,7 @@ class Row:
         text: the text as it is shown.
         draft_length: how many tokens the base model drafts at a time.
         sampling: how its tokens are drawn.
-        prompt_nats: per model, minus the log-probability of its prompt, for policies that look at
+        prompt_nats: per model, how unlikely it finds its prompt, for policies that look at
             prompts; NaN for models that are not in use.
         drafter: index of the model whose tokens stand behind the written ones.
         slot: its place in every session.

@@ -31,9 +31,9 @@ from multicolm.evaluation.task import Question, Task
 from multicolm.policy.base import Policy
 from multicolm.policy.resolve import resolve_policy
 from multicolm.streaming import Answers
-from multicolm.types import MIXTURE
+from multicolm.types import MIXTURE, finite
 
-__all__ = ["Answering", "Measured", "NamedPolicy", "Plan", "Progress", "finite", "named_policy"]
+__all__ = ["Answering", "Measured", "NamedPolicy", "Plan", "Progress", "named_policy"]
 
 _CHUNK_BATCHES = 4
 
@@ -383,8 +383,3 @@ def _generation(ensemble: Ensemble, task: Task, max_new_tokens: int | None) -> G
 def _mean(values: Iterable[float]) -> float:
     numbers = list(values)
     return math.fsum(numbers) / len(numbers)
-
-
-def finite(value: float | None) -> float | None:
-    """The number, if JSON can hold it."""
-    return value if value is not None and math.isfinite(value) else None

@@ -12,12 +12,11 @@ from multicolm.decoding.prompts import encode_prompt
 from multicolm.decoding.sampling import Sampling
 from multicolm.ensemble import Ensemble
 from multicolm.errors import InputError, PolicyError
-from multicolm.evaluation.answering import finite
 from multicolm.evaluation.results import ShownToken, TracedAnswer
 from multicolm.evaluation.task import Question
 from multicolm.policy.base import Policy
 from multicolm.scoring.reading import Seen, Text, read_all
-from multicolm.types import MIXTURE
+from multicolm.types import MIXTURE, finite
 from multicolm.views import View, Views
 
 __all__ = ["Explainer"]

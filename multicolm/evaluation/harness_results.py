@@ -61,6 +61,11 @@ class HarnessFigure:
     n_impossible: int = 0
 
     @property
+    def label(self) -> str:
+        """The metric, and what was done to answers before."""
+        return self.metric if self.filter == "none" else f"{self.metric} ({self.filter})"
+
+    @property
     def column(self) -> tuple[str, str, str]:
         """What it can be compared with: figures of other rows with the same."""
         return self.task, self.metric, self.filter
@@ -134,7 +139,7 @@ class HarnessResults:
 
 def _table(columns: Sequence[Sequence[HarnessFigure]]) -> str:
     """Rows of a task, its metrics side by side."""
-    names = [c[0].metric + ("" if c[0].filter == "none" else f" ({c[0].filter})") for c in columns]
+    names = [column[0].label for column in columns]
     rows: dict[tuple[str, str], list[str]] = {}
     for number, column in enumerate(columns):
         best = leaders(column)

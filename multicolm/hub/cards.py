@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from multicolm import catalog
-from multicolm.config import EnsembleConfig, load_model_file
+from multicolm.config import EnsembleConfig, ModelConfig, load_model_file
 from multicolm.errors import ArtefactError
 from multicolm.evaluation.results import read_comparison
 from multicolm.evaluation.table import as_markdown
@@ -65,8 +65,8 @@ def ensemble_card(config: EnsembleConfig, text: str, results: Path | None, licen
     return "\n".join(part for part in parts if part)
 
 
-def _is_here(model: Any) -> bool:
-    return bool(model.resolved.is_local) or model.backend != "transformers"
+def _is_here(model: ModelConfig) -> bool:
+    return model.resolved.is_local or model.backend != "transformers"
 
 
 def _facts(config: EnsembleConfig, name: str) -> tuple[str, str]:
@@ -83,7 +83,7 @@ def _facts(config: EnsembleConfig, name: str) -> tuple[str, str]:
 
 
 def _figures(results: Path | None) -> str:
-    """The table of a comparison, its headings one step down."""
+    """The table of a comparison, its headings below one of their own."""
     if results is None:
         return ""
     try:
@@ -93,8 +93,8 @@ def _figures(results: Path | None) -> str:
             f"{results} holds no comparison whose table a card could show ({error}); make one with "
             "`multicolm compare ... --out FOLDER`."
         ) from error
-    lines = [f"#{line}" if line.startswith("#") else line for line in text.splitlines()]
-    return "\n".join(["## Figures", "", *[f"#{x}" if x.startswith("##") else x for x in lines], ""])
+    lines = [f"##{line}" if line.startswith("#") else line for line in text.splitlines()]
+    return "\n".join(["## Figures", "", *lines, ""])
 
 
 def scores_card(index: Index, figures: Mapping[str, tuple[float, float]], license: str) -> str:

@@ -13,7 +13,7 @@ from multicolm.config import load_ensemble
 from multicolm.errors import ArtefactError, ConfigError, HubError, InputError
 from multicolm.files import write_whole
 from multicolm.hub.saved import SharedEnsemble, SharedScores
-from multicolm.hub.transfer import download, upload
+from multicolm.hub.transfer import download, upload_saved
 from multicolm.training.checkpoint import Checkpoint
 
 __all__ = ["Kind", "Shared", "kind_of", "pull", "push"]
@@ -116,13 +116,12 @@ def push(
 def _push_router(
     folder: Path, repo: str, private: bool, revision: str | None, message: str | None
 ) -> str:
-    from tempfile import TemporaryDirectory
-
     if (folder / "ensemble.yaml").is_file():
         _refuse_elsewhere(folder)
-    with TemporaryDirectory() as copy:
-        Checkpoint.from_pretrained(folder).save_pretrained(Path(copy))
-        return upload(Path(copy), repo, private=private, revision=revision, message=message)
+    checkpoint = Checkpoint.from_pretrained(folder)
+    return upload_saved(
+        checkpoint.save_pretrained, repo, private=private, revision=revision, message=message
+    )
 
 
 def _refuse_elsewhere(folder: Path) -> None:

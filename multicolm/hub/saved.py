@@ -22,7 +22,7 @@ from multicolm.ensemble import Ensemble, load
 from multicolm.errors import ArtefactError, ConfigError
 from multicolm.files import sha256, write_whole
 from multicolm.hub.cards import ensemble_card, scores_card
-from multicolm.hub.transfer import FILES, download, upload
+from multicolm.hub.transfer import FILES, folder_of, upload, upload_saved
 from multicolm.policy.base import Policy
 from multicolm.policy.resolve import resolve_policy
 from multicolm.score_table import ScoreTable
@@ -129,18 +129,14 @@ class SharedEnsemble:
             HubError: if the Hub cannot be reached, or refuses.
             MulticolmError: see :meth:`save_pretrained`.
         """
-        from tempfile import TemporaryDirectory
-
-        with TemporaryDirectory() as folder:
-            self.save_pretrained(folder)
-            return upload(
-                Path(folder),
-                repo_id,
-                private=private,
-                revision=revision,
-                message=commit_message,
-                token=token,
-            )
+        return upload_saved(
+            self.save_pretrained,
+            repo_id,
+            private=private,
+            revision=revision,
+            message=commit_message,
+            token=token,
+        )
 
     @classmethod
     def from_pretrained(
@@ -153,9 +149,7 @@ class SharedEnsemble:
             ConfigError: if there is no ensemble, a wrong one, or one that would run code that
                 comes with a model or send a secret of yours to a server.
         """
-        folder = Path(source)
-        if not folder.is_dir():
-            folder = download(str(source), revision=revision, token=token)
+        folder = folder_of(source, revision=revision, token=token)
         config = load_ensemble(folder / "ensemble.yaml")
         _refuse_unsafe(config, str(folder / "ensemble.yaml"))
         return cls(config)
@@ -354,10 +348,7 @@ class SharedScores:
             HubError: if the Hub cannot be reached, or has no such repository.
             ArtefactError: if it holds no score table, or a file is not whole.
         """
-        folder = Path(source)
-        if not folder.is_dir():
-            folder = download(str(source), "dataset", revision=revision, token=token)
-        scores = cls(folder)
+        scores = cls(folder_of(source, "dataset", revision=revision, token=token))
         scores.check()
         return scores
 

@@ -5,9 +5,10 @@ Only files of known kinds travel in either direction: nothing that is unpickled 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Literal, TypeAlias
 
 from huggingface_hub import HfApi, constants, snapshot_download
@@ -16,7 +17,15 @@ from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # of
 
 from multicolm.errors import HubError
 
-__all__ = ["FILES", "RepoKind", "download", "hub_errors", "upload"]
+__all__ = [
+    "FILES",
+    "RepoKind",
+    "download",
+    "folder_of",
+    "hub_errors",
+    "upload",
+    "upload_saved",
+]
 
 RepoKind: TypeAlias = Literal["model", "dataset"]
 """Of a repository: routers and ensembles are models of the Hub, score tables are data sets."""
@@ -135,6 +144,42 @@ def upload(
             allow_patterns=list(files),
         )
         return str(made)
+
+
+def upload_saved(
+    save: Callable[[Path], object],
+    repo: str,
+    *,
+    private: bool = True,
+    revision: str | None = None,
+    message: str | None = None,
+    token: str | bool | None = None,
+) -> str:
+    """:func:`upload` of what ``save`` writes into a folder that is gone afterwards."""
+    with TemporaryDirectory() as folder:
+        save(Path(folder))
+        return upload(
+            Path(folder), repo, private=private, revision=revision, message=message, token=token
+        )
+
+
+def folder_of(
+    source: str | Path,
+    kind: RepoKind = "model",
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+) -> Path:
+    """A folder on this disk, or that of a repository which is fetched from the Hub.
+
+    Raises:
+        HubError: if there is no such folder, and the Hub cannot be reached or has no such
+            repository.
+    """
+    folder = Path(source)
+    if folder.is_dir():
+        return folder
+    return download(str(source), kind, revision=revision, token=token)
 
 
 def download(

@@ -38,10 +38,9 @@ from multicolm.errors import CapabilityError, InputError, ModelError, PolicyErro
 from multicolm.policy.base import Policy, VerifyPolicy
 from multicolm.scoring.passages import Passage, PassageReader
 from multicolm.scoring.places import Places, ToldPositions
-from multicolm.scoring.reading import Text, read_all
+from multicolm.scoring.reading import Text, read_all, refuse_partial
 from multicolm.scoring.spans import Spans, spans_of, to_base_tokens
 from multicolm.tokenizer.bridged import BridgedVocabulary
-from multicolm.tokenizer.byte_vocabulary import ByteVocabulary
 from multicolm.views import View, Views
 
 __all__ = ["KINDS", "Kind", "Likelihood", "LikelihoodReader", "Passage"]
@@ -120,9 +119,7 @@ class LikelihoodReader(PassageReader):
         self._seed = seed
         self._batch_tokens = batch_tokens
         self._in_bytes = policy.support == "bytes"
-        self._vocabulary = (
-            ByteVocabulary(ensemble.models) if self._in_bytes else ensemble.vocabulary
-        )
+        self._vocabulary = ensemble.written_in(policy)
         first_tokens = None if self._vocabulary.is_shared else self._vocabulary.first_tokens
         self._desk = PolicyDesk(
             policy,
@@ -144,13 +141,7 @@ class LikelihoodReader(PassageReader):
         Raises:
             CapabilityError: naming those that are.
         """
-        for k in self._used:
-            if (known := self._models[k].n_likeliest) is not None:
-                raise CapabilityError(
-                    f"model '{self._models[k].name}' runs in a server that tells the probabilities "
-                    f"of {known} tokens only, and the likelihood of a given text needs those of "
-                    "all; set `logprobs: all` if the server allows it."
-                )
+        refuse_partial(self._models[k] for k in self._used)
         if not self.kinds:
             raise CapabilityError(
                 f"policy '{self._policy.name}' gives no likelihood to a text: what it writes does "
@@ -300,7 +291,7 @@ class LikelihoodReader(PassageReader):
             reader = TokenReader(model, k, vocabulary, len(rows), lambda: 0.0)
             for row in rows:
                 reader.start(row)
-                row.prompt_nats[k] = reader.prompt_nats(row) / max(1, len(row.prompt_ids[0]) - 1)
+                row.prompt_nats[k] = reader.prompt_nats(row)
 
     def _begins(self, seen: Mapping[int, _Reading], n_positions: int) -> Bool[Tensor, "positions"]:
         """Positions at which all models can go on that the policy looks at or lets write."""

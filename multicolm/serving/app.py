@@ -364,26 +364,38 @@ class _Texts:
             Exception: if one cannot be answered.
         """
         for _ in self._tickets:
-            index, event = await self._news.get()
-            if isinstance(event, Failed):
-                raise event.error
+            index, event = await self._next()
             assert isinstance(event, Begun)
             # A prompt that is answered several times counts once.
             if index % self._n == 0:
                 self.written[index].n_prompt_tokens = event.n_prompt_tokens
 
-    async def _events(self) -> AsyncIterator[tuple[int, Grown | Ended]]:
+    async def _next(self) -> tuple[int, Begun | Grown | Ended]:
+        """The next news of any of the texts.
+
+        Raises:
+            Exception: if one has failed.
+        """
+        index, event = await self._news.get()
+        if isinstance(event, Failed):
+            raise event.error
+        return index, event
+
+    async def _events(
+        self, first_token: Callable[[], None]
+    ) -> AsyncIterator[tuple[int, Grown | Ended]]:
         """What becomes of the texts, until all are finished.
 
         Raises:
             Exception: if one has failed.
         """
-        n_open = len(self._tickets)
+        n_open, told = len(self._tickets), False
         while n_open:
-            index, event = await self._news.get()
-            if isinstance(event, Failed):
-                raise event.error
+            index, event = await self._next()
             assert not isinstance(event, Begun)
+            if not told:
+                first_token()
+                told = True
             if isinstance(event, Ended):
                 self.written[index].answer = event.answer
                 n_open -= 1
@@ -395,11 +407,7 @@ class _Texts:
         Raises:
             Exception: if one has failed.
         """
-        told = False
-        async for index, event in self._events():
-            if not told:
-                first_token()
-                told = True
+        async for index, event in self._events(first_token):
             if isinstance(event, Grown):
                 self.written[index].pieces += event.pieces
                 self.written[index].tokens += event.tokens
@@ -412,11 +420,7 @@ class _Texts:
             if replies.kind == "chat":
                 for index in range(len(self._tickets)):
                     yield as_event(replies.opening(index))
-            told = False
-            async for index, event in self._events():
-                if not told:
-                    first_token()
-                    told = True
+            async for index, event in self._events(first_token):
                 if isinstance(event, Grown):
                     written = self.written[index]
                     yield as_event(replies.more(index, written, event.pieces, event.tokens))
@@ -425,6 +429,10 @@ class _Texts:
             if with_usage:
                 yield as_event(replies.usage(self.written))
         except Exception as error:
+            # The reply has begun: whoever reads it is told there. What failed in the engine has
+            # been logged there.
+            if not isinstance(error, MulticolmError):
+                _LOG.error("a stream broke off", exc_info=error)
             _, content, _ = _explained(error, self._engine)
             yield as_event(content)
             return

@@ -227,6 +227,7 @@ class Engine:
         # What follows is the working thread's own.
         self._queue: dict[int, Ticket] = {}
         self._n_active = 0
+        self._n_broken_off = 0
         self._thread = threading.Thread(target=self._work, name="multicolm-engine", daemon=True)
 
     def __enter__(self) -> Engine:
@@ -301,14 +302,14 @@ class Engine:
                 :class:`~multicolm.errors.ClosedError`.
         """
         with self._news:
-            finished, failed = self._outcomes["finished"], self._outcomes["failed"]
+            finished = self._outcomes["finished"]
             deadline = self._clock() + grace
             # Asked once more, it may only be in more of a hurry.
             self._deadline = deadline if self._deadline is None else min(self._deadline, deadline)
             self._news.notify()
         if self._thread.ident is not None:
             self._thread.join()
-        return Closing(self._outcomes["finished"] - finished, self._outcomes["failed"] - failed)
+        return Closing(self._outcomes["finished"] - finished, self._n_broken_off)
 
     def stats(self) -> Stats:
         """How it stands now."""
@@ -411,12 +412,9 @@ class Engine:
 
     def _retire(self, shop: _Shop) -> None:
         """Let go of a policy and its caches, but not of what was counted; under the lock."""
-        self._count(shop.live)
-        del self._shops[shop.choice.key]
-
-    def _count(self, live: Live) -> None:
-        for name, used in live.usage.items():
+        for name, used in shop.live.usage.items():
             self._retired[name] += used
+        del self._shops[shop.choice.key]
 
     def _admit(self) -> None:
         """Give slots to those who wait, first come, first served."""
@@ -538,6 +536,7 @@ class Engine:
                 self._retire(shop)
         self._queue.clear()
         self._n_active = 0
+        self._n_broken_off = len(left)
         for ticket in left:
             self._fail(ticket, ClosedError("the server has shut down before this was finished."))
 

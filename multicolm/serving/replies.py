@@ -9,9 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from multicolm.types import Answer, FinishReason, Piece, TracedToken, Usage
+from multicolm.types import Answer, FinishReason, Piece, TracedToken, Usage, finite
 
-__all__ = ["Replies", "Written", "as_event", "failure", "finite"]
+__all__ = ["Replies", "Written", "as_event", "failure"]
 
 _REASONS: dict[FinishReason, str] = {
     "eos": "stop",
@@ -189,11 +189,6 @@ class Replies:
             "top_logprobs": None,
             "text_offset": list(offsets),
         }
-
-
-def finite(value: float | None, otherwise: float | None = None) -> float | None:
-    """A number that JSON can hold."""
-    return value if value is not None and math.isfinite(value) else otherwise
 
 
 def as_event(data: Mapping[str, Any] | str) -> bytes:

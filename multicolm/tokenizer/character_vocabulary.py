@@ -10,12 +10,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import torch
-from jaxtyping import Float, Int
-from torch import Tensor
+from jaxtyping import Int
 
 from multicolm.tokenizer.base import TokenizerAdapter
-from multicolm.tokenizer.vocabulary import Follower, Vocabulary
+from multicolm.tokenizer.vocabulary import Outcomes
 from multicolm.views import ModelNames
 
 __all__ = ["CharacterVocabulary", "SortedCharacters", "characters"]
@@ -27,15 +25,13 @@ def characters(content: bytes) -> list[bytes]:
     return [character.encode("utf-8", "surrogateescape") for character in text]
 
 
-class CharacterVocabulary(Vocabulary):
-    """The outcomes of policies that mix characters; the same for all models.
+class CharacterVocabulary(Outcomes):
+    """The outcomes of policies that mix characters.
 
-    Models follow such a text through :class:`multicolm.decoding.character_reader.CharacterReader`,
-    not token by token.
+    Models follow such a text through :class:`multicolm.decoding.character_reader.CharacterReader`.
 
     Attributes:
         null: the id of the end of a token.
-        end: the id of the end of a text.
 
     Args:
         models: the names.
@@ -43,7 +39,6 @@ class CharacterVocabulary(Vocabulary):
     """
 
     def __init__(self, models: ModelNames, tokenizers: Sequence[TokenizerAdapter]) -> None:
-        self.models = models
         self._tokenizers = tuple(tokenizers)
         self._ids: dict[bytes, int] = {}
         for tokenizer in tokenizers:
@@ -52,9 +47,7 @@ class CharacterVocabulary(Vocabulary):
                     self._ids.setdefault(character, len(self._ids))
         self._contents = list(self._ids)
         self.null = len(self._contents)
-        self.end = self.null + 1
-        self.size = self.null + 2
-        self.groups = (0,) * len(models)
+        super().__init__(models, self.null + 2, self.null + 1)
         self._sorted: dict[int, SortedCharacters] = {}
 
     def sorted(self, model: int) -> SortedCharacters:
@@ -68,36 +61,6 @@ class CharacterVocabulary(Vocabulary):
             self._sorted[model] = SortedCharacters(spelled)
         return self._sorted[model]
 
-    def follow(self, model: int, prompt: Sequence[int]) -> Follower:
-        """Not by tokens.
-
-        Raises:
-            NotImplementedError: always.
-        """
-        raise NotImplementedError("a text of characters is followed by a CharacterReader")
-
-    def read(self, model: int, ids: Sequence[int]) -> list[int]:
-        """Not by tokens.
-
-        Raises:
-            NotImplementedError: always.
-        """
-        raise NotImplementedError("a text of characters is followed by a CharacterReader")
-
-    def n_read(self, model: int, token: int) -> int:
-        """A character is as many own tokens as bytes at most."""
-        return len(self.token_bytes(token))
-
-    def own_ids(self, model: int, ids: Int[Tensor, "positions"]) -> Int[Tensor, "positions"]:
-        """Characters are nobody's own tokens."""
-        return torch.full_like(ids, -1)
-
-    def logits(
-        self, model: int, own: Float[Tensor, "positions own_vocab"]
-    ) -> Float[Tensor, "positions vocab"]:
-        """What models show of characters is the same for all."""
-        return own
-
     def token_bytes(self, token: int) -> bytes:
         """The character; nothing for the end of a token or of the text."""
         return self._contents[token] if token < self.null else b""
@@ -107,10 +70,6 @@ class CharacterVocabulary(Vocabulary):
         if token >= self.null:
             return "<end>" if token == self.end else "<null>"
         return self._contents[token].decode("utf-8", errors="backslashreplace")
-
-    def end_ids(self, model: int | None) -> frozenset[int]:
-        """The end is the same for all."""
-        return frozenset({self.end})
 
 
 class SortedCharacters:

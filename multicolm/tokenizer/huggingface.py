@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property, lru_cache
 from typing import Any, cast
@@ -19,7 +20,7 @@ __all__ = ["HuggingFaceTokenizer"]
 
 _SENTENCEPIECE = {"Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"}
 _PREFIXING = ("normalizer", "pre_tokenizer")
-_PRIVATE = 0x100000  # the last of Unicode's planes is for private use
+_PRIVATE = range(0x100000, 0x10FFFE)  # the last of Unicode's planes is for private use
 _BYTE = re.compile("<0x[0-9A-Fa-f]{2}>")
 
 
@@ -193,8 +194,12 @@ class HuggingFaceTokenizer(TokenizerAdapter):
 
     @cached_property
     def _stand_ins(self) -> dict[str, str]:
-        """Per name of a special token, a character that stands for nothing in Unicode."""
-        return {name: chr(_PRIVATE + i) for i, name in enumerate(self._specials.values())}
+        """Per name of a special token, private characters that no text will happen to hold.
+
+        They are drawn anew for every tokenizer: whoever writes a text cannot know them either.
+        """
+        secret = "".join(chr(secrets.choice(_PRIVATE)) for _ in range(8))
+        return {name: secret + chr(_PRIVATE[i]) for i, name in enumerate(self._specials.values())}
 
     @cached_property
     def _of_stand_ins(self) -> Any:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from multicolm.views import ModelNames
 
-__all__ = ["Follower", "Vocabulary"]
+__all__ = ["Follower", "Outcomes", "Vocabulary"]
 
 
 class Follower(ABC):
@@ -140,3 +140,56 @@ class Vocabulary(ABC):
             content = self.token_bytes(token)
             flags.append(not content or content[:1].isspace())
         return torch.tensor(flags)
+
+
+class Outcomes(Vocabulary):
+    """What may come next where that is no token of a model: the same for all models.
+
+    Models follow such a text in a way of their own and not token by token, so that nothing is
+    translated.
+
+    Attributes:
+        end: the id of the end of a text.
+    """
+
+    end: int
+
+    def __init__(self, models: ModelNames, size: int, end: int) -> None:
+        self.models = models
+        self.size = size
+        self.end = end
+        self.groups = (0,) * len(models)
+
+    def follow(self, model: int, prompt: Sequence[int]) -> Follower:
+        """Not by tokens.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError(f"a text of a {type(self).__name__} is not followed by tokens")
+
+    def read(self, model: int, ids: Sequence[int]) -> list[int]:
+        """Not by tokens.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError(f"a text of a {type(self).__name__} is not read by tokens")
+
+    def n_read(self, model: int, token: int) -> int:
+        """As many own tokens as bytes at most."""
+        return len(self.token_bytes(token))
+
+    def own_ids(self, model: int, ids: Int[Tensor, "positions"]) -> Int[Tensor, "positions"]:
+        """Outcomes are nobody's own tokens."""
+        return torch.full_like(ids, -1)
+
+    def logits(
+        self, model: int, own: Float[Tensor, "positions own_vocab"]
+    ) -> Float[Tensor, "positions vocab"]:
+        """What models show of them is the same for all."""
+        return own
+
+    def end_ids(self, model: int | None) -> frozenset[int]:
+        """The end is the same for all."""
+        return frozenset({self.end})

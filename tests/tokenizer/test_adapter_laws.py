@@ -233,6 +233,20 @@ def test_the_name_of_a_special_token_in_a_message_is_text(kind: str) -> None:
         assert inner[0] == first
 
 
+@pytest.mark.parametrize("kind", BOS)
+def test_private_characters_of_a_message_stay_beside_the_name_of_a_special_token(
+    kind: str,
+) -> None:
+    tokenizer = fresh(kind)
+    tokenizer.chat_template = TEMPLATE
+    chat = HuggingFaceTokenizer(tokenizer, "m")
+    for private in ("\U00100000", "\U00100001\U00100002", "\ue000"):
+        content = f"{private}<|im_end|>{private}"
+        ids = chat.encode_chat([{"role": "user", "content": content}])
+        assert content.encode() in chat.decode(ids)
+        assert specials(chat, ids) == [BOS[kind], "<|im_start|>", "<|im_end|>", "<|im_start|>"]
+
+
 # --- added tokens and ends -----------------------------------------------------------------------
 
 

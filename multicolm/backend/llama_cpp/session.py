@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from multicolm.backend.base import Look, Session
+from multicolm.backend.base import Look, Session, TokenSession
 from multicolm.backend.llama_cpp.context import Context, Entry
 
 __all__ = ["FIRST", "LlamaCppSession", "SplitSession"]
@@ -19,7 +19,7 @@ FIRST = 256
 """Tokens that there is room for in the beginning."""
 
 
-class LlamaCppSession(Session):
+class LlamaCppSession(TokenSession):
     """Rows of one context, which moves to a larger one when texts outgrow it.
 
     So that memory goes with what is written and not with what a model could hold.
@@ -34,16 +34,11 @@ class LlamaCppSession(Session):
     def __init__(
         self, make: Callable[[int, int, bool], Context], n_rows: int, shared: bool
     ) -> None:
+        super().__init__(n_rows)
         self._make = make
         self._shared = shared
-        self._ids: list[list[int]] = [[] for _ in range(n_rows)]
         self._n_cached = [0] * n_rows
         self._context = make(n_rows, FIRST, shared)
-
-    @property
-    def lengths(self) -> list[int]:  # type: ignore[override]  # derived, so it cannot go stale
-        """Per row, how many tokens it holds."""
-        return [len(ids) for ids in self._ids]
 
     def feed(
         self,
@@ -80,7 +75,7 @@ class LlamaCppSession(Session):
 
     def truncate(self, row: int, length: int) -> None:
         """See :meth:`multicolm.backend.base.Session.truncate`."""
-        del self._ids[row][length:]
+        super().truncate(row, length)
         if self._n_cached[row] > length:
             kept = self._context.cut(row, length)
             self._n_cached[row] = length if kept else 0

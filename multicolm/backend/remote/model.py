@@ -92,18 +92,14 @@ class RemoteModel(Model):
             retries=config.retries,
             sleep=cls.sleep,
         )
-        try:
-            return cls(
-                name,
-                server,
-                tokenizer,
-                Wish(config.served_model, config.logprobs),
-                look_ahead=config.look_ahead,
-                context_length=context_length,
-            )
-        except BaseException:
-            server.close()
-            raise
+        return cls(
+            name,
+            server,
+            tokenizer,
+            Wish(config.served_model, config.logprobs),
+            look_ahead=config.look_ahead,
+            context_length=context_length,
+        )
 
     sleep: ClassVar[Callable[[float], None]] = staticmethod(time.sleep)
     """Waits some seconds between two attempts."""

@@ -35,10 +35,6 @@ class Service(ABC):
         """How many requests this thread has sent, attempts included."""
 
     @abstractmethod
-    def close(self) -> None:
-        """Let go of what is held for it."""
-
-    @abstractmethod
     def get(self, path: str, what: str) -> dict[str, Any]:
         """The JSON object at a path.
 

@@ -109,10 +109,6 @@ class Server(Service):
         """How many requests this thread has sent, attempts included."""
         return self._own.n_calls
 
-    def close(self) -> None:
-        """Close the connections."""
-        self._client.close()
-
     def get(self, path: str, what: str) -> dict[str, Any]:
         """See :meth:`multicolm.backend.remote.service.Service.get`."""
         return self._ask("GET", path, None, what, None, final_500=True)

@@ -292,12 +292,11 @@ def _harness(results: HarnessResults) -> str:
     for column in results.columns():
         best = leaders(column)
         for figure in column:
-            metric = figure.metric + ("" if figure.filter == "none" else f" ({figure.filter})")
-            texts = (figure.row, figure.likelihood, str(figure.n_questions or ""))
+            texts = (figure.label, figure.row, figure.likelihood, str(figure.n_questions or ""))
             cells = "".join(f"<td>{_text(text)}</td>" for text in texts)
             top = ' class="best"' if figure in best else ""
             rows.append(
-                f'<tr><th scope="row">{_text(figure.task)}</th><td>{_text(metric)}</td>{cells}'
+                f'<tr><th scope="row">{_text(figure.task)}</th>{cells}'
                 f"<td><span{top}>{_text(figure_text(figure))}</span></td></tr>"
             )
     names = ("task", "metric", "row", "likelihood", "questions", "figure")
