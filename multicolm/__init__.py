@@ -30,10 +30,11 @@ if TYPE_CHECKING:
         register_policy,
     )
     from multicolm.streaming import Stream
-    from multicolm.types import Answer, Message, Piece, Trace, TracedToken, Usage
+    from multicolm.types import Alternative, Answer, Message, Piece, Trace, TracedToken, Usage
     from multicolm.views import ModelNames, View, Views
 
 _HOME = {
+    "Alternative": "multicolm.types",
     "Answer": "multicolm.types",
     "Ensemble": "multicolm.ensemble",
     "GenerativeEnsemble": "multicolm.generative",
@@ -60,6 +61,7 @@ _HOME = {
 }
 
 __all__ = [
+    "Alternative",
     "Answer",
     "Ensemble",
     "GenerativeEnsemble",

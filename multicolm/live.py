@@ -20,7 +20,7 @@ from multicolm.errors import CapabilityError
 from multicolm.policy.base import Policy, Schedule
 from multicolm.tokenizer.incremental import IncrementalEncoder
 from multicolm.tokenizer.vocabulary import Vocabulary
-from multicolm.types import MIXTURE, Answer, Piece, Prompt, Trace, TracedToken, Usage
+from multicolm.types import MIXTURE, Alternative, Answer, Piece, Prompt, Trace, TracedToken, Usage
 from multicolm.views import ModelNames
 
 __all__ = ["Live"]
@@ -101,10 +101,12 @@ class Live:
 
         Raises:
             InputError: if the prompt is empty, or longer than a context.
-            CapabilityError: if tokens are to be drawn of which a server does not tell.
+            CapabilityError: if tokens are to be drawn of which a server does not tell, or
+                alternatives to tokens are wanted of a policy that does not write in tokens.
         """
         sampling = _sampling(wanted.temperature, wanted.top_k, wanted.top_p)
         self._check_draws(sampling)
+        self._check_alternatives(wanted.top_logprobs)
         ids = prompt_ids(prompt, number, self._models, self._vocabulary, self._used)
         in_tokens = self._written_in is self._vocabulary
         return Row(
@@ -117,6 +119,7 @@ class Live:
             text=TextStream(wanted.stop),
             draft_length=self._block_size,
             sampling=sampling,
+            n_alternatives=wanted.top_logprobs,
             meter=None if in_tokens else IncrementalEncoder(self._models[0].tokenizer),
         )
 
@@ -132,6 +135,14 @@ class Live:
             raise CapabilityError(
                 f"policy '{self._name}' lets model '{model.name}' draw tokens, and its server "
                 f"{model.server} tells the probability of {known or 'none'} of them: {way}."
+            )
+
+    def _check_alternatives(self, n: int) -> None:
+        """Refuse to tell of other tokens where none are written."""
+        if n and self._written_in is not self._vocabulary:
+            raise CapabilityError(
+                f"policy '{self._name}' writes in {self._policy.support}, and has no alternatives "
+                f"to the tokens that these come to; top_logprobs must be 0, got {n}."
             )
 
     def add(self, row: Row) -> None:
@@ -169,13 +180,15 @@ class Live:
         """
         names = [*self._names, MIXTURE]
         written = row.written if row.meter is None else self._as_tokens(row, row.meter)
+        name = self._vocabulary.name
         return [
             TracedToken(
                 new.token,
-                self._vocabulary.name(new.token),
+                name(new.token),
                 names[new.writer],
                 new.logprob,
                 new.score,
+                tuple(Alternative(i, name(i), logprob) for i, logprob in new.alternatives),
             )
             for new in written[first:]
         ]

@@ -30,6 +30,7 @@ else:
 
 __all__ = [
     "MIXTURE",
+    "Alternative",
     "Answer",
     "FinishReason",
     "GenerationSettings",
@@ -78,6 +79,7 @@ class GenerationSettings(TypedDict, total=False):
     ``max_new_tokens`` tokens at most. ``temperature`` 0 is greedy; ``top_k`` and ``top_p`` cut the
     distribution after it. ``stop`` strings end a text and are not part of it. ``schedule`` and
     ``block_size`` say how models are run and never what is written. ``threads`` is torch's count.
+    ``top_logprobs`` of the likeliest tokens are told with each written one.
     """
 
     max_new_tokens: int | None
@@ -88,6 +90,7 @@ class GenerationSettings(TypedDict, total=False):
     schedule: Literal["stepwise", "block"] | None
     block_size: int | None
     threads: int | None
+    top_logprobs: int | None
 
 
 Prompt: TypeAlias = str | Sequence[Message] | Sequence[int]
@@ -110,6 +113,21 @@ def prompt_digest(prompt: Prompt) -> str:
 
 
 @dataclass(frozen=True, slots=True)
+class Alternative:
+    """A token that the writer might have written.
+
+    Attributes:
+        id: the token in the shared vocabulary.
+        text: see :attr:`TracedToken.text`.
+        logprob: in nats, under the distribution that :attr:`TracedToken.logprob` is of.
+    """
+
+    id: int
+    text: str
+    logprob: float
+
+
+@dataclass(frozen=True, slots=True)
 class TracedToken:
     r"""One written token: who wrote it, with what probability, and why.
 
@@ -120,6 +138,9 @@ class TracedToken:
         logprob: its log-probability in nats under the distribution it was drawn from, before
             temperature, top-k and top-p; NaN from a server that gives text only.
         score: the number the policy decided on, if it gives one; its meaning is the policy's.
+        alternatives: the likeliest tokens in its place, itself among them if it is one, the
+            likeliest first; as many as ``top_logprobs`` asked for, fewer where fewer are possible
+            or a server tells of fewer.
     """
 
     id: int
@@ -127,6 +148,7 @@ class TracedToken:
     model: str
     logprob: float
     score: float | None = None
+    alternatives: tuple[Alternative, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

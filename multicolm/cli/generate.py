@@ -79,6 +79,12 @@ def _checked(line: str, place: str) -> Any:
 @click.option("--trace", is_flag=True, help="Show who wrote what.")
 @click.option("--usage", is_flag=True, help="Print what each model did, to stderr.")
 @json_option
+@click.option(
+    "--top-logprobs",
+    metavar="N",
+    type=int,
+    help="With --json: the N likeliest tokens in the place of each.",
+)
 def command(
     ensemble: str,
     prompts: tuple[str, ...],
@@ -91,6 +97,7 @@ def command(
     trace: bool,
     usage: bool,
     as_json_: bool,
+    top_logprobs: int | None,
 ) -> None:
     """Write a text for each PROMPT with ENSEMBLE.
 
@@ -100,13 +107,17 @@ def command(
     asked = [*prompts, *(read_prompts(source) if source else [])]
     if not asked:
         raise InputError("no prompt; give one as an argument, or a file of them with --from.")
+    if top_logprobs and not as_json_:
+        raise InputError("--top-logprobs is told in JSON; add --json, or leave it out.")
     if chat:
         asked = [
             [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
             for prompt in asked
         ]
     loaded, chosen = load(ensemble, policy, pairs)
-    stream = loaded.stream(asked, chosen, batch_size=batch_size, **settings)
+    stream = loaded.stream(
+        asked, chosen, batch_size=batch_size, top_logprobs=top_logprobs, **settings
+    )
     if as_json_:
         _print_json(stream, len(asked))
     else:

@@ -32,6 +32,7 @@ class GenerationConfig(Strict):
         schedule: ``None`` takes the one that suits the policy.
         block_size: tokens that the base model drafts at a time under ``block``.
         threads: torch threads; ``None`` is one for small models on a CPU.
+        top_logprobs: how many of the likeliest tokens are told with each written one.
     """
 
     max_new_tokens: int = Field(default=64, ge=1)
@@ -45,6 +46,7 @@ class GenerationConfig(Strict):
     schedule: Literal["stepwise", "block"] | None = None
     block_size: int = Field(default=8, ge=1)
     threads: int | None = Field(default=None, ge=1)
+    top_logprobs: int = Field(default=0, ge=0)
 
     def updated(self, settings: Mapping[str, Any]) -> GenerationConfig:
         """These settings with others in their place; ``None`` leaves one as it is.

@@ -315,7 +315,7 @@ class Router:
             return list(rows)
         draft = self._blank(behind)
         draft.deferring = [False] * len(behind)
-        held, verdict = [], Verdict()
+        held, verdict = [], Verdict.on(draft)
         for i, row in enumerate(behind):
             place, (writer, token) = len(row.written), draft.foreseen[i]
             if not reader.can_go_on(row, [place], token, writer)[place]:
@@ -396,7 +396,7 @@ class Router:
 
     def _settle(self, draft: Draft) -> Verdict:
         """Decide writers and tokens at the drafted positions, as far as they can matter."""
-        verdict = Verdict()
+        verdict = Verdict.on(draft)
         every = range(len(draft.positions))
         lazily = self._policy.assistants == "deferred"
         asked = [i for i in every if draft.deferring[i]] if lazily else list(every)
@@ -525,7 +525,9 @@ class Router:
             foreseen = foreseen and self._same_group(writer)
             if not foreseen:
                 row.drop_draft()
-            row.write(Written(token, writer, verdict.logprobs[i], draft.scores[i]))
+            alternatives = verdict.alternatives.get(i, ())
+            logprob, score = verdict.logprobs[i], draft.scores[i]
+            row.write(Written(token, writer, logprob, score, alternatives))
             n_foreseen += foreseen
             row.n_deferred += draft.deferring[i]
             row.n_changed += draft.deferring[i] and not foreseen

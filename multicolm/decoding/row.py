@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from multicolm.decoding.sampling import Sampling
+from multicolm.decoding.sampling import Likeliest, Sampling
 from multicolm.decoding.text import TextStream
 from multicolm.tokenizer.incremental import IncrementalEncoder
 from multicolm.types import FinishReason, Prompt, Usage
@@ -22,12 +22,14 @@ class Written:
         writer: index of its model; the number of models for a mixture.
         logprob: in nats, under the writer's distribution.
         score: the number the policy decided on, if it gives one.
+        alternatives: the likeliest tokens of that distribution, the likeliest first.
     """
 
     token: int
     writer: int
     logprob: float
     score: float | None
+    alternatives: Likeliest = ()
 
 
 @dataclass(eq=False, slots=True)
@@ -44,6 +46,7 @@ class Row:
         text: the text as it is shown.
         draft_length: how many tokens the base model drafts at a time.
         sampling: how its tokens are drawn.
+        n_alternatives: how many of the likeliest tokens are kept with each written one.
         prompt_nats: per model, how unlikely it finds its prompt, for policies that look at
             prompts; NaN for models that are not in use.
         drafter: index of the model whose tokens stand behind the written ones.
@@ -69,6 +72,7 @@ class Row:
     text: TextStream
     draft_length: int
     sampling: Sampling
+    n_alternatives: int = 0
     slot: int = -1
     drafter: int = 0
     ids: list[int] = field(default_factory=list)

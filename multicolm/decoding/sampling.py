@@ -7,15 +7,19 @@ happen to be computed. So a text does not depend on the batch that it was in, no
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-__all__ = ["Noise", "Sampling", "Stream", "row_key"]
+__all__ = ["Likeliest", "Noise", "Sampling", "Stream", "likeliest", "row_key"]
+
+Likeliest: TypeAlias = tuple[tuple[int, float], ...]
+"""Tokens and their log-probabilities in nats, the likeliest first, of equal ones the lowest id."""
 
 Stream = Literal["token", "policy", "accept", "residual"]
 """What a random number is for."""
@@ -81,6 +85,23 @@ class Sampling:
             return logits.argmax(-1)
         assert gumbel is not None, "drawing at random needs noise"
         return (self.warp(logits) + gumbel.to(logits.device)).argmax(-1)
+
+
+def likeliest(logprobs: Float[Tensor, "vocab"], n: int) -> Likeliest:
+    """The ``n`` likeliest tokens, or fewer if no more are possible and known.
+
+    Args:
+        logprobs: in nats; -inf for what cannot be, +inf and NaN for what is not known.
+        n: how many.
+    """
+    if not n:
+        return ()
+    known = logprobs.nan_to_num(nan=-math.inf, posinf=-math.inf, neginf=-math.inf)
+    least = known.topk(min(n, len(known))).values[-1]
+    # topk does not say which of equal ones it takes.
+    ids = ((known >= least) & (known != -math.inf)).nonzero()[:, 0]
+    pairs = zip(ids.tolist(), known[ids].tolist(), strict=True)
+    return tuple(sorted(pairs, key=lambda pair: (-pair[1], pair[0]))[:n])
 
 
 def row_key(seed: int, prompt_ids: Sequence[int]) -> int:

@@ -10,6 +10,7 @@ import torch
 from multicolm.decoding.draft import Positions
 from multicolm.decoding.reader import Reader
 from multicolm.decoding.row import Row, Written
+from multicolm.decoding.sampling import Likeliest, likeliest
 from multicolm.errors import PolicyError
 from multicolm.policy.base import SegmentPolicy, Segments
 from multicolm.tokenizer.vocabulary import Vocabulary
@@ -25,11 +26,13 @@ class _Proposal:
         writer: index of the model.
         tokens: in the ensemble's vocabulary; one at least, once the model has written.
         logprobs: of each, in nats.
+        alternatives: to each.
     """
 
     writer: int
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    alternatives: list[Likeliest] = field(default_factory=list)
 
 
 class SegmentWriter:
@@ -84,8 +87,10 @@ class SegmentWriter:
             yield (
                 row,
                 [
-                    Written(token, chosen.writer, logprob, score)
-                    for token, logprob in zip(chosen.tokens, chosen.logprobs, strict=True)
+                    Written(token, chosen.writer, logprob, score, alternatives)
+                    for token, logprob, alternatives in zip(
+                        chosen.tokens, chosen.logprobs, chosen.alternatives, strict=True
+                    )
                 ],
             )
 
@@ -111,14 +116,16 @@ class SegmentWriter:
             positions = self._positions(now, [len(row.ids) for row in now])
             look = self._reader(k).look(now, [[place] for place in positions.places])
             tokens = positions.draw(look.logits)
-            logprobs = look.logits.float().log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
-            drawn = zip(list(going), tokens.tolist(), logprobs.tolist(), strict=True)
-            for i, token, logprob in drawn:
+            every = look.logits.float().log_softmax(-1)
+            logprobs = every.gather(-1, tokens[:, None])[:, 0]
+            drawn = zip(list(going), tokens.tolist(), logprobs.tolist(), every, strict=True)
+            for i, token, logprob, known in drawn:
                 if self._ends_before(rows[i], k, token):
                     going.remove(i)
                     continue
                 proposals[i].tokens.append(token)
                 proposals[i].logprobs.append(logprob)
+                proposals[i].alternatives.append(likeliest(known, rows[i].n_alternatives))
                 if self._ends_with(rows[i], k, token):
                     going.remove(i)
                 else:

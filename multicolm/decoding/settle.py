@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from multicolm.decoding.draft import Draft, Positions, Shown
+from multicolm.decoding.sampling import Likeliest, likeliest
 from multicolm.errors import PolicyError
 from multicolm.policy.base import MixPolicy, Needs, Policy, SelectPolicy, VerifyPolicy
 from multicolm.views import ModelNames, View, Views
@@ -24,11 +25,21 @@ class Verdict:
         writers: per position number, the index of the writer.
         tokens: per position number, the token.
         logprobs: per position number, its log-probability in nats.
+        alternatives: per position number, the likeliest tokens there, where they are wanted.
+        wanted: per position number, how many of these.
     """
 
     writers: dict[int, int] = field(default_factory=dict)
     tokens: dict[int, int] = field(default_factory=dict)
     logprobs: dict[int, float] = field(default_factory=dict)
+    alternatives: dict[int, Likeliest] = field(default_factory=dict)
+    wanted: Mapping[int, int] = field(default_factory=dict)
+
+    @classmethod
+    def on(cls, draft: Draft) -> Verdict:
+        """Nothing is decided yet."""
+        rows = draft.positions.rows
+        return cls(wanted={i: row.n_alternatives for i, row in enumerate(rows)})
 
     def enter(
         self,
@@ -55,6 +66,9 @@ class Verdict:
         self.writers.update(zip(which, writers, strict=True))
         self.tokens.update(zip(which, tokens.tolist(), strict=True))
         self.logprobs.update(zip(which, logprobs.tolist(), strict=True))
+        for line, i in enumerate(which):
+            if n := self.wanted.get(i):
+                self.alternatives[i] = likeliest(known[line], n)
 
 
 class PolicyDesk:

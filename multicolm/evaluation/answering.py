@@ -33,7 +33,11 @@ from multicolm.policy.resolve import resolve_policy
 from multicolm.streaming import Answers
 from multicolm.types import MIXTURE, finite
 
-__all__ = ["Answering", "Measured", "NamedPolicy", "Plan", "Progress", "named_policy"]
+__all__ = ["ASIDE", "Answering", "Measured", "NamedPolicy", "Plan", "Progress", "named_policy"]
+
+ASIDE = {"seed", "top_logprobs"}
+"""Settings of an ensemble's that a comparison leaves out: it has a seed of its own, and keeps no
+alternatives to what was written."""
 
 _CHUNK_BATCHES = 4
 
@@ -192,7 +196,7 @@ class Answering:
         self._ensemble = ensemble
         self._task = task
         self._questions = questions
-        self._arguments: dict[str, Any] = self.settings.model_dump(exclude={"seed"})
+        self._arguments: dict[str, Any] = self.settings.model_dump(exclude=ASIDE)
         self._seed = seed
         self._batch_size = batch_size
         self._progress = progress
@@ -217,7 +221,7 @@ class Answering:
             "split": split,
             "digest": digest,
             "seed": self._seed,
-            "settings": self.settings.model_dump(mode="json", exclude={"seed"}),
+            "settings": self.settings.model_dump(mode="json", exclude=ASIDE),
             "batch_size": self._batch_size,
             "versions": versions(),
         }

@@ -24,7 +24,7 @@ from multicolm.config import load_task_params
 from multicolm.decoding.threads import torch_threads
 from multicolm.ensemble import Ensemble
 from multicolm.errors import ArtefactError, InputError
-from multicolm.evaluation.answering import Answering, Measured, NamedPolicy, Plan, Progress
+from multicolm.evaluation.answering import ASIDE, Answering, Measured, NamedPolicy, Plan, Progress
 from multicolm.evaluation.answering import named_policy as named_policy
 from multicolm.evaluation.explain import Explainer
 from multicolm.evaluation.provenance import machine, plain, versions
@@ -158,7 +158,7 @@ def compare(
             digest=digest,
             seed=seed,
             settings={
-                **run.settings.model_dump(mode="json", exclude={"seed"}),
+                **run.settings.model_dump(mode="json", exclude=ASIDE),
                 "batch_size": batch_size,
                 "limit": limit,
             },

@@ -27,7 +27,7 @@ from multicolm.errors import (
     PolicyError,
     ServerError,
 )
-from multicolm.serving.asked import ChatAsked, CompletionAsked, Refusal, read
+from multicolm.serving.asked import MOST_ALTERNATIVES, ChatAsked, CompletionAsked, Refusal, read
 from multicolm.serving.engine import Begun, Ended, Engine, Event, Failed, Grown, Order, Ticket
 from multicolm.serving.menu import DEFAULT, Choice, Menu, NotServedError
 from multicolm.serving.metrics import Metrics
@@ -149,7 +149,8 @@ def create_app(
 
 
 def _model(menu: Menu, engine: Engine, name: str, created: int) -> dict[str, Any]:
-    dish = menu.dishes[name]
+    dish, ensemble = menu.dishes[name], engine.ensemble
+    in_tokens = ensemble.written_in(dish.policy) is ensemble.vocabulary
     return {
         "id": menu.served if name == DEFAULT else f"{menu.served}:{name}",
         "object": "model",
@@ -159,8 +160,9 @@ def _model(menu: Menu, engine: Engine, name: str, created: int) -> dict[str, Any
             "policy": name,
             "kind": dish.policy.name,
             "summary": dish.summary,
-            "models": list(engine.ensemble.models),
+            "models": list(ensemble.models),
             "threshold": dish.policy.params_at(0.5) is not None,
+            "top_logprobs": MOST_ALTERNATIVES if in_tokens else 0,
         },
     }
 
@@ -281,6 +283,7 @@ class _Desk:
             int(time.time()),
             self._engine.ensemble.vocabulary.token_bytes,
             asked.wants_logprobs,
+            asked.n_alternatives,
         )
 
         def first_token() -> None:

@@ -14,9 +14,18 @@ from multicolm.config.wording import Strict, check
 from multicolm.errors import InputError
 from multicolm.types import Message, Prompt
 
-__all__ = ["ChatAsked", "CompletionAsked", "Extension", "Refusal", "StreamOptions", "read"]
+__all__ = [
+    "MOST_ALTERNATIVES",
+    "ChatAsked",
+    "CompletionAsked",
+    "Extension",
+    "Refusal",
+    "StreamOptions",
+    "read",
+]
 
 _MOST_TEXTS = 128
+MOST_ALTERNATIVES = 20  # to each token, as OpenAI and vLLM have it
 _MOST_STOPS = 16  # each is looked for behind every token, in the thread that writes for all
 
 _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
@@ -111,6 +120,11 @@ class _Asked(Strict):
         raise NotImplementedError
 
     @property
+    def n_alternatives(self) -> int:
+        """How many of the likeliest tokens are wanted with each written one."""
+        raise NotImplementedError
+
+    @property
     def limit(self) -> tuple[str, int | None]:
         """The field that limits the length of a text, and its value."""
         return "max_tokens", self.max_tokens
@@ -143,6 +157,7 @@ class _Asked(Strict):
                 "top_p": self.top_p,
                 "top_k": self.top_k,
                 "stop": self.stop,
+                "top_logprobs": self.n_alternatives,
             }
         )
 
@@ -151,7 +166,7 @@ class CompletionAsked(_Asked):
     """The body of ``POST /v1/completions``."""
 
     prompt: str | list[int] | list[str] | list[list[int]]
-    logprobs: int | None = None
+    logprobs: int | None = Field(default=None, ge=0, le=MOST_ALTERNATIVES)
 
     def prompts(self) -> list[Prompt]:
         """What is to be answered, one by one."""
@@ -163,6 +178,11 @@ class CompletionAsked(_Asked):
     def wants_logprobs(self) -> bool:
         """Whether the log-probabilities of the written tokens are wanted."""
         return self.logprobs is not None
+
+    @property
+    def n_alternatives(self) -> int:
+        """How many of the likeliest tokens are wanted with each written one."""
+        return self.logprobs or 0
 
 
 class _Part(Strict):
@@ -186,7 +206,7 @@ class ChatAsked(_Asked):
     messages: list[_Turn] = Field(min_length=1)
     max_completion_tokens: int | None = None
     logprobs: bool = False
-    top_logprobs: int = 0
+    top_logprobs: int = Field(default=0, ge=0, le=MOST_ALTERNATIVES)
 
     def prompts(self) -> list[Prompt]:
         """The one chat."""
@@ -196,6 +216,11 @@ class ChatAsked(_Asked):
     def wants_logprobs(self) -> bool:
         """Whether the log-probabilities of the written tokens are wanted."""
         return self.logprobs
+
+    @property
+    def n_alternatives(self) -> int:
+        """How many of the likeliest tokens are wanted with each written one."""
+        return self.top_logprobs
 
     @property
     def limit(self) -> tuple[str, int | None]:
@@ -315,19 +340,12 @@ def _check_together(asked: CompletionAsked | ChatAsked) -> None:
             "stop",
         )
     if isinstance(asked, CompletionAsked):
-        if asked.logprobs:
-            raise Refusal(
-                "'logprobs' must be 0 here, which gives the log-probabilities of the written "
-                f"tokens; alternatives to them are not kept. Got {asked.logprobs}.",
-                "logprobs",
-            )
         if not asked.prompt:
             raise Refusal("'prompt' is empty; write at least a word.", "prompt")
         return
-    if asked.top_logprobs:
+    if asked.top_logprobs and not asked.logprobs:
         raise Refusal(
-            "'top_logprobs' must be 0 here: alternatives to the written tokens are not kept; got "
-            f"{asked.top_logprobs}.",
+            "'top_logprobs' goes with \"logprobs\": true; add it, or leave this out.",
             "top_logprobs",
         )
     both = (asked.max_tokens, asked.max_completion_tokens)

@@ -59,6 +59,7 @@ class Replies:
         created: when, in seconds since 1970.
         content: the bytes of a token.
         logprobs: whether log-probabilities are wanted.
+        top_logprobs: how many of the likeliest tokens are wanted with each.
     """
 
     kind: Literal["completion", "chat"]
@@ -68,6 +69,7 @@ class Replies:
     created: int
     content: Callable[[int], bytes]
     logprobs: bool
+    top_logprobs: int = 0
 
     def whole(self, texts: Sequence[Written]) -> dict[str, Any]:
         """Everything at once."""
@@ -83,7 +85,7 @@ class Replies:
                     "logprobs": self._logprobs(written.tokens, offsets),
                     "finish_reason": _REASONS[answer.finish_reason],
                     "multicolm": {
-                        **_provenance(written.pieces, written.tokens, offsets),
+                        **self._provenance(written.pieces, written.tokens, offsets),
                         **_end(answer),
                     },
                 }
@@ -107,7 +109,7 @@ class Replies:
             **self._new("".join(piece.text for piece in pieces)),
             "logprobs": self._logprobs(tokens, offsets),
             "finish_reason": None,
-            "multicolm": _provenance(pieces, tokens, offsets),
+            "multicolm": self._provenance(pieces, tokens, offsets),
         }
         return {**self._head(self._chunk), "choices": [choice]}
 
@@ -118,7 +120,7 @@ class Replies:
             **(self._new("") if self.kind == "completion" else {"delta": {}}),
             "logprobs": None,
             "finish_reason": _REASONS[answer.finish_reason],
-            "multicolm": {**_provenance((), (), ()), **_end(answer)},
+            "multicolm": {**self._provenance((), (), ()), **_end(answer)},
         }
         return {**self._head(self._chunk), "choices": [choice]}
 
@@ -158,6 +160,11 @@ class Replies:
             "multicolm": {**self.chosen, "usage": _as_json(models)},
         }
 
+    def _provenance(
+        self, pieces: Sequence[Piece], tokens: Sequence[TracedToken], offsets: Sequence[int]
+    ) -> dict[str, Any]:
+        return _provenance(pieces, tokens, offsets, self.top_logprobs > 0)
+
     def _offsets(self, written: Written, tokens: Sequence[TracedToken]) -> list[int]:
         return [written.pass_over(self.content(token.id)) for token in tokens]
 
@@ -178,7 +185,14 @@ class Replies:
                     "token": token.text,
                     "logprob": number,
                     "bytes": list(self.content(token.id)),
-                    "top_logprobs": [],
+                    "top_logprobs": [
+                        {
+                            "token": other.text,
+                            "logprob": other.logprob,
+                            "bytes": list(self.content(other.id)),
+                        }
+                        for other in token.alternatives
+                    ],
                 }
                 for token, number in zip(tokens, numbers, strict=True)
             ]
@@ -186,7 +200,7 @@ class Replies:
         return {
             "tokens": [token.text for token in tokens],
             "token_logprobs": numbers,
-            "top_logprobs": None,
+            "top_logprobs": [_by_text(token) for token in tokens] if self.top_logprobs else None,
             "text_offset": list(offsets),
         }
 
@@ -204,8 +218,21 @@ def failure(
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
+def _by_text(token: TracedToken) -> dict[str, float]:
+    """A token's alternatives, and itself if its probability is known, as completions name them."""
+    others = [(other.text, other.logprob) for other in token.alternatives]
+    own = [(token.text, token.logprob)] if math.isfinite(token.logprob) else []
+    told: dict[str, float] = {}
+    for text, logprob in [*others, *own]:
+        told.setdefault(text, logprob)  # of several tokens with one text the likeliest
+    return told
+
+
 def _provenance(
-    pieces: Sequence[Piece], tokens: Sequence[TracedToken], offsets: Sequence[int]
+    pieces: Sequence[Piece],
+    tokens: Sequence[TracedToken],
+    offsets: Sequence[int],
+    alternatives: bool,
 ) -> dict[str, Any]:
     """Who wrote what: runs of one writer, and the tokens with their probabilities."""
     runs: list[dict[str, str]] = []
@@ -222,6 +249,7 @@ def _provenance(
             "logprob": finite(token.logprob),
             "score": finite(token.score),
             "offset": offset,
+            **({"alternatives": list(map(asdict, token.alternatives))} if alternatives else {}),
         }
         for token, offset in zip(tokens, offsets, strict=True)
     ]

@@ -56,8 +56,11 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
             "store": True,
         }.items()
     ),
-    (COMPLETIONS, {"logprobs": 2}, "must be 0 here"),
-    (CHAT, {"logprobs": True, "top_logprobs": 2}, "must be 0 here"),
+    (COMPLETIONS, {"logprobs": 21}, "at most 20"),
+    (COMPLETIONS, {"logprobs": -1}, "0 or more"),
+    (COMPLETIONS, {"model": "tiny:byte-mixture", "logprobs": 2}, "writes in bytes"),
+    (CHAT, {"logprobs": True, "top_logprobs": 21}, "at most 20"),
+    (CHAT, {"top_logprobs": 2}, "goes with"),
     (COMPLETIONS, {"nonsense": 1}, "unknown field 'nonsense'. Allowed: logprobs,"),
     (COMPLETIONS, {"temprature": 1}, "Did you mean 'temperature'?"),
     (COMPLETIONS, {"temperature": -0.1}, "must be 0 or more"),

@@ -219,6 +219,64 @@ def test_log_probabilities_of_a_chat_come_with_the_bytes(
     assert [token.logprob for token in logprobs.content] == wanted
 
 
+def test_the_likeliest_tokens_are_told_by_text_in_completions(
+    client: openai.OpenAI, alone: Ensemble
+) -> None:
+    answer = written(alone, PROMPTS[0], "average", top_logprobs=3)
+    asked: dict[str, Any] = {"model": "tiny:average", "prompt": PROMPTS[0], "max_tokens": 24}
+    logprobs = client.completions.create(**asked, logprobs=3).choices[0].logprobs
+    assert logprobs is not None and logprobs.top_logprobs is not None
+    for told, token in zip(logprobs.top_logprobs, answer.trace, strict=True):
+        want = {each.text: each.logprob for each in token.alternatives}
+        assert told == pytest.approx(want, abs=1e-4)
+        assert max(told, key=lambda text: told[text]) == token.text
+    parts = [
+        part.choices[0].logprobs
+        for part in client.completions.create(**asked, logprobs=3, stream=True)
+    ]
+    streamed = [told for part in parts if part for told in part.top_logprobs or []]
+    assert [sorted(told) for told in streamed] == [sorted(told) for told in logprobs.top_logprobs]
+
+
+def test_a_token_that_was_drawn_is_told_beside_the_likeliest_ones(
+    client: openai.OpenAI,
+) -> None:
+    got = client.completions.create(
+        model="tiny", prompt=PROMPTS[0], max_tokens=24, logprobs=1, seed=1, temperature=2.0
+    )
+    logprobs = got.choices[0].logprobs
+    assert logprobs is not None and logprobs.top_logprobs is not None
+    sizes = []
+    for text, number, told in zip(
+        logprobs.tokens or [], logprobs.token_logprobs or [], logprobs.top_logprobs, strict=True
+    ):
+        assert told[text] == number
+        sizes.append(len(told))
+    assert set(sizes) == {1, 2}
+
+
+def test_the_likeliest_tokens_of_a_chat_come_with_their_bytes(
+    client: openai.OpenAI, alone: Ensemble
+) -> None:
+    messages: Any = [{"role": "user", "content": "What is Dulerex made from?"}]
+    answer = written(alone, messages, top_logprobs=2)
+    got = client.chat.completions.create(
+        model="tiny", messages=messages, max_tokens=24, logprobs=True, top_logprobs=2
+    )
+    logprobs = got.choices[0].logprobs
+    assert logprobs is not None and logprobs.content is not None
+    for told, token in zip(logprobs.content, answer.trace, strict=True):
+        assert [each.token for each in told.top_logprobs] == [e.text for e in token.alternatives]
+        want = pytest.approx([each.logprob for each in token.alternatives], abs=1e-4)
+        assert [each.logprob for each in told.top_logprobs] == want
+        assert told.top_logprobs[0].bytes == told.bytes
+    [choice] = got.choices
+    kept = [token["alternatives"] for token in choice.model_extra["multicolm"]["tokens"]]
+    assert [[each["id"] for each in token] for token in kept] == [
+        [each.id for each in token.alternatives] for token in answer.trace
+    ]
+
+
 def test_the_threshold_stands_behind_the_policy_or_in_the_extension(
     client: openai.OpenAI, alone: Ensemble
 ) -> None:
@@ -247,6 +305,8 @@ def test_models_are_listed_with_what_they_are(client: openai.OpenAI, alone: Ense
     # Not trained, so there is nothing to serve.
     assert "tiny:co-llm" not in {entry.id for entry in listed}
     assert listed[0].model_extra["multicolm"]["models"] == list(alone.models)
+    told = {entry.id: entry.model_extra["multicolm"]["top_logprobs"] for entry in listed}
+    assert (told["tiny"], told["tiny:byte-mixture"]) == (20, 0)
     assert client.models.retrieve("tiny:confidence@0.3").id == "tiny:confidence@0.3"
 
 

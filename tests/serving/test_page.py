@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -78,12 +79,17 @@ def test_a_token_tells_its_probability_under_the_mouse_and_by_keys(
     page: Page, alone: Ensemble
 ) -> None:
     write(page)
-    [answer] = alone.generate([PROMPT], max_new_tokens=64)
+    [answer] = alone.generate([PROMPT], max_new_tokens=64, top_logprobs=5)
     page.value("document.getElementById('text').focus()")
     for place in (0, 1, 2):
         detail = page.text("#detail")
         token = answer.trace.tokens[place]
         assert token.model in detail and f"{token.logprob:.3f} nats" in detail
+        shown = page.value(
+            "[...document.querySelectorAll('.likeliest code')].map((e) => e.textContent)"
+        )
+        want = [json.dumps(each.text, ensure_ascii=False) for each in token.alternatives]
+        assert shown == want and page.text(".likeliest .written") in detail
         page.press("ArrowRight")
     page.press("End")
     assert answer.trace.tokens[-1].model in page.text("#detail")

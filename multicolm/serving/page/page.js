@@ -3,6 +3,7 @@
 const $ = (id) => document.getElementById(id);
 const N_COLOURS = 6;
 const N_UNDERLINES = 4;
+const N_LIKELIEST = 5;  // tokens that might have been written, shown for the one that was
 
 let menu = [];        // what /v1/models says
 let names = [];       // the models, the base model first
@@ -102,8 +103,14 @@ function request() {
     body.model += `@${Number($("threshold").value)}`;
   }
   const prompt = $("prompt").value;
-  if ($("manner").value === "chat") body.messages = [{ role: "user", content: prompt }];
-  else body.prompt = prompt;
+  const n = Math.min(N_LIKELIEST, entry.multicolm.top_logprobs);
+  if ($("manner").value === "chat") {
+    body.messages = [{ role: "user", content: prompt }];
+    if (n) Object.assign(body, { logprobs: true, top_logprobs: n });
+  } else {
+    body.prompt = prompt;
+    if (n) body.logprobs = n;
+  }
   return ["messages" in body ? "/v1/chat/completions" : "/v1/completions", body];
 }
 
@@ -199,7 +206,7 @@ function pick(i) {
   const token = tokens[i];
   const facts = [["token", JSON.stringify(token.text)], ["by", token.model]];
   if (token.logprob !== null) {
-    facts.push(["probability", `${(100 * Math.exp(token.logprob)).toPrecision(3)} %`]);
+    facts.push(["probability", percent(token.logprob)]);
     facts.push(["log-probability", `${token.logprob.toFixed(3)} nats`]);
   }
   if (token.score !== null) facts.push(["policy's score", token.score.toPrecision(4)]);
@@ -207,7 +214,24 @@ function pick(i) {
     const pair = element("div");
     pair.append(element("dt", "", name), element("dd", "", value));
     return pair;
+  }), ...likeliest(token));
+}
+
+const percent = (logprob) => `${(100 * Math.exp(logprob)).toPrecision(3)} %`;
+
+// What the writer might have written, as bars on one scale.
+function likeliest(token) {
+  if (!token.alternatives || !token.alternatives.length) return [];
+  const list = element("ol", `likeliest ${writerClass(token.model).split(" ")[0]}`);
+  list.setAttribute("aria-label", "the likeliest tokens here");
+  list.append(...token.alternatives.map((other) => {
+    const item = element("li", other.id === token.id ? "written" : "");
+    const bar = element("span", "bar");
+    bar.style.width = `${100 * Math.exp(other.logprob)}%`;
+    item.append(element("code", "", JSON.stringify(other.text)), bar, element("span", "", percent(other.logprob)));
+    return item;
   }));
+  return [list];
 }
 
 function walk(event) {
