@@ -601,7 +601,7 @@ def test_settings_of_one_call_replace_those_of_the_file() -> None:
             "Did you mean 'block'?"),
         ({"temprature": 1.0}, "unknown setting 'temprature'. Did you mean 'temperature'? Allowed: "
             "block_size, max_new_tokens, schedule, seed, stop, temperature, threads, top_k, "
-            "top_p."),
+            "top_logprobs, top_p."),
     ],
 )  # fmt: skip
 def test_a_setting_that_is_out_of_range_is_refused(settings: dict[str, object], said: str) -> None:

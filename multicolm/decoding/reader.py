@@ -83,8 +83,8 @@ class Reader(ABC):
         """
 
     def tell(
-        self, rows: Sequence[Row], places: Sequence[int], ids: Sequence[Int[Tensor, "n"]]
-    ) -> list[Float[Tensor, "n"]]:
+        self, rows: Sequence[Row], places: Sequence[int], ids: Sequence[Int[Tensor, "_"]]
+    ) -> list[Float[Tensor, "_"]]:
         """Log-probabilities of given own tokens at places that were just looked at, in nats.
 
         Asked of models in servers that do not tell of all tokens.
@@ -196,8 +196,8 @@ class TokenReader(Reader):
         return len(self._followers[row.slot].own)
 
     def tell(
-        self, rows: Sequence[Row], places: Sequence[int], ids: Sequence[Int[Tensor, "n"]]
-    ) -> list[Float[Tensor, "n"]]:
+        self, rows: Sequence[Row], places: Sequence[int], ids: Sequence[Int[Tensor, "_"]]
+    ) -> list[Float[Tensor, "_"]]:
         """Log-probabilities of given own tokens at places that were just looked at, in nats."""
         start = self._clock()
         slots = [row.slot for row in rows]

@@ -258,8 +258,8 @@ def test_an_empty_text_and_one_that_nothing_stands_before_are_refused() -> None:
 
 def test_a_model_of_which_only_the_likeliest_tokens_are_known_is_refused() -> None:
     both = tables("p", "q")
-    vars(both.backends[1])["n_likeliest"] = 20
-    with pytest.raises(CapabilityError, match=r"model 'q' runs in a server .* of 20 "):
+    vars(both.backends[1]).update(n_likeliest=20, server="http://q")
+    with pytest.raises(CapabilityError, match=r"its server http://q tells of 20 tokens"):
         LikelihoodReader(both, resolve_policy("average")).check()
     assert LikelihoodReader(both, resolve_policy("single")).check() == "routed"
 
