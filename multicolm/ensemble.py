@@ -14,6 +14,7 @@ from typing_extensions import Unpack
 
 from multicolm.backend.base import Model
 from multicolm.config import EnsembleConfig, GenerationConfig, PolicyConfig, load_ensemble
+from multicolm.decoding.slots import Slots
 from multicolm.errors import (
     CapabilityError,
     ConfigError,
@@ -211,7 +212,7 @@ class Ensemble:
             policy,
             schedule=wanted.schedule,
             block_size=wanted.block_size,
-            n_slots=max(1, min(batch_size, len(asked))),
+            slots=Slots(self.backends, max(1, min(batch_size, len(asked)))),
             clock=clock,
         )
         rows = [
@@ -226,6 +227,7 @@ class Ensemble:
         *,
         params: Mapping[str, Any] | None = None,
         n_slots: int = 16,
+        slots: Slots | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> Live:
         """A policy at work, for texts that come and go; what servers are made of.
@@ -234,6 +236,7 @@ class Ensemble:
             policy: see :meth:`generate`.
             params: params that replace those of the policy.
             n_slots: how many texts are written at a time.
+            slots: places that several policies share, instead of so many of its own.
             clock: current time in seconds.
 
         Raises:
@@ -249,7 +252,7 @@ class Ensemble:
             policy,
             schedule=self.generation.schedule,
             block_size=self.generation.block_size,
-            n_slots=n_slots,
+            slots=slots or Slots(self.backends, n_slots),
             clock=clock,
         )
 
@@ -356,7 +359,7 @@ class _How(TypedDict):
 
     schedule: Schedule | None
     block_size: int
-    n_slots: int
+    slots: Slots
     clock: Callable[[], float]
 
 

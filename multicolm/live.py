@@ -15,6 +15,7 @@ from multicolm.decoding.prompts import prompt_ids
 from multicolm.decoding.router import Router
 from multicolm.decoding.row import Row, Written
 from multicolm.decoding.sampling import Sampling, row_key
+from multicolm.decoding.slots import Slots
 from multicolm.decoding.text import TextStream
 from multicolm.errors import CapabilityError
 from multicolm.policy.base import Policy, Schedule
@@ -42,7 +43,7 @@ class Live:
         name: the policy's, for answers.
         schedule: how models are run; ``None`` takes what suits the policy.
         block_size: tokens that the base model drafts at a time under ``block``.
-        n_slots: how many texts are written at a time; others wait.
+        slots: places of the texts that are written; others wait.
         clock: current time in seconds.
 
     Attributes:
@@ -62,7 +63,7 @@ class Live:
         *,
         schedule: Schedule | None = None,
         block_size: int = 8,
-        n_slots: int = 16,
+        slots: Slots,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._models = tuple(models)
@@ -81,7 +82,7 @@ class Live:
             written_in,
             policy,
             block_size=self._block_size,
-            n_slots=n_slots,
+            slots=slots,
             clock=clock,
         )
 

@@ -108,14 +108,17 @@ class Gate:
 
     open: threading.Event = field(default_factory=threading.Event)
     errors: list[Exception] = field(default_factory=list)
+    n_opened: int = 0
+    tokens: tuple[str, ...] = TOKENS
 
     def ensemble(self) -> Ensemble:
         gate = self
 
         class Gated(TableModel):
             def open(self, n_rows: int) -> Session:
+                gate.n_opened += 1
                 return _Waiting(super().open(n_rows), gate.open, gate.errors)
 
-        even = dict.fromkeys(TOKENS[:-1], 1 / 3)
-        models = [Gated(name, TOKENS, {"": even}, ends=["."]) for name in ("base", "other")]
+        even = dict.fromkeys(self.tokens[:-1], 1 / (len(self.tokens) - 1))
+        models = [Gated(name, self.tokens, {"": even}, ends=["."]) for name in ("base", "other")]
         return Ensemble(models, policy="max-confidence")

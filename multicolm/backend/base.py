@@ -39,6 +39,8 @@ class Look:
         n_passes: forward passes that it took.
         n_calls: HTTP requests that it took.
         calls_of: per row that was fed, how many of the requests were about it; empty without any.
+        seconds: what it took, of a pass that was shared with others; ``None`` if whoever asked
+            for it knows that.
     """
 
     logits: Float[Tensor, "positions vocab"]
@@ -46,6 +48,7 @@ class Look:
     n_passes: int = 1
     n_calls: int = 0
     calls_of: tuple[int, ...] = ()
+    seconds: float | None = None
 
 
 class Session(ABC):

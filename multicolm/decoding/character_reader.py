@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
-from multicolm.backend.base import Look, Model
+from multicolm.backend.base import Look, Model, Session
 from multicolm.decoding.reader import Reader
 from multicolm.decoding.row import Row
 from multicolm.errors import InputError, ModelError
@@ -60,7 +60,7 @@ class CharacterReader(Reader):
         model: the model.
         index: its index in the ensemble.
         vocabulary: the characters.
-        n_slots: how many rows there can be at a time.
+        session: one of the model's, in which a row's slot is its row.
         clock: current time in seconds.
 
     Source:
@@ -72,7 +72,7 @@ class CharacterReader(Reader):
         model: Model,
         index: int,
         vocabulary: CharacterVocabulary,
-        n_slots: int,
+        session: Session,
         clock: Callable[[], float],
     ) -> None:
         self._model = model
@@ -81,7 +81,7 @@ class CharacterReader(Reader):
         self._sorted = vocabulary.sorted(index)
         self._ends = np.array(sorted(model.tokenizer.end_ids), dtype=np.int64)
         self._clock = clock
-        self._session = model.open(n_slots)
+        self._session = session
         self._tables: dict[int, _Table] = {}
         self.usage = Usage()
 

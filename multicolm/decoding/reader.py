@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from multicolm.backend.base import Look, Model
+from multicolm.backend.base import Look, Model, Session
 from multicolm.decoding.row import Row
 from multicolm.tokenizer.vocabulary import Follower, Vocabulary
 from multicolm.types import Usage
@@ -139,6 +139,7 @@ class Reader(ABC):
     ) -> None:
         """Note what was fed together, for all rows and for each."""
         n_read = sum(map(len, fed))
+        seconds = seconds if look.seconds is None else look.seconds
         self.usage += Usage(look.n_passes, n_read, 0, seconds, look.n_calls)
         calls = look.calls_of or [0] * len(rows)
         for row, new, n_calls in zip(rows, fed, calls, strict=True):
@@ -157,7 +158,7 @@ class TokenReader(Reader):
         model: the model.
         index: its index in the ensemble.
         vocabulary: what the ensemble writes in.
-        n_slots: how many rows there can be at a time.
+        session: one of the model's, in which a row's slot is its row.
         clock: current time in seconds.
     """
 
@@ -166,14 +167,14 @@ class TokenReader(Reader):
         model: Model,
         index: int,
         vocabulary: Vocabulary,
-        n_slots: int,
+        session: Session,
         clock: Callable[[], float],
     ) -> None:
         self._model = model
         self._index = index
         self._vocabulary = vocabulary
         self._clock = clock
-        self._session = model.open(n_slots)
+        self._session = session
         self._straight = vocabulary.is_straight(index)
         self._followers: dict[int, Follower] = {}
         self._last: dict[int, _Last] = {}

@@ -9,7 +9,6 @@ what is written.
 from __future__ import annotations
 
 import math
-from bisect import insort
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -32,6 +31,7 @@ from multicolm.decoding.row import Row, Written
 from multicolm.decoding.sampling import Noise
 from multicolm.decoding.segments import SegmentWriter
 from multicolm.decoding.settle import PolicyDesk, Verdict
+from multicolm.decoding.slots import Slots
 from multicolm.policy.base import Policy, SegmentPolicy
 from multicolm.tokenizer.bridged import BridgedVocabulary
 from multicolm.tokenizer.byte_vocabulary import ByteVocabulary
@@ -57,7 +57,7 @@ class Router:
         vocabulary: what they write in.
         policy: decides who writes.
         block_size: the most tokens that the base model drafts in one round; 1 is ``stepwise``.
-        n_slots: how many rows are written at a time; others wait until one is done.
+        slots: places of the rows that are written; others wait until one is free.
         clock: current time in seconds.
 
     Attributes:
@@ -74,7 +74,7 @@ class Router:
         policy: Policy,
         *,
         block_size: int,
-        n_slots: int,
+        slots: Slots,
         clock: Callable[[], float],
     ) -> None:
         self._models = list(models)
@@ -97,8 +97,7 @@ class Router:
         self._policy = policy
         self._noise = Noise()
         self._block_size = block_size
-        self._n_slots = n_slots
-        self._free = list(range(n_slots))
+        self._slots = slots
         self._clock = clock
         self._readers: dict[int, Reader] = {}
         self._home: torch.device | None = None
@@ -148,6 +147,13 @@ class Router:
         """Whether any row is being written or waits for it."""
         return bool(self._coming or self._active)
 
+    @property
+    def has_own_sessions(self) -> bool:
+        """Whether models are followed in other sessions than those of the slots, or would be."""
+        if isinstance(self._vocabulary, ByteVocabulary):
+            return True
+        return any(self._goes_on_anywhere(k) for k in self._used)
+
     def add(self, row: Row) -> None:
         """Let a new row wait until it is written."""
         self._coming.append(row)
@@ -161,7 +167,7 @@ class Router:
 
     def _release(self, row: Row) -> None:
         self._active.remove(row)
-        insort(self._free, row.slot)
+        self._slots.give(row.slot)
         if row in self._undecided:
             self._undecided.remove(row)
         if self._drafter is not None:
@@ -212,9 +218,9 @@ class Router:
 
     def _admit(self) -> None:
         """Give free slots to the rows that wait."""
-        while self._coming and self._free:
+        while self._coming and self._slots.free:
             row = self._coming.popleft()
-            row.slot = self._free.pop(0)
+            row.slot = self._slots.take()
             for reader in self._readers.values():
                 reader.start(row)
             self._active.append(row)
@@ -244,7 +250,8 @@ class Router:
         if done:
             self.finished.extend(done)
             self._active = [row for row in self._active if row.finish_reason is None]
-            self._free = sorted([*self._free, *(row.slot for row in done)])
+            for row in done:
+                self._slots.give(row.slot)
 
     def _reader(self, k: int) -> Reader:
         """The reader of model ``k``; a model that nobody looks at costs no memory."""
@@ -252,13 +259,15 @@ class Router:
             model, vocabulary = self._models[k], self._vocabulary
             reader: Reader
             if isinstance(vocabulary, ByteVocabulary):
-                reader = ByteReader(model, k, self._n_slots, self._clock)
+                reader = ByteReader(model, k, self._slots.n, self._clock)
             elif isinstance(vocabulary, CharacterVocabulary):
-                reader = CharacterReader(model, k, vocabulary, self._n_slots, self._clock)
+                session = self._slots.open(k)
+                reader = CharacterReader(model, k, vocabulary, session, self._clock)
             elif self._goes_on_anywhere(k) and isinstance(vocabulary, BridgedVocabulary):
-                reader = ExactReader(model, k, vocabulary, self._n_slots, self._clock)
+                reader = ExactReader(model, k, vocabulary, self._slots.n, self._clock)
             else:
-                reader = TokenReader(model, k, vocabulary, self._n_slots, self._clock)
+                session = self._slots.open(k)
+                reader = TokenReader(model, k, vocabulary, session, self._clock)
             for row in self._active:
                 reader.start(row)
             self._readers[k] = reader

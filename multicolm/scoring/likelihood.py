@@ -288,7 +288,7 @@ class LikelihoodReader(PassageReader):
             row.prompt_nats = [math.nan] * len(self._models)
         for k in self._used:
             model, vocabulary = self._models[k], self._ensemble.vocabulary
-            reader = TokenReader(model, k, vocabulary, len(rows), lambda: 0.0)
+            reader = TokenReader(model, k, vocabulary, model.open(len(rows)), lambda: 0.0)
             for row in rows:
                 reader.start(row)
                 row.prompt_nats[k] = reader.prompt_nats(row)

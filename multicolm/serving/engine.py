@@ -14,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from types import TracebackType
 from typing import Literal, TypeAlias
 
@@ -31,6 +32,7 @@ from multicolm.errors import (
 )
 from multicolm.live import Live
 from multicolm.serving.menu import Choice
+from multicolm.serving.passes import SharedSlots
 from multicolm.types import MIXTURE, Answer, Piece, Prompt, TracedToken, Usage
 
 __all__ = [
@@ -140,7 +142,9 @@ class _Shop:
 
     @property
     def has_caches(self) -> bool:
-        return bool(self.active or self.live.router.readers)
+        """Whether it has caches of its own; most policies share those of all."""
+        router = self.live.router
+        return router.has_own_sessions and bool(self.active or router.readers)
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,9 +185,9 @@ class Closing:
 class Engine:
     """Writes texts for whoever asks, from any thread; use it as a context, or start and close it.
 
-    Texts of one policy share forward passes, whatever their other settings; policies take turns.
-    Each has caches of its own for that many texts, so that only a few policies work at a time, and
-    who wants another one waits until one of these is done.
+    All texts share forward passes and caches, whatever their settings and policies. Only policies
+    that write in bytes, or go on within tokens, have caches of their own for that many texts: a few
+    of these work at a time, and who wants another one waits until one of them is done.
 
     Args:
         ensemble: whose models write. Nobody else may use it meanwhile.
@@ -212,6 +216,7 @@ class Engine:
         self.max_concurrent = max_concurrent
         self.max_waiting = max_waiting
         self._clock = clock
+        self._slots = SharedSlots(ensemble.backends, max_concurrent)
         self._numbers = itertools.count()
         # What follows is shared with other threads, and touched under this lock alone.
         self._news = threading.Condition()
@@ -347,9 +352,8 @@ class Engine:
             with torch_threads(ensemble.backends, ensemble.generation.threads):
                 while self._listen():
                     self._admit()
-                    for shop in list(self._shops.values()):
-                        if shop.active:
-                            self._round(shop)
+                    at_work = [shop for shop in self._shops.values() if shop.active]
+                    self._slots.run([partial(self._round, shop) for shop in at_work])
         except BaseException:
             _LOG.exception("the engine has stopped")
             raise
@@ -408,7 +412,7 @@ class Engine:
         return shop
 
     def _open(self, choice: Choice) -> Live:
-        return self.ensemble.live(choice.policy, n_slots=self.max_concurrent)
+        return self.ensemble.live(choice.policy, slots=self._slots)
 
     def _retire(self, shop: _Shop) -> None:
         """Let go of a policy and its caches, but not of what was counted; under the lock."""
@@ -422,7 +426,7 @@ class Engine:
             number, ticket = next(iter(self._queue.items()))
             shop = self._shops[ticket.order.choice.key]
             # Nobody overtakes who waits for room, or those who work would never be done.
-            if not shop.active and not self._make_room(shop):
+            if not shop.active and not self._has_room(shop):
                 return
             del self._queue[number]
             shop.active[number] = shop.waiting.pop(number)
@@ -430,8 +434,10 @@ class Engine:
             shop.live.add(ticket.row)
             self._n_active += 1
 
-    def _make_room(self, shop: _Shop) -> bool:
+    def _has_room(self, shop: _Shop) -> bool:
         """Whether a policy can begin to work; those that have caches and no texts give them up."""
+        if not shop.live.router.has_own_sessions:
+            return True
         others = [s for s in self._shops.values() if s is not shop and s.has_caches]
         idle = [s for s in others if s.is_idle][: max(0, len(others) + 1 - _KEPT)]
         with self._news:
@@ -474,6 +480,9 @@ class Engine:
         Unless the policy cannot be opened once more: then they fail, too.
         """
         failed = list(shop.active.values())
+        for ticket in failed:
+            assert ticket.row is not None
+            shop.live.cancel(ticket.row)  # its slot is for others too
         shop.active.clear()
         self._n_active -= len(failed)
         with self._news:

@@ -102,7 +102,7 @@ def check(ensemble: Ensemble, policy: Any, prompts: list[str], seed: int, n_slot
         [alone] = ensemble.generate([prompt], policy, seed=number, **settings)
         assert shown(answer) == shown(alone), (prompt, settings)
         assert crowd.text.get(number, "") == answer.text
-    assert sorted(live.router._free) == list(range(n_slots))
+    assert live.router._slots.free == list(range(n_slots))
     assert live.router._active == [] and not live.router._undecided
 
 

@@ -1,0 +1,220 @@
+"""Policies over the same models run them together, and each writes what it writes alone."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from tables import random_table
+from tiny_models import PROMPTS as LONG_PROMPTS
+from tiny_models import model
+
+from multicolm import Answer, Ensemble, SelectPolicy, Views
+from multicolm.backend.base import Look, Session
+from multicolm.backend.table import TableModel
+from multicolm.config import GenerationConfig
+from multicolm.decoding.row import Row
+from multicolm.live import Live
+from multicolm.serving.passes import SharedSlots
+
+PROMPTS = ["a", "b c", "a c", "f", "b", "d e", "d"]
+SETTINGS: list[dict[str, Any]] = [
+    {"temperature": 0.0, "max_new_tokens": 9},
+    {"temperature": 1.0, "max_new_tokens": 12},
+    {"temperature": 0.7, "top_k": 3, "max_new_tokens": 7},
+    {"temperature": 1.3, "top_p": 0.8, "max_new_tokens": 11, "stop": "ab"},
+]
+
+
+class ByState(SelectPolicy):
+    """Looks at the base model's last hidden state."""
+
+    name = "by-state"
+    base_signals: ClassVar = {"hidden"}
+    assistant_signals: ClassVar = {"top1"}
+
+    def select(self, views: Views) -> torch.Tensor:
+        return (views.base.hidden.sum(-1) > 0).long()
+
+
+def tables() -> Ensemble:
+    return Ensemble([random_table(name, seed) for seed, name in enumerate(("base", "l", "r"))])
+
+
+def mixed() -> Ensemble:
+    base = ("a", "b", "c", " ", "d", " c", "f", ".")
+    left = ("a", "b", "c", " ", "d", "f", "ab", "bc", "<stop>")
+    return Ensemble([random_table("base", 1, base), random_table("left", 2, left)])
+
+
+def cached() -> Ensemble:
+    return Ensemble([model("llama", "base", 0), model("gemma3", "left", 1)])
+
+
+def shown(answer: Answer) -> list[object]:
+    tokens = [(token.id, token.model) for token in answer.trace]
+    return [answer.text, tokens, answer.finish_reason, answer.seed]
+
+
+def together(slots: SharedSlots, lives: Sequence[Live]) -> None:
+    slots.run([live.step for live in lives if live.busy])
+
+
+@pytest.mark.parametrize(
+    ("world", "prompts", "policies"),
+    [
+        (tables, PROMPTS, ["confidence", "average", "cosd-rule", "speculative", "single"]),
+        (tables, PROMPTS, ["max-confidence", "nudging", "bild", "proxy-tuning", "random"]),
+        (tables, PROMPTS, ["cool-fusion", "contrastive", "unite", "confidence", "mod"]),
+        (mixed, ["a", "b c", "f", "ab"], ["confidence", "cosd-rule", "cool-fusion", "nudging"]),
+        (mixed, ["a", "b c", "f", "ab"], ["byte-mixture", "chared", "unite", "max-confidence"]),
+        (cached, LONG_PROMPTS[:5], ["confidence", "average", "speculative", ByState()]),
+    ],
+    ids=["looks", "lazy", "words", "mixed", "bytes", "cached"],
+)
+@pytest.mark.parametrize("schedule", ["stepwise", "block"])
+def test_texts_of_other_policies_change_nothing(
+    world: Any, prompts: list[str], policies: list[Any], schedule: Any
+) -> None:
+    models = world().backends
+    ensemble = Ensemble(models, generation=GenerationConfig(schedule=schedule, block_size=4))
+    slots = SharedSlots(ensemble.backends, 4)
+    lives = [ensemble.live(policy, slots=slots) for policy in policies]
+    chance = random.Random(len(prompts))
+    coming: list[tuple[int, Row]] = []
+    asked = []
+    for number in range(4 * len(prompts)):
+        k, prompt, settings = number % len(lives), chance.choice(prompts), chance.choice(SETTINGS)
+        asked.append((policies[k], prompt, settings))
+        wanted = GenerationConfig().updated(settings)
+        coming.append((k, lives[k].row(prompt, number, wanted, seed=number)))
+    under_way: list[tuple[int, Row]] = []
+    done: dict[int, Answer] = {}
+    n_left = 0
+    while coming or any(live.busy for live in lives):
+        for _ in range(chance.choice([0, 0, 1, 3])):
+            if coming:
+                k, row = coming.pop(0)
+                lives[k].add(row)
+                under_way.append((k, row))
+        together(slots, lives)
+        for live in lives:
+            done |= {row.number: live.answer(row) for row in live.finished()}
+        under_way = [(k, row) for k, row in under_way if row.number not in done]
+        if under_way and chance.random() < 0.15:
+            k, row = under_way.pop(chance.randrange(len(under_way)))
+            lives[k].cancel(row)
+            n_left += 1
+    assert n_left and len(done) + n_left == len(asked)
+    for number, answer in done.items():
+        policy, prompt, settings = asked[number]
+        [alone] = ensemble.generate([prompt], policy, seed=number, **settings)
+        assert shown(answer) == shown(alone), (policy, prompt, settings)
+    assert slots.free == list(range(4))
+
+
+class Counted(Session):
+    """How often it is fed, and how many rows at a time; it breaks when it is told to."""
+
+    def __init__(self, inner: Session, name: str, fed: list[tuple[str, int]]) -> None:
+        self._inner, self._name, self._fed = inner, name, fed
+        self.broken = False
+
+    @property
+    def lengths(self) -> list[int]:  # type: ignore[override]
+        return self._inner.lengths
+
+    def feed(self, rows: Any, tokens: Any, n_last: Any, *, hidden: bool = False) -> Look:
+        if self.broken:
+            raise RuntimeError("out of memory")
+        assert list(rows) == sorted(set(rows))
+        self._fed.append((self._name, len(rows)))
+        return self._inner.feed(rows, tokens, n_last, hidden=hidden)
+
+    def truncate(self, row: int, length: int) -> None:
+        self._inner.truncate(row, length)
+
+
+class Counting:
+    """Two models that never end a text, and an account of their passes."""
+
+    def __init__(self) -> None:
+        self.fed: list[tuple[str, int]] = []
+        self.sessions: list[Counted] = []
+        counting = self
+
+        class Model(TableModel):
+            def open(self, n_rows: int) -> Session:
+                session = Counted(super().open(n_rows), self.name, counting.fed)
+                counting.sessions.append(session)
+                return session
+
+        even = {"": dict.fromkeys(("a", "b", "c"), 1 / 3)}
+        self.ensemble = Ensemble(
+            [Model(name, ("a", "b", "c", "."), even, ends=["."]) for name in ("base", "other")],
+            generation=GenerationConfig(schedule="stepwise"),
+        )
+        self.slots = SharedSlots(self.ensemble.backends, 6)
+
+    def lives(self, policies: Sequence[str], n_tokens: int = 5) -> list[Live]:
+        lives = [self.ensemble.live(policy, slots=self.slots) for policy in policies]
+        wanted = GenerationConfig(max_new_tokens=n_tokens)
+        for number, live in enumerate(lives):
+            for row in range(2):
+                live.add(live.row("a", 2 * number + row, wanted, seed=0))
+        return lives
+
+
+def test_a_model_is_run_once_for_all_policies_that_want_it() -> None:
+    world = Counting()
+    lives = world.lives(["average", "max-confidence", "cosd-rule"])
+    while any(live.busy for live in lives):
+        together(world.slots, lives)
+    # Five tokens in six texts: five passes of each model, over all of them.
+    assert Counter(world.fed) == {("base", 6): 5, ("other", 6): 5}
+    assert len(world.sessions) == 2
+
+
+def test_passes_are_counted_once_for_all_and_once_for_each_text() -> None:
+    world = Counting()
+    lives = world.lives(["average", "max-confidence"])
+    while any(live.busy for live in lives):
+        together(world.slots, lives)
+    for k, name in enumerate(world.ensemble.models):
+        total = sum((live.usage[name] for live in lives[1:]), lives[0].usage[name])
+        assert total.forwards == len([fed for fed in world.fed if fed[0] == name]) == 5
+        answers = [live.answer(row) for live in lives for row in live.finished()] if not k else []
+        for answer in answers:
+            assert [used.forwards for used in answer.usage.values()] == [5, 5]
+            assert sum(used.tokens_read for used in answer.usage.values()) == 10
+        assert total.seconds > 0
+
+
+def test_a_model_that_breaks_costs_those_who_wanted_it_and_is_opened_anew() -> None:
+    world = Counting()
+    failed: list[str] = []
+
+    def round_(name: str, live: Live) -> None:
+        try:
+            live.step()
+        except RuntimeError as error:
+            failed.append(f"{name}: {error}")
+
+    names = ["average", "max-confidence", "single"]
+    lives = world.lives(names)  # the last one never looks at the other model
+    rounds = [partial(round_, name, live) for name, live in zip(names, lives, strict=True)]
+    world.slots.run(rounds)
+    assert failed == [] and len(world.sessions) == 2
+    world.sessions[1].broken = True
+    world.slots.run(rounds)
+    assert failed == ["average: out of memory", "max-confidence: out of memory"]
+    [again] = [self.ensemble.live("average", slots=self.slots) for self in [world]]
+    again.add(again.row("a", 9, GenerationConfig(max_new_tokens=3), seed=0))
+    while again.busy:
+        world.slots.run([again.step, lives[2].step])
+    assert len(again.finished()) == 1 and len(world.sessions) == 3
