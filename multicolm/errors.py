@@ -98,6 +98,7 @@ class ServerError(MulticolmError):
         server: its address.
         status: the HTTP status it answered with; ``None`` if it did not come to that.
         answers: of a call of ``generate``: the answers that were finished before.
+        kept: what the message says last: what was kept.
     """
 
     def __init__(self, message: str, *, server: str = "", status: int | None = None) -> None:
@@ -105,10 +106,14 @@ class ServerError(MulticolmError):
         self.server = server
         self.status = status
         self.answers: Sequence[object] = ()
+        self.kept = ""
 
     def keeping(self, what: str) -> None:
-        """Add to the message what was kept."""
-        self.args = (f"{self.args[0]} {what}",)
+        """Let the message end with what was kept, in the place of what it ended with before."""
+        self.kept = what
+
+    def __str__(self) -> str:
+        return f"{self.args[0]} {self.kept}".rstrip()
 
 
 class MulticolmWarning(UserWarning):

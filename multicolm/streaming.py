@@ -70,12 +70,20 @@ class Stream(Iterator[Piece]):
         return [new.token for new in row.written] if row.meter is None else list(row.meter.ids)
 
     def finished(self) -> Iterator[tuple[int, Answer]]:
-        """Write on, and give each answer with its prompt's number (from 0) once it is finished."""
+        """Write on, and give each answer with its prompt's number (from 0) once it is finished.
+
+        An error, or Ctrl-C, comes after the answers that were finished before it.
+        """
+        try:
+            for _ in self._pieces:
+                yield from self._done()
+        except (Exception, KeyboardInterrupt):
+            yield from self._done()
+            raise
+        yield from self._done()
+
+    def _done(self) -> Iterator[tuple[int, Answer]]:
         done = self._run.live.router.finished
-        for _ in self._pieces:
-            while done:
-                row = done.popleft()
-                yield row.number, self._run.answer(row)
         while done:
             row = done.popleft()
             yield row.number, self._run.answer(row)

@@ -198,7 +198,13 @@ def _print(comparison: Comparison, out: Path) -> None:
     from multicolm.cli.console import print_table, visible
 
     headings = ["row", "quality", "95 % interval", "gain", "p", "assistants", "tokens/s", "cost"]
-    print_table(headings, [_cells(row) for row in comparison.rows])
+    rows = [_cells(row) for row in comparison.rows]
+    if comparison.has_calls:
+        headings.append("HTTP calls/token")
+        for cells, row in zip(rows, comparison.rows, strict=True):
+            each = row.calls_per_token
+            cells.append("" if each is None else f"{each:.2f}")
+    print_table(headings, rows)
     for warning in comparison.warnings:
         click.echo(visible(f"Warning: {warning}"), err=True)
     click.echo(f"\n{out / 'report.html'}")

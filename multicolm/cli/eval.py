@@ -105,9 +105,9 @@ def command(
 ) -> None:
     """Judge policies, and every model of ENSEMBLE alone, by tasks of the lm-evaluation-harness.
 
-    With --out the results are kept as they are finished, a row of a task at a time: a command that
-    was stopped goes on where it was when it is given again. If the folder holds the results of
-    `multicolm compare`, the figures are shown on its page too.
+    With --out every request is kept as it is answered: a command that was stopped goes on where it
+    was when it is given again. If the folder holds the results of `multicolm compare`, the figures
+    are shown on its page too.
     """
     if not sys.stderr.isatty():
         # The harness and the libraries below it draw bars of their own, which belong in no log.

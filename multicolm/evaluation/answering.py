@@ -128,6 +128,11 @@ class Measured:
         """A number of a model, over all chunks."""
         return sum(chunk["models"][model][what] for chunk in self.chunks)
 
+    def calls(self, model: str) -> int | None:
+        """HTTP requests to a model; ``None`` if they were not counted when a chunk was answered."""
+        counts = [chunk["models"][model].get("calls") for chunk in self.chunks]
+        return None if None in counts else sum(counts)
+
     def n_tokens(self, models: Sequence[str]) -> int:
         """Tokens that were written, by whomever."""
         return self.n_mixed + int(sum(self.total("written", name) for name in models))
@@ -364,6 +369,7 @@ def _account(answers: Answers, qualities: Sequence[float]) -> dict[str, Any]:
             "passes": sum(answer.usage[name].forwards for answer in answers),
             "read": usage.tokens_read,
             "seconds": usage.seconds,
+            "calls": usage.calls,
         }
     return {
         "qualities": list(qualities),

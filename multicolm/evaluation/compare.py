@@ -297,9 +297,11 @@ def _work(row: Measured, ensemble: Ensemble) -> dict[str, Any]:
             forwards=row.total("forwards", name),
             tokens_read=row.total("read", name),
             seconds=row.total("seconds", name),
+            calls=row.calls(name),
         )
         for name in names
     )
+    calls = [use.calls for use in uses if use.calls is not None]
     costs = zip(names, ensemble.costs, strict=True)
     n_cut = sum(chunk["cut_off"] for chunk in row.chunks)
     cut = f"{n_cut} of {len(row.qualities)} answers were cut off at max_new_tokens."
@@ -310,6 +312,7 @@ def _work(row: Measured, ensemble: Ensemble) -> dict[str, Any]:
         "seconds": seconds,
         "tokens_per_second": n_tokens / seconds if seconds else 0.0,
         "cost": sum(row.total("passes", name) * cost for name, cost in costs) / n_tokens,
+        "calls_per_token": sum(calls) / n_tokens if len(calls) == len(uses) else None,
         "note": cut if n_cut else "",
     }
 

@@ -1,8 +1,7 @@
 """Runs tasks of EleutherAI's lm-evaluation-harness with an ensemble as the model.
 
-One row per policy and per model alone. What was finished is kept in a ledger, a row of a task at a
-time, so that a run that was stopped goes on where it was. The harness is imported when it is used
-(the extra ``eval``).
+One row per policy and per model alone. What was answered is kept, request by request, so that a run
+that was stopped goes on where it was. The harness is imported when it is used (the extra ``eval``).
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -20,11 +19,11 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 
 from multicolm.ensemble import Ensemble
-from multicolm.errors import CapabilityError, InputError, MulticolmError
+from multicolm.errors import CapabilityError, InputError, MulticolmError, ServerError
 from multicolm.evaluation.answering import NamedPolicy, Plan, named_policy
+from multicolm.evaluation.harness_ledger import RowRequests, Rows
 from multicolm.evaluation.harness_results import FILE, HarnessFigure, HarnessResults, as_bytes
 from multicolm.evaluation.harness_tasks import Unit, load_units, quiet
-from multicolm.evaluation.ledger import Ledger
 from multicolm.evaluation.provenance import machine, plain, versions
 from multicolm.evaluation.results import read_comparison, read_traces
 from multicolm.files import write_whole
@@ -49,7 +48,7 @@ class Progress:
     Attributes:
         row: at work.
         task: at work.
-        done: requests that are answered.
+        done: requests that are answered, in this sitting or before.
         total: of these there are, of the kind at work.
         finished: whether the row is done with the task.
     """
@@ -97,7 +96,9 @@ def evaluate_tasks(
 ) -> HarnessResults:
     """Judge policies, and every model alone, by tasks of the harness.
 
-    Called again with the same arguments and ``out``, it goes on where it was stopped.
+    Called again with the same arguments and ``out``, it goes on at the first request that is not
+    answered. The figures do not depend on that, but as
+    :class:`~multicolm.evaluation.harness_model.EnsembleLM` says for texts that are written.
 
     Args:
         ensemble: whose models read and write.
@@ -156,10 +157,10 @@ def evaluate_tasks(
         "versions": _versions(),
     }
     figures: list[HarnessFigure] = []
-    with _ledger(out, header) as ledger:
+    with nullcontext() if out is None else Rows.open(Path(out), header) as done:
         for unit in units:
             for row in rows[unit.name]:
-                figures += run.figures(row, unit, ledger)
+                figures += run.figures(row, unit, done)
         results = HarnessResults(
             ensemble=title or ", ".join(ensemble.models),
             models=tuple(ensemble.models),
@@ -268,16 +269,19 @@ class _Run:
         self._confirm = confirm_run_unsafe_code
         self._progress = progress
 
-    def figures(self, row: _Row, unit: Unit, ledger: Ledger | None) -> list[HarnessFigure]:
-        """What a row comes to on a task; from the ledger, if it is there."""
+    def figures(self, row: _Row, unit: Unit, done: Rows | None) -> list[HarnessFigure]:
+        """What a row comes to on a task; without asking again what is kept."""
         key = f"{row.plan.key} {row.likelihood or ''} {unit.name}#{unit.digest[:16]}"
-        if ledger is not None and key in ledger:
-            record = ledger.get(key)
-        else:
-            record = self._judge(row, unit)
-            if ledger is not None:
-                ledger.append(key, record)
-                ledger.sync()
+        record = None if done is None else done.get(key)
+        if record is None:
+            with nullcontext() if done is None else done.requests(key) as kept:
+                try:
+                    record = self._judge(row, unit, kept)
+                except MulticolmError as error:
+                    _place(error, row, unit, done, kept)
+                    raise
+            if done is not None:
+                done.finish(key, record)
         self._progress(Progress(row.plan.name, unit.name, 0, 0, finished=True))
         return [
             HarnessFigure(
@@ -293,7 +297,7 @@ class _Run:
             for figure in record["figures"]
         ]
 
-    def _judge(self, row: _Row, unit: Unit) -> dict[str, Any]:
+    def _judge(self, row: _Row, unit: Unit, kept: RowRequests | None) -> dict[str, Any]:
         from lm_eval.evaluator import evaluate
 
         from multicolm.evaluation.harness_model import EnsembleLM
@@ -309,6 +313,7 @@ class _Run:
             likelihood=row.likelihood,
             batch_size=settings["batch_size"],
             seed=settings["seed"],
+            kept=kept,
             progress=tell,
         )
         for task in unit.tasks:
@@ -316,30 +321,37 @@ class _Run:
         start = time.perf_counter()
         # The harness compares choices by differences, which -inf has none of; see `n_impossible`.
         with _seeded(), quiet(), np.errstate(invalid="ignore"):
-            try:
-                found = evaluate(
-                    lm=model,
-                    task_dict=unit.loaded,
-                    limit=settings["limit"],
-                    log_samples=False,
-                    apply_chat_template=settings["apply_chat_template"],
-                    fewshot_as_multiturn=settings["fewshot_as_multiturn"],
-                    system_instruction=settings["system_instruction"],
-                    confirm_run_unsafe_code=self._confirm,
-                )
-            except MulticolmError as error:
-                # The same error, which may know more than its message.
-                error.args = (
-                    f"task '{unit.name}', row '{row.plan.name}': {error}",
-                    *error.args[1:],
-                )
-                raise
+            found = evaluate(
+                lm=model,
+                task_dict=unit.loaded,
+                limit=settings["limit"],
+                log_samples=False,
+                apply_chat_template=settings["apply_chat_template"],
+                fewshot_as_multiturn=settings["fewshot_as_multiturn"],
+                system_instruction=settings["system_instruction"],
+                confirm_run_unsafe_code=self._confirm,
+            )
         return {
             "figures": list(_figures(found)),
-            "seconds": time.perf_counter() - start,
+            "seconds": time.perf_counter() - start if kept is None else kept.seconds,
             "n_cut": model.n_cut,
             "n_impossible": model.n_impossible,
         }
+
+
+def _place(
+    error: MulticolmError, row: _Row, unit: Unit, done: Rows | None, kept: RowRequests | None
+) -> None:
+    """Let an error say where it came, and what was kept. It may know more than its message."""
+    if isinstance(error, ServerError):
+        error.keeping("")  # what the call for some texts kept is not what is kept here
+    message = f"task '{unit.name}', row '{row.plan.name}': {error}"
+    if done is not None and kept is not None and (len(done) or len(kept)):
+        message += (
+            f" Kept in {done.folder}: rows of tasks that are done, {len(done)}; answered requests "
+            f"of this one, {len(kept)}. The same command goes on there."
+        )
+    error.args = (message, *error.args[1:])
 
 
 def _figures(found: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
@@ -387,15 +399,6 @@ def _seeded() -> Iterator[None]:
 
 
 # --- results -------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _ledger(out: str | Path | None, header: Mapping[str, Any]) -> Iterator[Ledger | None]:
-    if out is None:
-        yield None
-        return
-    with Ledger.open(Path(out) / "lm_eval.jsonl", header) as ledger:
-        yield ledger
 
 
 def _versions() -> dict[str, str]:

@@ -17,11 +17,12 @@ answers for that model's folder, but for these:
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 from lm_eval.api.model import LM
 from lm_eval.models.utils import normalize_gen_kwargs
@@ -30,13 +31,14 @@ from multicolm.decoding.prompts import encode_prompt
 from multicolm.decoding.threads import torch_threads
 from multicolm.ensemble import Ensemble, PolicySource
 from multicolm.errors import InputError
-from multicolm.scoring.likelihood import Kind, LikelihoodReader, Passage
-from multicolm.types import Message, Prompt
+from multicolm.scoring.likelihood import Kind, Likelihood, LikelihoodReader, Passage
+from multicolm.types import Message, Prompt, finite
 
-__all__ = ["EnsembleLM"]
+__all__ = ["EnsembleLM", "Kept"]
 
-# Requests that are answered before progress is told.
+# Requests whose texts are read before they are kept and progress is told; fewer if they are long.
 _CHUNK = 128
+_CHUNK_PASSES = 4
 _LONGEST_ANSWER = 256  # tokens, of tasks that do not say; as the harness's other models have it
 
 # What other settings have to be, for then they change nothing.
@@ -50,13 +52,31 @@ _NEUTRAL: Mapping[str, object] = {
 }
 
 
+@runtime_checkable
+class Kept(Protocol):
+    """Answers by key, which may outlive the model that gave them; a dictionary is one.
+
+    They are plain values as JSON has them, and never ``None``.
+    """
+
+    def get(self, key: str, /) -> Any:
+        """The answer; ``None`` if there is none."""
+
+    def __setitem__(self, key: str, answer: Any, /) -> None: ...
+
+
 class EnsembleLM(LM):  # type: ignore[misc]
     """An ensemble under one policy, as the harness wants a model.
 
+    Given the answers that another one kept, of the same ensemble, policy, likelihood, sizes of
+    batches, and seed, it asks the models for the rest. Likelihoods are equal then, bit by bit: what
+    is read together depends on all requests and not on which are kept. A text is written beside
+    others than it was before, which changes it only where a model's rounding depends on them.
+
     Attributes:
         likelihood: which log-likelihoods it gives; ``None`` where the policy has none.
-        n_cut: requests whose context was too long and was cut on the left.
-        n_impossible: texts whose likelihood was asked for and is 0.
+        n_cut: requests whose context was too long and was cut on the left, kept ones included.
+        n_impossible: texts whose likelihood was asked for and is 0, kept ones included.
 
     Args:
         ensemble: whose models read and write.
@@ -66,7 +86,10 @@ class EnsembleLM(LM):  # type: ignore[misc]
         batch_size: how many texts are written at a time.
         batch_tokens: the most tokens of one pass while texts are read.
         seed: of everything random.
-        progress: told how many requests of a kind are answered, and of how many.
+        kept: what is answered already, and where answers go as they come; they go nowhere if not
+            given.
+        progress: told how many requests of a kind are answered, kept ones included, and of how
+            many.
 
     Raises:
         CapabilityError: if the policy does not fit the ensemble, or has no such likelihood.
@@ -82,6 +105,7 @@ class EnsembleLM(LM):  # type: ignore[misc]
         batch_size: int = 16,
         batch_tokens: int = 4096,
         seed: int = 0,
+        kept: Kept | None = None,
         progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
         super().__init__()
@@ -96,7 +120,9 @@ class EnsembleLM(LM):  # type: ignore[misc]
         self.n_cut = 0
         self.n_impossible = 0
         self._batch_size = batch_size
+        self._batch_tokens = batch_tokens
         self._seed = seed
+        self._kept = kept
         self._progress = progress
         self._used = sorted(self._policy.uses(ensemble.models))
         self._chats: dict[str, tuple[list[Message], str]] = {}
@@ -109,25 +135,61 @@ class EnsembleLM(LM):  # type: ignore[misc]
         Raises:
             CapabilityError: if the policy has no likelihoods.
         """
-        passages = [self._passage(*request.args[:2]) for request in requests]
-        return [(found.logprob, found.is_greedy) for found in self._likelihoods(passages)]
+        texts = [[self._passage(*request.args[:2])] for request in requests]
+        found = self._likelihoods("loglikelihood", requests, texts)
+        return [(each.logprob, each.is_greedy) for each in found]
 
     def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
         """Per request the log-likelihood of a whole text, in nats."""
-        windows = [list(self._reader.windows(request.args[0])) for request in requests]
-        found = iter(self._likelihoods([passage for text in windows for passage in text]))
-        return [sum(next(found).logprob for _ in text) for text in windows]
+        texts = [list(self._reader.windows(request.args[0])) for request in requests]
+        found = self._likelihoods("loglikelihood_rolling", requests, texts)
+        return [each.logprob for each in found]
 
-    def _likelihoods(self, passages: Sequence[Passage]) -> list[Any]:
-        found: list[Any] = []
+    def _likelihoods(
+        self, kind: str, requests: Sequence[Any], texts: Sequence[Sequence[Passage]]
+    ) -> list[Likelihood]:
+        """Per request how likely its passages are together."""
+        kept = self._answers()
+        keys = list(_keys(kind, requests))
+        found: list[Likelihood] = []
         models, threads = self._ensemble.backends, self._ensemble.generation.threads
         with torch_threads(models, threads):
-            for start in range(0, len(passages), _CHUNK):
-                chunk = passages[start : start + _CHUNK]
-                found += self._reader.likelihoods(chunk, self.likelihood)
-                self._progress(len(found), len(passages))
+            for chunk in self._chunks(texts):
+                known = [kept.get(keys[i]) for i in chunk]
+                # A chunk is read whole or not at all: what stands beside a text moves the last
+                # digits of its likelihood.
+                if None in known:
+                    read = self._read(texts[chunk.start : chunk.stop])
+                    known = [[finite(each.logprob), each.is_greedy] for each in read]
+                    for i, answer in zip(chunk, known, strict=True):
+                        kept[keys[i]] = answer
+                found += [
+                    Likelihood(-math.inf if logprob is None else logprob, is_greedy)
+                    for logprob, is_greedy in known
+                ]
+                self._progress(len(found), len(requests))
         self.n_impossible += sum(each.logprob == -math.inf for each in found)
         return found
+
+    def _read(self, texts: Sequence[Sequence[Passage]]) -> Iterator[Likelihood]:
+        passages = [passage for text in texts for passage in text]
+        found = iter(self._reader.likelihoods(passages, self.likelihood))
+        for text in texts:
+            parts = [next(found) for _ in text]
+            yield Likelihood(sum(p.logprob for p in parts), all(p.is_greedy for p in parts))
+
+    def _chunks(self, texts: Sequence[Sequence[Passage]]) -> Iterator[range]:
+        """Texts that are read and kept at a time: so few that little is lost with them."""
+        start = n_tokens = 0
+        for end, text in enumerate(texts, start=1):
+            n_tokens += sum(len(p.ids) + max(map(len, p.prompt_ids)) for p in text)
+            is_long = n_tokens >= _CHUNK_PASSES * self._batch_tokens
+            if is_long or end - start == _CHUNK or end == len(texts):
+                yield range(start, end)
+                start, n_tokens = end, 0
+
+    def _answers(self) -> Kept:
+        return {} if self._kept is None else self._kept
 
     def _passage(self, context: str, continuation: str) -> Passage:
         prompt: Prompt = context
@@ -147,31 +209,41 @@ class EnsembleLM(LM):  # type: ignore[misc]
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
         """Per request the text that is written, up to the first of its stop strings."""
-        texts = [""] * len(requests)
+        kept = self._answers()
+        keys = list(_keys("generate_until", requests))
+        texts = {i: text for i, key in enumerate(keys) if (text := kept.get(key)) is not None}
+        if texts:
+            self._progress(len(texts), len(requests))
         groups: dict[str, list[int]] = {}
         for number, request in enumerate(requests):
             groups.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(number)
         times: Counter[str] = Counter()
-        n_done = 0
-        for key, numbers in groups.items():
-            settings = _settings(json.loads(key))
-            prompts = [
-                self._prompt(requests[i].args[0], settings["max_new_tokens"]) for i in numbers
-            ]
-            # A request that is asked several times is to be answered in several ways.
-            seeds = []
+        for group, numbers in groups.items():
+            settings = _settings(json.loads(group))
+            # Of kept ones too: what is cut is counted, and what is asked again is drawn anew.
+            prompts, seeds = {}, {}
             for i in numbers:
-                seeds.append(self._seed + times[requests[i].args[0]])
-                times[requests[i].args[0]] += 1
+                context = requests[i].args[0]
+                prompts[i] = self._prompt(context, settings["max_new_tokens"])
+                # A request that is asked several times is to be answered in several ways.
+                seeds[i] = self._seed + times[context]
+                times[context] += 1
+            open_ = [i for i in numbers if i not in texts]
+            if not open_:
+                continue
             stream = self._ensemble.stream(
-                prompts, self._policy, seed=seeds, batch_size=self._batch_size, **settings
+                [prompts[i] for i in open_],
+                self._policy,
+                seed=[seeds[i] for i in open_],
+                batch_size=self._batch_size,
+                **settings,
             )
             with stream:
                 for number, answer in stream.finished():
-                    texts[numbers[number]] = answer.text
-                    n_done += 1
-                    self._progress(n_done, len(requests))
-        return texts
+                    i = open_[number]
+                    texts[i] = kept[keys[i]] = answer.text
+                    self._progress(len(texts), len(requests))
+        return [texts[i] for i in range(len(requests))]
 
     def _prompt(self, context: str, max_new_tokens: int) -> Prompt:
         """The context, cut on the left so far that the answer fits behind it."""
@@ -251,6 +323,16 @@ class EnsembleLM(LM):  # type: ignore[misc]
                 "`chat_template:` of the ensemble file; ask for none by name."
             )
         return ""
+
+
+def _keys(kind: str, requests: Sequence[Any]) -> Iterator[str]:
+    """What answers are kept under: the kind, what is asked, and how often it was asked before."""
+    times: Counter[str] = Counter()
+    for request in requests:
+        asked = json.dumps([kind, *request.args[:2]], sort_keys=True)
+        digest = hashlib.sha256(asked.encode()).hexdigest()[:32]
+        yield f"{kind} {digest} {times[digest]}"
+        times[digest] += 1
 
 
 def _settings(given: Mapping[str, Any]) -> dict[str, Any]:

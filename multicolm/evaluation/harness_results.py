@@ -38,7 +38,7 @@ class HarnessFigure:
         value: of the metric; ``None`` if it is no number.
         stderr: its standard error; ``None`` if the harness gives none.
         higher_is_better: ``None`` if that is not said.
-        seconds: that the row took for the task.
+        seconds: that the row took for the task, in all sittings together.
         n_cut: requests whose context was longer than a model's and was cut on the left.
         n_impossible: texts of likelihood 0, since the policy rules out one of their tokens.
     """

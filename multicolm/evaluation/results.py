@@ -38,6 +38,8 @@ class ModelUse:
         forwards: forward passes, each counted once however many texts it served.
         tokens_read: tokens fed to it, prompts included.
         seconds: wall-clock time inside its forward passes.
+        calls: HTTP requests to its server; 0 for a model in process, ``None`` where they were not
+            counted, as in results of earlier versions.
     """
 
     model: str
@@ -46,6 +48,7 @@ class ModelUse:
     forwards: int
     tokens_read: int
     seconds: float
+    calls: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +75,8 @@ class RowResult:
         tokens_per_second: written tokens by those seconds.
         cost: per written token, in the ensemble's unit: every model's forward passes for a text
             times its ``cost``.
+        calls_per_token: HTTP requests to servers of models, per written token; ``None`` where they
+            were not counted.
         of: for ``random`` and ``sweep``, the name of the row that it belongs to.
         point: for ``sweep``, the params that differ from that row's.
         note: one sentence that a reader of the row has to know; empty if there is none.
@@ -94,6 +99,7 @@ class RowResult:
     seconds: float = 0.0
     tokens_per_second: float = 0.0
     cost: float = 0.0
+    calls_per_token: float | None = None
     of: str = ""
     point: Mapping[str, Any] = field(default_factory=dict)
     note: str = ""
@@ -139,6 +145,11 @@ class Comparison:
     machine: str
     rows: tuple[RowResult, ...]
     warnings: tuple[str, ...] = ()
+
+    @property
+    def has_calls(self) -> bool:
+        """Whether any model was asked over HTTP, so that it matters how often."""
+        return any(use.calls for row in self.rows for use in row.uses)
 
     def as_json(self) -> dict[str, Any]:
         """A dictionary of plain values."""

@@ -207,6 +207,7 @@ def as_markdown(comparison: Comparison) -> str:
         "tokens/s",
         "cost per token",
         f"forwards of {models}",
+        *[f"HTTP calls per token (of {models})"] * comparison.has_calls,
     ]
     winners = best(comparison.rows)
     lines = [
@@ -216,11 +217,15 @@ def as_markdown(comparison: Comparison) -> str:
             [
                 _line(heads),
                 _line(["---", *["--:"] * (len(heads) - 1)]),
-                *(_line(_cells(row, winners, mixes)) for row in in_order(comparison.rows)),
+                *(
+                    _line(_cells(row, winners, mixes) + _calls(row) * comparison.has_calls)
+                    for row in in_order(comparison.rows)
+                ),
             ]
         ),
         "Bold: the best of its column, without the oracle; speed and cost among rows of several "
-        "models. A forward pass counts once however many texts it served.",
+        f"models. A forward pass{' or an HTTP call' * comparison.has_calls} counts once however "
+        "many texts it served.",
         *_notes(comparison),
         "\n".join(["## How it was measured", "", *_bullets(facts(comparison))]),
         *_speeds(comparison),
@@ -263,6 +268,14 @@ def _cells(row: RowResult, winners: dict[str, set[str]], mixes: bool) -> list[st
         bold("cost", f"{row.cost:.2f}"),
         " / ".join(f"{use.forwards:,}" for use in row.uses),
     ]
+
+
+def _calls(row: RowResult) -> list[str]:
+    """A cell: HTTP calls per written token, of all models and of each."""
+    if row.calls_per_token is None:
+        return [""]
+    each = [f"{(use.calls or 0) / row.n_tokens:.2f}" for use in row.uses]
+    return [f"{row.calls_per_token:.2f} ({' / '.join(each)})"]
 
 
 def _bullets(pairs: Sequence[tuple[str, str]]) -> list[str]:

@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from duo_world import duo_ensemble
 from tiny_models import byte_level, fresh_network, model
 
 from multicolm import Answer, Ensemble, SelectPolicy, Views
 from multicolm.backend.base import Look, Session
 from multicolm.backend.table import TableModel
+from multicolm.errors import ModelError
 from multicolm.types import MIXTURE, Piece
 
 TOKENS = ["a", "b", "c", "<x>", "."]
@@ -307,3 +309,33 @@ def test_a_fresh_seed_is_reported_and_gives_the_same_text_again() -> None:
     assert ensemble.generate("a", "random", seed=first.seed, **settings)[0].trace == first.trace
     others = {ensemble.generate("a", "random", **settings)[0].text for _ in range(6)}
     assert len(others) > 1
+
+
+def test_answers_that_are_finished_come_before_an_error() -> None:
+    duo = duo_ensemble()
+    n_passes, fail_at = 0, 0
+    plain = duo.backends[0].open
+
+    def open_(n_rows: int) -> Any:
+        session = plain(n_rows)
+        feed = session.feed
+
+        def failing(*args: Any, **more: Any) -> Any:
+            nonlocal n_passes
+            n_passes += 1
+            if n_passes > fail_at:
+                raise ModelError("broken")
+            return feed(*args, **more)
+
+        session.feed = failing
+        return session
+
+    duo.backends[0].open = open_
+    # Each text is a letter and the end, which lets nothing out: two passes.
+    for n in range(8):
+        n_passes, fail_at = 0, n
+        stream, found = duo.stream(["1", "2", "3", "4"], "single", batch_size=1), []
+        with pytest.raises(ModelError):
+            for number, answer in stream.finished():
+                found.append((number, answer.text))
+        assert found == [(i, "x") for i in range(n // 2)]

@@ -163,6 +163,7 @@ def _heads(comparison: Comparison) -> str:
         "tokens/s",
         "cost/token",
         "forwards",
+        *["HTTP calls/token"] * comparison.has_calls,
     ]
     cells = (f'<th scope="col"><button type="button">{_text(name)}</button></th>' for name in names)
     return f"<tr>{''.join(cells)}</tr>"
@@ -203,13 +204,14 @@ def _cells(
         below = ", ".join([*span, *filter(None, [_text(p_value(row.p_value))])])
         cells.append(number("gain", row.gain, points(row.gain), below))
     if not row.uses:
-        return [*cells, *["<td></td>"] * 4]
+        return [*cells, *["<td></td>"] * (4 + comparison.has_calls)]
     return [
         *cells,
         _shares(row, comparison),
         number("speed", row.tokens_per_second, f"{row.tokens_per_second:.1f}"),
         number("cost", row.cost, f"{row.cost:.2f}"),
-        _forwards(row, comparison),
+        _forwards(row),
+        *[_calls(row)] * comparison.has_calls,
     ]
 
 
@@ -260,14 +262,28 @@ def _shares(row: RowResult, comparison: Comparison) -> str:
     )
 
 
-def _forwards(row: RowResult, comparison: Comparison) -> str:
+def _forwards(row: RowResult) -> str:
     total = sum(use.forwards for use in row.uses)
-    each = " · ".join(
-        f'<span class="swatch {_writer_class(i).split()[0]}" title="{_text(use.model)}">'
-        f"{use.forwards:,}</span>"
-        for i, use in enumerate(row.uses)
-    )
+    each = _each(row, [f"{use.forwards:,}" for use in row.uses])
     return f'<td data-value="{total}">{total:,}<span class="sub">{each}</span></td>'
+
+
+def _calls(row: RowResult) -> str:
+    """HTTP calls per written token, of all models and of each."""
+    total = row.calls_per_token
+    if total is None:
+        return "<td></td>"
+    each = _each(row, [f"{(use.calls or 0) / row.n_tokens:.2f}" for use in row.uses])
+    return f'<td data-value="{total!r}">{total:.2f}<span class="sub">{each}</span></td>'
+
+
+def _each(row: RowResult, texts: Sequence[str]) -> str:
+    """A number of each model, in its colour."""
+    return " · ".join(
+        f'<span class="swatch {_writer_class(i).split()[0]}" title="{_text(use.model)}">'
+        f"{text}</span>"
+        for i, (use, text) in enumerate(zip(row.uses, texts, strict=True))
+    )
 
 
 def _solo(comparison: Comparison) -> str:
