@@ -24,7 +24,7 @@ from multicolm.errors import (
 )
 from multicolm.live import Live
 from multicolm.plugins import backends
-from multicolm.policy.base import ModelFacts, Policy, Schedule
+from multicolm.policy.base import ModelFacts, Policy, Schedule, SegmentPolicy
 from multicolm.policy.resolve import resolve_policy
 from multicolm.streaming import Answers, Run, Stream
 from multicolm.tokenizer.bridged import join
@@ -407,6 +407,11 @@ class _Shown:
     server: str = ""
     n_likeliest: int | None = None
 
+    @property
+    def where(self) -> str:
+        """Its server, behind its name."""
+        return f" (server {self.server})" if self.server else ""
+
 
 def _check_signals(policy: Policy, models: ModelNames, shown: Sequence[_Shown]) -> list[str]:
     """Refuse a policy that needs what a model cannot show.
@@ -427,13 +432,39 @@ def _check_signals(policy: Policy, models: ModelNames, shown: Sequence[_Shown]) 
                 f"model '{models[k]}' ({its.server}): {policy.partial}."
             )
         elif missing:
-            where = f" (server {its.server})" if its.server else ""
             raise CapabilityError(
                 f"policy '{policy.name}' needs {' and '.join(sorted(missing))} of model "
-                f"'{models[k]}'{where}, which shows only {', '.join(sorted(its.signals))}; choose "
-                "another policy, or another backend for that model."
+                f"'{models[k]}'{its.where}, which shows only {', '.join(sorted(its.signals))}; "
+                "choose another policy, or another backend for that model."
             )
+    if isinstance(policy, SegmentPolicy):
+        sentences += _check_judges(policy, models, shown)
     return sentences
+
+
+def _check_judges(policy: Policy, models: ModelNames, shown: Sequence[_Shown]) -> list[str]:
+    """Refuse models that propose where none can judge.
+
+    Returns:
+        Who proposes and does not judge, one sentence each.
+
+    Raises:
+        CapabilityError: naming the policy and the models.
+    """
+    used = sorted(policy.uses(models))
+    silent = [k for k in used if "given" not in implied(shown[k].signals)]
+    if silent == used:
+        listed = " and ".join(f"'{models[k]}'{shown[k].where}" for k in silent)
+        raise CapabilityError(
+            f"policy '{policy.name}' needs a model that tells how likely it finds what another one "
+            f"proposes (signal given), and {listed} do not; add a model of this process, or a "
+            "server that tells of tokens that are named, such as vLLM's."
+        )
+    return [
+        f"policy '{policy.name}' lets model '{models[k]}'{shown[k].where} propose and not judge: "
+        "it does not tell how likely it finds given text."
+        for k in silent
+    ]
 
 
 def load(source: str | Path | EnsembleConfig) -> Ensemble:

@@ -81,7 +81,13 @@ class Session(ABC):
             The predictions, row after row, within a row in the order of the text.
         """
 
-    def tell(self, rows: Sequence[int], lengths: Sequence[int], ids: Sequence[int]) -> Look:
+    def tell(
+        self,
+        rows: Sequence[int],
+        lengths: Sequence[int],
+        ids: Sequence[int],
+        behind: Sequence[Sequence[int]] | None = None,
+    ) -> Look:
         """Log-probabilities of given tokens behind the first tokens of rows, in nats.
 
         Asked of models that show the signal ``given`` and not ``logprobs``.
@@ -90,6 +96,7 @@ class Session(ABC):
             rows: row numbers; one may come several times.
             lengths: per row number, how many of its tokens stand before.
             ids: tokens of the model's own vocabulary.
+            behind: per row number, tokens that stand behind those, for this question only.
 
         Returns:
             One line per row number, one column per token.

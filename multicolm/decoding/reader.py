@@ -250,11 +250,13 @@ class TokenReader(Reader):
 
     def _own_logprobs(
         self, rows: Sequence[Row], own: Sequence[Sequence[int]], n_last: Sequence[int]
-    ) -> list[Float[Tensor, "tokens"]]:
+    ) -> list[Float[Tensor, "_"]]:
         """Log-probabilities of the last own tokens of texts; ``rows`` by ascending slot.
 
         The last token of all may be ``_END``: any with which the model ends a text.
         """
+        if self._model.n_likeliest is not None:
+            return self._told_logprobs(rows, own, n_last)
         slots = [row.slot for row in rows]
         fed = []
         for slot, tokens, n in zip(slots, own, n_last, strict=True):
@@ -273,6 +275,33 @@ class TokenReader(Reader):
         known = logprobs.gather(-1, gold.clamp_min(0)[:, None])[:, 0]
         chosen = torch.where(gold == _END, ends, known)
         return list(torch.split(chosen.cpu(), list(n_last)))
+
+    def _told_logprobs(
+        self, rows: Sequence[Row], own: Sequence[Sequence[int]], n_last: Sequence[int]
+    ) -> list[Float[Tensor, "_"]]:
+        """The same, of a server that has to be asked about each token by name."""
+        ends = sorted(self._model.tokenizer.end_ids)
+        slots, lengths, behind, gold = [], [], [], []
+        for row, tokens, n in zip(rows, own, n_last, strict=True):
+            for place in range(len(tokens) - n, len(tokens)):
+                held = min(place, self._session.lengths[row.slot])
+                slots.append(row.slot)
+                lengths.append(held)
+                behind.append(tokens[held:place])
+                gold.append(ends if tokens[place] == _END else [tokens[place]])
+        wanted = sorted({token for some in gold for token in some})
+        start = self._clock()
+        look = self._session.tell(slots, lengths, wanted, behind)
+        seconds = self._clock() - start
+        self.usage += Usage(look.n_passes, 0, 0, seconds, look.n_calls)
+        for row in rows:
+            row.usage[self._index] += Usage(1, 0, 0, seconds / len(rows), look.n_calls)
+        column = {token: i for i, token in enumerate(wanted)}
+        known = [
+            line[[column[token] for token in some]].logsumexp(-1)
+            for line, some in zip(look.logits, gold, strict=True)
+        ]
+        return list(torch.split(torch.stack(known), list(n_last)))
 
     def is_settled(self, row: Row) -> bool:
         """Whether the model can go on behind what is written, whatever else might follow there."""

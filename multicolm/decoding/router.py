@@ -38,7 +38,7 @@ from multicolm.tokenizer.byte_vocabulary import ByteVocabulary
 from multicolm.tokenizer.character_vocabulary import CharacterVocabulary
 from multicolm.tokenizer.vocabulary import Outcomes, Vocabulary
 from multicolm.types import MIXTURE, Piece
-from multicolm.views import ModelNames
+from multicolm.views import ModelNames, implied
 
 __all__ = ["Router"]
 
@@ -126,6 +126,8 @@ class Router:
             self._segments = SegmentWriter(
                 policy,
                 self._used,
+                [k for k in self._used if "given" in implied(models[k].shows)],
+                [k for k in self._used if models[k].n_likeliest is not None],
                 vocabulary,
                 reader,
                 positions,

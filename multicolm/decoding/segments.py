@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -44,6 +45,8 @@ class SegmentWriter:
     Args:
         policy: rates segments.
         models: indices of the models in use, ascending.
+        judges: those among them that can rate what others propose.
+        partial: those that tell of some tokens only (:attr:`Model.n_likeliest`).
         vocabulary: what is written in.
         reader: gives a model's reader.
         positions: makes positions of rows and places, which tokens are drawn at.
@@ -55,6 +58,8 @@ class SegmentWriter:
         self,
         policy: SegmentPolicy,
         models: Sequence[int],
+        judges: Collection[int],
+        partial: Collection[int],
         vocabulary: Vocabulary,
         reader: Callable[[int], Reader],
         positions: Callable[[Sequence[Row], Sequence[int]], Positions],
@@ -63,6 +68,8 @@ class SegmentWriter:
     ) -> None:
         self._policy = policy
         self._models = list(models)
+        self._judges = frozenset(judges)
+        self._partial = frozenset(partial)
         self._vocabulary = vocabulary
         self._starts_word = vocabulary.starts_word.tolist()
         self._reader = reader
@@ -116,8 +123,10 @@ class SegmentWriter:
             positions = self._positions(now, [len(row.ids) for row in now])
             look = self._reader(k).look(now, [[place] for place in positions.places])
             tokens = positions.draw(look.logits)
-            every = look.logits.float().log_softmax(-1)
+            every = look.logits.float()
+            every = every if k in self._partial else every.log_softmax(-1)
             logprobs = every.gather(-1, tokens[:, None])[:, 0]
+            logprobs = logprobs.masked_fill(logprobs == math.inf, math.nan)
             drawn = zip(list(going), tokens.tolist(), logprobs.tolist(), every, strict=True)
             for i, token, logprob, known in drawn:
                 if self._ends_before(rows[i], k, token):
@@ -160,16 +169,17 @@ class SegmentWriter:
     ) -> dict[Row, tuple[int, float]]:
         """Per row the number of the best proposal, and its rating."""
         shape = (len(rows), len(self._models), len(self._models))
-        nats, n_tokens = torch.zeros(shape), torch.zeros(shape, dtype=torch.long)
+        nats, n_tokens = torch.full(shape, math.nan), torch.zeros(shape, dtype=torch.long)
         for a, writer in enumerate(self._models):
             for i, row in enumerate(rows):
                 proposal = of[row][a]
-                nats[i, a, a] = -sum(proposal.logprobs)
-                n_tokens[i, a, a] = len(proposal.tokens)
+                if writer in self._judges:
+                    nats[i, a, a] = -sum(proposal.logprobs)
+                    n_tokens[i, a, a] = len(proposal.tokens)
                 row.ids += proposal.tokens
                 row.drafter = writer
             for b, judge in enumerate(self._models):
-                if judge == writer:
+                if judge == writer or judge not in self._judges:
                     continue
                 for i, (cost, n) in enumerate(self._reader(judge).draft_nats(rows)):
                     nats[i, a, b], n_tokens[i, a, b] = cost, n

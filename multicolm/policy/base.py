@@ -301,8 +301,11 @@ class Segments:
 
     The models are those in use (:meth:`Policy.uses`), by ascending index, along both axes.
 
+    A model whose server does not tell how likely it finds given text proposes and is no judge.
+
     Attributes:
-        nats: minus the log-probability of the segment that a writer proposes, under a judge.
+        nats: minus the log-probability of the segment that a writer proposes, under a judge; NaN
+            for who is none.
         n_tokens: how many of the judge's own tokens that is over, an end of text counted as one.
     """
 
@@ -313,10 +316,13 @@ class Segments:
 class SegmentPolicy(Policy):
     """Rates what the models propose to write next; the best proposal is written.
 
-    A proposal ends where a word does, and a token of every model.
+    A proposal ends where a word does, and a token of every model. Whoever shows ``text`` can
+    propose; to judge the proposals of others takes ``given``, and one model at least has to.
     """
 
     acts: ClassVar[Acts | None] = "segment"
+    base_signals: ClassVar[frozenset[Signal] | set[Signal]] = frozenset({"text"})
+    assistant_signals: ClassVar[frozenset[Signal] | set[Signal]] = frozenset({"text"})
 
     longest: int = 16
     """In the writer's tokens; behind it a proposal may end where no word does."""

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 from jaxtyping import Float
 from pydantic import PositiveInt
 
 from multicolm.policy.base import SegmentPolicy, Segments, register_policy
-from multicolm.types import Signal, Tensor
+from multicolm.types import Tensor
 
 __all__ = ["CoolFusionPolicy"]
 
@@ -16,6 +14,8 @@ __all__ = ["CoolFusionPolicy"]
 @register_policy("cool-fusion")
 class CoolFusionPolicy(SegmentPolicy):
     """Every model proposes the next words, and those of the lowest average perplexity are written.
+    The average is over the models that can judge: a server may tell what comes next and not how
+    likely given text is.
 
     A proposal ends at a boundary of words that is one of tokens for every model. Its perplexity
     under a model is over the model's own tokens of it. Where all propose the same, it is written
@@ -32,11 +32,8 @@ class CoolFusionPolicy(SegmentPolicy):
 
     longest: PositiveInt = 16
 
-    base_signals: ClassVar[set[Signal]] = {"logprobs"}
-    assistant_signals: ClassVar[set[Signal]] = {"logprobs"}
-
     def rate(self, segments: Segments) -> Float[Tensor, "rows writers"]:
-        """Minus the average perplexity."""
+        """Minus the average perplexity, over those who judge."""
         # In single precision a token of 89 nats would be as bad as one that cannot come.
         perplexity = (segments.nats.double() / segments.n_tokens.clamp_min(1)).exp()
-        return -perplexity.mean(-1)
+        return -perplexity.nanmean(-1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import subprocess
 import sys
@@ -89,6 +90,24 @@ def test_as_a_nudger_it_writes_what_the_model_writes_in_process(
     # llama.cpp's cache is in half precision, and none of these tokens hangs on that.
     assert [answer.text for answer in behind] == [answer.text for answer in alone]
     assert behind.usage["facts"].tokens_written > 0
+
+
+@pytest.mark.filterwarnings(
+    "ignore:policy 'cool-fusion' lets model 'facts' .*propose and not judge"
+)
+def test_it_proposes_words_that_a_model_of_this_process_judges(
+    model: RemoteModel, references: dict[str, TransformersModel]
+) -> None:
+    silent = copy.copy(references["facts"])
+    vars(silent)["signals"] = frozenset({"text"})
+    behind, alone = (
+        Ensemble([references["generalist"], facts]).generate(
+            QUESTIONS, "cool-fusion", max_new_tokens=32
+        )
+        for facts in (model, silent)
+    )
+    assert [answer.text for answer in behind] == [answer.text for answer in alone]
+    assert behind.usage["facts"].calls > 0
 
 
 def test_policies_that_need_numbers_are_refused(

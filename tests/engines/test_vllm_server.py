@@ -226,7 +226,11 @@ def test_average_of_the_twenty_likeliest_is_the_average_of_what_is_known(
 
 
 @pytest.mark.parametrize("schedule", ["stepwise", "block"])
-@pytest.mark.parametrize("policy", ["unite", {"kind": "bild", "params": {"rollback": 1.0}}])
+@pytest.mark.parametrize(
+    "policy",
+    ["unite", {"kind": "bild", "params": {"rollback": 1.0}}, "cool-fusion"],
+    ids=["unite", "bild", "cool-fusion"],
+)
 def test_tokens_that_a_policy_names_are_told_beside_the_twenty_likeliest(
     served: dict[str, Url],
     references: dict[str, TransformersModel],

@@ -61,16 +61,23 @@ def judged(model: TableModel, own: list[int], tokens: list[int]) -> float:
     return math.exp(nats / len(tokens))
 
 
+@pytest.mark.filterwarnings("ignore:policy 'cool-fusion' lets model 'left' propose and not judge")
+@pytest.mark.parametrize("silent", [None, 1])
 @pytest.mark.parametrize("seed", range(5))
-def test_the_proposal_of_the_lowest_average_perplexity_is_written(seed: int) -> None:
+def test_the_proposal_of_the_lowest_average_perplexity_of_those_who_judge_is_written(
+    seed: int, silent: int | None
+) -> None:
     own = same_vocabulary(10 * seed)
+    judges = [model for k, model in enumerate(own) if k != silent]
+    if silent is not None:
+        vars(own[silent])["signals"] = frozenset({"text"})
     [answer] = Ensemble(own).generate(["a"], "cool-fusion", max_new_tokens=16)
     written = own[0].tokenizer.encode("a")
     n_prompt = len(written)
     writers: list[str] = []
     while len(written) - n_prompt < 16 and (not writers or written[-1] != len(BASE) - 1):
         each = [proposed(m, written, 16 - len(written) + n_prompt)[0] for m in own]
-        best = min(range(3), key=lambda k: sum(judged(model, written, each[k]) for model in own))
+        best = min(range(3), key=lambda k: sum(judged(model, written, each[k]) for model in judges))
         if all(tokens == each[0] for tokens in each):
             best = 0
         written += each[best]

@@ -186,7 +186,13 @@ class RemoteSession(Session):
             calls_of=tuple(calls),
         )
 
-    def tell(self, rows: Sequence[int], lengths: Sequence[int], ids: Sequence[int]) -> Look:
+    def tell(
+        self,
+        rows: Sequence[int],
+        lengths: Sequence[int],
+        ids: Sequence[int],
+        behind: Sequence[Sequence[int]] | None = None,
+    ) -> Look:
         """See :meth:`multicolm.backend.base.Session.tell`.
 
         Raises:
@@ -194,7 +200,11 @@ class RemoteSession(Session):
         """
         n_calls = self._server.n_calls
         self._n_passes = 0
-        texts = [self._texts[row].ids[:n] for row, n in zip(rows, lengths, strict=True)]
+        more = behind or [()] * len(rows)
+        texts = [
+            [*self._texts[row].ids[:n], *new]
+            for row, n, new in zip(rows, lengths, more, strict=True)
+        ]
         told = []
         for first in range(0, len(ids), _MOST_NAMED):
             some = list(ids[first : first + _MOST_NAMED])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import torch
 from fake_vllm import TEXT_ONLY, FakeVllm, Manners
 from remote_worlds import PROMPTS, ensemble, local, remote
 
+from multicolm import Ensemble
 from multicolm.backend.byte_session import ByteSession
 from multicolm.decoding.sampling import Sampling
 from multicolm.errors import CapabilityError, MulticolmWarning, PolicyError
@@ -164,6 +166,26 @@ def test_bytes_are_refused(serve: Serve) -> None:
         ensemble(model, bridge="exact")
 
 
+@pytest.mark.parametrize("k", [5, 20])
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_such_a_server_proposes_words_and_judges_those_of_others(
+    serve: Serve, k: int, batch_size: int
+) -> None:
+    fake = serve("facts", Manners(max_logprobs=k))
+    settings: dict[str, Any] = {"max_new_tokens": 16, "batch_size": batch_size}
+    got = ensemble(remote(fake)).generate(PROMPTS, "cool-fusion", **settings)
+    want = ensemble(local("facts")).generate(PROMPTS, "cool-fusion", **settings)
+    for one, other in zip(got, want, strict=True):
+        assert one.text == other.text
+        for mine, theirs in zip(one.trace, other.trace, strict=True):
+            assert (mine.id, mine.model) == (theirs.id, theirs.model)
+            assert mine.logprob == pytest.approx(theirs.logprob, abs=1e-4)
+            assert (mine.score is None) == (theirs.score is None)
+            assert (mine.score or 0.0) == pytest.approx(theirs.score or 0.0, rel=1e-3)
+    assert any(token.model == "facts" for answer in got for token in answer.trace)
+    assert any(token.score is not None for answer in got for token in answer.trace)
+
+
 # Servers of text
 
 
@@ -205,6 +227,35 @@ def test_a_server_of_text_is_refused_by_policies_that_need_numbers(serve: Serve)
         text_only.generate(PROMPTS[0], "cosd-rule")
     with pytest.raises(CapabilityError, match="tells the probability of none of them: set `temper"):
         text_only.generate(PROMPTS[0], "nudging", temperature=1.0)
+
+
+def test_a_server_of_text_proposes_words_that_others_judge(serve: Serve) -> None:
+    fake = serve("facts", TEXT_ONLY)
+    sentence = (
+        f"policy 'cool-fusion' lets model 'facts' \\(server {fake.url}\\) propose and not judge: "
+        "it does not tell how likely it finds given text."
+    )
+    with pytest.warns(MulticolmWarning, match=sentence):
+        got = ensemble(remote(fake)).generate(PROMPTS, "cool-fusion", max_new_tokens=16)
+    quiet = copy.copy(local("facts"))
+    vars(quiet)["signals"] = frozenset({"text"})
+    with pytest.warns(MulticolmWarning, match="'facts' propose and not judge"):
+        want = ensemble(quiet).generate(PROMPTS, "cool-fusion", max_new_tokens=16)
+    assert [answer.text for answer in got] == [answer.text for answer in want]
+    assert any(answer.usage["facts"].calls for answer in got)
+    scores = [token.score for answer in got for token in answer.trace if token.score is not None]
+    assert scores and all(math.isfinite(score) for score in scores)
+
+
+def test_models_that_all_propose_and_never_judge_are_refused(serve: Serve) -> None:
+    fake = serve("facts", TEXT_ONLY)
+    alone = Ensemble([remote(fake)])
+    with pytest.raises(
+        CapabilityError,
+        match=f"'cool-fusion' needs a model that tells .* \\(signal given\\), and 'facts' "
+        f"\\(server {fake.url}\\) do not; add a model of this process",
+    ):
+        alone.generate(PROMPTS[0], "cool-fusion")
 
 
 def test_a_server_of_text_cannot_go_on_within_a_character(serve: Serve) -> None:
