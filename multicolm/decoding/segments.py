@@ -170,20 +170,26 @@ class SegmentWriter:
         """Per row the number of the best proposal, and its rating."""
         shape = (len(rows), len(self._models), len(self._models))
         nats, n_tokens = torch.full(shape, math.nan), torch.zeros(shape, dtype=torch.long)
+        # Of equal proposals the first is rated, and stands for the others.
+        first = [self._first_of_equal(of[row]) for row in rows]
         for a, writer in enumerate(self._models):
-            for i, row in enumerate(rows):
-                proposal = of[row][a]
+            fresh = [i for i in range(len(rows)) if first[i][a] == a]
+            for i in fresh:
+                row, proposal = rows[i], of[rows[i]][a]
                 if writer in self._judges:
                     nats[i, a, a] = -sum(proposal.logprobs)
                     n_tokens[i, a, a] = len(proposal.tokens)
                 row.ids += proposal.tokens
                 row.drafter = writer
             for b, judge in enumerate(self._models):
-                if judge == writer or judge not in self._judges:
+                if judge == writer or judge not in self._judges or not fresh:
                     continue
-                for i, (cost, n) in enumerate(self._reader(judge).draft_nats(rows)):
+                told = self._reader(judge).draft_nats([rows[i] for i in fresh])
+                for i, (cost, n) in zip(fresh, told, strict=True):
                     nats[i, a, b], n_tokens[i, a, b] = cost, n
-            self._forget(rows)
+            self._forget([rows[i] for i in fresh])
+            for i in set(range(len(rows))) - set(fresh):
+                nats[i, a], n_tokens[i, a] = nats[i, first[i][a]], n_tokens[i, first[i][a]]
         ratings = self._policy.rate(Segments(nats, n_tokens))
         if ratings.shape != shape[:2] or bool(ratings.isnan().any()):
             raise PolicyError(
@@ -191,5 +197,10 @@ class SegmentWriter:
                 f"numbers, one per proposal, and returned {list(ratings.shape)} with "
                 f"{int(ratings.isnan().sum())} that are no number."
             )
-        best = ratings.argmax(-1).tolist()
+        best = [first[i][a] for i, a in enumerate(ratings.argmax(-1).tolist())]
         return {row: (best[i], float(ratings[i, best[i]])) for i, row in enumerate(rows)}
+
+    def _first_of_equal(self, proposals: Sequence[_Proposal]) -> list[int]:
+        """Per proposal, the number of the first one with the same text."""
+        seen: dict[tuple[bytes, bool], int] = {}
+        return [seen.setdefault(self._content(each), a) for a, each in enumerate(proposals)]
