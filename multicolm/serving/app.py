@@ -50,11 +50,13 @@ class Limits:
     Attributes:
         max_body: bytes of its body.
         max_new_tokens: tokens of a text.
-        body_seconds: until its body is here.
+        head_seconds: until its head is here, from its first byte or the connection on.
+        body_seconds: until its body is here, from then on.
     """
 
     max_body: int = 1_000_000
     max_new_tokens: int = 1024
+    head_seconds: float = 10.0
     body_seconds: float = 30.0
 
     def __post_init__(self) -> None:

@@ -17,6 +17,7 @@ import uvicorn
 from multicolm.ensemble import Ensemble
 from multicolm.errors import InputError
 from multicolm.serving.app import Limits, create_app
+from multicolm.serving.connection import connections
 from multicolm.serving.engine import Closing, Engine
 from multicolm.serving.menu import Menu
 
@@ -85,6 +86,7 @@ class Server:
         )
         config = uvicorn.Config(
             app,
+            http=connections(settings.limits.head_seconds),
             log_config=None,
             access_log=False,
             lifespan="off",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import socket
 import threading
@@ -227,7 +228,7 @@ def gate() -> Gate:
 
 @pytest.fixture
 def small(gate: Gate) -> Iterator[Server]:
-    limits = Limits(max_body=500, max_new_tokens=10_000, body_seconds=0.5)
+    limits = Limits(max_body=500, max_new_tokens=10_000, head_seconds=0.5, body_seconds=0.5)
     with running(
         gate.ensemble(), "duo", api_key="secret", limits=limits, max_concurrent=1, max_waiting=1,
         allowed=["default"], grace=0.0,
@@ -273,6 +274,46 @@ def test_a_body_that_does_not_come_is_not_waited_for(small: Server) -> None:
             b"Content-Type: application/json\r\nContent-Length: 100\r\n\r\n{"
         )
         assert b" 408 " in connection.recv(200)
+
+
+@pytest.mark.parametrize("kept_alive", [False, True])
+@pytest.mark.parametrize("bit_by_bit", [False, True])
+def test_a_head_that_does_not_come_is_not_waited_for(
+    small: Server, kept_alive: bool, bit_by_bit: bool
+) -> None:
+    place = urlsplit(small.address)
+    with socket.create_connection((place.hostname, place.port), timeout=SECONDS) as connection:
+        if kept_alive:
+            connection.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+            while not connection.recv(2000).endswith(b"}"):
+                pass
+        connection.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n")
+        start = time.monotonic()
+        connection.settimeout(0.05 if bit_by_bit else SECONDS)
+        while True:
+            try:
+                assert connection.recv(100) == b""
+                break
+            except TimeoutError:
+                assert time.monotonic() - start < SECONDS
+                connection.sendall(b"x")
+            except ConnectionError:
+                break
+        assert time.monotonic() - start >= 0.4
+    assert ask(small, "/health").status == 200
+
+
+def test_a_connection_that_is_kept_alive_outlives_the_time_for_a_head(small: Server) -> None:
+    place = urlsplit(small.address)
+    connection = http.client.HTTPConnection(place.hostname or "", place.port, timeout=SECONDS)
+    for _ in range(2):
+        connection.request("GET", "/health")
+        assert connection.getresponse().read()
+        held = connection.sock
+        time.sleep(0.7)
+    connection.request("GET", "/health")
+    assert connection.getresponse().status == 200 and connection.sock is held
+    connection.close()
 
 
 def test_who_finds_no_place_is_told_when_to_come_again(small: Server, gate: Gate) -> None:
