@@ -188,15 +188,22 @@ def _entries(entries: list[Any]) -> tuple[list[int], list[Likeliest | None]]:
     """Tokens and what they could have been, where each is an object that may have an ``id``."""
     try:
         tokens = [int(entry["id"]) for entry in entries]
-        tops = [entry["top_logprobs"] for entry in entries]
-        ids = [[int(other["id"]) for other in top] for top in tops]
+        tops = [{int(other["id"]): other for other in entry["top_logprobs"]} for entry in entries]
     except (KeyError, TypeError, ValueError):
         return [], []
     try:
-        logprobs = [[_log(float(other["logprob"])) for other in top] for top in tops]
+        rows = [
+            Likeliest(list(top), [_log(float(o["logprob"])) for o in top.values()]) for top in tops
+        ]
     except (KeyError, TypeError, ValueError) as error:
         raise Unreadable("an entry of `top_logprobs` has no number") from error
-    return tokens, [Likeliest(*row) for row in zip(ids, logprobs, strict=True)]
+    # A token with more bytes than its own comes behind others that were left out.
+    whole = [
+        entry.get("bytes") == top.get(token, entry).get("bytes")
+        for entry, token, top in zip(entries, tokens, tops, strict=True)
+    ]
+    n = whole.index(False) if False in whole else len(whole)
+    return tokens[:n], list(rows[:n])
 
 
 def _id(name: str) -> int:
