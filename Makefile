@@ -2,7 +2,8 @@
 #
 #   make demo    install multicolm, let the embedded models answer questions together
 #   make test    install the tools too, run ruff, mypy and the tests (what CI runs)
-#   make test-engines   install real engines too (llama.cpp, vLLM on CPU), test against them
+#   make test-engines   install real engines too (llama.cpp, vLLM on CPU), test against them;
+#                       with LLAMA_SERVER=build, llama.cpp's own server too
 #   make bench   install the tools too, measure speed; see benchmarks/README.md
 #   make clean   remove .venv, .venv-engines and caches
 
@@ -39,7 +40,7 @@ tests: $(VENV)/.installed-dev
 	@$(BIN)/python -m pytest -n 2 -q -rs
 
 test-engines: $(VENV)/.installed-dev
-	@$(BIN)/python tests/engines/with_engines.py $(ENGINES)
+	@LLAMA_SERVER=$(LLAMA_SERVER) $(BIN)/python tests/engines/with_engines.py $(ENGINES)
 
 bench: $(VENV)/.installed-dev
 	@echo "== benchmarks: ratios within one run"

@@ -1,4 +1,8 @@
-"""Tests against real engines. A file's name says which: ``test_vllm*.py``, ``test_llama_cpp*.py``.
+"""Tests against real engines; a file's name says which.
+
+    test_vllm*.py           vLLM
+    test_llama_cpp*.py      llama-cpp-python
+    test_llama_server.py    llama.cpp's own server, which is written in C++
 
 `make test-engines` installs the engines and runs these. Where an engine is missing, all of its
 tests are one skipped test, which says why.
@@ -6,20 +10,24 @@ tests are one skipped test, which says why.
     MULTICOLM_VLLM_BIN         the python that has vLLM; its servers are started by the tests
     MULTICOLM_VLLM_MISSING     why there is none
     MULTICOLM_LLAMA_MISSING    why llama-cpp-python is not installed
+    MULTICOLM_LLAMA_SERVER     llama.cpp's server; without it, `llama-server` on the PATH
+    MULTICOLM_LLAMA_SERVER_MISSING    why there is none
 """
 
 from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 import socket
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 if TYPE_CHECKING:
+    from multicolm import Ensemble
     from multicolm.backend.transformers import TransformersModel
 
 TINY = ("generalist", "facts", "math")
@@ -42,7 +50,28 @@ def _llama_cpp() -> str | None:
     return os.environ.get("MULTICOLM_LLAMA_MISSING") or "make test-engines installs it"
 
 
-_ENGINES = {"test_vllm": ("vLLM", _vllm), "test_llama_cpp": ("llama-cpp-python", _llama_cpp)}
+def _server_program() -> str | None:
+    return os.environ.get("MULTICOLM_LLAMA_SERVER") or shutil.which("llama-server")
+
+
+def _llama_server() -> str | None:
+    """Why there is no llama-server, or no model for it; ``None`` if there are."""
+    if importlib.util.find_spec("gguf") is None:
+        return os.environ.get("MULTICOLM_LLAMA_MISSING") or "no gguf: make test-engines installs it"
+    program = _server_program()
+    if program is None:
+        reason = os.environ.get("MULTICOLM_LLAMA_SERVER_MISSING")
+        return reason or "make test-engines LLAMA_SERVER=build builds it"
+    if not os.access(program, os.X_OK):
+        return f"MULTICOLM_LLAMA_SERVER is {program!r}, which cannot be run"
+    return None
+
+
+_ENGINES = {
+    "test_vllm": ("vLLM", _vllm),
+    "test_llama_cpp": ("llama-cpp-python", _llama_cpp),
+    "test_llama_server": ("llama-server", _llama_server),
+}
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -62,6 +91,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def vllm_python() -> str:
     """The python that has vLLM."""
     return os.environ["MULTICOLM_VLLM_BIN"]
+
+
+@pytest.fixture(scope="session")
+def llama_server_program() -> str:
+    """llama.cpp's server."""
+    program = _server_program()
+    assert program is not None, "the tests of a missing server are skipped"
+    return program
 
 
 @pytest.fixture(scope="session")
@@ -99,6 +136,32 @@ def references() -> dict[str, TransformersModel]:
 
 
 @pytest.fixture(scope="session")
+def at_home(references: dict[str, TransformersModel]) -> Ensemble:
+    """The embedded models together, all in process."""
+    from multicolm import Ensemble
+
+    return Ensemble(list(references.values()))
+
+
+@pytest.fixture(scope="session")
+def co_llm(at_home: Ensemble, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A router for these that was trained in a few seconds."""
+    from multicolm import catalog
+    from multicolm.scoring.corpus import open_corpus
+    from multicolm.scoring.score import score
+    from multicolm.training.train import train
+
+    out = tmp_path_factory.mktemp("co-llm")
+    lines = (catalog.registry() / "tiny/questions/train.jsonl").read_text().splitlines()
+    (out / "some.jsonl").write_text("\n".join(lines[::20]))
+    score(at_home, open_corpus(out / "some.jsonl"), out / "scores", features=["hidden"])
+    options = {"epochs": 6, "weak_epochs": 2}
+    models = {fact.name: fact.identity for fact in at_home.facts}
+    train(at_home.resolve("co-llm"), out / "scores", out / "head", models=models, options=options)
+    return out / "head"
+
+
+@pytest.fixture(scope="session")
 def gguf_models(
     tiny_folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Path]:
@@ -109,3 +172,16 @@ def gguf_models(
     return {
         name: write_gguf(source, folder / f"{name}.gguf") for name, source in tiny_folders.items()
     }
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[..., Path]:
+    """Writes a random network and its tokenizer as a GGUF file."""
+    import tiny_models
+    from gguf_files import write_gguf
+
+    def written(network: Any, tokenizer: Any, metadata: dict[str, Any] | None = None) -> Path:
+        folder = Path(tiny_models.save(tmp_path / "folder", network, tokenizer))
+        return write_gguf(folder, tmp_path / "model.gguf", metadata=metadata)
+
+    return written

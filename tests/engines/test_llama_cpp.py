@@ -277,18 +277,6 @@ def test_a_sentencepiece_file_begins_a_text_once_and_goes_on_without_a_space(
     assert model.tokenizer.end_ids == {2}
 
 
-@pytest.fixture
-def write(tmp_path: Path) -> Callable[..., Path]:
-    """Writes a random network and its tokenizer as a GGUF file."""
-    from gguf_files import write_gguf
-
-    def written(network: Any, tokenizer: Any, metadata: dict[str, Any] | None = None) -> Path:
-        folder = Path(tiny_models.save(tmp_path / "folder", network, tokenizer))
-        return write_gguf(folder, tmp_path / "model.gguf", metadata=metadata)
-
-    return written
-
-
 def test_grouped_heads_and_a_head_of_its_own_are_as_in_transformers(
     write: Callable[..., Path],
 ) -> None:

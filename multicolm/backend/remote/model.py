@@ -158,7 +158,7 @@ class SglangModel(RemoteModel):
 
 
 class LlamaCppServerModel(RemoteModel):
-    """A model in a llama.cpp server, as far as its OpenAI-style API goes."""
+    """A model in llama.cpp's ``llama-server``, or in llama-cpp-python's own."""
 
     backend = "llama-cpp-server"
 

@@ -39,6 +39,8 @@ _TEXTS = ("What is 2 + 2? It is 4.", "naïve café, Straße; 你好 😀\n\ttabs
 _SOME = 20  # log-probabilities, as many as vLLM and others give if they are not told otherwise
 _OFTEN_ALLOWED = (_SOME, 10, 5, 1)
 _SMALL_VOCABULARY = 4096
+# How to ask for all log-probabilities: vLLM takes -1, and llama.cpp gives as many as there are.
+_ALL = (-1, 1 << 20)
 _SAME = 1e-2  # nats; requests that differ only in form, and rounding in half precision
 _ANOTHER = 0.25  # nats; a model that was fine-tuned differs by more somewhere in a few tokens
 
@@ -67,16 +69,20 @@ class Abilities:
         takes_several: whether one request may hold several prompts.
         n_likeliest: of how many likeliest tokens it tells the log-probability, by id; ``None`` for
             the whole vocabulary, 0 for none.
+        all_is: the value of ``logprobs`` by which it tells of the whole vocabulary, if it does.
         n_told: how many log-probabilities it tells at a time.
         width: number of ids in its vocabulary, as far as that shows.
         tells_given: whether it tells of tokens that are named (``logprob_token_ids``); asked only
             where it does not tell of all.
+        untold: tokens of which no row comes back if it writes them; so it is kept from that.
         scoring: how it tells the log-probabilities of a prompt's own tokens, if it does.
         is_neutral: whether it can be told not to avoid what it wrote before; asked only of a server
             whose text is all there is.
         max_tokens_0: what it makes of ``max_tokens: 0``; it is never asked for that.
         context_length: the most tokens of a text that it goes on behind; ``None`` if it is not
             known.
+        room: the most tokens of all texts of one request, read and written; ``None`` if it takes
+            each of them as if it were alone.
         root: where its weights are, in its own words.
     """
 
@@ -85,13 +91,16 @@ class Abilities:
     takes_ids: bool
     takes_several: bool
     n_likeliest: int | None
+    all_is: int
     n_told: int
     width: int
     tells_given: bool
+    untold: tuple[int, ...]
     scoring: Scoring | None
     is_neutral: bool
     max_tokens_0: str
     context_length: int | None
+    room: int | None
     root: str | None
 
     @property
@@ -109,7 +118,12 @@ class Abilities:
     @property
     def how_many(self) -> int:
         """The value of ``logprobs`` in requests."""
-        return -1 if self.n_likeliest is None else self.n_likeliest
+        return self.all_is if self.n_likeliest is None else self.n_likeliest
+
+    @property
+    def manners(self) -> dict[str, Any]:
+        """Parameters of every request: what it shall not do that it does if it is not told."""
+        return {**(NEUTRAL if self.is_neutral else {}), **_without(self.untold)}
 
     @property
     def as_served(self) -> str:
@@ -146,6 +160,7 @@ class _Listing:
 
     served_model: str
     max_length: int | None = None
+    room: int | None = None
     root: str | None = None
 
 
@@ -166,30 +181,35 @@ def probe(server: Service, tokenizer: TokenizerAdapter, wish: Wish, name: str) -
     trial = _Trial(server, listing.served_model, tokenizer)
     warm = trial.warm_up()
     takes_ids = trial.ask([trial.ids], 1) is not None
+    trial.untold = trial.find_untold() if takes_ids else ()
     how_many, row = trial.n_likeliest(wish.logprobs) if takes_ids else (0, Likeliest([], []))
-    n_likeliest = None if how_many < 0 else how_many
+    n_likeliest = None if how_many in _ALL else how_many
     abilities = Abilities(
         served_model=listing.served_model,
         answers_as=warm,
         takes_ids=takes_ids,
         takes_several=trial.ask([trial.ids if takes_ids else _TEXTS[0]] * 2, 1) is not None,
         n_likeliest=n_likeliest,
+        all_is=how_many,
         n_told=len(row.ids),
         width=max([tokenizer.n_tokens - 1, *row.ids]) + 1,
-        tells_given=how_many > 0 and trial.tells_given(row),
+        tells_given=n_likeliest is not None and how_many > 0 and trial.tells_given(row),
+        untold=trial.untold,
         scoring=trial.scoring(how_many) if how_many else None,
         is_neutral=not how_many and trial.ask([_TEXTS[0]], 1, **NEUTRAL) is not None,
         max_tokens_0=trial.max_tokens_0(takes_ids),
         context_length=None if listing.max_length is None else listing.max_length - 1,
+        room=listing.room,
         root=listing.root,
     )
     trial.check_tokenizer(abilities, name)
-    if wish.logprobs not in (None, n_likeliest) and not (wish.logprobs == "all" and how_many < 0):
+    wanted = None if wish.logprobs == "all" else wish.logprobs
+    if wish.logprobs is not None and wanted != n_likeliest:
         raise server.error(
             "probe",
             f"the ensemble file asks for `logprobs: {wish.logprobs}`, and the server tells of "
-            f"{'all' if how_many < 0 else how_many or 'no'} tokens; start it with a higher limit "
-            "(vLLM: --max-logprobs), or ask for less.",
+            f"{'all' if n_likeliest is None else n_likeliest or 'no'} tokens; start it with a "
+            "higher limit (vLLM: --max-logprobs), or ask for less.",
         )
     return abilities
 
@@ -219,9 +239,14 @@ def find_served_model(server: Service, wanted: str | None) -> _Listing:
         raise server.error("GET /v1/models", unknown("served model", served, known))
     entry = known[served]
     length, root = entry.get("max_model_len"), entry.get("root")
+    # llama.cpp's server tells more here, and its texts share this room if it chose their number.
+    more = entry.get("meta")
+    room = more.get("n_ctx") if isinstance(more, dict) else None
+    room = room if isinstance(room, int) else None
     return _Listing(
         served,
-        length if isinstance(length, int) else None,
+        length if isinstance(length, int) else room,
+        room,
         root if isinstance(root, str) else None,
     )
 
@@ -234,6 +259,7 @@ class _Trial:
         self._served = served_model
         self._tokenizer = tokenizer
         self.ids = tokenizer.encode(_TEXTS[0])
+        self.untold: tuple[int, ...] = ()
 
     def ask(
         self,
@@ -258,6 +284,7 @@ class _Trial:
                 logprobs=logprobs,
                 scoring=scoring,
                 final_500=True,
+                **_without(self.untold),
                 **more,
             )[0]
         except Unreadable:
@@ -279,16 +306,39 @@ class _Trial:
             raise self._server.error("POST /v1/completions", str(error)) from error
         return str(answer.get("model", ""))
 
+    def find_untold(self) -> tuple[int, ...]:
+        """Tokens of which no row comes back if the server writes them.
+
+        llama.cpp's server keeps back what is a part of a character. It can be kept from writing
+        that, which makes no difference to the numbers.
+        """
+        cuts = {i: _cut(self._tokenizer.token_bytes(i)) for i in range(self._tokenizer.n_tokens)}
+        first = next((i for i, cut in cuts.items() if cut == "unexpected end of data"), None)
+        if first is None or self._told(first) is not None:
+            return ()
+        whole = self._told(self.ids[-1])
+        self.untold = tuple(i for i, cut in cuts.items() if cut is not None)
+        kept = self._likeliest(_SOME)
+        if whole is None or kept is None or _distance(whole, kept) > _SAME:
+            self.untold = ()
+        return self.untold
+
+    def _told(self, token: int) -> Likeliest | None:
+        """The row that comes back if the server is made to write a token."""
+        answer = self.ask([self.ids], 1, logprobs=_SOME, logit_bias={str(token): 100})
+        return answer[0].rows[0] if answer and answer[0].rows else None
+
     def n_likeliest(self, wanted: int | Literal["all"] | None) -> tuple[int, Likeliest]:
-        """Of how many tokens the server tells the log-probability (-1: all), and such a row."""
+        """The value of ``logprobs`` for as many as are wanted and told, and such a row."""
         n_tokens = self._tokenizer.n_tokens
         small = n_tokens <= _SMALL_VOCABULARY
         if wanted == "all" or (wanted is None and small):
-            row = self._likeliest(-1)
             # A vocabulary may have ids without tokens, and a model no weights for the last ones.
             known = {self._tokenizer.piece(i) for i in range(n_tokens)} - {None}
-            if row is not None and len(row.ids) >= min(len(known), n_tokens):
-                return -1, row
+            for everything in _ALL:
+                row = self._likeliest(everything)
+                if row is not None and len(row.ids) >= min(len(known), n_tokens):
+                    return everything, row
         most = wanted if isinstance(wanted, int) else _SOME
         for k in sorted({most, *_OFTEN_ALLOWED}, reverse=True):
             row = self._likeliest(k) if k <= most else None
@@ -324,12 +374,18 @@ class _Trial:
     def max_tokens_0(self, takes_ids: bool) -> str:
         """What the server makes of ``max_tokens: 0``."""
         prompt = self.ids if takes_ids else _TEXTS[0]
-        # Where it means "as many as there is room for", these end it soon.
-        answer = self.ask([prompt], 0, stop=[" ", "\n", ".", "e"])
+        two = self.ask([prompt], 2)
+        text = two[0].text if two else ""
+        # Where it means "as many as there is room for", these end it soon, but not after one token.
+        soon = [text] if text and "\ufffd" not in text else []
+        soon += [stop for stop in (" ", "\n", ".", "e") if stop not in text]
+        answer = self.ask([prompt], 0, stop=soon[:4])
         if answer is None:
             return "is refused"
-        wrote = answer[0].text or answer[0].ended
-        return "writes on without a limit" if wrote else "writes nothing"
+        if not answer[0].text and not answer[0].ended:
+            return "writes nothing"
+        one = not answer[0].ended and len(answer[0].text) < len(text)
+        return "writes one token" if one else "writes on without a limit"
 
     def check_tokenizer(self, abilities: Abilities, name: str) -> None:
         """Whether server and tokenizer read the same tokens in a text.
@@ -365,6 +421,20 @@ class _Trial:
         return isinstance(counted, int) and counted > 0 and counted != n_ids
 
 
+def _without(tokens: Sequence[int]) -> dict[str, Any]:
+    """Parameters that keep a server from writing some tokens."""
+    return {"logit_bias": {str(token): False for token in tokens}} if tokens else {}
+
+
+def _cut(content: bytes) -> str | None:
+    """What keeps bytes from being whole characters; ``None`` if they are."""
+    try:
+        content.decode()
+    except UnicodeDecodeError as error:
+        return error.reason
+    return None
+
+
 def _distance(one: Likeliest, other: Likeliest) -> float:
     """The greatest difference of two rows where both know a number, in nats.
 
@@ -387,10 +457,9 @@ def fingerprint(server: Service, abilities: Abilities, ids: Sequence[int]) -> li
     try:
         if abilities.n_likeliest == 0:
             prompts: list[Sequence[int] | str] = [ids] if abilities.takes_ids else [_TEXTS[0]]
-            more = NEUTRAL if abilities.is_neutral else {}
-            return completions(server, abilities.served_model, prompts, 8, **more)[0]
-        k = min(5, abilities.n_likeliest or 5)
-        return completions(server, abilities.served_model, [ids], 4, logprobs=k)[0]
+            return completions(server, abilities.served_model, prompts, 8, **abilities.manners)[0]
+        k, manners = min(5, abilities.n_likeliest or 5), abilities.manners
+        return completions(server, abilities.served_model, [ids], 4, logprobs=k, **manners)[0]
     except Unreadable as error:
         raise server.error("POST /v1/completions", str(error)) from error
 

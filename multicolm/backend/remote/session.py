@@ -15,7 +15,7 @@ import torch
 
 from multicolm.backend.base import Look, Session
 from multicolm.backend.remote.completions import Completion, Likeliest, Unreadable, completions
-from multicolm.backend.remote.probe import NEUTRAL, Abilities
+from multicolm.backend.remote.probe import Abilities
 from multicolm.backend.remote.service import Service
 from multicolm.backend.remote.written import Writing
 from multicolm.errors import CapabilityError, MulticolmError, ServerError
@@ -285,9 +285,23 @@ class RemoteSession(Session):
         about: Sequence[int] = (),
     ) -> list[Completion]:
         prompts = [self._writing.prompt(ids) for ids in texts]
-        if self._abilities.takes_several:
-            return self._send(prompts, n_tokens, scoring, about)
-        return [self._send([prompt], n_tokens, scoring, about)[0] for prompt in prompts]
+        answers = []
+        for some in self._requests([len(ids) + n_tokens for ids in texts]):
+            answers += self._send([prompts[i] for i in some], n_tokens, scoring, about)
+        return answers
+
+    def _requests(self, sizes: Sequence[int]) -> list[list[int]]:
+        """Which texts go together in one request: as many as the server takes."""
+        room = self._abilities.room if self._abilities.takes_several else 0
+        requests: list[list[int]] = []
+        used = 0
+        for i, size in enumerate(sizes):
+            used += size
+            if not requests or (room is not None and used > room):
+                requests.append([])
+                used = size
+            requests[-1].append(i)
+        return requests
 
     def _send(
         self,
@@ -308,7 +322,7 @@ class RemoteSession(Session):
                 logprobs=1 if about else abilities.how_many or None,
                 scoring=abilities.scoring if scoring else None,
                 **named,
-                **(NEUTRAL if abilities.is_neutral else {}),
+                **abilities.manners,
             )
         except Unreadable as error:
             raise self._changed(str(error)) from error

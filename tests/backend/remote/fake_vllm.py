@@ -21,7 +21,7 @@ import torch
 
 from multicolm.backend.base import Model
 
-__all__ = ["FakeVllm", "Manners"]
+__all__ = ["FakeVllm", "Manners", "Refused"]
 
 Fault = Literal[
     "429", "500", "503", "cut", "garbage", "stall", "drip", "hang up", "no choices", "no logprobs"
@@ -67,7 +67,7 @@ class Manners:
 TEXT_ONLY = Manners(takes_ids=False, max_logprobs=0, echo=False, prompt_logprobs=False, avoids=True)
 
 
-class _Refused(Exception):
+class Refused(Exception):
     """A request that is answered with an error."""
 
     def __init__(self, status: int, message: str) -> None:
@@ -149,15 +149,20 @@ class FakeVllm:
     def wait_until_end(self, seconds: float) -> None:
         self._ended.wait(seconds)
 
+    def card(self) -> dict[str, Any]:
+        """The model as it is listed."""
+        root = f"/models/{self.model.name}"
+        return {"id": self.name, "max_model_len": self.manners.max_model_len, "root": root}
+
     def complete(self, body: dict[str, Any]) -> dict[str, Any]:
         """The answer to a request for completions."""
         self.requests.append(body)
         if body.get("model") != self.name:
-            raise _Refused(404, f"The model `{body.get('model')}` does not exist.")
+            raise Refused(404, f"The model `{body.get('model')}` does not exist.")
         prompts = body["prompt"]
         several = isinstance(prompts, list) and prompts and isinstance(prompts[0], list | str)
         if several and len(prompts) > 1 and not self.manners.takes_several:
-            raise _Refused(self.manners.refusal, "one prompt at a time")
+            raise Refused(self.manners.refusal, "one prompt at a time")
         texts = [self._ids(prompt) for prompt in (prompts if several else [prompts])]
         with self._lock:
             choices = [self._choice(n, ids, body) for n, ids in enumerate(texts)]
@@ -170,9 +175,9 @@ class FakeVllm:
         if isinstance(prompt, str):
             return self.model.tokenizer.encode(prompt)
         if not self.manners.takes_ids:
-            raise _Refused(self.manners.refusal, "prompt must be a string.")
+            raise Refused(self.manners.refusal, "prompt must be a string.")
         if any(i >= self.model.tokenizer.n_tokens for i in prompt):
-            raise _Refused(400, f"Token id {max(prompt)} is out of vocabulary")
+            raise Refused(400, f"Token id {max(prompt)} is out of vocabulary")
         return list(prompt)
 
     def _choice(self, number: int, ids: list[int], body: dict[str, Any]) -> dict[str, Any]:
@@ -180,10 +185,10 @@ class FakeVllm:
         n_tokens, room = body["max_tokens"], manners.max_model_len - len(ids)
         if n_tokens == 0 and not (body.get("echo") and manners.echo):
             if manners.max_tokens_0 == "refused":
-                raise _Refused(400, "max_tokens must be at least 1, got 0.")
+                raise Refused(400, "max_tokens must be at least 1, got 0.")
             n_tokens = room if manners.max_tokens_0 == "unlimited" else 0
         if room < 1:
-            raise _Refused(400, f"max_tokens must be at least 1, got {room}.")
+            raise Refused(400, f"max_tokens must be at least 1, got {room}.")
         k = self._n_logprobs(body.get("logprobs"))
         written, rows, ended = self._write(ids, min(n_tokens, room), body)
         named = bool(body.get("return_tokens_as_token_ids")) and manners.tells_ids
@@ -194,7 +199,7 @@ class FakeVllm:
         logprobs = None
         also = body.get("logprob_token_ids", []) if manners.tells_given else []
         if rows and any(i >= len(rows[0]) for i in also):
-            raise _Refused(400, f"Token id {max(also)} is out of vocabulary")
+            raise Refused(400, f"Token id {max(also)} is out of vocabulary")
         if k is not None:
             logprobs = {
                 "tokens": [self._token(i, named) for i, _ in told],
@@ -230,7 +235,7 @@ class FakeVllm:
             return None
         if most >= 0 and (wanted > most or wanted == -1):
             if not self.manners.clamps:
-                raise _Refused(400, f"Requested sample logprobs of {wanted}, greater than {most}")
+                raise Refused(400, f"Requested sample logprobs of {wanted}, greater than {most}")
             return most
         return wanted
 
@@ -319,9 +324,7 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         if self.path != "/v1/models" or not self.fake.manners.lists:
             return self._send(404, {"detail": "Not Found"})
-        root = f"/models/{self.fake.model.name}"
-        card = {"id": self.fake.name, "max_model_len": self.fake.manners.max_model_len}
-        self._send(200, {"data": [{**card, "root": root, "created": id(self)}]})
+        self._send(200, {"data": [{**self.fake.card(), "created": id(self)}]})
 
     def do_POST(self) -> None:
         fake = self.fake
@@ -336,7 +339,7 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             fake.before_answer()
             answer = fake.complete(body)
-        except _Refused as refused:
+        except Refused as refused:
             message = {"message": str(refused), "code": refused.status}
             return self._send(refused.status, {"error": message})
         finally:
