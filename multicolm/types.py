@@ -263,6 +263,7 @@ class Answer:
         tokens = [asdict(token) for token in self.trace.tokens]
         for token in tokens:
             token |= {key: finite(token[key]) for key in ("logprob", "score")}
+            token["alternatives"] = list(token["alternatives"])
         return {
             "prompt": self.prompt,
             "text": self.text,

@@ -90,7 +90,7 @@ def test_every_setting_reaches_the_ensemble(run, loaded, monkeypatch) -> None:
 
     monkeypatch.setattr(loaded, "stream", spy)
     args = "--max-new-tokens 3 --temperature 0.5 --top-k 4 --top-p 0.9 --seed 7 --stop x --stop y"
-    more = "--schedule block --block-size 2 --threads 1 --batch-size 5"
+    more = "--schedule block --block-size 2 --threads 1 --batch-size 5 --json --top-logprobs 2"
     assert run("generate", "tiny", DULEREX, *args.split(), *more.split()).code == 0
     assert seen == {
         "max_new_tokens": 3,
@@ -103,6 +103,7 @@ def test_every_setting_reaches_the_ensemble(run, loaded, monkeypatch) -> None:
         "block_size": 2,
         "threads": 1,
         "batch_size": 5,
+        "top_logprobs": 2,
     }
     assert run("generate", "tiny", DULEREX).code == 0
     assert set(seen.values()) == {None, 16}
