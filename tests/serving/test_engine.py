@@ -11,6 +11,7 @@ import pytest
 from serving_worlds import SECONDS, Gate
 
 from multicolm.config import GenerationConfig
+from multicolm.decoding.reader import TokenReader
 from multicolm.decoding.row import Row
 from multicolm.errors import BusyError, ClosedError, InputError
 from multicolm.live import Live
@@ -231,6 +232,24 @@ def test_a_text_that_cannot_be_told_costs_its_round_and_not_the_engine(
         failed = desk.end(wrong)
     assert isinstance(failed, Failed) and isinstance(failed.error, RuntimeError)
     assert isinstance(desk.end(desk.ask()), Ended)
+
+
+def test_a_text_that_cannot_be_begun_keeps_no_place(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def breaks(*_: object) -> None:
+        raise MemoryError("no room")
+
+    desk.gate.open.set()
+    assert isinstance(desk.end(desk.ask()), Ended)  # now there are readers
+    for _ in range(2):
+        with monkeypatch.context() as patch:
+            patch.setattr(TokenReader, "start", breaks)
+            failed = desk.end(desk.ask())
+        assert isinstance(failed, Failed) and str(failed.error) == "no room"
+    assert all(isinstance(desk.end(ticket), Ended) for ticket in [desk.ask() for _ in range(3)])
+    until(lambda: desk.engine.stats().active == 0)
+    assert desk.engine._slots.free == [0, 1]
 
 
 def test_a_listener_that_breaks_costs_nobody_anything(desk: Desk) -> None:
