@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import queue
 import time
+import weakref
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -16,6 +17,7 @@ from multicolm.decoding.row import Row
 from multicolm.errors import BusyError, ClosedError, InputError
 from multicolm.live import Live
 from multicolm.serving.engine import (
+    _LOG,
     Begun,
     Ended,
     Engine,
@@ -195,6 +197,24 @@ def test_a_model_that_breaks_costs_those_it_was_writing_and_nobody_else(desk: De
         assert isinstance(desk.end(ticket), Ended)
     assert desk.engine.stats().outcomes == {"finished": 2, "cancelled": 0, "failed": 2}
     assert isinstance(desk.end(desk.ask()), Ended)
+
+
+def test_whoever_keeps_an_error_keeps_no_caches_with_it(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_LOG, "disabled", True)  # pytest keeps what is logged
+    desk.gate.open.set()
+    gc.disable()
+    try:
+        assert isinstance(desk.end(desk.ask(policy="average")), Ended)
+        held = [weakref.ref(session) for session in desk.engine._slots._sessions.values()]
+        desk.gate.errors.append(RuntimeError("out of memory"))
+        failed = desk.end(desk.ask(policy="average"))
+        assert isinstance(failed, Failed)
+        assert isinstance(desk.end(desk.ask()), Ended)
+        assert [ref() is None for ref in held] == [True, False]
+    finally:
+        gc.enable()
 
 
 def test_a_policy_that_cannot_be_opened_once_more_fails_all_who_wait_for_it_and_nobody_else(
