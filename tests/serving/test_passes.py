@@ -343,3 +343,18 @@ def test_texts_that_a_broken_model_was_not_writing_are_what_they_are_without_it(
         for row in rows[each]:
             lives[each].cancel(row)
     assert slots.free == list(range(4))
+
+
+def test_a_model_that_is_shared_is_asked_about_named_tokens_too() -> None:
+    class Telling(Counted):
+        def tell(self, rows: Any, lengths: Any, ids: Any, behind: Any = None) -> Look:
+            assert (rows, lengths, behind) == ([1], [0], [[0]])
+            return Look(torch.tensor([[float(i) for i in ids]]))
+
+    class Model(TableModel):
+        def open(self, n_rows: int) -> Session:
+            return Telling(super().open(n_rows), self.name, [])
+
+    model = Model("base", ("a", "."), {"": {"a": 1.0}}, ends=["."])
+    look = SharedSlots([model], 2).open(0).tell([1], [0], [0, 1], [[0]])
+    assert look.logits.tolist() == [[0.0, 1.0]]
