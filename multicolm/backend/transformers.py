@@ -101,6 +101,12 @@ class TransformersModel(Model):
         model.identity = identity_of(config, getattr(model.model.config, "_commit_hash", None))
         return model
 
+    @property
+    def shows(self) -> frozenset[Signal]:
+        """What it shows; hidden states only if it has an output layer, whose input they are."""
+        head = self.model.get_output_embeddings()  # type: ignore[no-untyped-call]
+        return self.signals - {"hidden"} if head is None else self.signals
+
     def open(self, n_rows: int) -> Session:
         """A session of ``n_rows`` empty rows; the first call probes how to serve the model."""
         if self._open is None:

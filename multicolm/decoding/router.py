@@ -223,9 +223,9 @@ class Router:
         while self._coming and self._slots.free:
             row = self._coming.popleft()
             row.slot = self._slots.take()
+            self._active.append(row)  # at once: whoever cancels it gives its slot back
             for reader in self._readers.values():
                 reader.start(row)
-            self._active.append(row)
             if self._policy.prompts:
                 row.prompt_nats = self._prompt_nats(row)
 

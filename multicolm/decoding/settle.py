@@ -309,7 +309,8 @@ class PolicyDesk:
             theirs = [which[line] for line in lines.tolist()]
             if theirs:
                 logits = draft.shown[k].logits(theirs)
-                verdict.enter(theirs, [k] * len(theirs), tokens[lines], logits)
+                partial = k in self._n_likeliest
+                verdict.enter(theirs, [k] * len(theirs), tokens[lines], logits, partial=partial)
 
     def _check(
         self,

@@ -521,7 +521,8 @@ class Engine:
         elif not isinstance(error, InputError | ConfigError | CapabilityError | ClosedError):
             _LOG.error("a text could not be written: %s", error)
         self._end(ticket, "failed", ())
-        self._tell(ticket, Failed(error))
+        # Its frames, which have been logged, hold caches, and whoever asked may keep it.
+        self._tell(ticket, Failed(error.with_traceback(None)))
 
     def _end(self, ticket: Ticket, outcome: Outcome, tokens: Sequence[TracedToken]) -> None:
         """Free the place of a text."""

@@ -25,7 +25,8 @@ class SharedSlots(Slots):
     """Places that several policies share, and with them a session of each model.
 
     Of a model in a server each policy has a session of its own: servers put requests together
-    themselves.
+    themselves. A model that fails is opened anew, for all: what its session holds nobody knows.
+    Texts of those who did not want it run then are read anew.
 
     Args:
         models: the ensemble's.
@@ -46,15 +47,19 @@ class SharedSlots(Slots):
         """The session of model ``k``."""
         if self._models[k].server:
             return super().open(k)
+        self.session(k)
+        return _Lane(self, k)
+
+    def session(self, k: int) -> Session:
+        """The session of model ``k`` that all share."""
         if k not in self._sessions:
             self._sessions[k] = super().open(k)
-        return _Lane(self, k, self._sessions[k])
+        return self._sessions[k]
 
     def run(self, rounds: Sequence[Callable[[], object]]) -> None:
         """Run some rounds to their ends, and their forward passes together.
 
-        A model that fails raises its error in every round that wanted it run, and is opened anew
-        for whoever opens it next.
+        A model that fails raises its error in every round that wanted it run.
 
         Args:
             rounds: each of another policy, over other places.
@@ -64,10 +69,10 @@ class SharedSlots(Slots):
             for each in rounds:
                 greenlet(each).switch()
             while self._wanted:
-                first = min(self._wanted, key=lambda wanted: wanted.k)
-                now = [wanted for wanted in self._wanted if wanted.session is first.session]
-                self._wanted = [wanted for wanted in self._wanted if wanted not in now]
-                self._pass(first.k, first.session, now)
+                first = min(wanted.k for wanted in self._wanted)
+                now = [wanted for wanted in self._wanted if wanted.k == first]
+                self._wanted = [wanted for wanted in self._wanted if wanted.k != first]
+                self._pass(first, now)
                 for wanted in now:
                     wanted.waiting.switch()
         finally:
@@ -77,26 +82,47 @@ class SharedSlots(Slots):
     def feed(
         self,
         k: int,
-        session: Session,
         rows: Sequence[int],
         tokens: Sequence[Sequence[int]],
         n_last: Sequence[int],
         hidden: bool,
     ) -> Look:
-        """Feed a session of model ``k``, together with the other rounds that want to."""
+        """Feed model ``k``, together with the other rounds that want to."""
         if not self._is_shared:
-            return session.feed(rows, tokens, n_last, hidden=hidden)
+            return self._feed(k, rows, tokens, n_last, hidden)
         current = getcurrent()
-        wanted = _Wanted(k, session, rows, tokens, n_last, hidden, current)
+        wanted = _Wanted(k, rows, tokens, n_last, hidden, current)
         self._wanted.append(wanted)
         assert current.parent is not None, "a round runs in a greenlet"
         current.parent.switch()
         if wanted.error is not None:
-            raise wanted.error
+            # An error holds this frame: no circle, or caches would wait for the garbage collector.
+            error, wanted.error = wanted.error, None
+            try:
+                raise error
+            finally:
+                del error
         assert wanted.look is not None
         return wanted.look
 
-    def _pass(self, k: int, session: Session, wanted: Sequence[_Wanted]) -> None:
+    def _feed(
+        self,
+        k: int,
+        rows: Sequence[int],
+        tokens: Sequence[Sequence[int]],
+        n_last: Sequence[int],
+        hidden: bool,
+    ) -> Look:
+        session = self.session(k)
+        try:
+            look = session.feed(rows, tokens, n_last, hidden=hidden)
+            self._models[k].wait()
+        except BaseException:
+            del self._sessions[k]
+            raise
+        return look
+
+    def _pass(self, k: int, wanted: Sequence[_Wanted]) -> None:
         """Run a model once for all who want it."""
         lines = sorted(
             (row, number, i)
@@ -105,17 +131,14 @@ class SharedSlots(Slots):
         )
         start = self._clock()
         try:
-            look = session.feed(
+            look = self._feed(
+                k,
                 [row for row, _, _ in lines],
                 [wanted[number].tokens[i] for _, number, i in lines],
                 [wanted[number].n_last[i] for _, number, i in lines],
-                hidden=any(each.hidden for each in wanted),
+                any(each.hidden for each in wanted),
             )
-            self._models[k].wait()
         except Exception as error:
-            # What it holds now nobody knows.
-            if self._sessions.get(k) is session:
-                del self._sessions[k]
             for each in wanted:
                 each.error = error
             return
@@ -137,7 +160,6 @@ class _Wanted:
     """What a round wants to be fed, and what comes of it."""
 
     k: int
-    session: Session
     rows: Sequence[int]
     tokens: Sequence[Sequence[int]]
     n_last: Sequence[int]
@@ -168,15 +190,14 @@ def _lines_of(
 class _Lane(Session):
     """The part of a shared session that one policy uses: the rows of its places."""
 
-    def __init__(self, slots: SharedSlots, k: int, session: Session) -> None:
+    def __init__(self, slots: SharedSlots, k: int) -> None:
         self._slots = slots
         self._k = k
-        self._session = session
 
     @property
     def lengths(self) -> list[int]:  # type: ignore[override]  # those of the session
         """Per row, how many tokens it holds."""
-        return self._session.lengths
+        return self._slots.session(self._k).lengths
 
     def feed(
         self,
@@ -187,8 +208,18 @@ class _Lane(Session):
         hidden: bool = False,
     ) -> Look:
         """See :meth:`multicolm.backend.base.Session.feed`."""
-        return self._slots.feed(self._k, self._session, rows, tokens, n_last, hidden)
+        return self._slots.feed(self._k, rows, tokens, n_last, hidden)
+
+    def tell(
+        self,
+        rows: Sequence[int],
+        lengths: Sequence[int],
+        ids: Sequence[int],
+        behind: Sequence[Sequence[int]] | None = None,
+    ) -> Look:
+        """See :meth:`multicolm.backend.base.Session.tell`."""
+        return self._slots.session(self._k).tell(rows, lengths, ids, behind)
 
     def truncate(self, row: int, length: int) -> None:
         """See :meth:`multicolm.backend.base.Session.truncate`."""
-        self._session.truncate(row, length)
+        self._slots.session(self._k).truncate(row, length)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+from typing import ClassVar
 
 import pytest
 import torch
 import transformers as hf
 from tiny_models import CONFIGS, byte_level, fresh_network, model, network, shared_tokenizer, t5
 
-from multicolm import Ensemble
+from multicolm import Ensemble, SelectPolicy, Views
 from multicolm.backend.table import TableModel
 from multicolm.backend.transformers import TransformersModel
 from multicolm.errors import CapabilityError, InputError, ModelError
@@ -145,3 +146,22 @@ def test_hidden_states_of_a_model_without_an_output_layer_are_refused(
     monkeypatch.setattr(base.model, "get_output_embeddings", lambda: None)
     with pytest.raises(CapabilityError, match=r"model 'llama' .* has no output layer"):
         base.open(1).feed([0], [[1]], [1], hidden=True)
+
+
+def test_a_policy_that_wants_hidden_states_of_such_a_model_is_refused_before_anything_is_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # In a server its passes are those of others too, who would fail with it.
+    class ByState(SelectPolicy):
+        name = "by-state"
+        base_signals: ClassVar = {"hidden"}
+
+        def select(self, views: Views) -> torch.Tensor:
+            return (views.base.hidden.sum(-1) > 0).long()
+
+    base = model("llama", "base")
+    ensemble = Ensemble([base, model("gemma3", "other")])
+    ensemble.check(ByState())
+    monkeypatch.setattr(base.model, "get_output_embeddings", lambda: None)
+    with pytest.raises(CapabilityError, match=r"needs hidden of model 'base', which shows only"):
+        ensemble.check(ByState())

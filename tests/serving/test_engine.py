@@ -5,16 +5,19 @@ from __future__ import annotations
 import gc
 import queue
 import time
+import weakref
 from collections.abc import Callable, Iterator
 
 import pytest
 from serving_worlds import SECONDS, Gate
 
 from multicolm.config import GenerationConfig
+from multicolm.decoding.reader import TokenReader
 from multicolm.decoding.row import Row
 from multicolm.errors import BusyError, ClosedError, InputError
 from multicolm.live import Live
 from multicolm.serving.engine import (
+    _LOG,
     Begun,
     Ended,
     Engine,
@@ -196,6 +199,24 @@ def test_a_model_that_breaks_costs_those_it_was_writing_and_nobody_else(desk: De
     assert isinstance(desk.end(desk.ask()), Ended)
 
 
+def test_whoever_keeps_an_error_keeps_no_caches_with_it(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_LOG, "disabled", True)  # pytest keeps what is logged
+    desk.gate.open.set()
+    gc.disable()
+    try:
+        assert isinstance(desk.end(desk.ask(policy="average")), Ended)
+        held = [weakref.ref(session) for session in desk.engine._slots._sessions.values()]
+        desk.gate.errors.append(RuntimeError("out of memory"))
+        failed = desk.end(desk.ask(policy="average"))
+        assert isinstance(failed, Failed)
+        assert isinstance(desk.end(desk.ask()), Ended)
+        assert [ref() is None for ref in held] == [True, False]
+    finally:
+        gc.enable()
+
+
 def test_a_policy_that_cannot_be_opened_once_more_fails_all_who_wait_for_it_and_nobody_else(
     desk: Desk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -231,6 +252,24 @@ def test_a_text_that_cannot_be_told_costs_its_round_and_not_the_engine(
         failed = desk.end(wrong)
     assert isinstance(failed, Failed) and isinstance(failed.error, RuntimeError)
     assert isinstance(desk.end(desk.ask()), Ended)
+
+
+def test_a_text_that_cannot_be_begun_keeps_no_place(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def breaks(*_: object) -> None:
+        raise MemoryError("no room")
+
+    desk.gate.open.set()
+    assert isinstance(desk.end(desk.ask()), Ended)  # now there are readers
+    for _ in range(2):
+        with monkeypatch.context() as patch:
+            patch.setattr(TokenReader, "start", breaks)
+            failed = desk.end(desk.ask())
+        assert isinstance(failed, Failed) and str(failed.error) == "no room"
+    assert all(isinstance(desk.end(ticket), Ended) for ticket in [desk.ask() for _ in range(3)])
+    until(lambda: desk.engine.stats().active == 0)
+    assert desk.engine._slots.free == [0, 1]
 
 
 def test_a_listener_that_breaks_costs_nobody_anything(desk: Desk) -> None:

@@ -6,18 +6,18 @@ import copy
 import math
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from fake_vllm import TEXT_ONLY, FakeVllm, Manners
 from remote_worlds import PROMPTS, ensemble, local, remote
 
-from multicolm import Ensemble
+from multicolm import Ensemble, VerifyPolicy
 from multicolm.backend.byte_session import ByteSession
 from multicolm.decoding.sampling import Sampling
 from multicolm.errors import CapabilityError, MulticolmWarning, PolicyError
-from multicolm.views import View
+from multicolm.views import View, Views
 
 Serve = Callable[..., FakeVllm]
 INF = float("inf")
@@ -135,6 +135,36 @@ def test_average_says_how_it_treats_what_is_unknown_and_does_so(serve: Serve) ->
         assert token.id == int(mixed.argmax())
         assert token.logprob == pytest.approx(math.log(mixed.max() / mixed.sum()), abs=1e-4)
         ids = [*ids, token.id]
+
+
+class Greedy(VerifyPolicy):
+    """The text is what the assistant finds likeliest."""
+
+    name = "greedy"
+    base_signals: ClassVar = {"logprobs"}
+    assistant_signals: ClassVar = {"top1"}
+
+    def target_probs(self, views: Views) -> torch.Tensor:
+        best = views[1].top1_ids
+        vocab = views.drawn_probs(0).shape[-1]
+        return torch.nn.functional.one_hot(best, vocab).float()
+
+
+def test_tokens_that_are_put_in_the_place_of_a_draft_have_the_probability_that_a_server_tells(
+    serve: Serve,
+) -> None:
+    settings: dict[str, Any] = {"max_new_tokens": 8, "top_logprobs": 2}
+    got = ensemble(remote(serve("facts", Manners(max_logprobs=5)))).generate(
+        PROMPTS, Greedy(), **settings
+    )
+    want = ensemble(local("facts")).generate(PROMPTS, Greedy(), **settings)
+    assert any(token.model == "facts" for answer in got for token in answer.trace)
+    for one, other in zip(got, want, strict=True):
+        for mine, theirs in zip(one.trace, other.trace, strict=True):
+            assert (mine.id, mine.model) == (theirs.id, theirs.model)
+            assert mine.logprob == pytest.approx(theirs.logprob, abs=1e-4)
+            for known, true in zip(mine.alternatives, theirs.alternatives, strict=True):
+                assert known.logprob == pytest.approx(true.logprob, abs=1e-4)
 
 
 def test_drawing_is_refused_where_a_token_that_is_not_known_could_come(serve: Serve) -> None:
