@@ -17,6 +17,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from multicolm.ensemble import Ensemble
 from multicolm.errors import (
     BusyError,
     ClosedError,
@@ -27,6 +28,7 @@ from multicolm.errors import (
     PolicyError,
     ServerError,
 )
+from multicolm.policy.base import Policy
 from multicolm.serving.asked import MOST_ALTERNATIVES, ChatAsked, CompletionAsked, Refusal, read
 from multicolm.serving.engine import Begun, Ended, Engine, Event, Failed, Grown, Order, Ticket
 from multicolm.serving.menu import DEFAULT, Choice, Menu, NotServedError
@@ -152,7 +154,7 @@ def create_app(
 
 def _model(menu: Menu, engine: Engine, name: str, created: int) -> dict[str, Any]:
     dish, ensemble = menu.dishes[name], engine.ensemble
-    in_tokens = ensemble.written_in(dish.policy) is ensemble.vocabulary
+    in_tokens = _writes_tokens(ensemble, dish.policy)
     return {
         "id": menu.served if name == DEFAULT else f"{menu.served}:{name}",
         "object": "model",
@@ -167,6 +169,11 @@ def _model(menu: Menu, engine: Engine, name: str, created: int) -> dict[str, Any
             "top_logprobs": MOST_ALTERNATIVES if in_tokens else 0,
         },
     }
+
+
+def _writes_tokens(ensemble: Ensemble, policy: Policy) -> bool:
+    """Whether a policy writes in tokens, so that there are alternatives to them."""
+    return ensemble.written_in(policy) is ensemble.vocabulary
 
 
 class _Gate:
@@ -285,7 +292,7 @@ class _Desk:
             int(time.time()),
             self._engine.ensemble.vocabulary.token_bytes,
             asked.wants_logprobs,
-            asked.n_alternatives,
+            asked.alternatives[1],
         )
 
         def first_token() -> None:
@@ -313,6 +320,13 @@ class _Desk:
                 f"{n_texts} texts in one request are more than the {self._engine.capacity} that "
                 "this server has places for; ask for fewer.",
                 "n" if asked.n > 1 else "prompt",
+            )
+        field, n_alternatives = asked.alternatives
+        if n_alternatives and not _writes_tokens(self._engine.ensemble, choice.policy):
+            raise Refusal(
+                f"policy '{choice.name}' writes in {choice.policy.support}, and has no "
+                f"alternatives to tokens; '{field}' must be 0, got {n_alternatives}.",
+                field,
             )
         seed = asked.seed if asked.seed is not None else own.seed
         if seed is None:

@@ -120,8 +120,8 @@ class _Asked(Strict):
         raise NotImplementedError
 
     @property
-    def n_alternatives(self) -> int:
-        """How many of the likeliest tokens are wanted with each written one."""
+    def alternatives(self) -> tuple[str, int]:
+        """The field that asks for the likeliest tokens with each written one, and how many."""
         raise NotImplementedError
 
     @property
@@ -157,7 +157,7 @@ class _Asked(Strict):
                 "top_p": self.top_p,
                 "top_k": self.top_k,
                 "stop": self.stop,
-                "top_logprobs": self.n_alternatives,
+                "top_logprobs": self.alternatives[1],
             }
         )
 
@@ -180,9 +180,9 @@ class CompletionAsked(_Asked):
         return self.logprobs is not None
 
     @property
-    def n_alternatives(self) -> int:
-        """How many of the likeliest tokens are wanted with each written one."""
-        return self.logprobs or 0
+    def alternatives(self) -> tuple[str, int]:
+        """The field that asks for the likeliest tokens with each written one, and how many."""
+        return "logprobs", self.logprobs or 0
 
 
 class _Part(Strict):
@@ -218,9 +218,9 @@ class ChatAsked(_Asked):
         return self.logprobs
 
     @property
-    def n_alternatives(self) -> int:
-        """How many of the likeliest tokens are wanted with each written one."""
-        return self.top_logprobs
+    def alternatives(self) -> tuple[str, int]:
+        """The field that asks for the likeliest tokens with each written one, and how many."""
+        return "top_logprobs", self.top_logprobs
 
     @property
     def limit(self) -> tuple[str, int | None]:

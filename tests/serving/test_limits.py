@@ -59,7 +59,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ),
     (COMPLETIONS, {"logprobs": 21}, "at most 20"),
     (COMPLETIONS, {"logprobs": -1}, "0 or more"),
-    (COMPLETIONS, {"model": "tiny:byte-mixture", "logprobs": 2}, "writes in bytes"),
+    (COMPLETIONS, {"model": "tiny:byte-mixture", "logprobs": 2}, "'logprobs' must be 0, got 2"),
     (CHAT, {"logprobs": True, "top_logprobs": 21}, "at most 20"),
     (CHAT, {"top_logprobs": 2}, "goes with"),
     (COMPLETIONS, {"nonsense": 1}, "unknown field 'nonsense'. Allowed: logprobs,"),
