@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ COIN = TableModel("coin", ["a", "."], {"": {"a": 0.6, ".": 0.4}}, ends=["."])
 
 
 class WantsHidden(SelectPolicy):
-    base_signals: ClassVar = {"hidden"}
+    base_signals: ClassVar[Any] = {"hidden"}
 
     def select(self, views: Views) -> torch.Tensor:
         return torch.zeros(views.n_positions, dtype=torch.long)

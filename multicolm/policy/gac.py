@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 from jaxtyping import Bool, Float
@@ -40,7 +41,7 @@ class GacPolicy(AveragePolicy):
 
     support: ClassVar[Support] = "union"
     assistants: ClassVar[When] = "deferred"
-    tunable: ClassVar = {"threshold": (0.3, 0.5, 0.7, 0.9, 1.0)}
+    tunable: ClassVar[dict[str, Sequence[float]]] = {"threshold": (0.3, 0.5, 0.7, 0.9, 1.0)}
 
     def needs(self, models: ModelNames) -> Needs:
         """The base model always, the others where it is not sure."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 from jaxtyping import Float
@@ -41,7 +42,7 @@ class PackLlmPolicy(MixPolicy):
     assistant_signals: ClassVar[set[Signal]] = {"logprobs"}
     support: ClassVar[Support] = "union"
     prompts: ClassVar[bool] = True
-    tunable: ClassVar = {"tau": (0.1, 0.3, 1.0, 3.0)}
+    tunable: ClassVar[dict[str, Sequence[float]]] = {"tau": (0.1, 0.3, 1.0, 3.0)}
 
     def mix(self, views: Views) -> Float[Tensor, "positions vocab"]:
         """Weighted sum of log-probabilities; -inf for tokens that the best model does not have."""

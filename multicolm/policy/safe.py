@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, ClassVar
 
 from jaxtyping import Float
@@ -37,7 +38,7 @@ class SafePolicy(AveragePolicy):
 
     support: ClassVar[Support] = "union"
     seams: ClassVar[bool] = True
-    tunable: ClassVar = {"threshold": (0.1, 0.3, 0.5, 0.7, 0.9)}
+    tunable: ClassVar[dict[str, Sequence[float]]] = {"threshold": (0.1, 0.3, 0.5, 0.7, 0.9)}
 
     def uses(self, models: ModelNames) -> frozenset[int]:
         """The base model, and every model that weighs something."""

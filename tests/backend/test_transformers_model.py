@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -154,7 +154,7 @@ def test_a_policy_that_wants_hidden_states_of_such_a_model_is_refused_before_any
     # In a server its passes are those of others too, who would fail with it.
     class ByState(SelectPolicy):
         name = "by-state"
-        base_signals: ClassVar = {"hidden"}
+        base_signals: ClassVar[Any] = {"hidden"}
 
         def select(self, views: Views) -> torch.Tensor:
             return (views.base.hidden.sum(-1) > 0).long()

@@ -270,7 +270,7 @@ class NeverScored(SelectPolicy):
 
     threshold: float = 0.5
     base_signals: ClassVar[set[Signal]] = {"top1"}
-    deferral: ClassVar = ConfidencePolicy.deferral
+    deferral: ClassVar[Any] = ConfidencePolicy.deferral
 
     def select(self, views: Views):
         return (views.base.top1_probs < self.threshold).long()

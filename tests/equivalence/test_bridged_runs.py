@@ -95,7 +95,7 @@ def test_a_model_that_is_never_chosen_can_be_removed_unnoticed(mixed: Ensemble) 
 class InTurn(SelectPolicy):
     """Every model in its turn, by place alone: it would hand over at every token."""
 
-    base_signals: ClassVar = {"top1"}
+    base_signals: ClassVar[Any] = {"top1"}
 
     def select(self, views: Views) -> torch.Tensor:
         return views.place % len(views.models)
@@ -104,7 +104,7 @@ class InTurn(SelectPolicy):
 class Shuffled(InTurn):
     """The same in another order, without a look at the base model."""
 
-    base_signals: ClassVar = set()
+    base_signals: ClassVar[Any] = set()
 
     def select(self, views: Views) -> torch.Tensor:
         return (views.place * 7 + 1) % len(views.models)

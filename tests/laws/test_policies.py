@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -34,8 +34,8 @@ def test_the_policies_that_learn_are_tested_where_they_are_trained() -> None:
 
 
 class _Top1(SelectPolicy):
-    base_signals: ClassVar = {"top1"}
-    assistant_signals: ClassVar = {"top1"}
+    base_signals: ClassVar[Any] = {"top1"}
+    assistant_signals: ClassVar[Any] = {"top1"}
 
 
 class Moody(_Top1):
@@ -78,28 +78,28 @@ class SaysCertainAndIsNot(_Top1):
 
 
 class WritesIntoTheViews(MixPolicy):
-    base_signals: ClassVar = {"logprobs"}
+    base_signals: ClassVar[Any] = {"logprobs"}
 
     def mix(self, views: Views) -> torch.Tensor:
         return views.base.logits.mul_(1.5)
 
 
 class Impossible(MixPolicy):
-    base_signals: ClassVar = {"logprobs"}
+    base_signals: ClassVar[Any] = {"logprobs"}
 
     def mix(self, views: Views) -> torch.Tensor:
         return torch.full_like(views.base.logits, float("-inf"))
 
 
 class NotANumber(MixPolicy):
-    base_signals: ClassVar = {"logprobs"}
+    base_signals: ClassVar[Any] = {"logprobs"}
 
     def mix(self, views: Views) -> torch.Tensor:
         return views.base.logits * float("nan")
 
 
 class SumsToTwo(VerifyPolicy):
-    base_signals: ClassVar = {"logprobs"}
+    base_signals: ClassVar[Any] = {"logprobs"}
 
     def target_probs(self, views: Views) -> torch.Tensor:
         return 2 * views.drawn_probs(0)

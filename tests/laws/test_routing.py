@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -45,8 +45,8 @@ def test_a_schedule_that_changes_the_text_is_caught(ensemble: Ensemble) -> None:
     class LooksBackSecretly(SelectPolicy):
         """Decides by how often it was asked: no pure function, so the block size shows."""
 
-        base_signals: ClassVar = {"top1"}
-        calls: ClassVar = [0]
+        base_signals: ClassVar[Any] = {"top1"}
+        calls: ClassVar[Any] = [0]
 
         def select(self, views: Views) -> torch.Tensor:
             self.calls[0] += 1

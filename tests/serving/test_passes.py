@@ -37,8 +37,8 @@ class ByState(SelectPolicy):
     """Looks at the base model's last hidden state."""
 
     name = "by-state"
-    base_signals: ClassVar = {"hidden"}
-    assistant_signals: ClassVar = {"top1"}
+    base_signals: ClassVar[Any] = {"hidden"}
+    assistant_signals: ClassVar[Any] = {"top1"}
 
     def select(self, views: Views) -> torch.Tensor:
         return (views.base.hidden.sum(-1) > 0).long()

@@ -141,8 +141,8 @@ class Greedy(VerifyPolicy):
     """The text is what the assistant finds likeliest."""
 
     name = "greedy"
-    base_signals: ClassVar = {"logprobs"}
-    assistant_signals: ClassVar = {"top1"}
+    base_signals: ClassVar[Any] = {"logprobs"}
+    assistant_signals: ClassVar[Any] = {"top1"}
 
     def target_probs(self, views: Views) -> torch.Tensor:
         best = views[1].top1_ids
