@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from pydantic import Field, PydanticUserError, TypeAdapter, ValidationError
 from pydantic.errors import PydanticUndefinedAnnotation
@@ -194,6 +194,8 @@ def file_params(cls: type) -> frozenset[str]:
 def _is_file(annotation: Any) -> bool:
     """Whether a param's values, or some of them, are files."""
     kinds = (annotation, *get_args(annotation))
+    # Python 3.10 takes `list[float]` for a class.
+    kinds = tuple(kind for kind in kinds if get_origin(kind) is None)
     return any(isinstance(kind, type) and issubclass(kind, Path | Artefact) for kind in kinds)
 
 
