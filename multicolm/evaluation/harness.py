@@ -156,6 +156,10 @@ def evaluate_tasks(
         "settings": settings,
         "versions": _versions(),
     }
+    # The ensemble's own, which count where a task has texts drawn.
+    own = {"top_k": ensemble.generation.top_k, "top_p": ensemble.generation.top_p}
+    if drawing := {name: value for name, value in own.items() if value is not None}:
+        header["drawing"] = drawing
     figures: list[HarnessFigure] = []
     with nullcontext() if out is None else Rows.open(Path(out), header) as done:
         for unit in units:

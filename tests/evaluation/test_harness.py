@@ -338,6 +338,9 @@ def test_a_policy_of_other_params_and_a_task_of_other_data_are_judged_anew(
     assert results.figures[0].n_questions == 3
     with pytest.raises(InputError, match=r"holds another run \(settings"):
         evaluate_tasks(tiny, [policy], ["tiny_choice"], limit=2, **settings)
+    other = Ensemble(tiny.backends, generation=tiny.generation.updated({"top_k": 5}))
+    with pytest.raises(InputError, match=r"holds another run \(drawing"):
+        evaluate_tasks(other, [policy], ["tiny_choice"], **settings)
 
 
 def test_a_policy_can_be_judged_by_both_likelihoods(tiny: Ensemble, tasks: Path) -> None:
