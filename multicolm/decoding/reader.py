@@ -200,17 +200,26 @@ class TokenReader(Reader):
         self, rows: Sequence[Row], places: Sequence[int], ids: Sequence[Int[Tensor, "_"]]
     ) -> list[Float[Tensor, "_"]]:
         """Log-probabilities of given own tokens at places that were just looked at, in nats."""
+        lengths = [self._reach(row.slot, place) for row, place in zip(rows, places, strict=True)]
+        return self._told(rows, lengths, [line.tolist() for line in ids])
+
+    def _told(
+        self,
+        rows: Sequence[Row],
+        lengths: Sequence[int],
+        ids: Sequence[Sequence[int]],
+        behind: Sequence[Sequence[int]] | None = None,
+    ) -> list[Float[Tensor, "_"]]:
+        """Ask a server about tokens by name; see :meth:`multicolm.backend.base.Session.tell`."""
+        wanted = sorted({token for line in ids for token in line})
         start = self._clock()
-        slots = [row.slot for row in rows]
-        lengths = [self._reach(slot, place) for slot, place in zip(slots, places, strict=True)]
-        wanted = sorted({int(token) for line in ids for token in line})
-        look = self._session.tell(slots, lengths, wanted)
+        look = self._session.tell([row.slot for row in rows], lengths, wanted, behind)
         seconds = self._clock() - start
         self.usage += Usage(look.n_passes, 0, 0, seconds, look.n_calls)
         for row in dict.fromkeys(rows):
             row.usage[self._index] += Usage(1, 0, 0, seconds / len(set(rows)), look.n_calls)
-        place_of = {token: i for i, token in enumerate(wanted)}
-        index = [[place_of[int(token)] for token in line] for line in ids]
+        column = {token: i for i, token in enumerate(wanted)}
+        index = [[column[token] for token in line] for line in ids]
         return [line[at] for line, at in zip(look.logits, index, strict=True)]
 
     def prompt_nats(self, row: Row) -> float:
@@ -281,27 +290,16 @@ class TokenReader(Reader):
     ) -> list[Float[Tensor, "_"]]:
         """The same, of a server that has to be asked about each token by name."""
         ends = sorted(self._model.tokenizer.end_ids)
-        slots, lengths, behind, gold = [], [], [], []
+        asked, lengths, behind, gold = [], [], [], []
         for row, tokens, n in zip(rows, own, n_last, strict=True):
             for place in range(len(tokens) - n, len(tokens)):
                 held = min(place, self._session.lengths[row.slot])
-                slots.append(row.slot)
+                asked.append(row)
                 lengths.append(held)
                 behind.append(tokens[held:place])
                 gold.append(ends if tokens[place] == _END else [tokens[place]])
-        wanted = sorted({token for some in gold for token in some})
-        start = self._clock()
-        look = self._session.tell(slots, lengths, wanted, behind)
-        seconds = self._clock() - start
-        self.usage += Usage(look.n_passes, 0, 0, seconds, look.n_calls)
-        for row in rows:
-            row.usage[self._index] += Usage(1, 0, 0, seconds / len(rows), look.n_calls)
-        column = {token: i for i, token in enumerate(wanted)}
-        known = [
-            line[[column[token] for token in some]].logsumexp(-1)
-            for line, some in zip(look.logits, gold, strict=True)
-        ]
-        return list(torch.split(torch.stack(known), list(n_last)))
+        told = [line.logsumexp(-1) for line in self._told(asked, lengths, gold, behind)]
+        return list(torch.split(torch.stack(told), list(n_last)))
 
     def is_settled(self, row: Row) -> bool:
         """Whether the model can go on behind what is written, whatever else might follow there."""

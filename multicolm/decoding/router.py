@@ -126,13 +126,13 @@ class Router:
             self._segments = SegmentWriter(
                 policy,
                 self._used,
-                [k for k in self._used if "given" in implied(models[k].shows)],
-                [k for k in self._used if models[k].n_likeliest is not None],
                 vocabulary,
                 reader,
                 positions,
                 fits,
                 self._ends,
+                judges=[k for k in self._used if "given" in implied(models[k].shows)],
+                partial=[k for k in self._used if models[k].n_likeliest is not None],
             )
         elif 0 in self._desk.needs.always or policy.acts == "verify":
             self._drafter = Drafter(

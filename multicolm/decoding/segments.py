@@ -45,26 +45,27 @@ class SegmentWriter:
     Args:
         policy: rates segments.
         models: indices of the models in use, ascending.
-        judges: those among them that can rate what others propose.
-        partial: those that tell of some tokens only (:attr:`Model.n_likeliest`).
         vocabulary: what is written in.
         reader: gives a model's reader.
         positions: makes positions of rows and places, which tokens are drawn at.
         fits: whether every model in use can read a row's draft and one token behind it.
         ends: per model, tokens with which it ends a text.
+        judges: models in use that can rate what others propose.
+        partial: those that tell of some tokens only (:attr:`Model.n_likeliest`).
     """
 
     def __init__(
         self,
         policy: SegmentPolicy,
         models: Sequence[int],
-        judges: Collection[int],
-        partial: Collection[int],
         vocabulary: Vocabulary,
         reader: Callable[[int], Reader],
         positions: Callable[[Sequence[Row], Sequence[int]], Positions],
         fits: Callable[[Row, int], bool],
         ends: Sequence[frozenset[int]],
+        *,
+        judges: Collection[int],
+        partial: Collection[int],
     ) -> None:
         self._policy = policy
         self._models = list(models)

@@ -216,7 +216,6 @@ class Engine:
         self.max_concurrent = max_concurrent
         self.max_waiting = max_waiting
         self._clock = clock
-        self._slots = SharedSlots(ensemble.backends, max_concurrent)
         self._numbers = itertools.count()
         # What follows is shared with other threads, and touched under this lock alone.
         self._news = threading.Condition()
@@ -230,6 +229,7 @@ class Engine:
         self._outcomes: dict[Outcome, int] = dict.fromkeys(("finished", "cancelled", "failed"), 0)
         self._durations: deque[float] = deque(maxlen=_PAST)
         # What follows is the working thread's own.
+        self._slots = SharedSlots(ensemble.backends, max_concurrent)
         self._queue: dict[int, Ticket] = {}
         self._n_active = 0
         self._n_broken_off = 0

@@ -74,27 +74,21 @@ class SharedSlots(Slots):
                 self._wanted = [wanted for wanted in self._wanted if wanted.k != first]
                 self._pass(first, now)
                 for wanted in now:
+                    assert wanted.waiting is not None
                     wanted.waiting.switch()
         finally:
             self._is_shared = False
             self._wanted.clear()
 
-    def feed(
-        self,
-        k: int,
-        rows: Sequence[int],
-        tokens: Sequence[Sequence[int]],
-        n_last: Sequence[int],
-        hidden: bool,
-    ) -> Look:
-        """Feed model ``k``, together with the other rounds that want to."""
-        if not self._is_shared:
-            return self._feed(k, rows, tokens, n_last, hidden)
-        current = getcurrent()
-        wanted = _Wanted(k, rows, tokens, n_last, hidden, current)
-        self._wanted.append(wanted)
-        assert current.parent is not None, "a round runs in a greenlet"
-        current.parent.switch()
+    def feed(self, wanted: _Wanted) -> Look:
+        """Run a model for a round, together with the other rounds that want it run."""
+        if self._is_shared:
+            wanted.waiting = getcurrent()
+            self._wanted.append(wanted)
+            assert wanted.waiting.parent is not None, "a round runs in a greenlet"
+            wanted.waiting.parent.switch()
+        else:
+            self._pass(wanted.k, [wanted])
         if wanted.error is not None:
             # An error holds this frame: no circle, or caches would wait for the garbage collector.
             error, wanted.error = wanted.error, None
@@ -105,23 +99,6 @@ class SharedSlots(Slots):
         assert wanted.look is not None
         return wanted.look
 
-    def _feed(
-        self,
-        k: int,
-        rows: Sequence[int],
-        tokens: Sequence[Sequence[int]],
-        n_last: Sequence[int],
-        hidden: bool,
-    ) -> Look:
-        session = self.session(k)
-        try:
-            look = session.feed(rows, tokens, n_last, hidden=hidden)
-            self._models[k].wait()
-        except BaseException:
-            del self._sessions[k]
-            raise
-        return look
-
     def _pass(self, k: int, wanted: Sequence[_Wanted]) -> None:
         """Run a model once for all who want it."""
         lines = sorted(
@@ -131,14 +108,15 @@ class SharedSlots(Slots):
         )
         start = self._clock()
         try:
-            look = self._feed(
-                k,
+            look = self.session(k).feed(
                 [row for row, _, _ in lines],
                 [wanted[number].tokens[i] for _, number, i in lines],
                 [wanted[number].n_last[i] for _, number, i in lines],
-                any(each.hidden for each in wanted),
+                hidden=any(each.hidden for each in wanted),
             )
+            self._models[k].wait()
         except Exception as error:
+            self._sessions.pop(k, None)
             for each in wanted:
                 each.error = error
             return
@@ -164,7 +142,7 @@ class _Wanted:
     tokens: Sequence[Sequence[int]]
     n_last: Sequence[int]
     hidden: bool
-    waiting: greenlet
+    waiting: greenlet | None = None
     look: Look | None = None
     error: Exception | None = None
 
@@ -208,7 +186,7 @@ class _Lane(Session):
         hidden: bool = False,
     ) -> Look:
         """See :meth:`multicolm.backend.base.Session.feed`."""
-        return self._slots.feed(self._k, rows, tokens, n_last, hidden)
+        return self._slots.feed(_Wanted(self._k, rows, tokens, n_last, hidden))
 
     def tell(
         self,

@@ -85,7 +85,7 @@ class Replies:
                     "logprobs": self._logprobs(written.tokens, offsets),
                     "finish_reason": _REASONS[answer.finish_reason],
                     "multicolm": {
-                        **self._provenance(written.pieces, written.tokens, offsets),
+                        **_provenance(written.pieces, written.tokens, offsets),
                         **_end(answer),
                     },
                 }
@@ -109,7 +109,7 @@ class Replies:
             **self._new("".join(piece.text for piece in pieces)),
             "logprobs": self._logprobs(tokens, offsets),
             "finish_reason": None,
-            "multicolm": self._provenance(pieces, tokens, offsets),
+            "multicolm": _provenance(pieces, tokens, offsets),
         }
         return {**self._head(self._chunk), "choices": [choice]}
 
@@ -120,7 +120,7 @@ class Replies:
             **(self._new("") if self.kind == "completion" else {"delta": {}}),
             "logprobs": None,
             "finish_reason": _REASONS[answer.finish_reason],
-            "multicolm": {**self._provenance((), (), ()), **_end(answer)},
+            "multicolm": {**_provenance((), (), ()), **_end(answer)},
         }
         return {**self._head(self._chunk), "choices": [choice]}
 
@@ -159,11 +159,6 @@ class Replies:
             },
             "multicolm": {**self.chosen, "usage": _as_json(models)},
         }
-
-    def _provenance(
-        self, pieces: Sequence[Piece], tokens: Sequence[TracedToken], offsets: Sequence[int]
-    ) -> dict[str, Any]:
-        return _provenance(pieces, tokens, offsets, self.top_logprobs > 0)
 
     def _offsets(self, written: Written, tokens: Sequence[TracedToken]) -> list[int]:
         return [written.pass_over(self.content(token.id)) for token in tokens]
@@ -229,10 +224,7 @@ def _by_text(token: TracedToken) -> dict[str, float]:
 
 
 def _provenance(
-    pieces: Sequence[Piece],
-    tokens: Sequence[TracedToken],
-    offsets: Sequence[int],
-    alternatives: bool,
+    pieces: Sequence[Piece], tokens: Sequence[TracedToken], offsets: Sequence[int]
 ) -> dict[str, Any]:
     """Who wrote what: runs of one writer, and the tokens with their probabilities."""
     runs: list[dict[str, str]] = []
@@ -249,7 +241,7 @@ def _provenance(
             "logprob": finite(token.logprob),
             "score": finite(token.score),
             "offset": offset,
-            **({"alternatives": list(map(asdict, token.alternatives))} if alternatives else {}),
+            "alternatives": [asdict(other) for other in token.alternatives],
         }
         for token, offset in zip(tokens, offsets, strict=True)
     ]

@@ -13,6 +13,7 @@ import httpx
 import pytest
 import tiny_models
 import transformers as hf
+from same_texts import POLICIES, QUESTIONS, check_drawn_texts, check_greedy_texts
 from tokenizers import processors
 
 from multicolm import Ensemble
@@ -28,12 +29,6 @@ from multicolm.testing import check_against, check_model
 Url = str
 Start = Callable[..., AbstractContextManager[Url]]
 
-QUESTIONS = [
-    "Question: What does Dulerex treat?\nResponse:",
-    "Question: Which illness does Loxid help with?\nResponse:",
-    "Question: What is 3 ^ 2 + 4?\nResponse:",
-    "Question: What is Dulerex made from?\nResponse:",
-]
 # What it has read is in half precision if it is not told otherwise.
 F32 = ("--cache-type-k", "f32", "--cache-type-v", "f32", "--flash-attn", "off")
 START = 60  # seconds
@@ -223,38 +218,16 @@ def test_a_sentencepiece_model_is_shown_with_its_bytes(
         check_against(random_model(url, reference), reference, texts=texts, tolerance=1e-4)
 
 
-POLICIES: dict[str, Any] = {
-    "co-llm": None,
-    "cosd-rule": "cosd-rule",
-    "average": "average",
-    "nudging": {"kind": "nudging", "params": {"threshold": 0.6, "nudger": "facts"}},
-    "max-confidence": "max-confidence",
-    "bild": {"kind": "bild", "params": {"rollback": 1.0}},
-}
-
-
 @pytest.mark.parametrize("schedule", ["stepwise", "block"])
 @pytest.mark.parametrize("policy", POLICIES)
 def test_the_same_greedy_text_comes_as_in_process(
     together: Ensemble, at_home: Ensemble, co_llm: Path, policy: str, schedule: Any
 ) -> None:
-    chosen = POLICIES[policy] or str(co_llm)
-    settings: dict[str, Any] = {"max_new_tokens": 48, "temperature": 0.0, "schedule": schedule}
-    got = together.generate(QUESTIONS, chosen, **settings)
-    want = at_home.generate(QUESTIONS, chosen, **settings)
-    assert [answer.text for answer in got] == [answer.text for answer in want]
-    assert [[t.model for t in a.trace] for a in got] == [[t.model for t in a.trace] for a in want]
-    n_tokens = sum(len(answer.trace) for answer in got)
-    calls = {name: usage.calls for name, usage in got.usage.items() if usage.calls}
-    assert 0 < sum(calls.values()) <= 2 * n_tokens
-    print(f"{policy}, {schedule}: {n_tokens} tokens, {sum(calls.values())} calls: {calls}")
+    check_greedy_texts(together, at_home, policy, co_llm, schedule)
 
 
 def test_drawn_texts_are_those_of_this_process(together: Ensemble, at_home: Ensemble) -> None:
-    settings: dict[str, Any] = {"temperature": 0.9, "seed": 7, "max_new_tokens": 24}
-    got = together.generate(QUESTIONS, "cosd-rule", **settings)
-    want = at_home.generate(QUESTIONS, "cosd-rule", **settings)
-    assert [answer.text for answer in got] == [answer.text for answer in want]
+    check_drawn_texts(together, at_home)
 
 
 def test_of_its_twenty_likeliest_tokens_a_policy_that_names_others_cannot_be_served(

@@ -13,6 +13,7 @@ from typing import Any
 
 import httpx
 import pytest
+from same_texts import POLICIES, QUESTIONS, check_drawn_texts, check_greedy_texts
 from wider_heads import widen_heads
 
 from multicolm import Ensemble
@@ -26,12 +27,6 @@ from multicolm.testing import check_against, check_model
 Widened = dict[str, Path]
 Url = str
 
-QUESTIONS = [
-    "Question: What does Dulerex treat?\nResponse:",
-    "Question: Which illness does Loxid help with?\nResponse:",
-    "Question: What is 3 ^ 2 + 4?\nResponse:",
-    "Question: What is Dulerex made from?\nResponse:",
-]
 FACTS = {"kind": "single", "params": {"model": "facts"}}
 START = 300  # seconds; compiling nothing, with all cores busy
 ONE_TOKEN_EACH = 48
@@ -159,34 +154,12 @@ def test_it_keeps_the_laws_of_backends(experts: list[Model]) -> None:
     check_model(experts[0], tolerance=1e-4)
 
 
-POLICIES: dict[str, Any] = {
-    "co-llm": None,
-    "cosd-rule": "cosd-rule",
-    "average": "average",
-    "nudging": {"kind": "nudging", "params": {"threshold": 0.6, "nudger": "facts"}},
-    "max-confidence": "max-confidence",
-}
-
-
 @pytest.mark.parametrize("schedule", ["stepwise", "block"])
 @pytest.mark.parametrize("policy", POLICIES)
 def test_the_same_greedy_text_comes_as_in_process(
-    together: Ensemble,
-    at_home: Ensemble,
-    co_llm: Path,
-    policy: str,
-    schedule: Any,
+    together: Ensemble, at_home: Ensemble, co_llm: Path, policy: str, schedule: Any
 ) -> None:
-    chosen = POLICIES[policy] or str(co_llm)
-    settings: dict[str, Any] = {"max_new_tokens": ONE_TOKEN_EACH, "schedule": schedule}
-    got = together.generate(QUESTIONS, chosen, **settings)
-    want = at_home.generate(QUESTIONS, chosen, **settings)
-    assert [answer.text for answer in got] == [answer.text for answer in want]
-    assert [[t.model for t in a.trace] for a in got] == [[t.model for t in a.trace] for a in want]
-    n_tokens = sum(len(answer.trace) for answer in got)
-    calls = {name: usage.calls for name, usage in got.usage.items() if usage.calls}
-    assert 0 < sum(calls.values()) <= 2 * n_tokens
-    print(f"{policy}, {schedule}: {n_tokens} tokens, {sum(calls.values())} calls: {calls}")
+    check_greedy_texts(together, at_home, policy, co_llm, schedule)
 
 
 def test_average_of_the_twenty_likeliest_is_the_average_of_what_is_known(
@@ -242,10 +215,7 @@ def test_looking_ahead_takes_half_the_calls_on_a_span_of_one_expert_or_fewer(
 
 
 def test_drawn_texts_are_those_of_this_process(together: Ensemble, at_home: Ensemble) -> None:
-    settings: dict[str, Any] = {"temperature": 0.9, "seed": 7, "max_new_tokens": 24}
-    got = together.generate(QUESTIONS, "cosd-rule", **settings)
-    want = at_home.generate(QUESTIONS, "cosd-rule", **settings)
-    assert [answer.text for answer in got] == [answer.text for answer in want]
+    check_drawn_texts(together, at_home)
 
 
 def test_over_two_processes_it_says_the_same_and_without_them_nobody_steps_in(

@@ -7,11 +7,11 @@ import random
 import weakref
 from typing import Any
 
+import live_worlds
 import pytest
 import torch
-from tables import READY, random_table
-from tiny_models import PROMPTS as LONG_PROMPTS
-from tiny_models import model
+from live_worlds import LONG_PROMPTS, MIXED_PROMPTS, PROMPTS, SETTINGS, shown
+from tables import READY
 
 import multicolm
 from multicolm import Answer, Ensemble
@@ -23,37 +23,20 @@ from multicolm.decoding.text import TextStream
 from multicolm.live import Live
 from multicolm.types import TracedToken
 
-PROMPTS = ["a", "b c", "a c", "f", "b", "d e", "d"]
-SETTINGS: list[dict[str, Any]] = [
-    {"temperature": 0.0, "max_new_tokens": 9},
-    {"temperature": 1.0, "max_new_tokens": 12},
-    {"temperature": 0.7, "top_k": 3, "max_new_tokens": 7},
-    {"temperature": 1.3, "top_p": 0.8, "max_new_tokens": 11, "stop": "ab"},
-]
-
 
 @pytest.fixture(scope="module")
 def tables() -> Ensemble:
-    return Ensemble([random_table(name, seed) for seed, name in enumerate(("base", "l", "r"))])
+    return live_worlds.tables()
 
 
 @pytest.fixture(scope="module")
 def mixed() -> Ensemble:
-    """Of different vocabularies."""
-    base = ("a", "b", "c", " ", "d", " c", "f", ".")
-    left = ("a", "b", "c", " ", "d", "f", "ab", "bc", "<stop>")
-    return Ensemble([random_table("base", 1, base), random_table("left", 2, left)])
+    return live_worlds.mixed()
 
 
 @pytest.fixture(scope="module")
 def cached() -> Ensemble:
-    """With caches that rows share."""
-    return Ensemble([model("llama", "base", 0), model("gemma3", "left", 1)])
-
-
-def shown(answer: Answer) -> list[object]:
-    tokens = [(token.id, token.model) for token in answer.trace]
-    return [answer.text, tokens, answer.finish_reason, answer.seed]
+    return live_worlds.cached()
 
 
 class Crowd:
@@ -121,7 +104,7 @@ def test_a_text_does_not_depend_on_who_comes_and_goes(
     "kind", ["confidence", "cosd-rule", "cool-fusion", "max-confidence", "nudging", "unite"]
 )
 def test_nor_where_vocabularies_differ(mixed: Ensemble, kind: str) -> None:
-    check(mixed, kind, ["a", "b c", "f", "ab"], seed=1)
+    check(mixed, kind, MIXED_PROMPTS, seed=1)
 
 
 @pytest.mark.parametrize("kind", ["confidence", "cosd-rule", "speculative", "average"])

@@ -12,9 +12,16 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from tables import random_table
-from tiny_models import PROMPTS as LONG_PROMPTS
-from tiny_models import model
+from live_worlds import (
+    LONG_PROMPTS,
+    MIXED_PROMPTS,
+    PROMPTS,
+    SETTINGS,
+    cached,
+    mixed,
+    shown,
+    tables,
+)
 
 from multicolm import Answer, Ensemble, SelectPolicy, Views
 from multicolm.backend.base import Look, Session
@@ -23,14 +30,6 @@ from multicolm.config import GenerationConfig
 from multicolm.decoding.row import Row
 from multicolm.live import Live
 from multicolm.serving.passes import SharedSlots
-
-PROMPTS = ["a", "b c", "a c", "f", "b", "d e", "d"]
-SETTINGS: list[dict[str, Any]] = [
-    {"temperature": 0.0, "max_new_tokens": 9},
-    {"temperature": 1.0, "max_new_tokens": 12},
-    {"temperature": 0.7, "top_k": 3, "max_new_tokens": 7},
-    {"temperature": 1.3, "top_p": 0.8, "max_new_tokens": 11, "stop": "ab"},
-]
 
 
 class ByState(SelectPolicy):
@@ -44,25 +43,6 @@ class ByState(SelectPolicy):
         return (views.base.hidden.sum(-1) > 0).long()
 
 
-def tables() -> Ensemble:
-    return Ensemble([random_table(name, seed) for seed, name in enumerate(("base", "l", "r"))])
-
-
-def mixed() -> Ensemble:
-    base = ("a", "b", "c", " ", "d", " c", "f", ".")
-    left = ("a", "b", "c", " ", "d", "f", "ab", "bc", "<stop>")
-    return Ensemble([random_table("base", 1, base), random_table("left", 2, left)])
-
-
-def cached() -> Ensemble:
-    return Ensemble([model("llama", "base", 0), model("gemma3", "left", 1)])
-
-
-def shown(answer: Answer) -> list[object]:
-    tokens = [(token.id, token.model) for token in answer.trace]
-    return [answer.text, tokens, answer.finish_reason, answer.seed]
-
-
 def together(slots: SharedSlots, lives: Sequence[Live]) -> None:
     slots.run([live.step for live in lives if live.busy])
 
@@ -73,8 +53,8 @@ def together(slots: SharedSlots, lives: Sequence[Live]) -> None:
         (tables, PROMPTS, ["confidence", "average", "cosd-rule", "speculative", "single"]),
         (tables, PROMPTS, ["max-confidence", "nudging", "bild", "proxy-tuning", "random"]),
         (tables, PROMPTS, ["cool-fusion", "contrastive", "unite", "confidence", "mod"]),
-        (mixed, ["a", "b c", "f", "ab"], ["confidence", "cosd-rule", "cool-fusion", "nudging"]),
-        (mixed, ["a", "b c", "f", "ab"], ["byte-mixture", "chared", "unite", "max-confidence"]),
+        (mixed, MIXED_PROMPTS, ["confidence", "cosd-rule", "cool-fusion", "nudging"]),
+        (mixed, MIXED_PROMPTS, ["byte-mixture", "chared", "unite", "max-confidence"]),
         (cached, LONG_PROMPTS[:5], ["confidence", "average", "speculative", ByState()]),
     ],
     ids=["looks", "lazy", "words", "mixed", "bytes", "cached"],
@@ -187,14 +167,15 @@ def test_passes_are_counted_once_for_all_and_once_for_each_text() -> None:
     lives = world.lives(["average", "max-confidence"])
     while any(live.busy for live in lives):
         together(world.slots, lives)
-    for k, name in enumerate(world.ensemble.models):
+    for name in world.ensemble.models:
         total = sum((live.usage[name] for live in lives[1:]), lives[0].usage[name])
         assert total.forwards == len([fed for fed in world.fed if fed[0] == name]) == 5
-        answers = [live.answer(row) for live in lives for row in live.finished()] if not k else []
-        for answer in answers:
-            assert [used.forwards for used in answer.usage.values()] == [5, 5]
-            assert sum(used.tokens_read for used in answer.usage.values()) == 10
         assert total.seconds > 0
+    answers = [live.answer(row) for live in lives for row in live.finished()]
+    assert len(answers) == 4
+    for answer in answers:
+        assert [used.forwards for used in answer.usage.values()] == [5, 5]
+        assert sum(used.tokens_read for used in answer.usage.values()) == 10
 
 
 def test_a_model_that_breaks_costs_those_who_wanted_it_and_is_opened_anew() -> None:
@@ -215,7 +196,7 @@ def test_a_model_that_breaks_costs_those_who_wanted_it_and_is_opened_anew() -> N
     world.sessions[1].broken = True
     world.slots.run(rounds)
     assert failed == ["average: out of memory", "max-confidence: out of memory"]
-    [again] = [self.ensemble.live("average", slots=self.slots) for self in [world]]
+    again = world.ensemble.live("average", slots=world.slots)
     again.add(again.row("a", 9, GenerationConfig(max_new_tokens=3), seed=0))
     while again.busy:
         world.slots.run([again.step, lives[2].step])
@@ -291,7 +272,7 @@ class Breaking(SharedSlots):
 
 @pytest.mark.parametrize(
     ("world", "prompts"),
-    [(tables, PROMPTS), (mixed, ["a", "b c", "f", "ab"]), (cached, LONG_PROMPTS[:5])],
+    [(tables, PROMPTS), (mixed, MIXED_PROMPTS), (cached, LONG_PROMPTS[:5])],
     ids=["tables", "mixed", "cached"],
 )
 def test_texts_that_a_broken_model_was_not_writing_are_what_they_are_without_it(

@@ -67,9 +67,8 @@ class Abilities:
         answers_as: the model's name in its answers.
         takes_ids: whether prompts may be token ids; else they are text.
         takes_several: whether one request may hold several prompts.
-        n_likeliest: of how many likeliest tokens it tells the log-probability, by id; ``None`` for
-            the whole vocabulary, 0 for none.
-        all_is: the value of ``logprobs`` by which it tells of the whole vocabulary, if it does.
+        how_many: the value of ``logprobs`` in requests, for as many as it shall tell by id; 0 if it
+            tells none.
         n_told: how many log-probabilities it tells at a time.
         width: number of ids in its vocabulary, as far as that shows.
         tells_given: whether it tells of tokens that are named (``logprob_token_ids``); asked only
@@ -90,8 +89,7 @@ class Abilities:
     answers_as: str
     takes_ids: bool
     takes_several: bool
-    n_likeliest: int | None
-    all_is: int
+    how_many: int
     n_told: int
     width: int
     tells_given: bool
@@ -116,9 +114,9 @@ class Abilities:
         return frozenset(signals)
 
     @property
-    def how_many(self) -> int:
-        """The value of ``logprobs`` in requests."""
-        return self.all_is if self.n_likeliest is None else self.n_likeliest
+    def n_likeliest(self) -> int | None:
+        """Of how many likeliest tokens it tells; ``None`` for the whole vocabulary."""
+        return None if self.how_many in _ALL else self.how_many
 
     @property
     def manners(self) -> dict[str, Any]:
@@ -183,17 +181,15 @@ def probe(server: Service, tokenizer: TokenizerAdapter, wish: Wish, name: str) -
     takes_ids = trial.ask([trial.ids], 1) is not None
     trial.untold = trial.find_untold() if takes_ids else ()
     how_many, row = trial.n_likeliest(wish.logprobs) if takes_ids else (0, Likeliest([], []))
-    n_likeliest = None if how_many in _ALL else how_many
     abilities = Abilities(
         served_model=listing.served_model,
         answers_as=warm,
         takes_ids=takes_ids,
         takes_several=trial.ask([trial.ids if takes_ids else _TEXTS[0]] * 2, 1) is not None,
-        n_likeliest=n_likeliest,
-        all_is=how_many,
+        how_many=how_many,
         n_told=len(row.ids),
         width=max([tokenizer.n_tokens - 1, *row.ids]) + 1,
-        tells_given=n_likeliest is not None and how_many > 0 and trial.tells_given(row),
+        tells_given=how_many not in (0, *_ALL) and trial.tells_given(row),
         untold=trial.untold,
         scoring=trial.scoring(how_many) if how_many else None,
         is_neutral=not how_many and trial.ask([_TEXTS[0]], 1, **NEUTRAL) is not None,
@@ -204,6 +200,7 @@ def probe(server: Service, tokenizer: TokenizerAdapter, wish: Wish, name: str) -
     )
     trial.check_tokenizer(abilities, name)
     wanted = None if wish.logprobs == "all" else wish.logprobs
+    n_likeliest = abilities.n_likeliest
     if wish.logprobs is not None and wanted != n_likeliest:
         raise server.error(
             "probe",
