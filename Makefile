@@ -18,10 +18,6 @@ CPU_WHEELS := https://download.pytorch.org/whl/cpu
 export OMP_NUM_THREADS := 1
 export TOKENIZERS_PARALLELISM := false
 
-# On Python 3.10 beartype, which checks the shapes of tensors in tests, cannot read `**settings` with
-# typed keys; there the tests run without it.
-UNCHECKED := import sys; print("" if sys.version_info >= (3, 11) else "-o addopts=--import-mode=importlib")
-
 .PHONY: demo test lint types tests test-engines bench clean
 
 demo: $(VENV)/.installed
@@ -41,15 +37,14 @@ types: $(VENV)/.installed-dev
 
 tests: $(VENV)/.installed-dev
 	@echo "== tests"
-	@$(BIN)/python -m pytest -n 2 -q -rs $$($(BIN)/python -c '$(UNCHECKED)')
+	@$(BIN)/python -m pytest -n 2 -q -rs
 
 test-engines: $(VENV)/.installed-dev
 	@LLAMA_SERVER=$(LLAMA_SERVER) $(BIN)/python tests/engines/with_engines.py $(ENGINES)
 
 bench: $(VENV)/.installed-dev
 	@echo "== benchmarks: ratios within one run"
-	@$(BIN)/python -m pytest benchmarks --benchmark-only -p no:xdist -q \
-		-o addopts=--import-mode=importlib  # without the tests' checks of every tensor's shape
+	@$(BIN)/python -m pytest benchmarks --benchmark-only -p no:xdist -q
 
 $(VENV)/bin/python:
 	@echo "== making $(VENV) with $$($(PYTHON) --version)"

@@ -2,15 +2,35 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+from jaxtyping import install_import_hook
+
+PACKAGE = Path(__file__).parents[1] / "multicolm"
+
+
+def modules_with_shapes() -> list[str]:
+    """The modules whose signatures name shapes; checking any other one costs time for nothing."""
+    return [
+        ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
+        for path in sorted(PACKAGE.rglob("*.py"))
+        if "from jaxtyping import" in path.read_text()
+    ]
+
+
+# Before anything imports multicolm. On Python 3.10 beartype cannot read `**settings` with typed
+# keys; there the tests run without it.
+if sys.version_info >= (3, 11):
+    install_import_hook(modules_with_shapes(), "beartype.beartype")
 
 
 @pytest.fixture(autouse=True)
 def what_a_test_registers_ends_with_it() -> Iterator[None]:
     """Names that a test registers are unknown to the next one, in whatever order they run."""
-    # Imported here: jaxtyping has to come before multicolm.
+    # Imported here: the hook has to come before multicolm.
     from multicolm.plugins import backends, metrics, policies
 
     registries = (backends, metrics, policies)
