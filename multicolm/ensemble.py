@@ -258,7 +258,10 @@ class Ensemble:
 
     def _live(self, chosen: Policy, asked: PolicySource | None, **how: Unpack[_How]) -> Live:
         name = asked if isinstance(asked, str) else chosen.name
-        return Live(self.backends, self.vocabulary, self.written_in(chosen), chosen, name, **how)
+        written_in = self.written_in(chosen)
+        return Live(
+            self.backends, self.vocabulary, written_in, chosen, name, costs=self.costs, **how
+        )
 
     def resolve(
         self, policy: PolicySource | None, params: Mapping[str, Any] | None = None

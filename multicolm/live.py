@@ -45,6 +45,7 @@ class Live:
         block_size: tokens that the base model drafts at a time under ``block``.
         slots: places of the texts that are written; others wait.
         clock: current time in seconds.
+        costs: per model, of one forward pass for one text; 1 each if not given.
 
     Attributes:
         router: the loop itself.
@@ -65,6 +66,7 @@ class Live:
         block_size: int = 8,
         slots: Slots,
         clock: Callable[[], float] = time.perf_counter,
+        costs: Sequence[float] | None = None,
     ) -> None:
         self._models = tuple(models)
         self._names = ModelNames(model.name for model in models)
@@ -84,6 +86,7 @@ class Live:
             block_size=self._block_size,
             slots=slots,
             clock=clock,
+            costs=costs,
         )
 
     @property

@@ -10,11 +10,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 from jaxtyping import Bool, Float, Int
 
 from multicolm.errors import CapabilityError, PolicyError, UnknownNameError, unknown
 from multicolm.types import Signal, Tensor
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["ModelNames", "Role", "View", "Views"]
 
@@ -137,6 +141,11 @@ class View:
 
     def __len__(self) -> int:
         return int(self._logits.shape[0])
+
+    @property
+    def device(self) -> torch.device:
+        """Where its numbers are."""
+        return self._logits.device
 
     @property
     def n_tokens(self) -> int:
@@ -321,6 +330,7 @@ class Views:
         starts_word: Bool[Tensor, "vocab"] | None = None,
         first_tokens: Callable[[int], Tensor] | None = None,
         closed: Mapping[int, Tensor] | None = None,
+        costs: Sequence[float] | None = None,
     ) -> None:
         """Bundle views.
 
@@ -335,7 +345,13 @@ class Views:
             first_tokens: per model index, see :meth:`first_tokens`; every token is itself if not
                 given.
             closed: per model index, where it could not go on; nowhere if not given.
+            costs: see :attr:`costs`; 1 for every model if not given.
         """
+        self._costs = [1.0] * len(models) if costs is None else list(costs)
+        if len(self._costs) != len(models):
+            raise PolicyError(
+                f"views of {len(models)} models need {len(models)} costs, got {len(self._costs)}."
+            )
         self._first_tokens = first_tokens
         self._closed = closed or {}
         self.models = models
@@ -375,6 +391,18 @@ class Views:
     def assistants(self) -> list[int]:
         """Indices of the assistants that were looked at, ascending."""
         return [index for index in self if index > 0]
+
+    @cached_property
+    def costs(self) -> Float[Tensor, "models"]:
+        """What a forward pass of each model costs for one token of one text.
+
+        As the ensemble file declares it (``cost:``, 1 if it does not), in the ensemble's unit, of
+        all models in their order, looked at or not. No policy has to declare that it reads them.
+        """
+        import torch
+
+        device = next((view.device for view in self._views.values()), None)
+        return torch.tensor(self._costs, dtype=torch.float32, device=device)
 
     def is_open(self, role: Role) -> Bool[Tensor, "positions"]:
         """Where a model could go on writing: no token of its own would lie across the place.

@@ -59,6 +59,7 @@ class Router:
         block_size: the most tokens that the base model drafts in one round; 1 is ``stepwise``.
         slots: places of the rows that are written; others wait until one is free.
         clock: current time in seconds.
+        costs: per model, of one forward pass for one text; 1 each if not given.
 
     Attributes:
         finished: rows in the order in which they were finished, for the caller to take out.
@@ -76,6 +77,7 @@ class Router:
         block_size: int,
         slots: Slots,
         clock: Callable[[], float],
+        costs: Sequence[float] | None = None,
     ) -> None:
         self._models = list(models)
         self._names = ModelNames(model.name for model in models)
@@ -93,6 +95,7 @@ class Router:
             embeds,
             first_tokens,
             {k: m.n_likeliest for k, m in enumerate(models) if m.n_likeliest is not None},
+            costs,
         )
         self._policy = policy
         self._noise = Noise()

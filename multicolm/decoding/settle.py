@@ -82,6 +82,7 @@ class PolicyDesk:
         first_tokens: per model index, with which token it begins to spell each token, where models
             have different vocabularies.
         n_likeliest: of models that tell of their likeliest tokens only, by index: of how many.
+        costs: per model, of one forward pass for one text; see :attr:`multicolm.Views.costs`.
 
     Raises:
         CapabilityError: if the policy speaks of a model that is not there.
@@ -95,8 +96,10 @@ class PolicyDesk:
         embeds: Mapping[int, Callable[[Tensor], Tensor]] | None = None,
         first_tokens: Callable[[int], Tensor] | None = None,
         n_likeliest: Mapping[int, int] | None = None,
+        costs: Sequence[float] | None = None,
     ) -> None:
         self.policy = policy
+        self._costs = costs
         self._n_likeliest = n_likeliest or {}
         self.models = models
         self.needs: Needs = policy.needs(models)
@@ -156,6 +159,7 @@ class PolicyDesk:
                 for k, model in shown.items()
                 if k in views and model.closed
             },
+            costs=self._costs,
         )
 
     def candidates(self, draft: Draft, which: Sequence[int]) -> dict[int, Tensor]:

@@ -209,6 +209,7 @@ class Explainer:
             },
             drawn=self._sampling.probs,
             starts_word=ensemble.vocabulary.starts_word,
+            costs=ensemble.costs,
         )
 
     def _embed(self, k: int) -> Callable[[Tensor], Tensor]:

@@ -127,6 +127,7 @@ class LikelihoodReader(PassageReader):
             self._vocabulary.starts_word,
             {k: self._embedder(k) for k in range(len(self._models))},
             first_tokens,
+            costs=ensemble.costs,
         )
         needs = self._desk.needs
         self._looked_at = sorted({*needs.always, *needs.deferred})
@@ -204,7 +205,7 @@ class LikelihoodReader(PassageReader):
             )
             for k in self._desk.needs.always
         }
-        blank = Views(self._ensemble.models, views, n_positions=1)
+        blank = Views(self._ensemble.models, views, n_positions=1, costs=self._ensemble.costs)
         return ("routed",) if self._policy.model_probs(blank) is None else KINDS
 
     def _blank(self, k: int) -> Tensor:

@@ -81,6 +81,7 @@ class _Scene:
             "prompt_nats": torch.rand(n, len(models), generator=generator) * 4,
         }
         self.starts_word = torch.rand(_VOCAB, generator=generator) < 0.5
+        self.costs = (torch.rand(len(models), generator=generator) * 9).tolist()
 
     def views(self, which: Sequence[int], *, base_only: bool = False) -> Views:
         index = torch.tensor(list(which), dtype=torch.long)
@@ -109,6 +110,7 @@ class _Scene:
             context={what: fetch(what) for what in known},
             drawn=self.sampling.probs,
             starts_word=self.starts_word,
+            costs=self.costs,
         )
 
 
