@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypedDict, cast
+from typing import Any, Literal, SupportsIndex, TypedDict, cast
 
 from typing_extensions import Unpack
 
@@ -23,6 +23,7 @@ from multicolm.errors import (
     ServerError,
 )
 from multicolm.live import Live
+from multicolm.numbers import as_python, check_whole
 from multicolm.plugins import backends
 from multicolm.policy.base import ModelFacts, Policy, Schedule, SegmentPolicy
 from multicolm.policy.resolve import resolve_policy
@@ -139,7 +140,7 @@ class Ensemble:
         policy: PolicySource | None = None,
         *,
         params: Mapping[str, Any] | None = None,
-        seed: int | Sequence[int] | None = None,
+        seed: SupportsIndex | Sequence[SupportsIndex] | None = None,
         batch_size: int = 16,
         **settings: Unpack[GenerationSettings],
     ) -> Answers:
@@ -152,7 +153,8 @@ class Ensemble:
             params: params that replace those of the policy.
             seed: of everything random; one number, or one per prompt. Equal seeds give equal
                 texts for the same prompt, whatever the batch and the schedule. ``None`` draws a
-                fresh one, which the answers report.
+                fresh one for each prompt, so that copies of a prompt are answered in several
+                ways; each answer reports its own.
             batch_size: how many texts are written at a time.
             **settings: see :class:`multicolm.types.GenerationSettings`.
 
@@ -184,7 +186,7 @@ class Ensemble:
         policy: PolicySource | None = None,
         *,
         params: Mapping[str, Any] | None = None,
-        seed: int | Sequence[int] | None = None,
+        seed: SupportsIndex | Sequence[SupportsIndex] | None = None,
         batch_size: int = 16,
         clock: Callable[[], float] = time.perf_counter,
         **settings: Unpack[GenerationSettings],
@@ -203,8 +205,7 @@ class Ensemble:
         chosen = self.policy if policy is None and not params else self.resolve(policy, params)
         self._warn_of(chosen)
         wanted = self.generation.updated(dict(settings))
-        if batch_size < 1:
-            raise InputError(f"batch_size must be 1 or more, got {batch_size}.")
+        batch_size = check_whole("batch_size", batch_size, least=1)
         asked = _as_list(prompts)
         seeds = _seeds(seed if seed is not None else wanted.seed, len(asked))
         live = self._live(
@@ -243,8 +244,7 @@ class Ensemble:
             ConfigError: if the policy or a param is not known.
             CapabilityError: if the policy needs what these models cannot show.
         """
-        if n_slots < 1:
-            raise InputError(f"n_slots must be 1 or more, got {n_slots}.")
+        n_slots = check_whole("n_slots", n_slots, least=1)
         chosen = self.policy if policy is None and not params else self.resolve(policy, params)
         self._warn_of(chosen)
         return self._live(
@@ -377,20 +377,27 @@ def _as_list(prompts: str | Sequence[Prompt]) -> list[Prompt]:
             f"prompts are a {type(prompts).__name__}; give a list of prompts, each a text, a "
             "chat (a list of messages), or a list of token ids."
         )
-    return [prompts] if isinstance(prompts, str) else list(prompts)
+    if isinstance(prompts, str):
+        return [prompts]
+    return [p.tolist() if hasattr(p, "tolist") else as_python(p) for p in prompts]
 
 
-def _seeds(seed: int | Sequence[int] | None, n_prompts: int) -> list[int]:
-    """One seed per prompt; a fresh one for all of them if none is given.
+def _seeds(seed: SupportsIndex | Sequence[SupportsIndex] | None, n_prompts: int) -> list[int]:
+    """One seed per prompt; a fresh one for each if none is given.
 
     Raises:
-        InputError: if there are more or fewer, or one is no number.
+        InputError: if there are more or fewer, or one is no whole number.
     """
     if seed is None:
-        return [secrets.randbits(32)] * n_prompts
-    seeds = [seed] * n_prompts if isinstance(seed, int) else list(seed)
-    if not all(isinstance(number, int) for number in seeds):
-        raise InputError(f"seed is {seed!r}; give a whole number, or one for each prompt.")
+        return [secrets.randbits(32) for _ in range(n_prompts)]
+    single = isinstance(seed, str | bytes) or not isinstance(as_python(seed), Iterable)
+    seeds = [seed] * n_prompts if single else list(cast("Iterable[int]", seed))
+    try:
+        seeds = [check_whole("seed", number) for number in seeds]
+    except InputError as error:
+        raise InputError(
+            f"seed is {seed!r}; give a whole number, or one for each prompt."
+        ) from error
     if len(seeds) != n_prompts:
         raise InputError(f"got {len(seeds)} seeds for {n_prompts} prompts; give one for each.")
     return seeds

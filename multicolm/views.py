@@ -99,6 +99,9 @@ class ModelNames(tuple[str, ...]):
                 f"weights {weights} do not fit: allowed is one weight >= 0 for each of "
                 f"{', '.join(self)}, not all zero."
             )
+        if math.isinf(sum(weights)):  # each is finite, and their sum is not
+            greatest = max(weights)
+            weights = [weight / greatest for weight in weights]
         total = sum(weights)
         return [weight / total for weight in weights]
 

@@ -9,6 +9,7 @@ from pydantic import BeforeValidator, Field, ValidationError
 
 from multicolm.config.wording import Strict, problems_of, unknown_key
 from multicolm.errors import InputError
+from multicolm.numbers import as_python
 
 __all__ = ["GenerationConfig"]
 
@@ -54,7 +55,7 @@ class GenerationConfig(Strict):
         Raises:
             InputError: if a setting is unknown or out of range.
         """
-        given = {key: value for key, value in settings.items() if value is not None}
+        given = {key: as_python(value) for key, value in settings.items() if value is not None}
         for key in given:
             if key not in type(self).model_fields:
                 text = unknown_key(key, type(self).model_fields).replace("key", "setting", 1)

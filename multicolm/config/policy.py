@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args, get_origin
@@ -17,6 +17,7 @@ from multicolm.artefacts import Artefact
 from multicolm.config.document import Document, read_text
 from multicolm.config.wording import Place, Problem, Strict, check, problems_of, show, unknown_key
 from multicolm.errors import MulticolmError, UnknownNameError, unknown
+from multicolm.numbers import as_python
 from multicolm.plugins import policies
 from multicolm.views import Role
 
@@ -225,7 +226,7 @@ def _param_problems(cls: type, params: Mapping[str, Any], place: Place) -> list[
         for key in params
         if key not in allowed
     ]
-    known = {key: value for key, value in params.items() if key in allowed}
+    known = {key: as_python(value) for key, value in params.items() if key in allowed}
     try:
         TypeAdapter(cls).validate_python(known)
     except ValidationError as error:
@@ -237,14 +238,43 @@ def _param_problems(cls: type, params: Mapping[str, Any], place: Place) -> list[
         pass  # A plain dataclass whose types pydantic does not know: only its names are checked.
     seen = {problem.place for problem in problems}
     return problems + [
-        Problem((*place, key), f"must be {_WORDS[allowed[key]]}, got {show(value)}.")
-        for key, value in known.items()
-        if allowed[key] in _WORDS and _is_no_number(value, allowed[key])
-        if (*place, key) not in seen
+        Problem((*place, *inside), f"must be {word}, got {show(value)}.")
+        for key, given in known.items()
+        if (word := _number_word(allowed[key])) is not None
+        for inside, value in _parts(key, given)
+        if _is_no_number(value, allowed[key]) and not seen & {(*place, key), (*place, *inside)}
     ]
 
 
 _WORDS = {int: "a whole number", float: "a number", Role: "a whole number or text"}
+
+
+def _number_word(annotation: Any) -> str | None:
+    """What a param, or each part of it, must be if that is a number; ``None`` if it is not."""
+    if annotation in _WORDS:
+        return _WORDS[annotation]
+    kinds = set(_types(annotation))
+    kind = next((kind for kind in (float, int) if kind in kinds), None)
+    return None if kind is None or bool in kinds else _WORDS[kind]
+
+
+def _types(annotation: Any) -> Iterator[Any]:
+    """``float`` and ``str`` of ``dict[str, float]``."""
+    inner = get_args(annotation)
+    if not inner:
+        yield annotation
+    for part in inner:
+        yield from _types(part)
+
+
+def _parts(key: str, value: object) -> Iterator[tuple[Place, object]]:
+    """The value of a param, or what stands in it, each with its place."""
+    if isinstance(value, Mapping):
+        yield from (((key, name), part) for name, part in value.items())
+    elif isinstance(value, list | tuple):
+        yield from (((key, number), part) for number, part in enumerate(value))
+    else:
+        yield (key,), value
 
 
 def _is_no_number(value: object, annotation: object) -> bool:

@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float, Int
 from pydantic import NonNegativeFloat, NonNegativeInt
 
 from multicolm.policy.base import Needs, Schedule, SelectPolicy, register_policy
+from multicolm.policy.threshold import ProbabilityThreshold
 from multicolm.types import Signal, Tensor
 from multicolm.views import ModelNames, Role, Views
 
@@ -28,7 +29,7 @@ class BildPolicy(SelectPolicy):
     pass per drafted block, so the text does not depend on the block size.
 
     Attributes:
-        fallback: probability; 0 never falls back, above 1 is the large model alone.
+        fallback: probability; 0 never falls back, above 1 (up to 2) is the large model alone.
         rollback: nats; 0 is the large model alone, infinity never rolls back.
         num_small_iters: tokens; 0 is the large model alone.
         large: the large model.
@@ -37,7 +38,7 @@ class BildPolicy(SelectPolicy):
         arXiv 2302.07863 (NeurIPS 2023), section 3; defaults of the authors' code.
     """
 
-    fallback: NonNegativeFloat = 0.6
+    fallback: ProbabilityThreshold = 0.6
     rollback: NonNegativeFloat = 5.0
     num_small_iters: NonNegativeInt = 10
     large: Role = "assistant"

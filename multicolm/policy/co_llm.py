@@ -57,7 +57,7 @@ class CoLlmPolicy(SelectPolicy, MixPolicy):
 
     head: Weights | None = None
     decode: Literal["argmax", "threshold", "sample", "mixture"] = "argmax"
-    threshold: float = Field(default=0.5, le=1)
+    threshold: float = Field(default=0.5, ge=-1, le=1)
     made_for: dict[str, str] | None = None
 
     base_signals: ClassVar[set[Signal]] = {"hidden"}

@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int
 from pydantic import NonNegativeFloat
 
 from multicolm.policy.base import Schedule, SelectPolicy, When, register_policy
-from multicolm.policy.threshold import best_assistant
+from multicolm.policy.threshold import ProbabilityThreshold, best_assistant
 from multicolm.types import Signal, Tensor
 from multicolm.views import Views
 
@@ -27,7 +27,8 @@ class CosdRulePolicy(SelectPolicy):
     Assistants are run only where the second condition holds, which changes nothing but the cost.
 
     Attributes:
-        alpha: probability below which the base model counts as unsure; 0 is the base model alone.
+        alpha: probability below which the base model counts as unsure; 0 is the base model alone,
+            above 1 (up to 2) it always does.
         beta: how sure an assistant must be, relative to the base model.
 
     Source:
@@ -35,7 +36,7 @@ class CosdRulePolicy(SelectPolicy):
         by the greatest probability. The published code implements another rule.
     """
 
-    alpha: NonNegativeFloat = 0.5
+    alpha: ProbabilityThreshold = 0.5
     beta: NonNegativeFloat = 0.5
 
     tunable: ClassVar[dict[str, Sequence[float]]] = {

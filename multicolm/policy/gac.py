@@ -37,7 +37,7 @@ class GacPolicy(AveragePolicy):
         it means, which `byte-mixture` does not.
     """
 
-    threshold: float = Field(default=2.0, ge=0)
+    threshold: float = Field(default=2.0, ge=0, le=2)
 
     support: ClassVar[Support] = "union"
     assistants: ClassVar[When] = "deferred"

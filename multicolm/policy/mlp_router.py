@@ -60,7 +60,7 @@ class MlpRouterPolicy(SelectPolicy):
     features: tuple[Feature, ...] = Field(default=("hidden",), min_length=1)
     top_k: int = Field(default=100, ge=1)
     ways: Literal["models", "binary"] = "models"
-    threshold: float = Field(default=0.5, le=1)
+    threshold: float = Field(default=0.5, ge=-1, le=1)
     made_for: dict[str, str] | None = None
 
     assistants: ClassVar[When] = "deferred"

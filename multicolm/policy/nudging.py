@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 from jaxtyping import Bool, Float, Int
-from pydantic import NonNegativeFloat
 
 from multicolm.policy.base import Deferral, Needs, SelectPolicy, When, register_policy
-from multicolm.policy.threshold import PROBABILITIES
+from multicolm.policy.threshold import PROBABILITIES, ProbabilityThreshold
 from multicolm.types import Signal, Tensor
 from multicolm.views import ModelNames, Role, Views
 
@@ -25,14 +24,14 @@ class NudgingPolicy(SelectPolicy):
 
     Attributes:
         threshold: top-1 probability below which the base model is unsure (the paper's gamma);
-            0 is the base model alone.
+            0 is the base model alone, up to 2 the nudger.
         nudger: the aligned model.
 
     Source:
         arXiv 2410.09300 (ACL 2025), section 2; the authors' code takes 0.4.
     """
 
-    threshold: NonNegativeFloat = 0.4
+    threshold: ProbabilityThreshold = 0.4
     nudger: Role = "assistant"
 
     tunable: ClassVar[dict[str, Sequence[float]]] = {"threshold": PROBABILITIES}

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from multicolm.config import PolicyConfig, check_params, load_policy
 from multicolm.errors import ConfigError, UnknownNameError, unknown
+from multicolm.numbers import as_python
 from multicolm.plugins import policies
 from multicolm.policy.base import MixPolicy, Policy, SelectPolicy, VerifyPolicy
 
@@ -71,7 +72,7 @@ def _from_mapping(source: Mapping[str, Any]) -> PolicyConfig:
 
 def _build(cls: type[Policy], params: dict[str, Any], origin: str) -> Policy:
     check_params(cls, params, origin)
-    return cls(**params)
+    return cls(**as_python(params))
 
 
 def _from_file(source: str, base_dir: Path) -> type[Policy]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Annotated, ClassVar, TypeAlias
 
 from jaxtyping import Bool, Float, Int
-from pydantic import NonNegativeFloat
+from pydantic import Field
 
 from multicolm.policy.base import Deferral, Schedule, SelectPolicy, When, register_policy
 from multicolm.types import Signal, Tensor
@@ -18,10 +18,15 @@ __all__ = [
     "EntropyPolicy",
     "MarginPolicy",
     "MaxConfidencePolicy",
+    "ProbabilityThreshold",
 ]
 
 PROBABILITIES = (0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
 """Thresholds on a probability that are worth trying."""
+
+ProbabilityThreshold: TypeAlias = Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)]
+"""A threshold below which a probability makes the base model hand over: 0 is never, and 2, above
+every probability, is always."""
 
 
 def best_assistant(views: Views, score: Tensor) -> Int[Tensor, "positions"]:
@@ -64,13 +69,13 @@ class ConfidencePolicy(_Unsure):
     Then the assistant whose own most likely token is the most likely writes.
 
     Attributes:
-        threshold: probability, 0 (the base model alone) to above 1 (assistants alone).
+        threshold: probability, 0 (the base model alone) to 1; up to 2 is assistants alone.
 
     Source:
         Token-level deferral by confidence, as in BiLD's fallback, arXiv 2302.07863, section 3.
     """
 
-    threshold: NonNegativeFloat = 0.5
+    threshold: ProbabilityThreshold = 0.5
 
     tunable: ClassVar[dict[str, Sequence[float]]] = {"threshold": PROBABILITIES}
     deferral: ClassVar[Deferral | None] = Deferral("threshold", above=False, never=0.0, always=2.0)
@@ -132,14 +137,14 @@ class MarginPolicy(_Unsure):
     Then the assistant of largest margin writes.
 
     Attributes:
-        threshold: difference of two probabilities, 0 (the base model alone) to above 1
-            (assistants alone).
+        threshold: difference of two probabilities, 0 (the base model alone) to 1; up to 2 is
+            assistants alone.
 
     Source:
         Margin sampling (Scheffer et al. 2001), used per token.
     """
 
-    threshold: NonNegativeFloat = 0.2
+    threshold: ProbabilityThreshold = 0.2
 
     tunable: ClassVar[dict[str, Sequence[float]]] = {"threshold": PROBABILITIES}
     deferral: ClassVar[Deferral | None] = Deferral("threshold", above=False, never=0.0, always=2.0)

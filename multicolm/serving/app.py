@@ -329,10 +329,15 @@ class _Desk:
                 field,
             )
         seed = asked.seed if asked.seed is not None else own.seed
-        if seed is None:
-            seed = secrets.randbits(32)
         return [
-            Order(prompt, choice, settings, seed + i, number)
+            # Without a seed every text has its own, those of equal prompts too.
+            Order(
+                prompt,
+                choice,
+                settings,
+                secrets.randbits(32) if seed is None else seed + i,
+                number,
+            )
             for number, prompt in enumerate(prompts)
             for i in range(asked.n)
         ]

@@ -311,6 +311,16 @@ def test_a_fresh_seed_is_reported_and_gives_the_same_text_again() -> None:
     assert len(others) > 1
 
 
+def test_copies_of_a_prompt_without_a_seed_each_get_one_of_their_own() -> None:
+    ensemble = Ensemble([table("base", COIN), table("left", COIN)])
+    settings: dict[str, Any] = {"temperature": 1.0, "max_new_tokens": 40}
+    copies = ensemble.generate(["a"] * 6, "random", **settings)
+    assert len({answer.seed for answer in copies}) == len(set(texts(copies))) == 6
+    again = ensemble.generate(["a"] * 6, "random", seed=[a.seed or 0 for a in copies], **settings)
+    assert texts(again) == texts(copies)
+    assert len(set(texts(ensemble.generate(["a"] * 6, "random", seed=1, **settings)))) == 1
+
+
 def test_answers_that_are_finished_come_before_an_error() -> None:
     duo = duo_ensemble()
     n_passes, fail_at = 0, 0

@@ -75,18 +75,28 @@ def test_every_param_refuses_a_value_of_another_type(kind: str, param: str) -> N
 @pytest.mark.parametrize(
     ("kind", "param", "value", "sentence"),
     [
-        ("confidence", "threshold", NAN, "must be 0 or more, got nan."),
+        ("confidence", "threshold", NAN, "must be a finite number, got nan."),
+        ("confidence", "threshold", 7, "must be at most 2, got 7."),
         ("confidence", "threshold", -0.1, "must be 0 or more, got -0.1."),
         ("confidence", "threshold", "0.5", "must be a number, got '0.5'."),
         ("confidence", "threshold", True, "must be a number, got true."),
         ("entropy", "threshold", NAN, "must be a number, got nan."),
         ("single", "model", True, "must be a whole number or text, got true."),
         ("bild", "num_small_iters", "3", "must be a whole number, got '3'."),
-        ("margin", "threshold", NAN, "must be 0 or more, got nan."),
-        ("nudging", "threshold", NAN, "must be 0 or more, got nan."),
-        ("cosd-rule", "alpha", NAN, "must be 0 or more, got nan."),
+        ("margin", "threshold", NAN, "must be a finite number, got nan."),
+        ("margin", "threshold", 7, "must be at most 2, got 7."),
+        ("nudging", "threshold", NAN, "must be a finite number, got nan."),
+        ("nudging", "threshold", INF, "must be a finite number, got inf."),
+        ("cosd-rule", "alpha", NAN, "must be a finite number, got nan."),
+        ("cosd-rule", "alpha", 7, "must be at most 2, got 7."),
         ("cosd-rule", "beta", -1, "must be 0 or more, got -1."),
-        ("bild", "fallback", NAN, "must be 0 or more, got nan."),
+        ("bild", "fallback", NAN, "must be a finite number, got nan."),
+        ("bild", "fallback", 7, "must be at most 2, got 7."),
+        ("gac", "threshold", 7, "must be at most 2, got 7."),
+        ("safe", "threshold", 7, "must be at most 1, got 7."),
+        ("co-llm", "threshold", 7, "must be at most 1, got 7."),
+        ("co-llm", "threshold", -7, "must be -1 or more, got -7."),
+        ("mlp-router", "threshold", -7, "must be -1 or more, got -7."),
         ("bild", "rollback", -1.0, "must be 0 or more, got -1.0."),
         ("bild", "num_small_iters", -1, "must be 0 or more, got -1."),
         ("bild", "num_small_iters", 1.5, "must be a whole number, got 1.5."),
@@ -160,13 +170,23 @@ def test_an_index_out_of_range_is_refused(index: int) -> None:
 
 @pytest.mark.parametrize(
     "weights",
-    [[1, 1], [1, 1, 1, 1], [], [0, 0, 0], [2, -1, 1], {}, {"left": 0}, [NAN, 1, 1], {"left": INF}],
+    [[1, 1], [1, 1, 1, 1], [], [0, 0, 0], [2, -1, 1], {}, {"left": 0}, {"left": INF}],
 )
 @pytest.mark.parametrize("kind", ["random", "average"])
 def test_weights_that_do_not_fit_the_ensemble_are_refused(kind: str, weights: Any) -> None:
     assert refusal(kind, weights=weights).endswith(
         "do not fit: allowed is one weight >= 0 for each of base, left, sage, not all zero."
     )
+
+
+@pytest.mark.parametrize("kind", ["random", "average"])
+def test_weights_whose_sum_is_infinite_are_weights(kind: str) -> None:
+    settings: dict[str, Any] = {"seed": 1, "temperature": 1.0, "max_new_tokens": 6}
+    huge, plain = (
+        TRIO.generate(["a"], kind, params={"weights": [weight] * 3}, **settings)[0].text
+        for weight in (1e308, 1)
+    )
+    assert huge == plain
 
 
 @pytest.mark.parametrize("kind", ["random", "average"])

@@ -136,6 +136,16 @@ def test_a_request_without_a_seed_says_which_one_it_got(client: openai.OpenAI) -
     assert client.completions.create(**asked, seed=seed).choices[0].text == once.text
 
 
+@pytest.mark.parametrize(("prompts", "n"), [([PROMPTS[0]] * 6, 1), (PROMPTS[0], 6)])
+def test_texts_of_one_prompt_without_a_seed_each_get_one_of_their_own(
+    client: openai.OpenAI, prompts: Any, n: int
+) -> None:
+    asked: dict[str, Any] = {"model": "tiny", "temperature": 1.5, "max_tokens": 12}
+    choices = client.completions.create(prompt=prompts, n=n, **asked).choices
+    assert len({choice.text for choice in choices}) > 3
+    assert len({choice.model_extra["multicolm"]["seed"] for choice in choices}) == 6
+
+
 def test_token_ids_are_prompts_one_or_several(client: openai.OpenAI, alone: Ensemble) -> None:
     ids = [alone.backends[0].tokenizer.encode(prompt) for prompt in PROMPTS[:2]]
     texts = [written(alone, prompt).text for prompt in PROMPTS[:2]]
