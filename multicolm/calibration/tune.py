@@ -18,15 +18,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
-import numpy as np
-
 import multicolm
 from multicolm.calibration.thresholds import thresholds_for_shares
 from multicolm.ensemble import Ensemble
 from multicolm.errors import CapabilityError, InputError
 from multicolm.evaluation.answering import Answering, Measured, NamedPolicy, Plan, Progress
 from multicolm.evaluation.ledger import Ledger
-from multicolm.evaluation.statistics import bootstrap_interval
+from multicolm.evaluation.statistics import mean_interval
 from multicolm.evaluation.task import Question, Task
 from multicolm.files import locked
 from multicolm.policy.base import Policy
@@ -57,7 +55,8 @@ class Point:
         share: of the tokens that assistants wrote, over all tasks.
         cost: per written token, in the ensemble's unit.
         quality: mean over the tasks of their metrics' means, 0 to 1.
-        low: lower end of its 95 % bootstrap interval, resampled within each task.
+        low: lower end of its 95 % interval, by
+            :func:`multicolm.evaluation.statistics.mean_interval`.
         high: its upper end.
         by_task: quality per task.
     """
@@ -267,7 +266,7 @@ class _Bench:
             for name, cost in zip(models, self._ensemble.costs, strict=True)
         )
         by_task = {task: row.quality for task, row in rows.items()}
-        low, high = _interval([row.qualities for row in rows.values()], self._seed)
+        low, high = mean_interval(*(row.qualities for row in rows.values()), seed=self._seed)
         return Point(
             params=params,
             share=n_assistants / n_written,
@@ -289,22 +288,6 @@ class _Bench:
             for record in run.answers(plan):
                 found += [token[4] for token in record["tokens"] if token[4] is not None]
         return found
-
-
-def _interval(groups: Sequence[Sequence[float]], seed: int) -> tuple[float, float]:
-    """The bootstrap interval of the mean of the groups' means; each is resampled by itself."""
-    if len(groups) == 1:
-        return bootstrap_interval(groups[0], seed)
-    generator = np.random.default_rng(seed)
-    n, portion = 10_000, 100
-    means = np.zeros(n)
-    for group in groups:
-        values = np.asarray(group, dtype=np.float64)
-        for start in range(0, n, portion):
-            drawn = values[generator.integers(0, len(values), (portion, len(values)))]
-            means[start : start + portion] += drawn.mean(axis=1) / len(groups)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return float(low), float(high)
 
 
 def _trials(policy: Policy, grid: Grid | None) -> list[dict[str, float]]:

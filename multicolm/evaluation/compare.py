@@ -35,7 +35,7 @@ from multicolm.evaluation.results import (
     TracedAnswer,
     read_comparison,
 )
-from multicolm.evaluation.statistics import bootstrap_interval, paired_interval, paired_test
+from multicolm.evaluation.statistics import mean_interval, paired_interval, paired_test
 from multicolm.evaluation.task import Question, Task, load_task
 from multicolm.evaluation.team import Team
 from multicolm.policy.base import Policy
@@ -253,7 +253,7 @@ def _results(measured: Sequence[Measured], ensemble: Ensemble, seed: int) -> Ite
     alone = [row for row in measured if row.plan.kind == "model"]
     best = max(alone, key=lambda row: row.quality, default=None)
     for row in measured:
-        low, high = bootstrap_interval(row.qualities, seed)
+        low, high = mean_interval(row.qualities, seed=seed)
         plan = row.plan
         yield RowResult(
             name=plan.name,

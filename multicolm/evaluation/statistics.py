@@ -1,98 +1,154 @@
-"""How sure a comparison may be: bootstrap intervals, and paired tests of two rows.
+"""How sure a comparison can be: intervals, and paired tests of two rows.
 
-All that is random hangs on a seed; equal arguments give equal numbers. Memory does not grow with
-the number of resamples.
+Values are qualities of answers, 0 to 1, one per question. Where all of them are 0 or 1, intervals
+and tests are exact or built from exact ones; other values are resampled with a seed, and equal
+arguments give equal numbers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import TypeAlias
+import math
+from collections.abc import Sequence
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import stats
 
-__all__ = ["bootstrap_interval", "paired_interval", "paired_test"]
+__all__ = ["holm", "mean_interval", "paired_interval", "paired_test"]
 
+_N_RESAMPLES = 9_999
 _DRAWN_AT_A_TIME = 1 << 20
-_NOISE = 1e-12  # of a sum of differences, relative to the largest that there can be
+_NOISE = 1e-12  # between values that are equal but for rounding
 
 # Both, since a checked annotation takes no whole number for a float.
 Values: TypeAlias = Sequence[float | int]
+Interval: TypeAlias = tuple[float, float]
 
 
-def bootstrap_interval(
-    values: Values, seed: int, n: int = 10_000, level: float = 0.95
-) -> tuple[float, float]:
-    """The percentile bootstrap interval of the mean.
+def mean_interval(*groups: Values, seed: int, level: float = 0.95) -> Interval:
+    """A confidence interval of the mean; of several groups, of the mean of their means.
+
+    Of zeros and ones it is Clopper and Pearson's, whose coverage is never below ``level``; of other
+    values the BCa bootstrap's. Where all values are equal there is nothing to resample: then
+    Clopper and Pearson bound the part of the questions that has this value, and the rest may be
+    anything from 0 to 1. The intervals of groups are combined by square-and-add.
 
     Args:
-        values: one number per question, at least one.
+        groups: of values, 0 to 1, at least one in each.
         seed: of the resamples.
-        n: how many resamples.
-        level: the part of the resampled means that lies inside, 0 to 1.
+        level: of confidence, between 0 and 1.
 
     Raises:
-        ValueError: if there is no value, ``n`` is below 1, or ``level`` is not between 0 and 1.
+        ValueError: if there is no group or no value in one, or ``level`` is out of range.
 
     Source:
-        Efron 1979; Efron and Tibshirani 1993, chapter 13.
+        Clopper and Pearson 1934; Efron 1987; Zou and Donner 2008 (groups).
     """
-    array = np.asarray(values, dtype=np.float64)
-    if array.ndim != 1 or not len(array) or n < 1 or not 0 < level < 1:
-        raise ValueError("a bootstrap needs values, a resample or more, and a level in (0, 1)")
-    generator = np.random.default_rng(seed)
-    means = np.concatenate(
-        [
-            array[generator.integers(0, len(array), (count, len(array)))].mean(axis=1)
-            for count in _portions(n, len(array))
-        ]
-    )
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
+    arrays = [np.asarray(group, dtype=np.float64) for group in groups]
+    if not arrays or not all(array.ndim == 1 and len(array) for array in arrays):
+        raise ValueError("an interval needs values, one or more")
+    if not 0 < level < 1:
+        raise ValueError(f"a level lies between 0 and 1, got {level}")
+    each = np.array([_interval(array, 0.0, seed, level) for array in arrays])
+    means = np.array([array.mean() for array in arrays])
+    if len(arrays) == 1:
+        return float(each[0, 0]), float(each[0, 1])
+    low, high = np.sqrt(((each - means[:, None]) ** 2).sum(0)) / len(arrays)
+    return float(means.mean() - low), float(means.mean() + high)
 
 
-def paired_interval(
-    a: Values, b: Values, seed: int, n: int = 10_000, level: float = 0.95
-) -> tuple[float, float]:
-    """The bootstrap interval of the mean of ``a - b``, question by question.
+def paired_interval(a: Values, b: Values, seed: int, level: float = 0.95) -> Interval:
+    """A confidence interval of the mean of ``a - b``, question by question.
+
+    Of zeros and ones it is Newcombe's square-and-add interval for paired proportions, around
+    Clopper and Pearson's of both; of other values that of :func:`mean_interval` for differences.
 
     Args:
-        a: one number per question.
-        b: one number for each of the same questions.
-        seed: see :func:`bootstrap_interval`.
-        n: see there.
-        level: see there.
+        a: values, 0 to 1, one per question.
+        b: as many, for the same questions.
+        seed: of the resamples.
+        level: of confidence, between 0 and 1.
 
     Raises:
-        ValueError: if the lengths differ; see :func:`bootstrap_interval`.
+        ValueError: if the lengths differ, there is no value, or ``level`` is out of range.
+
+    Source:
+        Newcombe 1998, method 10.
     """
-    return bootstrap_interval(_differences(a, b).tolist(), seed, n, level)
+    differences = _differences(a, b)
+    if not 0 < level < 1:
+        raise ValueError(f"a level lies between 0 and 1, got {level}")
+    if not _are_binary(a) or not _are_binary(b):
+        return _interval(differences, -1.0, seed, level)
+    n, n_a, n_b = len(a), int(sum(a)), int(sum(b))
+    low_a, high_a = _clopper_pearson(n_a, n, level)
+    low_b, high_b = _clopper_pearson(n_b, n, level)
+    n_both = int(np.dot(a, b))
+    agreement = _correlation(n_both, n_a - n_both, n_b - n_both, n)
+    p_a, p_b = n_a / n, n_b / n
+
+    def reach(x: float, y: float) -> float:
+        """Half a width, of distances from the means of ``a`` and ``b``."""
+        return math.sqrt(max(0.0, x * x - 2 * agreement * x * y + y * y))
+
+    low = p_a - p_b - reach(p_a - low_a, high_b - p_b)
+    high = p_a - p_b + reach(high_a - p_a, p_b - low_b)
+    return max(-1.0, low), min(1.0, high)
 
 
-def paired_test(a: Values, b: Values, seed: int, n: int = 10_000) -> float:
+def paired_test(a: Values, b: Values, seed: int) -> float:
     """The two-sided p-value of "no difference on average", question by question.
 
-    If all values are 0 or 1, McNemar's exact test: a binomial test of the questions that only one
-    side has right. Otherwise a sign-flip permutation test of the mean difference, exact where all
-    flips are no more than ``n``, else of ``n`` random ones, the observed one counted in.
+    Of zeros and ones, McNemar's exact test: a binomial test of the questions that only one side
+    has right. Of other values a permutation test that flips the signs of differences: all flips
+    where these are fewer than 10,000, else random ones.
 
     Args:
-        a: one number per question.
-        b: one number for each of the same questions.
+        a: values, 0 to 1, one per question.
+        b: as many, for the same questions.
         seed: of the random flips.
-        n: how many there are of them.
 
     Raises:
         ValueError: if the lengths differ, or there is no value.
 
     Source:
-        McNemar 1947; Fisher 1935; Phipson and Smyth 2010 (counting the observed flip in).
+        McNemar 1947; Fisher 1935; Phipson and Smyth 2010.
     """
     differences = _differences(a, b)
-    if np.isin(a, (0, 1)).all() and np.isin(b, (0, 1)).all():
-        return _mcnemar(int((differences > 0).sum()), int((differences < 0).sum()))
-    return _sign_flips(differences[differences != 0], seed, n)
+    differing = differences[differences != 0]
+    if not len(differing):
+        return 1.0
+    if _are_binary(a) and _are_binary(b):
+        return float(stats.binomtest(int((differing > 0).sum()), len(differing)).pvalue)
+    found = stats.permutation_test(
+        (differing,),
+        np.mean,
+        permutation_type="samples",
+        vectorized=True,
+        **_resampling(len(differing), seed),
+    )
+    return float(found.pvalue)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """P-values corrected for being several, in the given order.
+
+    The chance that any of the true hypotheses is rejected at a level is at most that level.
+
+    Source:
+        Holm 1979.
+    """
+    n = len(p_values)
+    corrected, least = [0.0] * n, 0.0
+    for rank, i in enumerate(sorted(range(n), key=lambda i: p_values[i])):
+        least = max(least, min(1.0, (n - rank) * p_values[i]))
+        corrected[i] = least
+    return corrected
+
+
+def _are_binary(values: Values) -> bool:
+    return bool(np.isin(values, (0, 1)).all())
 
 
 def _differences(a: Values, b: Values) -> NDArray[np.float64]:
@@ -101,34 +157,43 @@ def _differences(a: Values, b: Values) -> NDArray[np.float64]:
     return np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64)
 
 
-def _mcnemar(n_only_a: int, n_only_b: int) -> float:
-    """Twice the smaller tail of a fair coin, in whole numbers up to the last division."""
-    n = n_only_a + n_only_b
-    ways, tail = 1, 0
-    for k in range(min(n_only_a, n_only_b) + 1):
-        tail += ways
-        ways = ways * (n - k) // (k + 1)
-    return min(1.0, float(2 * tail / 2**n))
-
-
-def _sign_flips(differences: NDArray[np.float64], seed: int, n: int) -> float:
-    observed = abs(differences.sum()) - _NOISE * np.abs(differences).sum()
-    m = len(differences)
-    if 2**m <= n:
-        bits = np.arange(2**m)[:, None] >> np.arange(m) & 1
-        return float((np.abs((1 - 2 * bits) @ differences) >= observed).mean())
-    generator = np.random.default_rng(seed)
-    n_as_large = sum(
-        int(
-            (np.abs((1 - 2 * generator.integers(0, 2, (count, m))) @ differences) >= observed).sum()
-        )
-        for count in _portions(n, m)
+def _interval(values: NDArray[np.float64], least: float, seed: int, level: float) -> Interval:
+    """Of the mean of values between ``least`` and 1."""
+    n = len(values)
+    if least == 0 and np.isin(values, (0, 1)).all():
+        return _clopper_pearson(int(values.sum()), n, level)
+    if np.ptp(values) <= _NOISE:
+        part, value = _clopper_pearson(n, n, level)[0], float(values[0])
+        return part * value + (1 - part) * least, part * value + (1 - part)
+    found = stats.bootstrap(
+        (values,), np.mean, vectorized=True, confidence_level=level, **_resampling(n, seed)
     )
-    return (1 + n_as_large) / (1 + n)
+    return float(found.confidence_interval.low), float(found.confidence_interval.high)
 
 
-def _portions(n: int, width: int) -> Iterator[int]:
-    """``n`` cut into portions whose numbers, ``width`` each, fit into flat memory."""
-    most = max(1, _DRAWN_AT_A_TIME // width)
-    for start in range(0, n, most):
-        yield min(most, n - start)
+def _resampling(n: int, seed: int) -> dict[str, Any]:
+    """How often ``n`` values are resampled; memory does not grow with that."""
+    return {
+        "n_resamples": _N_RESAMPLES,
+        "batch": max(1, _DRAWN_AT_A_TIME // n),
+        "rng": np.random.default_rng(seed),
+    }
+
+
+def _clopper_pearson(n_right: int, n: int, level: float) -> Interval:
+    tail = (1 - level) / 2
+    low = stats.beta.ppf(tail, n_right, n - n_right + 1) if n_right else 0.0
+    high = stats.beta.ppf(1 - tail, n_right + 1, n - n_right) if n_right < n else 1.0
+    return float(low), float(high)
+
+
+def _correlation(both: int, only_a: int, only_b: int, n: int) -> float:
+    """Phi of two sides' zeros and ones, corrected for continuity where it is positive; -1 to 1."""
+    neither = n - both - only_a - only_b
+    product = (both + only_a) * (only_b + neither) * (both + only_b) * (only_a + neither)
+    if not product:
+        return 0.0
+    excess = float(both * neither - only_a * only_b)
+    if excess > 0:
+        excess = max(0.0, excess - n / 2)
+    return excess / math.sqrt(product)

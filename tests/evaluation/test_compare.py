@@ -99,8 +99,7 @@ def test_gains_are_measured_against_the_first_of_the_best_models_alone(rows) -> 
     # Two questions that only the rule has right: the chance of two heads or two tails.
     assert (rule.gain, rule.p_value) == (0.5, 0.5)
     assert (oracle.gain, oracle.p_value) == (0.5, 0.5)
-    # Of four draws among (0, 0.25, ..., 1) with two differences each way of 0 and 1.
-    assert (rule.gain_low, rule.gain_high) == (0.0, 1.0)
+    assert rule.gain_low < 0 < 0.5 < rule.gain_high <= 1  # four questions leave it open
     assert rule.low < rule.quality < rule.high
 
 
