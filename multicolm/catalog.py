@@ -13,19 +13,21 @@ from multicolm.errors import ConfigError, UnknownNameError, unknown
 
 __all__ = ["Kind", "names", "path", "read", "registry", "root"]
 
-Kind: TypeAlias = Literal["policies", "models", "ensembles", "tasks"]
+Kind: TypeAlias = Literal["policies", "models", "ensembles", "tasks", "chat_templates"]
 
 _FOLDERS: dict[Kind, str] = {
     "policies": "policies",
     "models": "registry/models",
     "ensembles": "registry/ensembles",
     "tasks": "registry/tasks",
+    "chat_templates": "registry/chat_templates",
 }
 _NOUNS: dict[Kind, str] = {
     "policies": "policy",
     "models": "model",
     "ensembles": "ensemble",
     "tasks": "task",
+    "chat_templates": "chat template",
 }
 
 
@@ -53,7 +55,11 @@ def registry() -> Path:
 
 def names(kind: Kind) -> list[str]:
     """The names of all entries of one kind, sorted."""
-    return sorted(file.stem for file in (root() / _FOLDERS[kind]).glob("*.yaml"))
+    return sorted(file.stem for file in (root() / _FOLDERS[kind]).glob(f"*{_suffix(kind)}"))
+
+
+def _suffix(kind: Kind) -> str:
+    return ".jinja" if kind == "chat_templates" else ".yaml"
 
 
 def path(kind: Kind, name: str) -> Path:
@@ -65,11 +71,11 @@ def path(kind: Kind, name: str) -> Path:
     known = names(kind)
     if name not in known:
         raise UnknownNameError(unknown(_NOUNS[kind], name, known))
-    return root() / _FOLDERS[kind] / f"{name}.yaml"
+    return root() / _FOLDERS[kind] / f"{name}{_suffix(kind)}"
 
 
 def read(kind: Kind, name: str) -> str:
-    """The YAML text of one entry.
+    """The text of one entry: YAML, or of a chat template jinja.
 
     Raises:
         UnknownNameError: if there is no such entry.

@@ -18,7 +18,7 @@ from multicolm.errors import ConfigError, UnknownNameError
 from multicolm.plugins import policies
 
 ROOT = Path(__file__).resolve().parents[1]
-KINDS: list[catalog.Kind] = ["policies", "models", "ensembles"]
+KINDS: list[catalog.Kind] = ["policies", "models", "ensembles", "chat_templates"]
 
 
 def test_the_checkout_is_the_catalogue() -> None:

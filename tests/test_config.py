@@ -465,6 +465,56 @@ models:
     assert config.models["b"].chat_template_text == "{{ messages }}"
 
 
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        (
+            "chatmll",
+            "unknown chat template 'chatmll'. Did you mean 'chatml'? Known: chatml, plain. Allowed "
+            "are `chatml` and `plain`, a .jinja file, or jinja text that uses `messages`.",
+        ),
+        (
+            "{{ message }}",
+            "the template does not use `messages`, so what is asked would be lost; allowed are "
+            "`chatml` and `plain`, a .jinja file, or jinja text that uses `messages`.",
+        ),
+        (
+            "{% for m in messages %}{{ m }}",
+            "is not jinja in line 1 of the template: Unexpected end of template. Jinja was looking "
+            "for the following tags: 'endfor' or 'else'. The innermost block that needs to be "
+            "closed is 'for'.",
+        ),
+    ],
+)
+def test_a_chat_template_that_would_lose_the_question_is_refused_before_anything_is_loaded(
+    template: str, said: str, tmp_path: Path
+) -> None:
+    text = f'base_model: a\nmodels:\n  a: {{model: tiny-math, chat_template: "{template}"}}\n'
+    where = f"{tmp_path}/duo.yaml:3:40: models.a.chat_template: "
+    assert complaint(text, tmp_path / "duo.yaml") == where + said
+    (tmp_path / "t.jinja").write_text(template)
+    if "{" in template:
+        complained = complaint(text.replace(template, "t.jinja"), tmp_path / "duo.yaml")
+        assert complained == f"{where}{tmp_path}/t.jinja: {said}"
+
+
+def test_a_chat_template_may_be_a_shipped_one_by_name_or_use_tags_of_transformers(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "t.jinja").write_text("{% generation %}{{ messages }}{% endgeneration %}")
+    text = """\
+base_model: a
+models:
+  a: {model: tiny-math, chat_template: chatml}
+  b: {model: tiny-math, chat_template: plain}
+  c: {model: tiny-math, chat_template: t.jinja}
+"""
+    config = parse_ensemble(text, tmp_path / "duo.yaml")
+    assert "<|im_start|>assistant" in str(config.models["a"].chat_template_text)
+    assert "Assistant:" in str(config.models["b"].chat_template_text)
+    assert "generation" in str(config.models["c"].chat_template_text)
+
+
 def test_an_adapter_starts_from_the_folder_of_the_file(tmp_path: Path) -> None:
     (tmp_path / "lora").mkdir()
     (tmp_path / "lora" / "adapter_config.json").write_text("{}")

@@ -11,7 +11,8 @@ from urllib.parse import urlsplit
 from pydantic import Field, PrivateAttr, model_validator
 
 from multicolm import catalog
-from multicolm.config.document import Document, read_text
+from multicolm.config.chat_template import chat_template_text
+from multicolm.config.document import Document
 from multicolm.config.wording import Problem, Strict, check
 from multicolm.errors import ConfigError, UnknownNameError, unknown
 
@@ -136,7 +137,9 @@ class ModelConfig(Strict):
         device_map: accelerate's, instead of ``device``.
         attn_implementation: transformers' attention kernel.
         adapter: folder of a PEFT adapter.
-        chat_template: jinja text, or a ``.jinja`` file.
+        chat_template: jinja text, a ``.jinja`` file, or a name in ``registry/chat_templates/``:
+            ``chatml``, or ``plain``, which needs no special tokens. Beside what transformers gives
+            to a template, ``start_of_text`` is what the tokenizer puts at the start of a text.
         cost: of one forward pass for one text, in any unit; what budgets are counted in.
         trust_remote_code: run Python that comes with the weights.
         allow_pickled_weights: load weights that are not safetensors.
@@ -224,7 +227,7 @@ class ModelConfig(Strict):
             What cannot be found.
         """
         problems: list[Problem] = []
-        found: dict[str, Any] = {"adapter": None, "chat_template": self.chat_template}
+        found: dict[str, Any] = {"adapter": None, "chat_template": None}
         try:
             found |= _locate(self, base_dir)
         except ConfigError as error:
@@ -241,12 +244,11 @@ class ModelConfig(Strict):
         except ConfigError as error:
             problems.append(Problem(("tokenizer",), str(error)))
         try:
-            template = self.chat_template
-            if template is not None and template.endswith(".jinja") and "{" not in template:
-                path = base_dir / Path(template).expanduser()
-                found["chat_template"] = read_text(path, "a chat template")
+            if self.chat_template is not None:
+                found["chat_template"] = chat_template_text(self.chat_template, base_dir)
         except ConfigError as error:
-            problems.append(Problem(("chat_template",), str(error)))
+            unknown_name = isinstance(error, UnknownNameError)
+            problems.append(Problem(("chat_template",), str(error), unknown_name=unknown_name))
         if found.get("is_local") and self.revision is not None:
             text = "only a Hub id has revisions, and `model` stands for a folder."
             problems.append(Problem(("revision",), text))
@@ -290,7 +292,7 @@ class ModelConfig(Strict):
 
     @property
     def chat_template_text(self) -> str | None:
-        """The chat template itself, also where ``chat_template`` names a file."""
+        """The chat template itself, also where ``chat_template`` is the name of one."""
         return self.resolved.chat_template
 
 

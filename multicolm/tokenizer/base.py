@@ -43,8 +43,35 @@ class TokenizerAdapter(ABC):
     def encode(self, text: str) -> list[int]:
         """Token ids of a prompt, with whatever the tokenizer puts at the start of a text.
 
-        Names of special tokens in the text are text.
+        Names of special tokens in the text are text, and nothing is put behind it.
         """
+
+    def encode_rendered(self, text: str) -> list[int]:
+        """Token ids of a prompt in which names of special tokens stand for these tokens.
+
+        Such is what a chat template has rendered. If the text begins with what the tokenizer puts
+        at the start of a text, it is not put there again.
+        """
+        start = self.encode("")
+        ids: list[int] = []
+        for number, part in enumerate(self._special_pattern.split(text)):
+            if number % 2:
+                ids.append(self._special_ids[part])
+            elif part:
+                ids += self.encode_continuation(part) if ids else self.encode(part)[len(start) :]
+        return ids if start and ids[: len(start)] == start else [*start, *ids]
+
+    @cached_property
+    def _special_ids(self) -> dict[str, int]:
+        """Special tokens by name."""
+        named = ((self.special_name(i), i) for i in reversed(range(self.n_tokens)))
+        return {name: i for name, i in named if name}
+
+    @cached_property
+    def _special_pattern(self) -> re.Pattern[str]:
+        """Finds names of special tokens, of those that begin alike the longest."""
+        names = sorted(self._special_ids, key=len, reverse=True)
+        return re.compile(f"({'|'.join(map(re.escape, names)) or '(?!)'})")
 
     @abstractmethod
     def encode_continuation(self, text: str) -> list[int]:

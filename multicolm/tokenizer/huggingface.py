@@ -7,12 +7,13 @@ import re
 import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property, lru_cache
-from typing import Any, cast
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from multicolm.errors import InputError, VocabularyError
 from multicolm.tokenizer.base import TokenizerAdapter
+from multicolm.tokenizer.chats import hidden_in, no_template, rendered, replaced, strings_of
 from multicolm.tokenizer.cuts import Cuts, cuts_of
 from multicolm.types import Message
 
@@ -76,24 +77,41 @@ class HuggingFaceTokenizer(TokenizerAdapter):
                 table.append(spelled(piece))
         return table
 
-    def encode(self, text: str, *, read_specials: bool = False) -> list[int]:
+    def encode(self, text: str) -> list[int]:
         """Token ids of a prompt, with the tokenizer's own beginning-of-text token if it has one.
 
-        Args:
-            text: the prompt.
-            read_specials: whether names of special tokens in it stand for these tokens, as in a
-                text that a chat template has made. Otherwise they are text.
+        What the tokenizer puts behind a text is left off: a prompt goes on.
 
         Raises:
             InputError: if the text holds a token that the model's weights do not know.
         """
-        if read_specials:
-            return self._readable(self._encode_with_specials(text, at_start=True))
-        return self._readable(list(self._outer.encode(text, add_special_tokens=True).ids))
+        encoded = self._outer.encode(text, add_special_tokens=False)
+        return self._readable([*self._front, *encoded.ids])
 
-    def _encode_with_specials(self, text: str, *, at_start: bool) -> list[int]:
+    def encode_rendered(self, text: str) -> list[int]:
+        """Token ids of a prompt in which names of special tokens stand for these tokens.
+
+        Raises:
+            InputError: if the text holds a token that the model's weights do not know.
+        """
+        start = self._specials.get(self._front[0]) if self._front else None
+        has_start = start is not None and text.startswith(start)
+        ids = self._encode_with_specials(text)
+        return self._readable(ids if has_start else [*self._front, *ids])
+
+    @cached_property
+    def _front(self) -> list[int]:
+        """What the tokenizer puts at the start of a text, and not what it puts at the end."""
+        # An empty text does not show which of the tokens around it stand in front.
+        for text in ("a", "0", ".", " "):
+            encoded = self._outer.encode(text, add_special_tokens=True)
+            if 0 in (mask := encoded.special_tokens_mask):
+                return list(encoded.ids[: mask.index(0)])
+        return []
+
+    def _encode_with_specials(self, text: str) -> list[int]:
         encoded = self._tokenizer(
-            text, add_special_tokens=at_start, split_special_tokens=False, verbose=False
+            text, add_special_tokens=False, split_special_tokens=False, verbose=False
         )
         return list(encoded["input_ids"])
 
@@ -157,40 +175,28 @@ class HuggingFaceTokenizer(TokenizerAdapter):
         Raises:
             InputError: if there is no template, or the template refuses the messages.
         """
-        if not self._tokenizer.chat_template:
-            raise InputError(
-                f"model '{self._name}' has no chat template; give a plain text prompt, or set "
-                f"`chat_template:` for it in the ensemble file."
-            )
+        template = self._tokenizer.chat_template
+        if not template or (isinstance(template, dict) and "default" not in template):
+            raise no_template(self._name, template or ())
         # What the tokenizer puts at the start of a text is in the template if it should be there.
-        names = self._specials.values()
-        if not any(name in message["content"] for message in messages for name in names):
-            text = self._in_template(messages)
-            return self._readable(self._encode_with_specials(text, at_start=False))
         stand_ins = self._stand_ins
-        hidden: list[Message] = []
-        for message in messages:
-            content = _replaced(message["content"], stand_ins)
-            hidden.append({"role": message["role"], "content": content})
+        if not any(name in text for text in strings_of(messages) for name in stand_ins):
+            text = rendered(self._name, self._in_template, messages)
+            return self._readable(self._encode_with_specials(text))
+        hidden = hidden_in(messages, stand_ins)
+        text = rendered(self._name, self._in_template, hidden, stand_ins)
         # The names that are left are the template's: they and those of the messages change places.
         back = {stand_in: name for name, stand_in in stand_ins.items()}
-        text = _replaced(self._in_template(hidden), {**stand_ins, **back})
+        text = replaced(text, {**stand_ins, **back})
         return self._readable(list(self._of_stand_ins.encode(text, add_special_tokens=False).ids))
 
-    def _in_template(self, messages: Sequence[Message]) -> str:
-        from jinja2.exceptions import TemplateError
-
-        try:
-            text = self._tokenizer.apply_chat_template(
-                [cast("dict[str, str]", dict(message)) for message in messages],
-                add_generation_prompt=True,
-                tokenize=False,
-            )
-        except TemplateError as error:
-            raise InputError(
-                f"the chat template of model '{self._name}' refuses these messages: {error}"
-            ) from error
-        return str(text)
+    def _in_template(self, messages: list[dict[str, Any]]) -> Any:
+        return self._tokenizer.apply_chat_template(
+            messages,
+            add_generation_prompt=True,
+            tokenize=False,
+            start_of_text="".join(self._specials.get(i, "") for i in self._front),
+        )
 
     @cached_property
     def _stand_ins(self) -> dict[str, str]:
@@ -262,12 +268,6 @@ def _renamed(settings: Mapping[str, Any], names: Mapping[str, str]) -> dict[str,
     if model.get("unk_token") in names:
         model["unk_token"] = names[model["unk_token"]]
     return {**settings, "added_tokens": added, "model": model}
-
-
-def _replaced(text: str, names: Mapping[str, str]) -> str:
-    """The text with every name replaced at once; of names that begin alike the longest."""
-    pattern = "|".join(map(re.escape, sorted(names, key=len, reverse=True)))
-    return re.sub(pattern, lambda found: names[found.group()], text)
 
 
 def _decoder_of(tokenizer: PreTrainedTokenizerBase, name: str) -> Any:

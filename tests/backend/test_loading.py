@@ -274,7 +274,7 @@ def test_a_chat_template_may_stand_in_the_file_or_in_a_jinja_file(
 
 
 def test_a_template_that_refuses_the_messages_is_quoted(folder: Path) -> None:
-    refusing = "{{ raise_exception('only one system message') }}"
+    refusing = "{{ raise_exception('only one system message') if messages }}"
     tokenizer = load(folder, chat_template=refusing).tokenizer
     with pytest.raises(InputError, match=r"template of model 'm' refuses .* only one system mess"):
         tokenizer.encode_chat(CHAT)

@@ -99,7 +99,7 @@ def test_a_token_that_the_weights_do_not_know_is_refused_in_a_prompt_and_never_w
     base = TransformersModel("m", network("llama"), wider)
     assert base.tokenizer.n_tokens == len(shared_tokenizer())
     with pytest.raises(InputError, match=r"model 'm' has a token '<pad>' \(id 266\) that its"):
-        base.tokenizer.encode("ab <pad>", read_specials=True)  # type: ignore[call-arg]
+        base.tokenizer.encode_rendered("ab <pad>")
     assert Ensemble([base]).generate("ab <pad>", max_new_tokens=2)  # there it is plain text
     answer = Ensemble([base, model("gpt2")]).generate("ab", max_new_tokens=4)[0]
     plain = Ensemble([model("llama", "m")]).generate("ab", max_new_tokens=4)[0]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import re
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import transformers as hf
@@ -143,7 +145,7 @@ def test_a_prompt_begins_as_the_tokenizer_begins_texts_and_a_continuation_does_n
 
 def test_names_of_special_tokens_in_a_text_are_text_unless_asked_otherwise() -> None:
     tokenizer = adapter("byte-level")
-    assert tokenizer.encode(END, read_specials=True) == list(tokenizer.end_ids)
+    assert tokenizer.encode_rendered(END) == list(tokenizer.end_ids)
     assert tokenizer.decode(tokenizer.encode(END)) == END.encode()
     assert tokenizer.decode(tokenizer.encode_continuation(END)) == END.encode()
 
@@ -237,7 +239,7 @@ def test_tokens_behind_the_last_embedding_are_none() -> None:
     assert all(i < tokenizer.n_tokens for i in tokenizer.end_ids)
     for text in ("<pad>", "a <think>"):
         with pytest.raises(InputError, match=r"model 'm' has a token '<.*>' \(id 26"):
-            tokenizer.encode(text, read_specials=True)
+            tokenizer.encode_rendered(text)
 
 
 def test_a_chat_becomes_tokens_by_the_models_own_template() -> None:
@@ -261,6 +263,48 @@ def test_a_chat_becomes_tokens_by_the_models_own_template() -> None:
     inner.chat_template = "{{ nothing.here.at.all }}"
     with pytest.raises(InputError, match="the chat template of model 'm' refuses these messages"):
         tokenizer.encode_chat([{"role": "user", "content": "hi"}])
+
+
+CHAT: Any = [{"role": "user", "content": "hi"}]
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ messages[0]['content'] + 5 }}", r"fails on these messages: TypeError: can only conc"),
+        ("{% for i in range(10**9) %}x{% endfor %}", r"fails on these messages: OverflowError: R"),
+        ("{{ 1 // 0 }}", r"fails on these messages: ZeroDivisionError: "),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", r"fails on .*: RecursionError: "),
+        ("{{ messages | sort(attribute='x') | first + {} }}", "fails|refuses"),
+        ("{% if %}", r"is not right in line 1: .* Mend it, or set another one with `chat_temp"),
+        ("{{ raise_exception('no ' + messages[0]['content']) }}", "refuses these messages: no hi$"),
+    ],
+)
+def test_whatever_goes_wrong_in_a_chat_template_is_an_error_of_input(
+    template: str, message: str
+) -> None:
+    inner = byte_level()
+    inner.chat_template = template
+    with pytest.raises(InputError, match=f"^the chat template of model 'm' ({message})"):
+        HuggingFaceTokenizer(inner, "m").encode_chat(CHAT)
+
+
+def test_a_template_that_refuses_a_message_quotes_it_as_it_was_written() -> None:
+    inner = byte_level()
+    inner.chat_template = "{{ raise_exception('no role ' + messages[0]['role']) }}"
+    message: Any = {"role": f"user{END}", "content": "hi"}
+    with pytest.raises(InputError, match=rf"refuses these messages: no role user{re.escape(END)}$"):
+        HuggingFaceTokenizer(inner, "m").encode_chat([message])
+
+
+def test_templates_for_some_chats_only_are_named_where_one_for_every_chat_is_missing() -> None:
+    inner = byte_level()
+    inner.chat_template = {"tool_use": "T", "rag": "R"}
+    tokenizer = HuggingFaceTokenizer(inner, "m")
+    with pytest.raises(InputError, match=r"^model 'm' has .* for rag and tool_use only"):
+        tokenizer.encode_chat(CHAT)
+    inner.chat_template = {"tool_use": "T", "default": "{{ messages[0]['content'] }}"}
+    assert tokenizer.decode(tokenizer.encode_chat(CHAT)) == b"hi"
 
 
 def test_an_added_token_may_keep_the_blanks_beside_it() -> None:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import ctypes
-import re
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from multicolm.backend.llama_cpp.library import Weights, library
-from multicolm.errors import InputError, VocabularyError
+from multicolm.errors import VocabularyError
 from multicolm.tokenizer.base import TokenizerAdapter
+from multicolm.tokenizer.chats import hidden_in, no_template, rendered, strings_of
 from multicolm.types import Message
 
 __all__ = ["LlamaCppTokenizer", "vocabulary_pieces"]
@@ -64,9 +64,9 @@ class LlamaCppTokenizer(TokenizerAdapter):
         self.end_ids = frozenset(
             i for i in range(self.n_tokens) if lib.llama_vocab_is_eog(vocabulary, i)
         )
-        start = int(lib.llama_vocab_bos(vocabulary))
-        adds_start = lib.llama_vocab_get_add_bos(vocabulary) and 0 <= start < self.n_tokens
-        self._start = [start] if adds_start else []
+        self._bos = self._named("bos", int(lib.llama_vocab_bos(vocabulary)))
+        self._eos = self._named("eos", int(lib.llama_vocab_eos(vocabulary)))
+        self._front = self._bos if lib.llama_vocab_get_add_bos(vocabulary) else []
         for probe in _PROBES:
             if not self.covers_text(probe):
                 raise VocabularyError(
@@ -74,9 +74,25 @@ class LlamaCppTokenizer(TokenizerAdapter):
                     "name the model's own tokenizer, `tokenizer: folder or Hub id`."
                 )
 
+    def _named(self, role: str, token_id: int) -> list[int]:
+        """The token of a role, where the file has one; llama.cpp makes one up where it has not."""
+        is_given = self._weights.metadata(f"tokenizer.ggml.{role}_token_id") is not None
+        is_token = 0 <= token_id < self.n_tokens
+        return [token_id] if is_token and (is_given or self._special[token_id]) else []
+
     def encode(self, text: str) -> list[int]:
         """Token ids of a prompt, behind the one beginning-of-text token that the file asks for."""
-        return self._start + _tokenize(self._weights.vocabulary, text)
+        return self._front + _tokenize(self._weights.vocabulary, text)
+
+    def encode_rendered(self, text: str) -> list[int]:
+        """Token ids of a prompt in which names of special tokens stand for these tokens."""
+        ids = _tokenize(self._weights.vocabulary, text, read_specials=True)
+        return ids if ids[:1] == self._front else self._front + ids
+
+    @property
+    def start_ids(self) -> list[int]:
+        """What the file puts at the start of a text, or else its first or last token of texts."""
+        return self._front or self._bos or self._eos or super().start_ids
 
     def encode_continuation(self, text: str) -> list[int]:
         """Token ids of text that continues another."""
@@ -99,24 +115,20 @@ class LlamaCppTokenizer(TokenizerAdapter):
             InputError: if there is no template, or the template refuses the messages.
         """
         # What stands at the start of a text is in the template if it should be there.
+        if not self._chat_template:
+            raise no_template(self._name)
         vocabulary, ids = self._weights.vocabulary, self._special_ids
-        names = re.compile("|".join(map(re.escape, sorted(ids, key=len, reverse=True))) or "$^")
-        if not any(names.search(message["content"]) for message in messages):
-            return _tokenize(vocabulary, self._in_template(messages), read_specials=True)
-        used = {character for message in messages for character in message["content"]}
+        texts = strings_of(messages)
+        if not any(self._special_pattern.search(text) for text in texts):
+            text = rendered(self._name, self._in_template, messages)
+            return _tokenize(vocabulary, text, read_specials=True)
+        used = set().union(*texts)
         free = (chr(code) for code in range(_PRIVATE, 0x110000) if chr(code) not in used)
         stand_ins = dict(zip(ids, free, strict=False))
         meant = {ord(stand_in): name for name, stand_in in stand_ins.items()}
-        hidden: list[Message] = [
-            {
-                "role": message["role"],
-                "content": names.sub(lambda found: stand_ins[found[0]], message["content"]),
-            }
-            for message in messages
-        ]
         encoded: list[int] = []
-        rendered = self._in_template(hidden)
-        for part in re.split(f"({names.pattern})", rendered):
+        text = rendered(self._name, self._in_template, hidden_in(messages, stand_ins), stand_ins)
+        for part in self._special_pattern.split(text):
             if part in ids:
                 encoded.append(ids[part])
             elif part:
@@ -124,47 +136,26 @@ class LlamaCppTokenizer(TokenizerAdapter):
         return encoded
 
     @cached_property
-    def _special_ids(self) -> dict[str, int]:
-        """Special tokens by name."""
-        named = ((piece, i) for i, piece in enumerate(self._pieces) if self._special[i])
-        return {piece: i for piece, i in named if piece}
+    def _chat_template(self) -> str:
+        """The user's template or the file's own; empty if there is none."""
+        if self._template is not None:
+            return self._template
+        own = library().llama_model_chat_template(self._weights.pointer, None)
+        return str(own.decode("utf-8", "replace")) if own else ""
 
-    def _in_template(self, messages: Sequence[Message]) -> str:
-        """A chat as the template writes it.
-
-        Raises:
-            InputError: if there is no template, or it refuses the messages.
-        """
-        from jinja2.exceptions import TemplateError
+    def _in_template(self, messages: list[dict[str, Any]]) -> Any:
+        """A chat as the template writes it."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        lib, vocabulary = library(), self._weights.vocabulary
-        template = self._template
-        if template is None:
-            own = lib.llama_model_chat_template(self._weights.pointer, None)
-            template = own.decode("utf-8", "replace") if own else None
-        if not template:
-            raise InputError(
-                f"model '{self._name}' has no chat template; give a plain text prompt, or set "
-                "`chat_template:` for it in the ensemble file."
-            )
-        names = {"bos_token": lib.llama_vocab_bos(vocabulary)}
-        names["eos_token"] = lib.llama_vocab_eos(vocabulary)
-        specials: dict[str, Any] = {
-            name: self._pieces[i] if 0 <= i < self.n_tokens else "" for name, i in names.items()
-        }
-        try:
-            rendered: Any = render_jinja_template(
-                conversations=[[dict(message) for message in messages]],
-                chat_template=template,
-                add_generation_prompt=True,
-                **specials,
-            )
-        except TemplateError as error:
-            raise InputError(
-                f"the chat template of model '{self._name}' refuses these messages: {error}"
-            ) from error
-        return str(rendered[0][0])
+        ids = {"bos_token": self._bos, "eos_token": self._eos, "start_of_text": self._front}
+        names: dict[str, Any] = {role: self._pieces[i[0]] if i else "" for role, i in ids.items()}
+        result: Any = render_jinja_template(
+            conversations=[messages],
+            chat_template=self._chat_template,
+            add_generation_prompt=True,
+            **names,
+        )
+        return result[0][0]
 
     def token_bytes(self, token_id: int) -> bytes:
         """What the token adds to a text; empty for special tokens and ids without a token."""

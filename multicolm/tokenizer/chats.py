@@ -1,0 +1,110 @@
+"""Chats in a model's own template: what a template may do, and what a message may not.
+
+A template writes special tokens by their names. The same names in a message, in whatever field of
+it, are text: whoever writes a message cannot end a turn or begin another one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, cast
+
+from multicolm.errors import InputError
+from multicolm.types import Message
+
+__all__ = ["hidden_in", "no_template", "rendered", "replaced", "strings_of"]
+
+
+def strings_of(messages: Iterable[Any]) -> list[str]:
+    """Every string in some messages, whatever field it is in and however deep."""
+    found: list[str] = []
+    for value in messages:
+        if isinstance(value, str):
+            found.append(value)
+        elif isinstance(value, Mapping):
+            found += strings_of([*value, *value.values()])
+        elif isinstance(value, Sequence) and not isinstance(value, bytes):
+            found += strings_of(value)
+    return found
+
+
+def hidden_in(messages: Sequence[Message], names: Mapping[str, str]) -> list[Message]:
+    """The messages with some names replaced in every string of every field.
+
+    Args:
+        messages: of a chat.
+        names: what stands in the place of each name.
+    """
+    return [cast("Message", _hidden(dict(message), names)) for message in messages]
+
+
+def _hidden(value: Any, names: Mapping[str, str]) -> Any:
+    if isinstance(value, str):
+        return replaced(value, names)
+    if isinstance(value, Mapping):
+        return {_hidden(key, names): _hidden(part, names) for key, part in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, bytes):
+        return [_hidden(part, names) for part in value]
+    return value
+
+
+def replaced(text: str, names: Mapping[str, str]) -> str:
+    """The text with every name replaced at once; of names that begin alike the longest."""
+    pattern = "|".join(map(re.escape, sorted(names, key=len, reverse=True)))
+    return re.sub(pattern, lambda found: names[found.group()], text) if names else text
+
+
+def rendered(
+    name: str,
+    template: Callable[[list[dict[str, Any]]], Any],
+    messages: Sequence[Message],
+    hidden: Mapping[str, str] | None = None,
+) -> str:
+    """What a template makes of a chat.
+
+    Args:
+        name: the model's, for messages.
+        template: takes the messages. It may be of the model's author or of the user, and fail in
+            any way that a program can.
+        messages: of the chat.
+        hidden: what stands in the messages in the place of names, for messages.
+
+    Raises:
+        InputError: if the template refuses the messages, or fails.
+    """
+    from jinja2.exceptions import TemplateError, TemplateSyntaxError
+
+    try:
+        return str(template([cast("dict[str, Any]", dict(message)) for message in messages]))
+    except Exception as error:
+        names = {stand_in: hidden_name for hidden_name, stand_in in (hidden or {}).items()}
+        reason = replaced(" ".join(str(error).split()), names).rstrip(".")
+        if isinstance(error, TemplateSyntaxError):
+            reason = f"is not right in line {error.lineno}: {reason}"
+        elif isinstance(error, TemplateError):
+            # Among them what a template says itself, by raise_exception.
+            raise InputError(
+                f"the chat template of model '{name}' refuses these messages: {reason}"
+            ) from error
+        else:
+            reason = f"fails on these messages: {type(error).__name__}: {reason}"
+        raise InputError(
+            f"the chat template of model '{name}' {reason}. Mend it, or set another one with "
+            "`chat_template:` in the ensemble file."
+        ) from error
+
+
+def no_template(name: str, others: Iterable[str] = ()) -> InputError:
+    """What to say where a model has no template to write chats in.
+
+    Args:
+        name: the model's.
+        others: names of templates that it has, none of them for every chat.
+    """
+    has = f"chat templates for {' and '.join(sorted(others))} only" if others else ""
+    return InputError(
+        f"model '{name}' has {has or 'no chat template'}; give a plain text prompt, or set "
+        "`chat_template:` for it in the ensemble file: `chatml` or `plain`, jinja text that uses "
+        "`messages`, or a .jinja file."
+    )
