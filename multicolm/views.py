@@ -334,6 +334,7 @@ class Views:
         first_tokens: Callable[[int], Tensor] | None = None,
         closed: Mapping[int, Tensor] | None = None,
         costs: Sequence[float] | None = None,
+        extends: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         """Bundle views.
 
@@ -349,12 +350,14 @@ class Views:
                 given.
             closed: per model index, where it could not go on; nowhere if not given.
             costs: see :attr:`costs`; 1 for every model if not given.
+            extends: see :meth:`extends`.
         """
         self._costs = [1.0] * len(models) if costs is None else list(costs)
         if len(self._costs) != len(models):
             raise PolicyError(
                 f"views of {len(models)} models need {len(models)} costs, got {len(self._costs)}."
             )
+        self._extends = extends
         self._first_tokens = first_tokens
         self._closed = closed or {}
         self.models = models
@@ -493,3 +496,9 @@ class Views:
         if self._starts_word is None:
             raise PolicyError("these views were made without a vocabulary.")
         return self._starts_word.to(ids.device)[ids]
+
+    def extends(self, ids: Int[Tensor, "n"]) -> Bool[Tensor, "n vocab"]:
+        """Per given token, which tokens of the vocabulary begin with its text, itself included."""
+        if self._extends is None:
+            raise PolicyError("these views were made without a vocabulary.")
+        return self._extends(ids)

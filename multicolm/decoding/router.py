@@ -96,6 +96,7 @@ class Router:
             first_tokens,
             {k: m.n_likeliest for k, m in enumerate(models) if m.n_likeliest is not None},
             costs,
+            vocabulary.extends,
         )
         self._policy = policy
         self._noise = Noise()

@@ -83,6 +83,7 @@ class PolicyDesk:
             have different vocabularies.
         n_likeliest: of models that tell of their likeliest tokens only, by index: of how many.
         costs: per model, of one forward pass for one text; see :attr:`multicolm.Views.costs`.
+        extends: per shared token, which tokens begin with its text.
 
     Raises:
         CapabilityError: if the policy speaks of a model that is not there.
@@ -97,8 +98,10 @@ class PolicyDesk:
         first_tokens: Callable[[int], Tensor] | None = None,
         n_likeliest: Mapping[int, int] | None = None,
         costs: Sequence[float] | None = None,
+        extends: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self.policy = policy
+        self._extends = extends
         self._costs = costs
         self._n_likeliest = n_likeliest or {}
         self.models = models
@@ -160,6 +163,7 @@ class PolicyDesk:
                 if k in views and model.closed
             },
             costs=self._costs,
+            extends=self._extends,
         )
 
     def candidates(self, draft: Draft, which: Sequence[int]) -> dict[int, Tensor]:
@@ -272,7 +276,27 @@ class PolicyDesk:
                 "or with NaN or infinity."
             )
         tokens = draft.positions.at(which).draw(mixed)
-        verdict.enter(which, [len(self.models)] * len(which), tokens, mixed)
+        writers = self._mix_writers(policy, views)
+        for k in sorted(set(writers)):
+            lines = [line for line, writer in enumerate(writers) if writer == k]
+            theirs = [which[line] for line in lines]
+            partial = k in self._n_likeliest
+            verdict.enter(theirs, [k] * len(lines), tokens[lines], mixed[lines], partial=partial)
+
+    def _mix_writers(self, policy: MixPolicy, views: Views) -> list[int]:
+        """Per position, the model whose own distribution was returned, or the mixture."""
+        answer = policy.writers(views)
+        if answer is None:
+            return [len(self.models)] * views.n_positions
+        self._check(answer, views, "writers", {torch.int64, torch.int32})
+        writers: list[int] = answer.tolist()
+        if wrong := sorted(set(writers) - self._uses - {len(self.models)}):
+            raise PolicyError(
+                f"policy '{policy.name}': writers() named model {wrong[0]}; allowed are those that "
+                f"it uses ({', '.join(map(str, sorted(self._uses)))}), and {len(self.models)} for "
+                "the mixture."
+            )
+        return writers
 
     def _verify(
         self,

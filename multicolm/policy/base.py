@@ -270,6 +270,14 @@ class MixPolicy(Policy):
         """
         raise NotImplementedError(f"{type(self).__name__} has no `mix`")
 
+    def writers(self, views: Views) -> Int[Tensor, "positions"] | None:
+        """Who is named as the writer: a model's index, or the number of models for the mixture.
+
+        Where it names a model, :meth:`mix` returns that model's own distribution. ``None``, if not
+        overridden: the mixture writes everywhere.
+        """
+        return None
+
 
 class VerifyPolicy(Policy):
     """Gives the distribution that the text must follow, while the base model drafts.

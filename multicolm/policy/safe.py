@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, ClassVar
 
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from pydantic import Field
 
 from multicolm.policy.base import Support, register_policy
@@ -15,26 +15,36 @@ from multicolm.views import ModelNames, Views
 
 __all__ = ["SafePolicy"]
 
+_SMOOTH = 0.5  # a mixture whose likeliest token has less is sharpened
+
 
 @register_policy("safe")
 class SafePolicy(AveragePolicy):
     """The base model writes, and all are mixed only where that is safe and worth it.
 
-    That is where every other model could go on (no token of its own lies across the place), one of
-    them would write another token, and on average they give the base model's token less than
-    ``threshold``.
+    Safe: every other model could go on there, since no token of its own lies across the place.
+    Worth it: another model would write another token, and the mean of all models' probabilities of
+    the base model's token, by their weights, is below ``threshold``. With 0.5, no other place
+    would get another token by mixing. Elsewhere the base model is named as the writer, so the
+    share of mixed tokens can be read off a trace.
+
+    A mixture without a token of 0.5 or more is sharpened: the probability of all tokens that begin
+    with a token of the base model goes to that one, if it has more than ``sharpen``. With the
+    geometric mean, the paper's other way to sharpen, this is left out.
 
     Attributes:
-        threshold: the mean probability of the base model's likeliest token under the others, below
-            which the models are mixed; 0 is the base model alone.
+        threshold: probability; 0 is the base model alone.
+        sharpen: probability (the paper's lambda); 1 never sharpens.
 
     Source:
-        SAFE, arXiv 2510.15346, generate-verify-ensemble. Its exact thresholds are not public, nor
-        is its sharpening of smooth mixtures here; 0.5 is the stand-in that most of the verifiers'
-        mass speaks against the token.
+        SAFE, arXiv 2510.15346 (ICLR 2026), sections 3.2 and 3.3, with the published 0.5 and 0.1.
+        There all models weigh the same, decoding is greedy, and the best model is the base model.
+        Where two tokens that attract probability begin alike, here the shorter one gets all of it,
+        so that a distribution is left to sample from; the likeliest token is the same.
     """
 
     threshold: Annotated[float, Field(ge=0, le=1)] = 0.5
+    sharpen: Annotated[float, Field(gt=0, le=1)] = 0.1
 
     support: ClassVar[Support] = "union"
     seams: ClassVar[bool] = True
@@ -45,18 +55,62 @@ class SafePolicy(AveragePolicy):
         return super().uses(models) | {0}
 
     def score(self, views: Views) -> Float[Tensor, "positions"]:
-        """Probability of the base model's likeliest token."""
-        return views.base.top1_probs
+        """Mean probability of the base model's likeliest token, by the weights."""
+        weights = views.models.weights(self.weights)
+        token = views.base.top1_ids
+        probs = [weights[k] * views[k].logprob_of(token).exp() for k in views]
+        return sum(probs[1:], probs[0])
+
+    def writers(self, views: Views) -> Int[Tensor, "positions"]:
+        """The mixture where that is safe and worth it, else the base model."""
+        return self._is_mixed(views).long() * len(views.models)
 
     def mix(self, views: Views) -> Float[Tensor, "positions vocab"]:
         """The mixture where that is safe and worth it, else what the base model says."""
         import torch
 
-        if not views.assistants:
+        is_mixed = self._is_mixed(views)
+        if not bool(is_mixed.any()):
             return views.base.logprobs
+        mixed = super().mix(views)
+        if self.mean != "geometric":
+            mixed = self._sharpened(views, mixed)
+        return torch.where(is_mixed[:, None], mixed, views.base.logprobs)
+
+    def _is_mixed(self, views: Views) -> Bool[Tensor, "positions"]:
+        import torch
+
         token = views.base.top1_ids
-        probs = torch.stack([views[k].logprob_of(token).exp() for k in views.assistants])
-        others = torch.stack([views[k].top1_ids != token for k in views.assistants])
-        is_open = torch.stack([views.is_open(k).to(token.device) for k in views.assistants])
-        worth = others.any(0) & (probs.mean(0) < self.threshold) & is_open.all(0)
-        return torch.where(worth[:, None], super().mix(views), views.base.logprobs)
+        is_mixed = torch.zeros_like(token, dtype=torch.bool)
+        for k in views.assistants:
+            is_mixed |= views[k].top1_ids != token
+        is_mixed &= self.score(views) < self.threshold
+        for k in views.assistants:
+            is_mixed &= views.is_open(k).to(token.device)
+        return is_mixed
+
+    def _sharpened(
+        self, views: Views, mixed: Float[Tensor, "positions vocab"]
+    ) -> Float[Tensor, "positions vocab"]:
+        """The mixture, its probability gathered in few tokens where it is smooth."""
+        import torch
+
+        rows = (mixed.max(-1).values.exp() < _SMOOTH).nonzero()[:, 0]
+        if not len(rows):
+            return mixed
+        probs = mixed[rows].exp()
+        n = min(int(1 / self.sharpen), probs.shape[-1])  # no more tokens can have that much
+        top, ids = probs.topk(n)
+        attracts = top > self.sharpen
+        attracts &= views.base.logprobs[rows].gather(-1, ids) > float("-inf")
+        within = torch.stack([views.extends(ids[:, i]).gather(-1, ids) for i in range(n)], dim=1)
+        # Of two that spell the same, the likelier one counts as the shorter.
+        shorter = within & ~(within.mT & torch.ones(n, n, dtype=torch.bool).tril().to(ids.device))
+        attracts &= ~(shorter & attracts[:, :, None]).any(1)
+        sharp = probs
+        for i in range(n):
+            gathered = views.extends(ids[:, i]) & attracts[:, i, None]
+            total = (probs * gathered).sum(-1, keepdim=True)
+            moved = sharp.masked_fill(gathered, 0.0).scatter(-1, ids[:, i, None], total)
+            sharp = torch.where(attracts[:, i, None], moved, sharp)
+        return mixed.index_copy(0, rows, sharp.log())

@@ -128,6 +128,7 @@ class LikelihoodReader(PassageReader):
             {k: self._embedder(k) for k in range(len(self._models))},
             first_tokens,
             costs=ensemble.costs,
+            extends=self._vocabulary.extends,
         )
         needs = self._desk.needs
         self._looked_at = sorted({*needs.always, *needs.deferred})

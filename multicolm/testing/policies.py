@@ -30,7 +30,8 @@ def check_policy(policy: Policy, *, seed: int = 0) -> None:
 
     Laws: it is deterministic; it leaves the views as they are; a position's answer depends on that
     position alone; it names models that exist and that it said it would use; a distribution has no
-    NaN and a possible token; ``certain`` deferral is a hand-over.
+    NaN and a possible token; a token that a mixing policy ascribes to a model is drawn from that
+    model's distribution; ``certain`` deferral is a hand-over.
 
     Args:
         policy: what to check; tried on random views of ensembles of 1 to 4 models.
@@ -81,6 +82,10 @@ class _Scene:
             "prompt_nats": torch.rand(n, len(models), generator=generator) * 4,
         }
         self.starts_word = torch.rand(_VOCAB, generator=generator) < 0.5
+        # Token i begins like token (i - 1) // 2, as in a binary tree.
+        self.extends = torch.eye(_VOCAB, dtype=torch.bool)
+        for token in range(_VOCAB - 1, 0, -1):
+            self.extends[(token - 1) // 2] |= self.extends[token]
         self.costs = (torch.rand(len(models), generator=generator) * 9).tolist()
 
     def views(self, which: Sequence[int], *, base_only: bool = False) -> Views:
@@ -110,6 +115,7 @@ class _Scene:
             context={what: fetch(what) for what in known},
             drawn=self.sampling.probs,
             starts_word=self.starts_word,
+            extends=lambda ids: self.extends[ids],
             costs=self.costs,
         )
 
@@ -166,8 +172,37 @@ def _check_on(policy: Policy, scene: _Scene) -> None:
         raise LawBroken(
             "a distribution has no NaN and a possible token", f"{name}() returned one without."
         )
+    if isinstance(policy, MixPolicy):
+        _check_writers(policy, scene, asked, answer)
     if isinstance(policy, VerifyPolicy) and bool(((answer.sum(-1) - 1).abs() > 1e-3).any()):
         raise LawBroken("target probabilities sum to 1", f"sums: {answer.sum(-1).tolist()}.")
+
+
+def _check_writers(policy: MixPolicy, scene: _Scene, asked: Sequence[int], mixed: Tensor) -> None:
+    """Whoever is named as the writer has drawn the token from its own distribution."""
+    if policy.writers(scene.views(asked)) is None:
+        return
+
+    def named(views: Views) -> Tensor:
+        answer = policy.writers(views)
+        return torch.empty(0) if answer is None else answer
+
+    writers = _check_pure("writers", named, scene, asked)
+    n_models = len(scene.models)
+    wrong = sorted(set(writers.tolist()) - policy.uses(scene.models) - {n_models})
+    if wrong:
+        raise LawBroken(
+            "a policy names models that exist and that it uses",
+            f"writers() named {wrong}; uses() allows {sorted(policy.uses(scene.models))}.",
+        )
+    for line in (writers < n_models).nonzero()[:, 0].tolist():
+        k = int(writers[line])
+        own = scene.logits[k][asked[line]].log_softmax(-1)
+        if not _same(mixed[line].log_softmax(-1), own):
+            raise LawBroken(
+                "a token that a mixing policy ascribes to a model is drawn from its distribution",
+                f"writers() named model {k} at position {asked[line]}; mix() returned another one.",
+            )
 
 
 def _method(policy: Policy) -> tuple[str, Callable[[Views], Tensor]]:

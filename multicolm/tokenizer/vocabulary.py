@@ -141,6 +141,35 @@ class Vocabulary(ABC):
             flags.append(not content or content[:1].isspace())
         return torch.tensor(flags)
 
+    def extends(self, ids: Int[Tensor, "n"]) -> Bool[Tensor, "n vocab"]:
+        """Per given token, which tokens begin with its text; itself is one of them.
+
+        A special token is extended by itself alone.
+        """
+        first, last = (bound.to(ids.device) for bound in self._extensions)
+        return (first >= first[ids, None]) & (first <= last[ids, None])
+
+    @cached_property
+    def _extensions(self) -> tuple[Int[Tensor, "vocab"], Int[Tensor, "vocab"]]:
+        """Per token, the places of the first and the last text that begins with its own.
+
+        Places are those in the sorted texts of all tokens, in which such texts are neighbours.
+        """
+        texts = [self.token_bytes(token) for token in range(self.size)]
+        ordered = sorted({text for text in texts if text})
+        last = [0] * len(ordered)
+        open_: list[int] = []  # the texts that the current one begins with, the shortest first
+        for place, text in enumerate(ordered):
+            while open_ and not text.startswith(ordered[open_[-1]]):
+                last[open_.pop()] = place - 1
+            open_.append(place)
+        for place in open_:
+            last[place] = len(ordered) - 1
+        place_of = {text: place for place, text in enumerate(ordered)}
+        own = [place_of.get(text, len(ordered) + token) for token, text in enumerate(texts)]
+        ends = [last[place] if place < len(ordered) else place for place in own]
+        return torch.tensor(own), torch.tensor(ends)
+
 
 class Outcomes(Vocabulary):
     """What may come next where that is no token of a model: the same for all models.

@@ -98,6 +98,16 @@ class NotANumber(MixPolicy):
         return views.base.logits * float("nan")
 
 
+class NamesTheWrongWriter(MixPolicy):
+    base_signals: ClassVar[Any] = {"logprobs"}
+
+    def mix(self, views: Views) -> torch.Tensor:
+        return 2 * views.base.logprobs
+
+    def writers(self, views: Views) -> torch.Tensor:
+        return torch.zeros(views.n_positions, dtype=torch.long)
+
+
 class SumsToTwo(VerifyPolicy):
     base_signals: ClassVar[Any] = {"logprobs"}
 
@@ -117,6 +127,7 @@ class SumsToTwo(VerifyPolicy):
         (WritesIntoTheViews, "leaves the views as they are"),
         (Impossible, "a possible token"),
         (NotANumber, "no NaN"),
+        (NamesTheWrongWriter, "ascribes to a model is drawn from its distribution"),
         (SumsToTwo, "sum to 1"),
     ],
 )

@@ -233,39 +233,6 @@ def test_unite_with_all_weight_on_the_base_model_is_its_greedy_text() -> None:
     assert [a.text for a in shown] == [a.text for a in alone]
 
 
-def test_safe_mixes_only_where_the_others_object() -> None:
-    base = TableModel("base", ["q", "a", "b", "."], {"": {"a": 0.6, "b": 0.4}}, ["."])
-    doubts = TableModel("other", ["q", "a", "b", "!"], {"": {"b": 0.9, "a": 0.1}}, ["!"])
-    agrees = TableModel("other", ["q", "a", "b", "!"], {"": {"a": 0.6, "b": 0.4}}, ["!"])
-    for other, token, prob in ((doubts, "b", 0.65), (agrees, "a", 0.6)):
-        [answer] = Ensemble([base, other]).generate(["q"], "safe", max_new_tokens=1)
-        assert [(t.text, round(math.exp(t.logprob), 4)) for t in answer.trace] == [(token, prob)]
-    # With a threshold below the doubter's 0.1, the base model's word stands.
-    strict = kind("safe", threshold=0.05)
-    [answer] = Ensemble([base, doubts]).generate(["q"], strict, max_new_tokens=1)
-    assert [t.text for t in answer.trace] == ["a"]
-
-
-def test_safe_does_not_mix_within_a_token_of_another_model() -> None:
-    base = TableModel("base", ["q", "a", "b", "x", "."], {"": {"b": 1.0}, "q": {"a": 1.0}}, ["."])
-    # `ab` is one of its tokens, and after `a` it would write `x` with all its heart.
-    tokens = ["q", "a", "b", "ab", "x", "!"]
-    other = TableModel("other", tokens, {"": {"x": 1.0}, "q": {"a": 1.0}}, ["!"])
-    weights = {"base": 0.1, "other": 0.9}
-    ensemble = Ensemble([base, other])
-    [answer] = ensemble.generate(["q"], kind("safe", weights=weights), max_new_tokens=2)
-    assert answer.text == "ab"
-    [answer] = ensemble.generate(["q"], kind("gac", weights=weights), max_new_tokens=2)
-    assert answer.text == "ax"
-
-
-def test_safe_with_threshold_0_is_the_base_model() -> None:
-    trio = Ensemble(models())
-    alone = [a.text for a in trio.generate(PROMPTS, "single", max_new_tokens=12)]
-    shown = trio.generate(PROMPTS, kind("safe", threshold=0.0), max_new_tokens=12)
-    assert [a.text for a in shown] == alone
-
-
 # ---- presets of other kinds
 
 

@@ -238,3 +238,15 @@ def test_an_error_of_the_policy_itself_keeps_its_traceback() -> None:
     with pytest.raises(ZeroDivisionError, match="mine") as caught:
         PAIR.generate(["a"], policy(SelectPolicy, select))
     assert not isinstance(caught.value, MulticolmError)
+
+
+@pytest.mark.parametrize("index", [-1, 3])
+def test_a_mixing_policy_that_names_no_writer_of_the_ensemble_is_stopped(index: int) -> None:
+    def writers(_: MixPolicy, views: Views) -> torch.Tensor:
+        return zeros(views) + index
+
+    odd = policy(MixPolicy, lambda views: views.base.logprobs, writers=writers)
+    assert complaint(odd) == (
+        f"policy 'Odd': writers() named model {index}; allowed are those that it uses (0, 1), and "
+        "2 for the mixture."
+    )

@@ -216,6 +216,7 @@ OF_ONE = [
     "margin",
     "max-confidence",
     "random",
+    "safe",
     "single",
 ]
 
@@ -225,7 +226,7 @@ def test_with_one_model_a_policy_lets_it_write_or_says_what_is_missing(kind: str
     solo = Ensemble([BASE])
     if kind in OF_ONE:
         assert writers(solo, kind) == {"base"}
-    elif kind in ("average", "pack-llm", "safe", "unite"):
+    elif kind in ("average", "pack-llm", "unite"):
         assert writers(solo, kind) == {"mixture"}
     else:
         with pytest.raises(CapabilityError) as caught:
