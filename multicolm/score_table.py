@@ -6,10 +6,10 @@ needs to be loaded for either.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -18,7 +18,48 @@ from torch import Tensor
 from multicolm.errors import ArtefactError
 from multicolm.views import ModelNames
 
-__all__ = ["ScoreTable"]
+__all__ = ["ScoreBlocks", "ScoreTable"]
+
+_LEAST_QUALITY = 0.01
+"""What a roll-out that failed counts as in a likelihood: one failure is no proof."""
+
+
+class ScoreBlocks(Protocol):
+    """Scores that can be read block by block, any number of times: in memory or on disk.
+
+    A :class:`ScoreTable` is one, and so is :class:`multicolm.scoring.store.StoredTable`.
+    """
+
+    @property
+    def models(self) -> ModelNames:
+        """The names, the base model first."""
+
+    @property
+    def costs(self) -> tuple[float, ...]:
+        """Of one forward pass per model, in the ensemble's unit."""
+
+    @property
+    def identities(self) -> tuple[str, ...]:
+        """Per model what it is; empty where that is not known."""
+
+    @property
+    def digest(self) -> str:
+        """Of the corpus."""
+
+    def __len__(self) -> int:
+        """Number of positions."""
+
+    def n_blocks(self, size: int) -> int:
+        """How many blocks of at most ``size`` positions there are."""
+
+    def blocks(self, size: int, order: Sequence[int] | None = None) -> Iterator[ScoreTable]:
+        """Stretches of at most ``size`` positions that follow each other in the corpus.
+
+        Args:
+            size: 1 or more.
+            order: numbers of the blocks that are wanted, from 0, in the order that is wanted; all
+                of them as they stand if not given.
+        """
 
 
 @dataclass(frozen=True)
@@ -46,6 +87,8 @@ class ScoreTable:
         costs: of one forward pass per model, in the ensemble's unit.
         identities: per model what it is; empty where that is not known.
         digest: of the corpus.
+        rollouts: mean quality, 0 to 1, of the texts that were finished after each model's most
+            likely token; NaN where no text was finished after it. ``None`` without roll-outs.
     """
 
     models: ModelNames
@@ -62,6 +105,7 @@ class ScoreTable:
     costs: tuple[float, ...] = ()
     identities: tuple[str, ...] = ()
     digest: str = ""
+    rollouts: Float[Tensor, "positions models"] | None = None
 
     def __len__(self) -> int:
         return int(self.gold_ids.shape[0])
@@ -75,6 +119,51 @@ class ScoreTable:
     def correct(self) -> Bool[Tensor, "positions models"]:
         """Whether a model's most likely token is the one that stands there."""
         return (self.top1_ids == self.gold_ids[:, None]) & self.known
+
+    @cached_property
+    def judged(self) -> Bool[Tensor, "positions"]:
+        """Where roll-outs say who should write: texts were finished, and one at least was right.
+
+        Where every text failed, the roll-outs say nothing about the token, and what the corpus
+        says stands.
+        """
+        if self.rollouts is None:
+            return torch.zeros(len(self), dtype=torch.bool)
+        return self.rollouts.nan_to_num(0.0).amax(-1) > 0
+
+    @cached_property
+    def right(self) -> Bool[Tensor, "positions models"]:
+        """Whether a model may write here.
+
+        Its most likely token is the one that stands there (:attr:`correct`). Where roll-outs
+        judged the position: the text that follows its token comes out best, or as well as the
+        best. Several models may be right, the base model among them, where the difference between
+        their tokens does not matter.
+
+        Source:
+            R2R, arXiv 2505.21600, section 3; CITER, arXiv 2502.01976, section 3.2.
+        """
+        if self.rollouts is None:
+            return self.correct
+        quality = self.rollouts.nan_to_num(-1.0)
+        best = (quality == quality.amax(-1, keepdim=True)) & self.known
+        return torch.where(self.judged[:, None], best, self.correct)
+
+    @cached_property
+    def writer_logprobs(self) -> Float[Tensor, "positions models"]:
+        """Log-likelihood of each model as the writer, in nats.
+
+        The log-probability of the token that stands there (``gold_logprobs``). Where roll-outs
+        judged the position: the logarithm of the mean quality of the texts that follow the model's
+        token, 0.01 at least. With pi the probabilities of a router, -log sum_k pi_k exp(this)
+        is in both cases minus the log-likelihood of an event: the corpus goes on so, or the text
+        comes out right.
+        """
+        if self.rollouts is None:
+            return self.gold_logprobs
+        quality = self.rollouts.clamp_min(_LEAST_QUALITY).log()
+        use = self.judged[:, None] & ~self.rollouts.isnan()
+        return torch.where(use, quality, self.gold_logprobs)
 
     def feature(self, name: str) -> Float[Tensor, "positions width"]:
         """A feature of the base model, in float32.
@@ -90,13 +179,14 @@ class ScoreTable:
             )
         return self.base[name].float()
 
-    def rows(self, which: Tensor) -> ScoreTable:
+    def columns(self) -> dict[str, Tensor]:
+        """All tensors but those of ``base``, by the names of the attributes."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+
+    def rows(self, which: Tensor | slice) -> ScoreTable:
         """Some of the positions, by mask or by numbers."""
-        changed: dict[str, Any] = {}
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, Tensor):
-                changed[field.name] = value[which]
+        changed: dict[str, Any] = {name: values[which] for name, values in self.columns().items()}
         base = {name: feature[which] for name, feature in self.base.items()}
         return replace(self, **changed, base=base)
 
@@ -120,6 +210,15 @@ class ScoreTable:
             gold_logprobs=zeros.index_add(0, span, self.gold_logprobs),
             known=n_unknown == 0,
         )
+
+    def n_blocks(self, size: int) -> int:
+        """See :meth:`ScoreBlocks.n_blocks`."""
+        return -(-len(self) // size)
+
+    def blocks(self, size: int, order: Sequence[int] | None = None) -> Iterator[ScoreTable]:
+        """See :meth:`ScoreBlocks.blocks`; views, not copies."""
+        for number in range(self.n_blocks(size)) if order is None else order:
+            yield self.rows(slice(number * size, (number + 1) * size))
 
     def split(self, held_out: float, seed: int) -> tuple[ScoreTable, ScoreTable]:
         """Positions to learn from, and those of a held-out part of the texts.

@@ -26,7 +26,7 @@ from multicolm.hub.transfer import FILES, folder_of, upload, upload_saved
 from multicolm.policy.base import Policy
 from multicolm.policy.resolve import resolve_policy
 from multicolm.score_table import ScoreTable
-from multicolm.scoring.store import TEXT, Index, TableFiles, load_table, read_index
+from multicolm.scoring.store import ROLLOUTS, TEXT, Index, TableFiles, load_table, read_index
 from multicolm.training.checkpoint import Checkpoint
 from multicolm.training.provenance import read_provenance
 
@@ -277,10 +277,9 @@ class SharedScores:
         Raises:
             ArtefactError: naming one that is not.
         """
-        for part, number in self.index.parts():
-            path = TableFiles(self.folder, self.index).path(part, number)
-            expected = self.index.files.get(f"{part}/{path.name}")
-            if not path.is_file() or sha256(path) != expected:
+        for name in self._names():
+            path = self.folder / name
+            if not path.is_file() or sha256(path) != self.index.files.get(name):
                 raise ArtefactError(
                     f"{path} is missing or has changed since it was written; fetch or score the "
                     "table once more."
@@ -359,7 +358,8 @@ class SharedScores:
     def _names(self) -> list[str]:
         """Every file but index and card."""
         files = TableFiles(self.folder, self.index)
-        return [f"{part}/{files.path(part, n).name}" for part, n in self.index.parts()]
+        names = [f"{part}/{files.path(part, n).name}" for part, n in self.index.parts()]
+        return [*names, *({ROLLOUTS} & self.index.files.keys())]
 
     def _figures(self) -> Mapping[str, tuple[float, float]]:
         """Per model: nats per token, and the part of the tokens that are its most likely ones."""

@@ -32,6 +32,7 @@ from multicolm.scoring.reading import Text, read_texts, refuse_partial
 from multicolm.scoring.spans import spans_of, to_base_tokens
 from multicolm.scoring.store import (
     FEATURES,
+    ROLLOUTS,
     TEXT,
     Index,
     ScoredModel,
@@ -289,6 +290,9 @@ def _finish(files: TableFiles) -> Index:
         digests[f"{part}/{path.name}"] = sha256(path)
         if part != TEXT:
             unknown[part] += int((~files.read(part, number)["known"].bool()).sum())
+    rollouts = files.folder / ROLLOUTS
+    if rollouts.is_file():  # Of the same corpus and base model, whatever was scored since.
+        digests[ROLLOUTS] = sha256(rollouts)
     models = tuple(replace(model, n_unknown=unknown[model.name]) for model in index.models)
     finished = replace(index, models=models, files=digests)
     write_whole(files.folder / "index.json", finished.as_json())

@@ -3,6 +3,7 @@
     index.json                  what was scored, by whom, and a digest of every file
     text/00000.safetensors      per shard: the tokens that stand there, and the prompts
     MODEL/00000.safetensors     per shard and model: what the model gave to them
+    rollouts.safetensors        of some positions, what became of the text after each model's token
 
 Shards are stretches of the corpus. Every file carries the key of what it was made from, so a run
 that goes on after a stop knows which are done, and one of other data is never mixed in.
@@ -13,11 +14,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Int
 from pydantic import TypeAdapter
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -30,18 +32,25 @@ from multicolm.views import ModelNames
 
 __all__ = [
     "Index",
+    "Rollouts",
     "ScoredModel",
     "Shard",
+    "StoredTable",
     "TableFiles",
     "load_prompt_digests",
     "load_table",
     "read_index",
+    "read_rollouts",
 ]
 
 FORMAT = 1
 TEXT = "text"
+ROLLOUTS = "rollouts.safetensors"
 PER_MODEL = ("gold_logprobs", "known", "top1_ids", "top1_logprobs", "entropies", "margins")
 FEATURES = ("hidden", "topk", "embedding")
+
+_AGAIN = "delete it and run the same `multicolm score` once more: only it is made anew"
+_CHECKED_AT_ONCE = 4096  # positions
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,8 +195,8 @@ class TableFiles:
         content = save(plain, metadata={"key": self.index.key(part, number)})
         write_whole(self.path(part, number), content)
 
-    def read(self, part: str, number: int) -> dict[str, Tensor]:
-        """Read one file.
+    def map(self, part: str, number: int) -> dict[str, Tensor]:
+        """The tensors of one file, mapped into memory: read where they are looked at.
 
         Raises:
             ArtefactError: if it is missing, damaged, or made from something else.
@@ -198,22 +207,36 @@ class TableFiles:
                 f"{path} is missing: the score table is not finished. Run the same `multicolm "
                 "score` once more; it goes on where it stopped."
             )
-        again = "delete it and run the same `multicolm score` once more: only it is made anew"
         try:
             with safe_open(path, "pt") as file:
                 metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError) as error:
-            raise ArtefactError(f"{path} is damaged ({error}); {again}.") from error
+            raise ArtefactError(f"{path} is damaged ({error}); {_AGAIN}.") from error
         if metadata.get("key") != self.index.key(part, number):
-            raise ArtefactError(f"{path} is of other data or another model; {again}.")
+            raise ArtefactError(f"{path} is of other data or another model; {_AGAIN}.")
+        return tensors
+
+    def check(self, part: str, number: int) -> None:
+        """See that one file is what it was when the table was finished; all of it is read.
+
+        Raises:
+            ArtefactError: if it is missing, damaged, or made from something else.
+        """
+        path = self.path(part, number)
+        tensors = self.map(part, number)
         wanted = self.index.files.get(f"{part}/{path.name}")
         if wanted is not None and sha256(path) != wanted:
-            raise ArtefactError(f"{path} has changed since it was written; {again}.")
+            raise ArtefactError(f"{path} has changed since it was written; {_AGAIN}.")
         for name, tensor in tensors.items():
-            if tensor.is_floating_point() and bool(tensor.isnan().any()):
-                raise ArtefactError(f"{path}: '{name}' holds NaN; {again}.")
-        return tensors
+            parts = torch.split(tensor, _CHECKED_AT_ONCE) if tensor.is_floating_point() else ()
+            if any(bool(part.isnan().any()) for part in parts):
+                raise ArtefactError(f"{path}: '{name}' holds NaN; {_AGAIN}.")
+
+    def read(self, part: str, number: int) -> dict[str, Tensor]:
+        """:meth:`map` after :meth:`check`."""
+        self.check(part, number)
+        return self.map(part, number)
 
 
 def read_index(folder: str | Path) -> Index:
@@ -259,8 +282,80 @@ def _finished_index(folder: str | Path) -> Index:
     return index
 
 
-def load_table(folder: str | Path, models: Sequence[str] | None = None) -> ScoreTable:
-    """Read a score table into memory.
+@dataclass(frozen=True)
+class Rollouts:
+    """What the texts came to that were finished after the models' most likely tokens.
+
+    Attributes:
+        shard: per judged position, the shard that it lies in.
+        row: per judged position, which of the shard's positions it is.
+        quality: by model, per judged position: mean quality of the texts that were finished after
+            its token, 0 to 1; NaN if none was.
+    """
+
+    shard: Int[Tensor, "judged"]
+    row: Int[Tensor, "judged"]
+    quality: Mapping[str, Tensor]
+
+    def of_shard(self, number: int, n_positions: int, models: Sequence[str]) -> Tensor:
+        """Qualities of all positions of a shard, [positions, models]."""
+        here = self.shard == number
+        columns = torch.full((n_positions, len(models)), float("nan"))
+        for k, name in enumerate(models):
+            if name in self.quality:
+                columns[self.row[here].long(), k] = self.quality[name][here]
+        return columns
+
+    def write(self, files: TableFiles) -> None:
+        """Write them beside the scores, and into the table's index.
+
+        Raises:
+            OSError: if they cannot be written.
+        """
+        tensors = {f"quality/{name}": values for name, values in self.quality.items()}
+        tensors |= {"shard": self.shard.int(), "row": self.row.int()}
+        path = files.folder / ROLLOUTS
+        plain = {name: values.contiguous() for name, values in sorted(tensors.items())}
+        write_whole(path, save(plain, metadata={"key": files.index.key(TEXT, 0)}))
+        index = read_index(files.folder)
+        changed = replace(index, files={**index.files, ROLLOUTS: sha256(path)})
+        write_whole(files.folder / "index.json", changed.as_json())
+
+
+def read_rollouts(files: TableFiles) -> Rollouts:
+    """The roll-outs of a table.
+
+    Raises:
+        ArtefactError: if they are missing, damaged, or of another table.
+    """
+    path = files.folder / ROLLOUTS
+    again = "delete it and run the same `multicolm rollout` once more"
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+        shard, row = tensors.pop("shard"), tensors.pop("row")
+    except (OSError, SafetensorError, KeyError) as error:
+        raise ArtefactError(f"{path} is missing or damaged ({error}); {again}.") from error
+    if metadata.get("key") != files.index.key(TEXT, 0):
+        raise ArtefactError(f"{path} is of another score table; {again}.")
+    if sha256(path) != files.index.files.get(ROLLOUTS):
+        raise ArtefactError(f"{path} has changed since it was written; {again}.")
+    return Rollouts(shard, row, {name.removeprefix("quality/"): t for name, t in tensors.items()})
+
+
+class StoredTable:
+    """A score table on disk, read block by block; memory does not grow with the corpus.
+
+    Files are mapped into memory, so that of a block only what is looked at is read. Where models
+    have different vocabularies, positions are spans that are whole tokens of all of them.
+
+    Attributes:
+        models: the names, the base model first.
+        costs: of one forward pass per model, in the ensemble's unit.
+        identities: per model what it is; empty where that is not known.
+        digest: of the corpus.
+        folder: that it lies in.
 
     Args:
         folder: that ``multicolm score`` wrote.
@@ -270,47 +365,171 @@ def load_table(folder: str | Path, models: Sequence[str] | None = None) -> Score
     Raises:
         ArtefactError: if a file is missing or damaged, or a model was not scored.
     """
-    index = _finished_index(folder)
-    files = TableFiles(Path(folder), index)
-    names = [model.name for model in index.models]
-    wanted = list(models) if models is not None else names
-    missing = [name for name in wanted if name not in names]
-    if missing or wanted[0] != names[0]:
-        raise ArtefactError(
-            f"{folder} holds scores of {', '.join(names)} (the base model first), and the ensemble "
-            f"is {', '.join(wanted)}; score the corpus with this ensemble, into the same folder if "
-            "the base model is the same."
+
+    def __init__(self, folder: str | Path, models: Sequence[str] | None = None) -> None:
+        self.folder = Path(folder)
+        index = _finished_index(folder)
+        names = [model.name for model in index.models]
+        wanted = list(models) if models is not None else names
+        if any(name not in names for name in wanted) or wanted[0] != names[0]:
+            raise ArtefactError(
+                f"{folder} holds scores of {', '.join(names)} (the base model first), and the "
+                f"ensemble is {', '.join(wanted)}; score the corpus with this ensemble, into the "
+                "same folder if the base model is the same."
+            )
+        described = {model.name: model for model in index.models}
+        self.models = ModelNames(wanted)
+        self.costs = tuple(described[name].cost for name in wanted)
+        self.identities = tuple(described[name].identity for name in wanted)
+        self.digest = index.digest
+        self._features = described[wanted[0]].features
+        self._bridged = [name for name in wanted if described[name].bridge == "boundary"]
+        self._index = index
+        self._files = TableFiles(self.folder, index)
+        for number in range(len(index.shards)):
+            for part in (TEXT, *wanted):
+                self._files.check(part, number)
+        self._rollouts = read_rollouts(self._files) if ROLLOUTS in index.files else None
+        self._lengths = [self._length(number) for number in range(len(index.shards))]
+        self._opened: tuple[int, _OpenShard] | None = None
+
+    def __len__(self) -> int:
+        return sum(self._lengths)
+
+    def n_blocks(self, size: int) -> int:
+        """How many blocks of at most ``size`` positions there are; see :meth:`blocks`."""
+        return sum(-(-length // size) for length in self._lengths)
+
+    def blocks(self, size: int, order: Sequence[int] | None = None) -> Iterator[ScoreTable]:
+        """Stretches of at most ``size`` positions that follow each other; each of one shard.
+
+        What a block holds of the base model (``base``) lies in the file and is read where it is
+        looked at. A new order for each epoch, and shuffling within a block, is a shuffle whose
+        memory is that of a block.
+
+        Args:
+            size: 1 or more.
+            order: numbers of the blocks that are wanted, in the order that is wanted; all of them
+                as they stand if not given.
+
+        Raises:
+            ArtefactError: if a file is gone or has become another one.
+        """
+        places = [
+            (number, start)
+            for number, length in enumerate(self._lengths)
+            for start in range(0, length, size)
+        ]
+        for number, start in places if order is None else (places[i] for i in order):
+            if self._opened is None or self._opened[0] != number:
+                self._opened = None  # Unmapped before the next one is mapped.
+                self._opened = number, self._shard(number)
+            yield self._opened[1].rows(slice(start, start + size))
+        self._opened = None
+
+    def load(self) -> ScoreTable:
+        """All of it, in memory."""
+        whole: ScoreTable | None = None
+        start = 0
+        for shard in self.blocks(max(self._lengths)):
+            whole = whole or _room_for(shard, len(self))
+            end = start + len(shard)
+            for name, values in shard.columns().items():
+                whole.columns()[name][start:end] = values
+            for name, values in shard.base.items():
+                whole.base[name][start:end] = values
+            start = end
+        assert whole is not None
+        return whole
+
+    def _length(self, number: int) -> int:
+        opens = self._opens(number)
+        return self._index.shards[number].n_positions if opens is None else int(opens.sum())
+
+    def _opens(self, number: int) -> Tensor | None:
+        """Where a token of every model begins; ``None`` if they have one vocabulary."""
+        if not self._bridged:
+            return None
+        opens = [self._files.map(name, number)["open"].bool() for name in self._bridged]
+        return torch.stack(opens, dim=1).all(-1)
+
+    def _shard(self, number: int) -> _OpenShard:
+        text = self._files.map(TEXT, number)
+        scores = [self._files.map(name, number) for name in self.models]
+
+        def column(name: str) -> Tensor:
+            return torch.stack([score[name] for score in scores], dim=1)
+
+        numbers = ScoreTable(
+            models=self.models,
+            gold_ids=text["gold_ids"].long(),
+            gold_logprobs=column("gold_logprobs"),
+            known=column("known").bool(),
+            top1_ids=column("top1_ids").long(),
+            top1_logprobs=column("top1_logprobs"),
+            entropies=column("entropies"),
+            margins=column("margins"),
+            example=text["example"].long(),
+            place=text["place"].long(),
+            base={},
+            costs=self.costs,
+            identities=self.identities,
+            digest=self.digest,
+            rollouts=None
+            if self._rollouts is None
+            else self._rollouts.of_shard(number, len(text["gold_ids"]), self.models),
         )
-    shards = range(len(index.shards))
-    texts = [files.read(TEXT, number) for number in shards]
-    scores = {name: [files.read(name, number) for number in shards] for name in wanted}
-    described = {model.name: model for model in index.models}
+        base = {name: scores[0][name] for name in self._features}
+        opens = self._opens(number)
+        if opens is None:
+            return _OpenShard(numbers, base, None)
+        return _OpenShard(numbers.merged(opens[:, None]), base, opens.nonzero()[:, 0])
 
-    def column(name: str) -> Tensor:
-        return torch.stack([torch.cat([s[name] for s in scores[k]]) for k in wanted], dim=1)
 
-    base = described[wanted[0]]
-    table = ScoreTable(
-        models=ModelNames(wanted),
-        gold_ids=torch.cat([text["gold_ids"] for text in texts]).long(),
-        gold_logprobs=column("gold_logprobs"),
-        known=column("known").bool(),
-        top1_ids=column("top1_ids").long(),
-        top1_logprobs=column("top1_logprobs"),
-        entropies=column("entropies"),
-        margins=column("margins"),
-        example=torch.cat([text["example"] for text in texts]).long(),
-        place=torch.cat([text["place"] for text in texts]).long(),
-        base={name: torch.cat([s[name] for s in scores[wanted[0]]]) for name in base.features},
-        costs=tuple(described[name].cost for name in wanted),
-        identities=tuple(described[name].identity for name in wanted),
-        digest=index.digest,
-    )
-    bridged = [name for name in wanted if described[name].bridge == "boundary"]
-    if not bridged:
-        return table
-    opens = [torch.cat([s["open"] for s in scores[name]]) for name in bridged]
-    return table.merged(torch.stack(opens, dim=1).bool())
+@dataclass(frozen=True)
+class _OpenShard:
+    """A shard that is mapped into memory.
+
+    Attributes:
+        numbers: all but the base model's features.
+        base: the base model's features, as they lie in the file.
+        at: per position of ``numbers`` its row in ``base``; ``None`` if they are the same.
+    """
+
+    numbers: ScoreTable
+    base: Mapping[str, Tensor]
+    at: Tensor | None
+
+    def rows(self, which: slice) -> ScoreTable:
+        """Some positions that follow each other."""
+        rows = which if self.at is None else self.at[which]
+        base = {name: values[rows] for name, values in self.base.items()}
+        return replace(self.numbers.rows(which), base=base)
+
+
+def _room_for(shard: ScoreTable, n_positions: int) -> ScoreTable:
+    """An empty table of as many positions, its columns like those of a shard."""
+
+    def empty(like: Tensor) -> Tensor:
+        return like.new_empty((n_positions, *like.shape[1:]))
+
+    columns: dict[str, Any] = {name: empty(column) for name, column in shard.columns().items()}
+    base = {name: empty(values) for name, values in shard.base.items()}
+    return replace(shard, **columns, base=base)
+
+
+def load_table(folder: str | Path, models: Sequence[str] | None = None) -> ScoreTable:
+    """Read a score table into memory; see :class:`StoredTable` for tables that are too large.
+
+    Args:
+        folder: that ``multicolm score`` wrote.
+        models: names in the order that is wanted, the table's base model first; all of the table's
+            if not given.
+
+    Raises:
+        ArtefactError: if a file is missing or damaged, or a model was not scored.
+    """
+    return StoredTable(folder, models).load()
 
 
 def load_prompt_digests(folder: str | Path) -> list[str]:
