@@ -127,6 +127,7 @@ policies: Registry[object] = Registry(
         "safe": "multicolm.policy.safe:SafePolicy",
         "single": "multicolm.policy.fixed:SinglePolicy",
         "speculative": "multicolm.policy.speculative:SpeculativePolicy",
+        "speculative-cascade": "multicolm.policy.speculative_cascade:SpeculativeCascadePolicy",
         "unite": "multicolm.policy.unite:UnitePolicy",
     },
 )

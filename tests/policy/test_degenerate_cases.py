@@ -189,6 +189,25 @@ class TestDegenerateCases:
         assert shares(TWINS, "speculative", way)["base"] == 1
         assert shares(TWINS, "speculative", way, temperature=1.0)["base"] == 1
 
+    @pytest.mark.parametrize(
+        ("rule", "base", "target"),
+        [
+            ("token-v3", 1.0, 0.0),
+            ("token-v2", 1.0, 0.0),
+            ("token-v1", 1.0, -1.0),
+            ("chow", 1.0, 0.0),
+            ("diff", 1.0, -1.0),
+            ("opt", 1e9, -1e9),
+        ],
+    )
+    def test_a_cascade_is_the_base_at_one_end_and_the_target_at_the_other(
+        self, way: tuple[str, int], rule: str, base: float, target: float
+    ) -> None:
+        kind = "speculative-cascade"
+        assert texts(TRIO, kind, way, rule=rule, alpha=base, target="right") == alone(BASE)
+        assert shares(TRIO, kind, way, rule=rule, alpha=base)["base"] == 1
+        assert texts(TRIO, kind, way, rule=rule, alpha=target, target="right") == alone(RIGHT)
+
     def test_nudging_with_threshold_0_is_the_base(self, way: tuple[str, int]) -> None:
         assert texts(PAIR, "nudging", way, threshold=0.0) == alone(BASE)
 
@@ -235,6 +254,7 @@ def test_weights_mean_the_same_in_a_list_and_by_name() -> None:
         ("nudging", {"nudger": "right"}, {"left"}),
         ("bild", {"large": 2}, {"left"}),
         ("speculative", {"target": "right"}, {"left"}),
+        ("speculative-cascade", {"target": "right"}, {"left"}),
         ("contrastive", {"expert": "right", "amateur": "left"}, {"base"}),
         ("proxy-tuning", {"expert": "right", "antiexpert": "right"}, {"left"}),
     ],

@@ -89,6 +89,56 @@ def test_speculative_text_follows_the_target(settings: dict[str, Any], block_siz
     assert p_value(drawn, joint(target_step(Sampling(**settings)))) > 1e-3
 
 
+def cascade_step(rule: str, alpha: float, temperature: float) -> Any:
+    """The distribution that a rule states, token by token in plain Python."""
+
+    def step(ids: list[int]) -> list[float]:
+        small, large = (model.logits_after(ids) for model in (DRAFT, TARGET))
+        q, p = ((m / temperature).softmax(-1).tolist() for m in (small, large))
+        small, large = small.exp().tolist(), large.exp().tolist()
+        distance = sum(max(0.0, a - b) for a, b in zip(q, p, strict=True))
+        good = {
+            "chow": [max(small) >= 1 - alpha] * 4,
+            "diff": [max(small) >= max(large) - alpha] * 4,
+            "opt": [max(small) >= max(large) - alpha * distance] * 4,
+            "token-v1": [x >= max(large) - alpha for x in small],
+            "token-v2": [x >= max(large) - alpha for x in large],
+            "token-v3": [x >= (1 - alpha) * max(large) for x in large],
+        }[rule]
+        left = 1 - sum(a for a, is_good in zip(q, good, strict=True) if is_good)
+        return [a * is_good + left * b for a, b, is_good in zip(q, p, good, strict=True)]
+
+    return step
+
+
+@pytest.mark.parametrize(
+    ("rule", "alpha", "temperature"),
+    [
+        ("token-v3", 0.5, 1.0),
+        ("token-v3", 0.4, 0.7),
+        ("token-v2", 0.15, 1.0),
+        ("token-v1", 0.2, 1.0),
+        ("opt", 0.5, 0.7),
+        ("diff", 0.1, 1.0),
+        ("chow", 0.5, 1.0),
+    ],
+)
+def test_a_cascade_follows_the_distribution_that_its_rule_states(
+    rule: str, alpha: float, temperature: float
+) -> None:
+    policy = {"kind": "speculative-cascade", "params": {"rule": rule, "alpha": alpha}}
+    drawn = draws(policy, temperature=temperature, block_size=3)
+    wanted = joint(cascade_step(rule, alpha, temperature))
+    assert p_value(drawn, wanted) > 1e-3
+    # A test that either model alone would pass would say little.
+    for step in (draft_step, target_step(Sampling(temperature))):
+        assert max(abs(wanted[pair] - p) for pair, p in joint(step).items()) > 0.02
+
+
+def draft_step(ids: list[int]) -> torch.Tensor:
+    return DRAFT.logits_after(ids).exp()
+
+
 def test_the_chi_square_catches_a_verifier_that_is_only_nearly_right() -> None:
     class NearlyRight(VerifyPolicy):
         base_signals = frozenset({"logprobs"})

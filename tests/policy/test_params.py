@@ -311,3 +311,13 @@ def test_a_file_with_a_class_is_found_from_the_folder_of_the_ensemble(tmp_path: 
         ensemble.resolve(f"{tmp_path}/mine.py:Turn")
     with pytest.raises(ConfigError, match=r"there is no file .*other\.py"):
         Ensemble([BASE], policy="other.py:Turns", base_dir=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("rule", "alpha", "low"), [("token-v3", -0.1, "0"), ("chow", 1.5, "0"), ("diff", 1.5, "-1")]
+)
+def test_a_cascades_alpha_is_checked_against_its_rule(rule: str, alpha: float, low: str) -> None:
+    assert refusal("speculative-cascade", rule=rule, alpha=alpha).endswith(
+        f"alpha: must be from {low} to 1 for rule '{rule}', got {alpha:g}."
+    )
+    assert TRIO.resolve({"kind": "speculative-cascade", "params": {"rule": "opt", "alpha": 7.0}})
