@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from multicolm.policy.base import (
         MixPolicy,
         Needs,
+        NewTokens,
         Policy,
         SegmentPolicy,
         Segments,
@@ -43,6 +44,7 @@ _HOME = {
     "ModelNames": "multicolm.views",
     "MulticolmError": "multicolm.errors",
     "Needs": "multicolm.policy.base",
+    "NewTokens": "multicolm.policy.base",
     "Piece": "multicolm.types",
     "Policy": "multicolm.policy.base",
     "SegmentPolicy": "multicolm.policy.base",
@@ -70,6 +72,7 @@ __all__ = [
     "ModelNames",
     "MulticolmError",
     "Needs",
+    "NewTokens",
     "Piece",
     "Policy",
     "SegmentPolicy",

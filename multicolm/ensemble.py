@@ -25,7 +25,7 @@ from multicolm.errors import (
 from multicolm.live import Live
 from multicolm.numbers import as_python, check_whole
 from multicolm.plugins import backends
-from multicolm.policy.base import ModelFacts, Policy, Schedule, SegmentPolicy
+from multicolm.policy.base import ModelFacts, Policy, Schedule, SegmentPolicy, check_used
 from multicolm.policy.resolve import resolve_policy
 from multicolm.streaming import Answers, Run, Stream
 from multicolm.tokenizer.bridged import join
@@ -323,11 +323,26 @@ class Ensemble:
         Raises:
             CapabilityError: if it needs what a model cannot show, or was made for other models.
         """
+        check_used(policy, self.models)
         shown = [_Shown(m.shows, m.server, m.n_likeliest) for m in self.backends]
         sentences = _check_signals(policy, self.models, shown)
         self._check_vocabulary(policy)
+        self._check_prompts(policy)
         policy.check_models(self.facts)
         return sentences
+
+    def _check_prompts(self, policy: Policy) -> None:
+        """Refuse a policy that wants to know what cannot be known of a prompt.
+
+        Raises:
+            CapabilityError: naming the policy.
+        """
+        states = policy.prompt_states(self.models)
+        if policy.support in ("bytes", "characters") and (states or policy.prompts):
+            raise CapabilityError(
+                f"policy '{policy.name}' reads what models make of the prompt and writes in "
+                f"{policy.support}; such a policy writes in tokens (support shared or union)."
+            )
 
     def _check_vocabulary(self, policy: Policy) -> None:
         """Refuse a policy whose distributions are over what these models do not share.
@@ -433,9 +448,11 @@ def _check_signals(policy: Policy, models: ModelNames, shown: Sequence[_Shown]) 
         CapabilityError: naming the policy, the model, its server, and the signal.
     """
     needs = policy.needs(models)
+    states = policy.prompt_states(models)
     sentences = []
     for k, its in enumerate(shown):
-        missing = needs.of(k) - implied(its.signals)
+        wanted = needs.of(k) | ({"hidden"} if k in states else frozenset())
+        missing = wanted - implied(its.signals)
         if missing == {"logprobs"} and policy.partial and its.n_likeliest:
             sentences.append(
                 f"policy '{policy.name}' knows only the {its.n_likeliest} likeliest tokens of "

@@ -78,7 +78,8 @@ class Live:
         drafts = (schedule or policy.schedule) == "block"
         # Elsewhere what the base model drafts is not in the others' tokens, or in tokens at all.
         own = written_in is vocabulary and (policy.support == "shared" or vocabulary.is_shared)
-        self._block_size = block_size if drafts and own else 1
+        # What is remembered after a token is known once the token is.
+        self._block_size = block_size if drafts and own and not policy.keeps_state else 1
         self.router = Router(
             models,
             written_in,
@@ -123,6 +124,7 @@ class Live:
             text=TextStream(wanted.stop),
             draft_length=self._block_size,
             sampling=sampling,
+            models=tuple(self._used),
             n_alternatives=wanted.top_logprobs,
             meter=None if in_tokens else IncrementalEncoder(self._models[0].tokenizer),
         )

@@ -36,6 +36,7 @@ __all__ = [
     "GenerationSettings",
     "Message",
     "Piece",
+    "Pooling",
     "Prompt",
     "Signal",
     "Tensor",
@@ -57,6 +58,9 @@ Signal: TypeAlias = Literal["text", "top1", "topk", "given", "logprobs", "hidden
 ``hidden``    the last hidden state, after the final norm
 ``embedding`` the input embedding of the most likely token
 """
+
+Pooling: TypeAlias = Literal["last", "mean"]
+"""How the hidden states of a prompt become one: that of its ``last`` token, or their ``mean``."""
 
 FinishReason: TypeAlias = Literal["eos", "stop", "length", "context"]
 """Why a text ended: the writer's end-of-text token, a stop string, ``max_new_tokens``, or a model

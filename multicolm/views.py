@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 
 from multicolm.errors import CapabilityError, PolicyError, UnknownNameError, unknown
-from multicolm.types import Signal, Tensor
+from multicolm.types import Pooling, Signal, Tensor
 
 if TYPE_CHECKING:
     import torch
@@ -40,6 +40,11 @@ _IMPLIED: dict[Signal, frozenset[Signal]] = {
 def implied(signals: frozenset[Signal]) -> frozenset[Signal]:
     """``signals`` and those that follow from them."""
     return frozenset().union(*(_IMPLIED[signal] for signal in signals))
+
+
+def prompt_hidden_key(index: int, pooling: Pooling) -> str:
+    """Where the context of views keeps a model's hidden state of the prompt."""
+    return f"prompt_hidden of {index}, {pooling}"
 
 
 class ModelNames(tuple[str, ...]):
@@ -342,8 +347,9 @@ class Views:
             models: names, base model first.
             views: per model index, what it shows; models that were not looked at are absent.
             n_positions: how many positions every view has.
-            context: how to work out ``previous``, ``base_run``, ``place``, ``uniform``, ``greedy``
-                and ``prompt_nats``.
+            context: how to work out ``previous``, ``base_run``, ``place``, ``uniform``,
+                ``greedy``, ``prompt_nats``, ``state``, and ``prompt_hidden`` by
+                :func:`prompt_hidden_key`.
             drawn: turns logits into the probabilities that tokens are drawn from.
             starts_word: per token of the shared vocabulary, whether it begins a new word.
             first_tokens: per model index, see :meth:`first_tokens`; every token is itself if not
@@ -481,6 +487,37 @@ class Views:
                 "models by the prompt has to say so with `prompts = True`."
             )
         return self._context["prompt_nats"]()
+
+    @property
+    def state(self) -> Shaped[Tensor, "positions width"]:
+        """What the policy remembers of each position's text; see
+        :meth:`multicolm.policy.base.Policy.initial_state`.
+        """
+        if "state" not in self._context:
+            raise PolicyError(
+                "the policy reads 'views.state', which is not there; a policy that remembers "
+                "something of a text has to define `initial_state`."
+            )
+        return self._context["state"]()
+
+    def prompt_hidden(
+        self, role: Role = "base", pooling: Pooling = "last"
+    ) -> Float[Tensor, "positions hidden"]:
+        """A model's last hidden state of the prompt, after the final norm, of each position's text.
+
+        Args:
+            role: the model.
+            pooling: ``last``, the state of the prompt's last token, or ``mean``, that of all its
+                tokens, those of the chat template included.
+        """
+        index = self.models.role(role)
+        key = prompt_hidden_key(index, pooling)
+        if key not in self._context:
+            raise PolicyError(
+                f"the policy reads the '{pooling}' hidden state that model '{self.models[index]}' "
+                "has of the prompt, which is not there; declare it in `prompt_states`."
+            )
+        return self._context[key]()
 
     def drawn_probs(self, role: Role) -> Float[Tensor, "positions vocab"]:
         """The probabilities that ``role`` would draw its token from.

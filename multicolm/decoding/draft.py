@@ -5,15 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from multicolm.backend.base import Look
 from multicolm.decoding.row import Row
 from multicolm.decoding.sampling import Noise, Sampling, Stream
+from multicolm.types import Pooling
+from multicolm.views import prompt_hidden_key
 
 __all__ = ["Draft", "Positions", "Shown"]
 
@@ -110,6 +112,32 @@ class Positions:
             self.rows[i].noise_used = True
         return [self.rows[i].key for i in lines]
 
+    def text_context(self, device: torch.device) -> dict[str, Callable[[], Tensor]]:
+        """What policies are told of each position's text, whatever its place."""
+        known: dict[str, Callable[[], Tensor]] = {
+            "greedy": lambda: torch.tensor(
+                [row.sampling.greedy for row in self.rows], dtype=torch.bool, device=device
+            ),
+        }
+        if not self.rows:
+            return known
+        first = self.rows[0]
+        if first.prompt_nats:
+            known["prompt_nats"] = lambda: torch.tensor(
+                [row.prompt_nats for row in self.rows], device=device
+            )
+        for of in first.prompt_hidden:
+            known[prompt_hidden_key(*of)] = partial(self._prompt_hidden, of)
+        if first.state is not None:
+            known["state"] = self._states
+        return known
+
+    def _prompt_hidden(self, of: tuple[int, Pooling]) -> Float[Tensor, "positions hidden"]:
+        return torch.stack([row.prompt_hidden[of] for row in self.rows])
+
+    def _states(self) -> Shaped[Tensor, "positions width"]:
+        return torch.stack([row.state for row in self.rows if row.state is not None])
+
     def context(self, device: torch.device) -> dict[str, Callable[[], Tensor]]:
         """How policies are told about what came before each position.
 
@@ -136,12 +164,7 @@ class Positions:
             "base_run": base_run,
             "place": lambda: torch.tensor(list(self.places), device=device),
             "uniform": lambda: self.uniform("policy").to(device),
-            "greedy": lambda: torch.tensor(
-                [row.sampling.greedy for row in self.rows], dtype=torch.bool, device=device
-            ),
-            "prompt_nats": lambda: torch.tensor(
-                [row.prompt_nats for row in self.rows], device=device
-            ),
+            **self.text_context(device),
         }
 
 

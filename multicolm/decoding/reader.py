@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from multicolm.backend.base import Look, Model, Session
 from multicolm.decoding.row import Row
 from multicolm.tokenizer.vocabulary import Follower, Vocabulary
-from multicolm.types import Usage
+from multicolm.types import Pooling, Usage
 
 __all__ = ["Reader", "TokenReader"]
 
@@ -103,6 +103,15 @@ class Reader(ABC):
         written.
         """
         raise NotImplementedError(f"a {type(self).__name__} scores no prompts")
+
+    def prompt_hidden(
+        self, rows: Sequence[Row], pooling: Collection[Pooling]
+    ) -> dict[Pooling, Float[Tensor, "rows hidden"]]:
+        """The model's last hidden states of the rows' prompts, pooled in the ways asked for.
+
+        Asked before anything is written.
+        """
+        raise NotImplementedError(f"a {type(self).__name__} has no hidden states of prompts")
 
     def draft_nats(self, rows: Sequence[Row]) -> list[tuple[float, int]]:
         """How unlikely the model finds what stands behind the written tokens of some rows.
@@ -231,6 +240,62 @@ class TokenReader(Reader):
             part = own[: begin + n_at_once]
             nats -= float(self._own_logprobs([row], [part], [len(part) - begin])[0].double().sum())
         return nats / max(1, len(row.prompt_ids[0]) - 1)
+
+    def prompt_hidden(
+        self, rows: Sequence[Row], pooling: Collection[Pooling]
+    ) -> dict[Pooling, Float[Tensor, "rows hidden"]]:
+        """The model's last hidden states of the rows' prompts, pooled in the ways asked for.
+
+        What it predicts after them is kept, so that the first look costs no pass.
+        """
+        order = sorted(rows, key=lambda row: row.slot)
+        means: dict[int, Tensor] = {}
+        if "mean" in pooling:
+            means = {row.slot: self._read_for_mean(row) for row in order}
+        else:
+            for row in order:
+                last = len(self._followers[row.slot].own) - 1
+                self._session.truncate(row.slot, min(self._session.lengths[row.slot], last))
+            self._read_prompts(order, [1] * len(order))
+        found: dict[Pooling, Tensor] = {}
+        for how in pooling:
+            states = [
+                means[row.slot] if how == "mean" else self._last[row.slot].hidden for row in rows
+            ]
+            found[how] = torch.stack([state.float() for state in states if state is not None])
+        return found
+
+    def _read_for_mean(self, row: Row) -> Float[Tensor, "hidden"]:
+        """Read a prompt in parts whose logits fit into memory, and average its hidden states."""
+        n_tokens = len(self._followers[row.slot].own)
+        n_at_once = max(1, _MAX_LOGITS // self._model.tokenizer.n_tokens)
+        self._session.truncate(row.slot, 0)
+        total: Tensor | float = 0.0
+        for begin in range(0, n_tokens, n_at_once):
+            part = min(n_at_once, n_tokens - begin)
+            states = self._read_prompts([row], [part], begin + part)
+            total = total + states.float().sum(0)
+        assert isinstance(total, Tensor)
+        return total / n_tokens
+
+    def _read_prompts(
+        self, rows: Sequence[Row], n_last: Sequence[int], end: int | None = None
+    ) -> Float[Tensor, "looks hidden"]:
+        """Read prompts on, up to ``end`` tokens, and remember what is shown after the last."""
+        slots = [row.slot for row in rows]
+        fed = [self._followers[slot].own[self._session.lengths[slot] : end] for slot in slots]
+        start = self._clock()
+        look = self._session.feed(slots, fed, n_last, hidden=True)
+        self._model.wait()
+        self._account(rows, fed, self._clock() - start, look)
+        assert look.hidden is not None
+        line = -1
+        for slot, n in zip(slots, n_last, strict=True):
+            line += n
+            logits = self._vocabulary.logits(self._index, look.logits[line : line + 1])[0]
+            n_own = self._session.lengths[slot]
+            self._last[slot] = _Last(n_own, logits, look.hidden[line])
+        return look.hidden
 
     def draft_nats(self, rows: Sequence[Row]) -> list[tuple[float, int]]:
         """How unlikely the model finds what stands behind the written tokens of some rows."""
@@ -406,6 +471,9 @@ class TokenReader(Reader):
                 line += n
                 states = None if look.hidden is None else look.hidden[line]
                 self._last[slot] = _Last(reach[-1], look.logits[line], states)
+        else:
+            for slot in slots:
+                self._last.pop(slot, None)
         return look
 
     def _forget(self, slot: int) -> None:

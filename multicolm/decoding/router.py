@@ -26,6 +26,7 @@ from multicolm.decoding.byte_reader import ByteReader, ExactReader
 from multicolm.decoding.character_reader import CharacterReader
 from multicolm.decoding.draft import Draft, Positions, Shown
 from multicolm.decoding.drafter import Drafter
+from multicolm.decoding.memory import Memory
 from multicolm.decoding.reader import Reader, TokenReader
 from multicolm.decoding.row import Row, Written
 from multicolm.decoding.sampling import Noise
@@ -98,6 +99,7 @@ class Router:
             costs,
             vocabulary.extends,
         )
+        self._memory = Memory(self._desk)
         self._policy = policy
         self._noise = Noise()
         self._block_size = block_size
@@ -135,6 +137,7 @@ class Router:
                 positions,
                 fits,
                 self._ends,
+                self._memory,
                 judges=[k for k in self._used if "given" in implied(models[k].shows)],
                 partial=[k for k in self._used if models[k].n_likeliest is not None],
             )
@@ -217,6 +220,7 @@ class Router:
             decided, self._undecided = sorted(self._undecided, key=lambda row: row.slot), []
             draft = self._drafter.take(decided)
         verdict = self._settle(draft)
+        self._memory.update(draft, verdict)
         for row in decided:
             pieces += self._commit(row, draft, verdict)
         self._clear()
@@ -224,14 +228,28 @@ class Router:
 
     def _admit(self) -> None:
         """Give free slots to the rows that wait."""
+        new: list[Row] = []
         while self._coming and self._slots.free:
             row = self._coming.popleft()
             row.slot = self._slots.take()
             self._active.append(row)  # at once: whoever cancels it gives its slot back
+            new.append(row)
             for reader in self._readers.values():
                 reader.start(row)
-            if self._policy.prompts:
+        if new:
+            self._begin(new)
+
+    def _begin(self, rows: Sequence[Row]) -> None:
+        """Find out what the policy wants to know of new texts before their first tokens."""
+        if self._policy.prompts:
+            for row in rows:
                 row.prompt_nats = self._prompt_nats(row)
+        for k, pooling in sorted(self._policy.prompt_states(self._names).items()):
+            states = self._reader(k).prompt_hidden(rows, pooling)
+            for how, each in states.items():
+                for row, state in zip(rows, each, strict=True):
+                    row.prompt_hidden[k, how] = state
+        self._memory.begin(self._positions(rows, [0] * len(rows)))
 
     def _write_segments(self, segments: SegmentWriter) -> Iterator[Piece]:
         """Write the next segment of every row."""
@@ -287,6 +305,8 @@ class Router:
             and isinstance(vocabulary, BridgedVocabulary)
             and vocabulary.is_exact(k)
             and "hidden" not in self._desk.needs.of(k)
+            and not self._policy.prompts
+            and k not in self._policy.prompt_states(self._names)
         )
 
     def _blank(self, rows: Sequence[Row]) -> Draft:
@@ -337,6 +357,7 @@ class Router:
                 held.append(row)
                 self._desk.write(draft, writer, [i], verdict)
             reader.rollback(row, place)
+        self._memory.update(draft, verdict)
         for row in held:
             pieces += self._commit(row, draft, verdict)
         return [row for row in rows if row not in held]
@@ -375,7 +396,7 @@ class Router:
     def _fits(self, row: Row, *ahead: int) -> bool:
         """Whether every model in use can read the row, its draft, and the tokens ``ahead``."""
         unread = [*row.ids[len(row.written) :], *ahead]
-        for k in self._used:
+        for k in row.models:
             limit = self._models[k].context_length
             if limit is None:
                 continue

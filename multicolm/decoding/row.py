@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from jaxtyping import Float, Shaped
+from torch import Tensor
+
 from multicolm.decoding.sampling import Likeliest, Sampling
 from multicolm.decoding.text import TextStream
 from multicolm.tokenizer.incremental import IncrementalEncoder
-from multicolm.types import FinishReason, Prompt, Usage
+from multicolm.types import FinishReason, Pooling, Prompt, Usage
 
 __all__ = ["Row", "Written"]
 
@@ -49,6 +52,10 @@ class Row:
         n_alternatives: how many of the likeliest tokens are kept with each written one.
         prompt_nats: per model, how unlikely it finds its prompt, for policies that look at
             prompts; NaN for models that are not in use.
+        models: indices of the models that may be looked at or write in it, ascending.
+        prompt_hidden: per model index and pooling, its hidden state of the prompt, where the
+            policy reads it.
+        state: what the policy remembers of it, if it keeps state.
         drafter: index of the model whose tokens stand behind the written ones.
         slot: its place in every session.
         ids: written tokens and, behind them, drafted ones.
@@ -78,6 +85,9 @@ class Row:
     ids: list[int] = field(default_factory=list)
     written: list[Written] = field(default_factory=list)
     prompt_nats: list[float] = field(default_factory=list)
+    models: tuple[int, ...] = ()
+    prompt_hidden: dict[tuple[int, Pooling], Float[Tensor, "hidden"]] = field(default_factory=dict)
+    state: Shaped[Tensor, "width"] | None = None
     base_run: int = 0
     n_deferred: int = 0
     n_changed: int = 0

@@ -21,10 +21,10 @@ __all__ = ["Likeliest", "Noise", "Sampling", "Stream", "likeliest", "row_key"]
 Likeliest: TypeAlias = tuple[tuple[int, float], ...]
 """Tokens and their log-probabilities in nats, the likeliest first, of equal ones the lowest id."""
 
-Stream = Literal["token", "policy", "accept", "residual"]
+Stream = Literal["token", "policy", "accept", "residual", "text"]
 """What a random number is for."""
 
-_STREAMS: dict[Stream, int] = {"token": 0, "policy": 1, "accept": 2, "residual": 3}
+_STREAMS: dict[Stream, int] = {"token": 0, "policy": 1, "accept": 2, "residual": 3, "text": 4}
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from multicolm.decoding.draft import Positions
+from multicolm.decoding.memory import Memory
 from multicolm.decoding.reader import Reader
 from multicolm.decoding.row import Row, Written
 from multicolm.decoding.sampling import Likeliest, likeliest
@@ -50,6 +51,7 @@ class SegmentWriter:
         positions: makes positions of rows and places, which tokens are drawn at.
         fits: whether every model in use can read a row's draft and one token behind it.
         ends: per model, tokens with which it ends a text.
+        memory: what the policy remembers of the texts.
         judges: models in use that can rate what others propose.
         partial: those that tell of some tokens only (:attr:`Model.n_likeliest`).
     """
@@ -63,6 +65,7 @@ class SegmentWriter:
         positions: Callable[[Sequence[Row], Sequence[int]], Positions],
         fits: Callable[[Row, int], bool],
         ends: Sequence[frozenset[int]],
+        memory: Memory,
         *,
         judges: Collection[int],
         partial: Collection[int],
@@ -77,6 +80,7 @@ class SegmentWriter:
         self._positions = positions
         self._fits = fits
         self._ends = ends
+        self._memory = memory
 
     def next(self, rows: Sequence[Row]) -> Iterator[tuple[Row, list[Written]]]:
         """The next segment of every row.
@@ -191,7 +195,8 @@ class SegmentWriter:
             self._forget([rows[i] for i in fresh])
             for i in set(range(len(rows))) - set(fresh):
                 nats[i, a], n_tokens[i, a] = nats[i, first[i][a]], n_tokens[i, first[i][a]]
-        ratings = self._policy.rate(Segments(nats, n_tokens))
+        segments = Segments(nats, n_tokens, self._memory.state(rows))
+        ratings = self._policy.rate(segments)
         if ratings.shape != shape[:2] or bool(ratings.isnan().any()):
             raise PolicyError(
                 f"policy '{self._policy.name}': rate() must return {shape[0]} rows of {shape[1]} "
@@ -199,6 +204,9 @@ class SegmentWriter:
                 f"{int(ratings.isnan().sum())} that are no number."
             )
         best = [first[i][a] for i, a in enumerate(ratings.argmax(-1).tolist())]
+        if rows:
+            places = self._positions(rows, [len(row.written) for row in rows])
+            self._memory.feedback(places, segments, torch.tensor(best))
         return {row: (best[i], float(ratings[i, best[i]])) for i, row in enumerate(rows)}
 
     def _first_of_equal(self, proposals: Sequence[_Proposal]) -> list[int]:

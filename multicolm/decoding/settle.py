@@ -110,7 +110,13 @@ class PolicyDesk:
         self._embeds = embeds or {}
         self._first_tokens = first_tokens
         self._uses = policy.uses(models)
+        if unused := sorted(set(policy.prompt_states(models)) - self._uses):
+            raise PolicyError(
+                f"policy '{policy.name}': prompt_states() names model '{models[unused[0]]}', "
+                "which uses() leaves out; name it there too."
+            )
         self._scores = type(policy).score is not Policy.score
+        self._narrows = type(policy).text_uses is not Policy.text_uses
 
     def views(
         self,
@@ -147,8 +153,6 @@ class PolicyDesk:
         context = here.context(device)
         if not self.policy.history:
             del context["previous"], context["base_run"]
-        if not self.policy.prompts:
-            del context["prompt_nats"]
         return Views(
             self.models,
             views,
@@ -165,6 +169,30 @@ class PolicyDesk:
             costs=self._costs,
             extends=self._extends,
         )
+
+    def text_views(self, positions: Positions) -> Views:
+        """What is known of new texts before any model is looked at: one position of each."""
+        device = torch.device("cpu")
+        context = positions.text_context(device)
+        context["uniform"] = lambda: positions.uniform("text")
+        return Views(
+            self.models,
+            {},
+            n_positions=len(positions),
+            context=context,
+            costs=self._costs,
+        )
+
+    def groups(self, draft: Draft, which: Sequence[int]) -> list[list[int]]:
+        """Position numbers by the models that were looked at there.
+
+        What a policy sees at a place must not depend on what it sees at others.
+        """
+        found: dict[tuple[int, ...], list[int]] = {}
+        for i in which:
+            seen = tuple(k for k, shown in draft.shown.items() if shown.knows([i]))
+            found.setdefault(seen, []).append(i)
+        return list(found.values())
 
     def candidates(self, draft: Draft, which: Sequence[int]) -> dict[int, Tensor]:
         """Per model index whose server does not tell of all tokens: which ones the policy names."""
@@ -252,6 +280,14 @@ class PolicyDesk:
                 f"policy '{policy.name}' chose model {wrong[0]}; allowed are those that it uses "
                 f"({used})."
             )
+        rows = draft.positions.rows
+        if self._narrows:
+            for i, k in zip(which, writers, strict=True):
+                if k not in rows[i].models:
+                    raise PolicyError(
+                        f"policy '{policy.name}' chose model {k} for a text for which text_uses() "
+                        f"gave {list(rows[i].models)}."
+                    )
         # Between the places where it can go on, another model's turn is that of who writes.
         writers = [draft.able(k, i) for i, k in zip(which, writers, strict=True)]
         waiting: dict[int, int] = {}

@@ -149,10 +149,14 @@ class Explainer:
         batch: Sequence[tuple[Question, Mapping[str, Any]]],
     ) -> list[dict[str, float]]:
         """Per position, with what probability the policy lets each model write."""
+        ensemble = self._ensemble
         n_positions = sum(len(record["tokens"]) for _, record in batch)
         found: list[dict[str, float]] = [{} for _ in range(n_positions)]
-        always = policy.needs(self._ensemble.models).always
-        if type(policy).model_probs is Policy.model_probs or not set(always) <= set(seen):
+        always = policy.needs(ensemble.models).always
+        # What it knows of a text beside its tokens is not kept with the answers.
+        by_text = policy.keeps_state or policy.prompts or policy.prompt_states(ensemble.models)
+        none = type(policy).model_probs is Policy.model_probs
+        if none or by_text or not set(always) <= set(seen):
             return found
         known = torch.ones(n_positions, dtype=torch.bool)
         for k in always:

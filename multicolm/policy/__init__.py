@@ -5,6 +5,7 @@ from __future__ import annotations
 from multicolm.policy.base import (
     MixPolicy,
     Needs,
+    NewTokens,
     Policy,
     SegmentPolicy,
     Segments,
@@ -16,6 +17,7 @@ from multicolm.policy.base import (
 __all__ = [
     "MixPolicy",
     "Needs",
+    "NewTokens",
     "Policy",
     "SegmentPolicy",
     "Segments",

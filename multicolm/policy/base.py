@@ -11,6 +11,10 @@ Four kinds, and a policy is one of them:
 A class may be two of them and say which one it is as it is set up (`acts`): a learned router that
 either picks a model or mixes all. All of them see flat positions, so the same method serves one
 text, a batch, and a drafted block.
+
+A policy object never changes. What it has to remember of a text (a model chosen once, weights, a
+phase) is a row of numbers per text that the loop keeps: `initial_state` gives it, every method
+reads it as `views.state`, and `update` gives the next one after each written token.
 """
 
 from __future__ import annotations
@@ -21,13 +25,14 @@ from dataclasses import fields as dataclass_fields
 from dataclasses import is_dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias, TypeVar
 
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 from typing_extensions import dataclass_transform
 
+from multicolm.errors import CapabilityError
 from multicolm.plugins import policies
-from multicolm.types import Signal, Tensor
+from multicolm.types import Pooling, Signal, Tensor
 from multicolm.views import ModelNames, Views
 
 Schedule: TypeAlias = Literal["stepwise", "block"]
@@ -47,6 +52,7 @@ __all__ = [
     "MixPolicy",
     "ModelFacts",
     "Needs",
+    "NewTokens",
     "Policy",
     "Schedule",
     "SegmentPolicy",
@@ -55,6 +61,7 @@ __all__ = [
     "Support",
     "VerifyPolicy",
     "When",
+    "check_used",
     "register_policy",
 ]
 
@@ -107,6 +114,21 @@ class ModelFacts:
     name: str
     identity: str
     hidden_size: int | None
+
+
+@plain_dataclass(frozen=True, slots=True)
+class NewTokens:
+    """What has just been written, one token per position.
+
+    Attributes:
+        ids: the tokens, in the shared vocabulary.
+        writers: index of each one's model; the number of models for a mixture.
+        logprobs: of the tokens, under the distributions they were drawn from, in nats.
+    """
+
+    ids: Int[Tensor, "positions"]
+    writers: Int[Tensor, "positions"]
+    logprobs: Float[Tensor, "positions"]
 
 
 class Policy:
@@ -224,6 +246,51 @@ class Policy:
         """The params with which it hands over by a threshold; ``None`` if it knows no such."""
         return None if self.deferral is None else {self.deferral.param: threshold}
 
+    def prompt_states(self, models: ModelNames) -> Mapping[int, frozenset[Pooling]]:
+        """Which models' hidden states of the prompt it reads, and how pooled; none by default.
+
+        These models read the prompt once, before the first token; see
+        :meth:`multicolm.views.Views.prompt_hidden`. They must be among those that it
+        :meth:`uses`; one that :meth:`needs` does not name reads the prompt and nothing else
+        until it is chosen to write.
+        """
+        return {}
+
+    def initial_state(self, views: Views) -> Shaped[Tensor, "positions width"]:
+        """What it remembers of each text before the first token; a policy that defines this keeps
+        state, and is asked token by token.
+
+        Asked once per text. The views show no model; they show ``prompt_hidden`` and
+        ``prompt_nats`` where these are declared, ``greedy``, ``costs``, and in ``uniform`` a
+        random number of the text's own. Any dtype and width, the same for all texts.
+        """
+        raise NotImplementedError(f"{type(self).__name__} keeps no state")
+
+    def update(self, views: Views, written: NewTokens) -> Shaped[Tensor, "positions width"]:
+        """What it remembers after a token: by default what it did before.
+
+        Asked of policies that keep state, after every token but those of a :class:`SegmentPolicy`
+        (see :meth:`SegmentPolicy.feedback`).
+
+        Args:
+            views: at the place of the token, of the models that were run there (``k in views``).
+            written: the token.
+        """
+        return views.state
+
+    def text_uses(self, views: Views) -> Bool[Tensor, "positions models"]:
+        """Which models may write the rest of each text; all that it :meth:`uses` by default.
+
+        Asked once per text, after :meth:`initial_state`, with the same views and ``views.state``.
+        The others are not run for this text, and their contexts do not limit it.
+        """
+        raise NotImplementedError(f"{type(self).__name__} uses the same models for every text")
+
+    @property
+    def keeps_state(self) -> bool:
+        """Whether it remembers something of each text."""
+        return type(self).initial_state is not Policy.initial_state
+
     def check_models(self, models: Sequence[ModelFacts]) -> None:
         """Refuse an ensemble that this policy was not made for; every policy fits by default.
 
@@ -315,10 +382,12 @@ class Segments:
         nats: minus the log-probability of the segment that a writer proposes, under a judge; NaN
             for who is none.
         n_tokens: how many of the judge's own tokens that is over, an end of text counted as one.
+        state: what the policy remembers of each text, if it keeps state.
     """
 
     nats: Float[Tensor, "rows writers judges"]
     n_tokens: Int[Tensor, "rows writers judges"]
+    state: Shaped[Tensor, "rows width"] | None = None
 
 
 class SegmentPolicy(Policy):
@@ -341,6 +410,33 @@ class SegmentPolicy(Policy):
         Not asked where all models propose the same.
         """
         raise NotImplementedError(f"{type(self).__name__} has no `rate`")
+
+    def feedback(
+        self, segments: Segments, chosen: Int[Tensor, "rows"]
+    ) -> Shaped[Tensor, "rows width"]:
+        """What it remembers after a segment; by default what it did before.
+
+        Asked of policies that keep state, where :meth:`rate` was.
+
+        Args:
+            segments: as they were rated.
+            chosen: the number of the proposal that is written, among the writers.
+        """
+        assert segments.state is not None
+        return segments.state
+
+
+def check_used(policy: Policy, models: ModelNames) -> None:
+    """Refuse an ensemble of which a policy would use no model.
+
+    Raises:
+        CapabilityError: naming both.
+    """
+    if not policy.uses(models):
+        raise CapabilityError(
+            f"policy '{policy.name}' uses none of the models of this ensemble "
+            f"({', '.join(models)}); add the models that it lets write, such as assistants."
+        )
 
 
 P = TypeVar("P", bound=Policy)

@@ -14,7 +14,7 @@ from multicolm.config import PolicyConfig, check_params, load_policy
 from multicolm.errors import ConfigError, UnknownNameError, unknown
 from multicolm.numbers import as_python
 from multicolm.plugins import policies
-from multicolm.policy.base import MixPolicy, Policy, SelectPolicy, VerifyPolicy
+from multicolm.policy.base import MixPolicy, Policy, SegmentPolicy, SelectPolicy, VerifyPolicy
 
 __all__ = ["resolve_policy"]
 
@@ -89,7 +89,7 @@ def _from_file(source: str, base_dir: Path) -> type[Policy]:
     sys.modules[module_name] = module
     spec.loader.exec_module(module)
     cls = getattr(module, name, None)
-    kinds = (SelectPolicy, MixPolicy, VerifyPolicy)
+    kinds = (SelectPolicy, MixPolicy, VerifyPolicy, SegmentPolicy)
     if not (isinstance(cls, type) and issubclass(cls, kinds)):
         own = [
             key

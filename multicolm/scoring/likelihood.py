@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Literal, TypeAlias, get_args
 
@@ -27,10 +27,11 @@ from torch import Tensor
 
 from multicolm.backend.base import Look
 from multicolm.backend.byte_session import ByteSession, span_logprobs
-from multicolm.decoding.draft import Draft, Shown
+from multicolm.decoding.draft import Draft, Positions, Shown
+from multicolm.decoding.memory import Memory
 from multicolm.decoding.reader import TokenReader
 from multicolm.decoding.row import Row
-from multicolm.decoding.sampling import Sampling, row_key
+from multicolm.decoding.sampling import Noise, Sampling, row_key
 from multicolm.decoding.settle import PolicyDesk, Verdict
 from multicolm.decoding.text import TextStream
 from multicolm.ensemble import Ensemble
@@ -130,6 +131,7 @@ class LikelihoodReader(PassageReader):
             costs=ensemble.costs,
             extends=self._vocabulary.extends,
         )
+        self._memory = Memory(self._desk)
         needs = self._desk.needs
         self._looked_at = sorted({*needs.always, *needs.deferred})
         self.kinds: tuple[Kind, ...] = self._kinds()
@@ -189,8 +191,13 @@ class LikelihoodReader(PassageReader):
             return ()
         if self._policy.acts == "segment" or self._policy.support == "characters":
             return ()
+        if self._memory.updates and not self._vocabulary.is_shared:
+            return ()  # what it remembers follows tokens, and texts are read in longer stretches
         if self._policy.acts != "select":
             return ("joint",)
+        # Who writes later depends on who wrote before: no product over tokens.
+        if self._policy.keeps_state:
+            return ("routed",)
         if type(self._policy).model_probs is Policy.model_probs:
             return ("routed",)
         # Whether there are probabilities may hang on the params: asked about a place where no
@@ -276,24 +283,31 @@ class LikelihoodReader(PassageReader):
                 text=TextStream(()),
                 draft_length=1,
                 sampling=_AS_THEY_ARE,
+                slot=number,
+                models=tuple(self._used),
             )
             for number, passage in enumerate(batch)
         ]
-        if self._policy.prompts:
-            self._score_prompts(rows)
+        self._read_prompts(rows)
+        self._memory.begin(Positions(rows, [0] * len(rows), Noise()))
         return rows
 
-    def _score_prompts(self, rows: Sequence[Row]) -> None:
-        """How unlikely each model finds the prompts, for policies that weigh models by that."""
-        for row in rows:
-            row.slot = row.number
+    def _read_prompts(self, rows: Sequence[Row]) -> None:
+        """What the policy wants to know of the prompts alone."""
+        states = self._policy.prompt_states(self._ensemble.models)
+        for row in rows if self._policy.prompts else ():
             row.prompt_nats = [math.nan] * len(self._models)
-        for k in self._used:
+        for k in self._used if self._policy.prompts else sorted(states):
             model, vocabulary = self._models[k], self._ensemble.vocabulary
             reader = TokenReader(model, k, vocabulary, model.open(len(rows)), lambda: 0.0)
             for row in rows:
                 reader.start(row)
-                row.prompt_nats[k] = reader.prompt_nats(row)
+                if self._policy.prompts:
+                    row.prompt_nats[k] = reader.prompt_nats(row)
+            if k in states:
+                for how, each in reader.prompt_hidden(rows, states[k]).items():
+                    for row, state in zip(rows, each, strict=True):
+                        row.prompt_hidden[k, how] = state
 
     def _begins(self, seen: Mapping[int, _Reading], n_positions: int) -> Bool[Tensor, "positions"]:
         """Positions at which all models can go on that the policy looks at or lets write."""
@@ -375,12 +389,16 @@ class LikelihoodReader(PassageReader):
     # --- what the policy says --------------------------------------------------------------------
 
     def _shown(
-        self, place: Places, seen: Mapping[int, _Reading], which: Sequence[int]
+        self,
+        place: Places,
+        seen: Mapping[int, _Reading],
+        which: Sequence[int],
+        models: Sequence[int] | None = None,
     ) -> dict[int, Shown]:
-        """What the policy may look at, at some of the places."""
+        """What models show at some of the places; those that it may look at, if none are given."""
         at = place.at[torch.tensor(which, dtype=torch.long)]
         shown = {}
-        for k in self._looked_at:
+        for k in self._looked_at if models is None else models:
             reading = seen[k]
             lines = reading.line[at].tolist()
             shown[k] = Shown(
@@ -434,59 +452,96 @@ class LikelihoodReader(PassageReader):
             misses = missed.gather(1, parts.argmax(-1, keepdim=True))[:, 0]
         return parts.logsumexp(-1), misses
 
+    def _rounds(self, place: Places) -> list[list[int]]:
+        """Stretches that the policy can be asked about together."""
+        if self._policy.history or self._memory.updates:
+            return list(place.one_by_one())
+        return [list(range(len(place)))]
+
     def _routed(self, place: Places, seen: Mapping[int, _Reading]) -> tuple[Tensor, Tensor]:
         """Log-probability of every stretch under who writes it, and whether it is the likeliest."""
-        rounds = place.one_by_one() if self._policy.history else [list(range(len(place)))]
         writers = [0] * len(place)
-        for which in rounds:
-            found = self._writers(place, seen, which)
-            for i, writer in zip(which, found, strict=True):
-                writers[i] = writer
+        sums = torch.stack([place.sums(seen[k].logprobs) for k in self._used], dim=1)
+        for which in self._rounds(place):
+            draft, _ = self._draft(place, seen, which)
+            asked, verdict = self._asked(draft), Verdict()
+            waiting = self._desk.decide(draft, asked, verdict) if asked else {}
+            found = {**verdict.writers, **waiting}
+            for i, n in enumerate(which):
+                writers[n] = verdict.writers[i] = found.get(i, 0)
+                verdict.tokens[i] = place.gold[n]
+                verdict.logprobs[i] = float(sums[n, self._used.index(writers[n])])
                 if self._policy.history:
-                    place.write(i, writer)
+                    place.write(n, writers[n])
+            self._remember(place, seen, which, draft, asked, verdict)
         at = torch.tensor([self._used.index(writer) for writer in writers])[:, None]
-        logprobs = torch.stack([place.sums(seen[k].logprobs) for k in self._used], dim=1)
         misses = torch.stack([place.sums(seen[k].misses) for k in self._used], dim=1)
-        return logprobs.gather(1, at)[:, 0], misses.gather(1, at)[:, 0]
+        return sums.gather(1, at)[:, 0], misses.gather(1, at)[:, 0]
 
-    def _writers(
-        self, place: Places, seen: Mapping[int, _Reading], which: Sequence[int]
-    ) -> list[int]:
-        """Who writes at some of the places, asked as the decode loop asks."""
-        draft, _ = self._draft(place, seen, which)
-        asked = list(range(len(which)))
-        if self._policy.assistants == "deferred":
-            flags = self._desk.defers(self._always(draft))
-            asked = [i for i in asked if flags[i]]
-        verdict = Verdict()
-        waiting = self._desk.decide(draft, asked, verdict) if asked else {}
-        found = {**verdict.writers, **waiting}
-        return [found.get(i, 0) for i in range(len(which))]
+    def _asked(self, draft: Draft) -> list[int]:
+        """At which positions the policy is asked, as the decode loop asks it."""
+        every = list(range(len(draft.positions)))
+        if self._policy.assistants != "deferred" or 0 not in self._desk.needs.always:
+            return every
+        flags = self._desk.defers(self._always(draft))
+        return [i for i in every if flags[i]]
+
+    def _remember(
+        self,
+        place: Places,
+        seen: Mapping[int, _Reading],
+        which: Sequence[int],
+        draft: Draft,
+        asked: Sequence[int],
+        verdict: Verdict,
+    ) -> None:
+        """Let a policy that keeps state see its tokens, as the decode loop shows them."""
+        if not self._memory.updates:
+            return
+        ran: dict[int, set[int]] = {k: set(range(len(which))) for k in self._desk.needs.always}
+        for k in self._desk.needs.deferred:
+            ran.setdefault(k, set()).update(asked)
+        for i, writer in verdict.writers.items():
+            if writer < len(self._models):
+                ran.setdefault(writer, set()).add(i)
+        shown = {}
+        for k, whole in self._shown(place, seen, which, sorted(ran)).items():
+            lines = {i: line for i, line in whole.line_of.items() if i in ran[k]}
+            shown[k] = Shown(whole.look, lines, whole.closed & ran[k])
+        self._memory.update(replace(draft, shown=shown), verdict)
 
     def _mixed(self, place: Places, seen: Mapping[int, _Reading]) -> tuple[Tensor, Tensor]:
         """Log-probability of every token under the policy's mixture."""
-        draft, told = self._draft(place, seen, range(len(place)))
-        verdict, asked = Verdict(), list(range(len(place)))
-        if self._policy.assistants == "deferred":
-            flags = self._desk.defers(self._always(draft))
-            alone = [i for i in asked if not flags[i]]
-            asked = [i for i in asked if flags[i]]
-            if alone:
+        logprobs, misses = torch.zeros(len(place)), torch.zeros(len(place))
+        for which in self._rounds(place):
+            draft, told = self._draft(place, seen, which)
+            asked, verdict = self._asked(draft), Verdict()
+            if alone := sorted(set(range(len(which))) - set(asked)):
                 self._desk.write(draft, 0, alone, verdict)
-        if asked:
-            self._desk.decide(draft, asked, verdict)
-        logprobs = [verdict.logprobs[i] for i in range(len(place))]
-        misses = [float(told.likeliest[i] != place.gold[i]) for i in range(len(place))]
-        return torch.tensor(logprobs), torch.tensor(misses)
+            if asked:
+                self._desk.decide(draft, asked, verdict)
+            self._remember(place, seen, which, draft, asked, verdict)
+            for i, n in enumerate(which):
+                logprobs[n] = verdict.logprobs[i]
+                misses[n] = float(told.likeliest[i] != place.gold[n])
+        return logprobs, misses
 
     def _verified(self, place: Places, seen: Mapping[int, _Reading]) -> tuple[Tensor, Tensor]:
         """Log-probability of every token under the distribution that texts are made to follow."""
         assert isinstance(self._policy, VerifyPolicy)
-        draft, _ = self._draft(place, seen, range(len(place)))
-        probs = self._policy.target_probs(self._always(draft))
-        gold = torch.tensor(place.gold)
-        misses = (probs.argmax(-1) != gold).float()
-        return probs.gather(-1, gold[:, None])[:, 0].log(), misses
+        logprobs, misses = torch.zeros(len(place)), torch.zeros(len(place))
+        for which in self._rounds(place):
+            draft, _ = self._draft(place, seen, which)
+            probs = self._policy.target_probs(self._always(draft)).cpu()
+            gold = torch.tensor([place.gold[n] for n in which])
+            found = probs.gather(-1, gold[:, None])[:, 0].log()
+            logprobs[which] = found.float()
+            misses[which] = (probs.argmax(-1) != gold).float()
+            tokens = dict(enumerate(gold.tolist()))
+            writers = dict.fromkeys(tokens, self._policy.replaces(self._ensemble.models))
+            verdict = Verdict(writers, tokens, dict(enumerate(found.tolist())))
+            self._remember(place, seen, which, draft, list(tokens), verdict)
+        return logprobs, misses
 
 
 _REASONS: dict[Kind, str] = {

@@ -11,14 +11,16 @@ from multicolm.decoding.sampling import Sampling
 from multicolm.errors import CapabilityError
 from multicolm.policy.base import (
     MixPolicy,
+    NewTokens,
     Policy,
     SegmentPolicy,
     Segments,
     SelectPolicy,
     VerifyPolicy,
+    check_used,
 )
 from multicolm.testing.laws import LawBroken
-from multicolm.views import ModelNames, View, Views
+from multicolm.views import ModelNames, View, Views, prompt_hidden_key
 
 __all__ = ["check_policy"]
 
@@ -31,7 +33,8 @@ def check_policy(policy: Policy, *, seed: int = 0) -> None:
     Laws: it is deterministic; it leaves the views as they are; a position's answer depends on that
     position alone; it names models that exist and that it said it would use; a distribution has no
     NaN and a possible token; a token that a mixing policy ascribes to a model is drawn from that
-    model's distribution; ``certain`` deferral is a hand-over.
+    model's distribution; ``certain`` deferral is a hand-over. What it remembers of a text is a row
+    of numbers of one width, and follows from the views alone.
 
     Args:
         policy: what to check; tried on random views of ensembles of 1 to 4 models.
@@ -47,7 +50,7 @@ def check_policy(policy: Policy, *, seed: int = 0) -> None:
         models = ModelNames(["base", *(f"assistant-{k}" for k in range(1, n_models))])
         try:
             policy.needs(models)
-            policy.uses(models)
+            check_used(policy, models)
         except CapabilityError as error:
             refusal = error
             continue
@@ -81,16 +84,37 @@ class _Scene:
             "greedy": torch.full((n,), sampling.greedy),
             "prompt_nats": torch.rand(n, len(models), generator=generator) * 4,
         }
-        self.starts_word = torch.rand(_VOCAB, generator=generator) < 0.5
         # Token i begins like token (i - 1) // 2, as in a binary tree.
         self.extends = torch.eye(_VOCAB, dtype=torch.bool)
         for token in range(_VOCAB - 1, 0, -1):
             self.extends[(token - 1) // 2] |= self.extends[token]
+        for k, pooling in policy.prompt_states(models).items():
+            for how in sorted(pooling):
+                states = torch.randn(n, _HIDDEN, generator=generator)
+                self.context[prompt_hidden_key(k, how)] = states
         self.costs = (torch.rand(len(models), generator=generator) * 9).tolist()
+        self.allowed: Tensor | None = None
+        self.generator = generator
+        self.starts_word = torch.rand(_VOCAB, generator=generator) < 0.5
 
-    def views(self, which: Sequence[int], *, base_only: bool = False) -> Views:
-        index = torch.tensor(list(which), dtype=torch.long)
-        shown = [0] if base_only else range(len(self.models))
+    def may(self, position: int, model: int) -> bool:
+        """Whether a model may write the text of a position, if that was said."""
+        return self.allowed is None or bool(self.allowed[position, model])
+
+    def new_tokens(self, writers: Sequence[int]) -> NewTokens:
+        """A random token at every position, of one of some writers."""
+        n = _POSITIONS
+        chosen = torch.randint(0, len(writers), (n,), generator=self.generator)
+        return NewTokens(
+            torch.randint(0, _VOCAB, (n,), generator=self.generator),
+            torch.tensor(writers)[chosen],
+            -torch.rand(n, generator=self.generator) * 5,
+        )
+
+    def views(self, which: Sequence[int], shown: Sequence[int] | None = None) -> Views:
+        """What is seen at some positions: of all models that are needed, or of some of these."""
+        index = self.shown_last = torch.tensor(list(which), dtype=torch.long)
+        shown = range(len(self.models)) if shown is None else shown
         views = {
             k: View(
                 self.logits[k][index].clone(),
@@ -101,9 +125,9 @@ class _Scene:
             for k in shown
             if self.needs.of(k)
         }
-        known = ["uniform", "place", "greedy"]
-        known += ["previous", "base_run"] if self.history else []
-        known += ["prompt_nats"] if self.prompts else []
+        hidden = {"previous", "base_run"} if not self.history else set()
+        hidden |= {"prompt_nats"} if not self.prompts else set()
+        known = [what for what in self.context if what not in hidden]
 
         def fetch(what: str) -> Callable[[], Tensor]:
             return lambda: self.context[what][index].clone()
@@ -120,13 +144,20 @@ class _Scene:
         )
 
 
-def _check_ratings(policy: SegmentPolicy, n_models: int, seed: int) -> None:
-    """Ratings of some proposals, again and in another order."""
-    generator = torch.Generator().manual_seed(seed)
+def _turned(segments: Segments) -> Segments:
+    """The same in the opposite order."""
+    state = None if segments.state is None else segments.state.flip(0)
+    return Segments(segments.nats.flip(0), segments.n_tokens.flip(0), state)
+
+
+def _check_ratings(policy: SegmentPolicy, scene: _Scene) -> None:
+    """Ratings of some proposals, and what is learned of them, again and in another order."""
+    n_models, generator = len(policy.uses(scene.models)), scene.generator
     shape = (_POSITIONS, n_models, n_models)
     n_tokens = torch.randint(1, 6, shape, generator=generator)
-    segments = Segments(torch.rand(shape, generator=generator) * 9, n_tokens)
-    turned = Segments(segments.nats.flip(0), segments.n_tokens.flip(0))
+    state = scene.context.get("state")
+    segments = Segments(torch.rand(shape, generator=generator) * 9, n_tokens, state)
+    turned = _turned(segments)
     rated = policy.rate(segments)
     if rated.shape != shape[:2] or bool(rated.isnan().any()):
         raise LawBroken("one number per proposal", f"rate() returned {list(rated.shape)}.")
@@ -135,17 +166,35 @@ def _check_ratings(policy: SegmentPolicy, n_models: int, seed: int) -> None:
             "a position's answer depends on that position alone",
             "rate() of the same proposals, again or in another order, differs.",
         )
+    if not policy.keeps_state:
+        return
+    chosen = rated.argmax(-1)
+    state = policy.feedback(segments, chosen)
+    again = policy.feedback(segments, chosen)
+    back = policy.feedback(turned, chosen.flip(0)).flip(0)
+    if segments.state is None or state.shape != segments.state.shape:
+        raise LawBroken(
+            "what is remembered of a text keeps its width", f"feedback() gave {list(state.shape)}."
+        )
+    if not _same(state, again) or not _same(state, back):
+        raise LawBroken(
+            "a position's answer depends on that position alone",
+            "feedback() on the same segments, again or in another order, differs.",
+        )
+    scene.context["state"] = state
 
 
 def _check_on(policy: Policy, scene: _Scene) -> None:
+    _check_memory(policy, scene)
     if isinstance(policy, SegmentPolicy):
-        _check_ratings(policy, len(policy.uses(scene.models)), len(scene.models))
+        for _ in range(3 if policy.keeps_state else 1):
+            _check_ratings(policy, scene)
         return
     every = list(range(_POSITIONS))
     deferring = every
     if policy.can_defer:
         ask: Callable[[Views], Tensor] = policy.defers
-        answer = _check_pure("defers", ask, scene, every, base_only=True)
+        answer = _check_pure("defers", ask, scene, every, [0])
         deferring = answer.nonzero()[:, 0].tolist()
     asked = deferring if policy.assistants == "deferred" else every
     if not asked:
@@ -154,6 +203,12 @@ def _check_on(policy: Policy, scene: _Scene) -> None:
     answer = _check_pure(name, method, scene, asked)
     if isinstance(policy, SelectPolicy):
         allowed = policy.uses(scene.models)
+        outside = [i for i, k in zip(asked, answer.tolist(), strict=True) if not scene.may(i, k)]
+        if outside:
+            raise LawBroken(
+                "a text is written by the models that were said to be used for it",
+                f"select() named another one at position {outside[0]} than text_uses() gave.",
+            )
         wrong = sorted(set(answer.tolist()) - allowed)
         if wrong:
             raise LawBroken(
@@ -205,6 +260,47 @@ def _check_writers(policy: MixPolicy, scene: _Scene, asked: Sequence[int], mixed
             )
 
 
+def _check_memory(policy: Policy, scene: _Scene) -> None:
+    """What it remembers of texts, from their beginnings through some tokens; left in the scene."""
+    every, models = list(range(_POSITIONS)), scene.models
+    if policy.keeps_state:
+        scene.context["state"] = _check_pure(
+            "initial_state", policy.initial_state, scene, every, []
+        )
+    if type(policy).text_uses is not Policy.text_uses:
+        flags = _check_pure("text_uses", policy.text_uses, scene, every, [])
+        allowed = torch.tensor([k in policy.uses(models) for k in range(len(models))])
+        if flags.dtype != torch.bool or flags.shape != (_POSITIONS, len(models)):
+            raise LawBroken("one flag per text and model", f"text_uses() gave {flags.shape}.")
+        if not bool(flags.any(-1).all()) or bool((flags & ~allowed).any()):
+            raise LawBroken(
+                "a text has a model, and only models that the policy uses",
+                f"text_uses() gave {flags.tolist()}; uses() allows {allowed.tolist()}.",
+            )
+        scene.allowed = flags
+    writers = [len(models)] if policy.acts == "mix" else sorted(policy.uses(models))
+    needs = scene.needs
+    everybody, always = sorted({*needs.always, *needs.deferred}), sorted(needs.always)
+    # A model that is looked at only where the base model defers is not always there to see.
+    for shown in (everybody, always, everybody) if policy.keeps_state else ():
+        written = scene.new_tokens(writers)
+
+        def update(views: Views, written: NewTokens = written) -> Tensor:
+            at = scene.shown_last
+            return policy.update(
+                views, NewTokens(written.ids[at], written.writers[at], written.logprobs[at])
+            )
+
+        before = scene.context["state"]
+        after = _check_pure("update", update, scene, every, shown)
+        if after.shape != before.shape:
+            raise LawBroken(
+                "what is remembered of a text keeps its width",
+                f"update() made {list(after.shape)} out of {list(before.shape)}.",
+            )
+        scene.context["state"] = after
+
+
 def _method(policy: Policy) -> tuple[str, Callable[[Views], Tensor]]:
     if isinstance(policy, SelectPolicy):
         return "select", policy.select
@@ -223,11 +319,10 @@ def _check_pure(
     method: Callable[[Views], Tensor],
     scene: _Scene,
     which: Sequence[int],
-    *,
-    base_only: bool = False,
+    shown: Sequence[int] | None = None,
 ) -> Tensor:
     """Ask about all positions, again, in another order, and one by one; the answers must agree."""
-    views = scene.views(which, base_only=base_only)
+    views = scene.views(which, shown)
     answer = method(views).clone()  # it may be a view's own tensor, written into by the next call
     if answer.shape[:1] != (len(which),):
         raise LawBroken(
@@ -240,8 +335,8 @@ def _check_pure(
             "a policy is deterministic and leaves the views as they are",
             f"{name}() asked twice: {_difference(answer, again)}",
         )
-    turned = method(scene.views(list(reversed(which)), base_only=base_only)).flip(0)
-    singly = torch.cat([method(scene.views([i], base_only=base_only)) for i in which])
+    turned = method(scene.views(list(reversed(which)), shown)).flip(0)
+    singly = torch.cat([method(scene.views([i], shown)) for i in which])
     for how, other in (("in another order", turned), ("one by one", singly)):
         if not _same(answer, other):
             raise LawBroken(

@@ -336,7 +336,7 @@ class _ByteFollower(Follower):
         self.own = list(prompt)
         self._n_prompt = len(self.own)
         self._runs: list[_Run] = []
-        self._kept = 0
+        self._kept = len(self.own)
 
     @property
     def n_tokens(self) -> int:

@@ -208,7 +208,7 @@ class _TokenFollower(Follower):
         self._straight = vocabulary.is_straight(model)
         self.own = list(prompt)
         self._ends = [len(self.own)]
-        self._kept = 0
+        self._kept = len(self.own)
 
     @property
     def n_tokens(self) -> int:

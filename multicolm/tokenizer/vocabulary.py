@@ -62,7 +62,7 @@ class Follower(ABC):
 
     @abstractmethod
     def take_kept(self) -> int:
-        """How many own tokens in front have not changed since the last call."""
+        """How many own tokens in front have not changed since the last call, or the beginning."""
 
 
 class Vocabulary(ABC):

@@ -1,0 +1,115 @@
+"""What a policy remembers of every text: asked for here, and kept on the rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from multicolm.decoding.draft import Draft, Positions
+from multicolm.decoding.row import Row
+from multicolm.decoding.settle import PolicyDesk, Verdict
+from multicolm.errors import PolicyError
+from multicolm.policy.base import NewTokens, Policy, SegmentPolicy, Segments
+
+__all__ = ["Memory"]
+
+
+class Memory:
+    """Asks a policy what it remembers of texts, and checks what it answers.
+
+    Args:
+        desk: shows the policy what there is to see.
+
+    Attributes:
+        updates: whether what it remembers changes with the tokens.
+    """
+
+    def __init__(self, desk: PolicyDesk) -> None:
+        self._desk = desk
+        self._policy = desk.policy
+        kind = type(desk.policy)
+        self._narrows = kind.text_uses is not Policy.text_uses
+        self.updates = desk.policy.keeps_state and kind.update is not Policy.update
+
+    def begin(self, positions: Positions) -> None:
+        """Ask about new texts, one position each; their prompts have been read where needed.
+
+        Raises:
+            PolicyError: if the policy breaks its contract.
+        """
+        if self._policy.keeps_state:
+            state = self._policy.initial_state(self._desk.text_views(positions))
+            self._keep(positions, state, "initial_state")
+        if self._narrows:
+            flags = self._policy.text_uses(self._desk.text_views(positions))
+            self._narrow(positions, flags)
+
+    def update(self, draft: Draft, verdict: Verdict) -> None:
+        """Ask about the tokens that were decided: at most one of each row.
+
+        Raises:
+            PolicyError: if the policy breaks its contract.
+        """
+        if not self.updates:
+            return
+        for which in self._desk.groups(draft, sorted(verdict.tokens)):
+            written = NewTokens(
+                torch.tensor([verdict.tokens[i] for i in which]),
+                torch.tensor([verdict.writers[i] for i in which]),
+                torch.tensor([verdict.logprobs[i] for i in which]),
+            )
+            views = self._desk.views(draft.positions, which, draft.shown)
+            self._keep(draft.positions.at(which), self._policy.update(views, written), "update")
+
+    def feedback(self, positions: Positions, segments: Segments, chosen: Tensor) -> None:
+        """Ask about segments that were rated, one per row.
+
+        Raises:
+            PolicyError: if the policy breaks its contract.
+        """
+        if self._policy.keeps_state and isinstance(self._policy, SegmentPolicy):
+            self._keep(positions, self._policy.feedback(segments, chosen), "feedback")
+
+    def state(self, rows: Sequence[Row]) -> Tensor | None:
+        """What the policy remembers of some texts, if it keeps state: [rows, width]."""
+        states = [row.state for row in rows if row.state is not None]
+        return torch.stack(states) if states else None
+
+    def _keep(self, positions: Positions, state: object, method: str) -> None:
+        rows = positions.rows
+        width = next((len(row.state) for row in rows if row.state is not None), None)
+        if not isinstance(state, Tensor) or state.ndim != 2 or len(state) != len(rows):
+            fits = False
+        else:
+            fits = width is None or state.shape[1] == width
+        if not fits:
+            got = f"shape {list(state.shape)}" if isinstance(state, Tensor) else type(state)
+            raise PolicyError(
+                f"policy '{self._policy.name}': {method}() must return a tensor of shape "
+                f"[{len(rows)}, {width or 'width'}], a row per position, and returned {got}."
+            )
+        assert isinstance(state, Tensor)
+        # A copy: what the policy holds may be written into by its next call.
+        for row, line in zip(rows, state.clone(), strict=True):
+            row.state = line
+
+    def _narrow(self, positions: Positions, flags: Tensor) -> None:
+        models = self._desk.models
+        uses = self._policy.uses(models)
+        shape = (len(positions), len(models))
+        if not isinstance(flags, Tensor) or flags.dtype != torch.bool or flags.shape != shape:
+            got = f"{flags.dtype} {list(flags.shape)}" if isinstance(flags, Tensor) else type(flags)
+            raise PolicyError(
+                f"policy '{self._policy.name}': text_uses() must return a torch.bool tensor of "
+                f"shape {list(shape)}, one entry per position and model, and returned {got}."
+            )
+        for row, line in zip(positions.rows, flags.tolist(), strict=True):
+            row.models = tuple(k for k, flag in enumerate(line) if flag)
+            if not row.models or not uses.issuperset(row.models):
+                used = ", ".join(f"{k} {models[k]}" for k in sorted(uses))
+                raise PolicyError(
+                    f"policy '{self._policy.name}': text_uses() gave a text the models "
+                    f"{list(row.models)}; allowed are one or more of those that it uses ({used})."
+                )
