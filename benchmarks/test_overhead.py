@@ -76,7 +76,8 @@ def solo_seconds(calls: Sequence[Call]) -> float:
                 cache.crop(-stale)
             ids = torch.tensor([call.tokens])
             start = time.perf_counter()
-            call.model.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=call.n_last)
+            caching = {call.model.cache_argument: cache, "use_cache": True}
+            call.model.model(ids, logits_to_keep=call.n_last, **caching)
             total += time.perf_counter() - start
     return total
 

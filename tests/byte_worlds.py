@@ -115,6 +115,21 @@ def bytes_to_characters() -> dict[int, str]:
     return alphabet
 
 
+def without_bytes(kept: str) -> Tokenizer:
+    """In the manner of SmolLM2: no tokens for bytes that its training texts did not hold."""
+    inner = Tokenizer(models.BPE())
+    inner.pre_tokenizer, inner.decoder = GPT2, decoders.ByteLevel()
+    alphabet = bytes_to_characters()
+    trainer = trainers.BpeTrainer(
+        vocab_size=360,
+        initial_alphabet=[alphabet[byte] for byte in sorted(set(kept.encode()))],
+        special_tokens=["<|end|>"],
+        show_progress=False,
+    )
+    inner.train_from_iterator([line for line in CORPUS if line.isascii()] * 3, trainer)
+    return inner
+
+
 def random_merges(seed: int) -> Tokenizer:
     """Merges as they come, across characters and blanks, of which BPE makes only some."""
     chance, pieces = random.Random(seed), [bytes([b]) for b in "the 'l1\n你é".encode()]
@@ -199,6 +214,7 @@ MAKERS: dict[str, Any] = {
     ),
     "random": lambda: wrapped(random_merges(0)),
     "random-too": lambda: wrapped(random_merges(1)),
+    "without-bytes": lambda: wrapped(without_bytes("\n abcé你x")),
     "llama2": lambda: trained_sentencepiece("llama2"),
     "shuffled": lambda: trained_sentencepiece("shuffled"),
     "gemma": lambda: trained_sentencepiece("gemma"),
@@ -310,7 +326,10 @@ def is_valid(tokenizer: TokenizerAdapter, path: Sequence[int]) -> bool:
         text = (content + completion).decode()
         probes = PROBES if not tail else ("", "a", " ")
         for probe in probes:
-            if tokenizer.encode_continuation(text + probe)[: len(path)] == list(path):
+            # What has no token is left out of an encoding, so a text that holds it proves nothing.
+            if tokenizer.encode_continuation(text + probe)[: len(path)] == list(path) and (
+                tokenizer.covers_text(text + probe)
+            ):
                 return True
     return False
 

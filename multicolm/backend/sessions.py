@@ -13,7 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import Cache, DynamicCache
 
 from multicolm.backend.base import Look, Session, TokenSession
 from multicolm.backend.row_cache import Plan, RowCache, additive_mask
@@ -127,10 +127,9 @@ class RowSession(Session):
             ids.to(device),
             keep,
             hidden,
-            past_key_values=self._cache,
             position_ids=position,
             attention_mask=self._mask(position, real, max(ends), uniform),
-            use_cache=True,
+            **_caching(model, self._cache),
         )
         for row, end in zip(rows, ends, strict=True):
             self.lengths[row] = end
@@ -233,8 +232,10 @@ class GrowingSession(UncachedSession):
 
     def _look(self, row: int, count: int, hidden: bool) -> Look:
         ids = self._ids[row]
-        if self._caches[row] is None:
-            self._caches[row], self._n_cached[row] = DynamicCache(config=self._model.config), 0
+        cache = self._caches[row]
+        if cache is None:
+            cache = self._caches[row] = DynamicCache(config=self._model.config)
+            self._n_cached[row] = 0
         start = self._n_cached[row]
         step = 1 if self._one_by_one else len(ids) - start
         looks: deque[Look] = deque(maxlen=count)
@@ -242,7 +243,7 @@ class GrowingSession(UncachedSession):
         for place in range(start, len(ids), step):
             part = ids[place : place + step]
             n_keep = min(count, len(part))
-            looks.append(self._read(part, n_keep, hidden, **self._cache_arguments(row)))
+            looks.append(self._read(part, n_keep, hidden, **_caching(self._model, cache)))
             n_passes += 1
         self._n_cached[row] = len(ids)
         states = [look.hidden for look in looks if look.hidden is not None]
@@ -252,15 +253,17 @@ class GrowingSession(UncachedSession):
             n_passes,
         )
 
-    def _cache_arguments(self, row: int) -> dict[str, Any]:
-        assert self._model.cache_argument is not None
-        return {self._model.cache_argument: self._caches[row], "use_cache": True}
-
     def truncate(self, row: int, length: int) -> None:
         """See :meth:`multicolm.backend.base.Session.truncate`."""
         super().truncate(row, length)
         if self._n_cached[row] > length:
             self._caches[row], self._n_cached[row] = None, 0
+
+
+def _caching(model: Runs, cache: Cache) -> dict[str, Any]:
+    """The arguments with which a forward pass reads and writes ``cache``."""
+    assert model.cache_argument is not None
+    return {model.cache_argument: cache, "use_cache": True}
 
 
 def _right_aligned(

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, ClassVar, cast
 
 import torch
@@ -115,12 +115,13 @@ class TransformersModel(Model):
 
     def _probe(self) -> tuple[Way, str]:
         ways: list[tuple[str, Way]] = []
-        if _rowable(self.model, self.config):
+        takes_cache = self.cache_argument is not None
+        if takes_cache and _rowable(self.model, self.config):
             ways.append(("rows", partial(RowSession, self)))
             if len(set(getattr(self.config, "layer_types", None) or ())) == 1:
                 # Some configurations name the types of layers, and their model takes one mask.
                 ways.append(("rows", partial(RowSession, self, by_layer_type=False)))
-        if self.cache_argument is not None:
+        if takes_cache:
             ways.append(("growing", partial(GrowingSession, self)))
             ways.append(("one by one", partial(GrowingSession, self, one_by_one=True)))
         for name, way in ways:
@@ -128,10 +129,13 @@ class TransformersModel(Model):
                 return way, name
         return partial(UncachedSession, self), "uncached"
 
-    @property
+    @cached_property
     def cache_argument(self) -> str | None:
-        """The name under which the model takes a cache, if it takes one."""
-        names = ("past_key_values", "cache_params")
+        """The name under which the model takes a cache, if it takes one.
+
+        transformers calls it ``cache`` from 5.24 on, and called it one of the others before.
+        """
+        names = ("cache", "past_key_values", "cache_params")
         return next((name for name in names if name in self._parameters), None)
 
     def embed(self, ids: Int[Tensor, "positions"]) -> Float[Tensor, "positions width"]:

@@ -55,6 +55,8 @@ def test_canonical_encodings_are_valid_paths_which_may_end(kind: str) -> None:
     characters = "".join(TEXTS) + "".join(CORPUS)
     texts = [*TEXTS, *CORPUS]
     texts += ["".join(chance.choices(characters, k=chance.randint(0, 12))) for _ in range(80)]
+    texts = [text for text in texts if tokenizer.covers_text(text)]
+    assert len(texts) > 5
     for text in texts:
         ids = tokenizer.encode_continuation(text)
         assert paths.may_end(walked(paths, ids)), text
@@ -78,6 +80,17 @@ def test_the_allowed_tokens_are_those_with_which_some_text_goes_on(kind: str) ->
                 assert allowed[slot] == is_valid(tokenizer, extended), [
                     tokenizer.token_bytes(i) for i in extended
                 ]
+
+
+def test_a_byte_without_a_token_is_one_that_no_path_writes() -> None:
+    tokenizer = adapter("without-bytes")
+    assert covers(tokenizer) is None
+    paths = canonical(tokenizer)
+    assert not any(b"\xff" in content or b"z" in content for content in paths.contents)
+    # Within a character only those bytes come next that have a token: A0, A9 and BD.
+    lead = paths.contents.index("你".encode()[:1])
+    following = paths.allowed(paths.after(paths.start, lead)).nonzero()[0]
+    assert {paths.contents[slot][:1] for slot in following} == {b"\xa0", b"\xa9", b"\xbd"}
 
 
 @pytest.mark.parametrize("kind", ["one-piece", "shuffled"])
