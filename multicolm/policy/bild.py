@@ -23,25 +23,31 @@ class BildPolicy(SelectPolicy):
     Fallback: the small model's top-1 probability is below ``fallback``. Rollback: the large model's
     most likely token is another than the small one's, to which it gives a negative log-probability
     above ``rollback``. And the large model writes one token after ``num_small_iters`` of the small
-    one in a row.
+    one in a row, and the first one of a text.
 
     The paper lets the large model check only when it takes over. Here it sees every token, in one
-    pass per drafted block, so the text does not depend on the block size.
+    pass per drafted block, so the text does not depend on the block size; only the small model's
+    last tokens before the end of a text are checked here and not there.
 
     Attributes:
         fallback: probability; 0 never falls back, above 1 (up to 2) is the large model alone.
         rollback: nats; 0 is the large model alone, infinity never rolls back.
         num_small_iters: tokens; 0 is the large model alone.
         large: the large model.
+        large_first: whether the large model writes the first token of a text, as in the authors'
+            code; in the paper's algorithm the small one does, if it is sure enough.
 
     Source:
-        arXiv 2302.07863 (NeurIPS 2023), section 3; defaults of the authors' code.
+        arXiv 2302.07863 (NeurIPS 2023), section 3; defaults, the limit of small iterations and the
+        condition that the tokens differ are those of the authors' code. Published for greedy
+        decoding.
     """
 
     fallback: ProbabilityThreshold = 0.6
     rollback: NonNegativeFloat = 5.0
     num_small_iters: NonNegativeInt = 10
     large: Role = "assistant"
+    large_first: bool = True
 
     tunable: ClassVar[dict[str, Sequence[float]]] = {
         "fallback": (0.0, 0.2, 0.4, 0.6, 0.8, 0.95),
@@ -63,9 +69,10 @@ class BildPolicy(SelectPolicy):
         return frozenset({0, models.role(self.large)})
 
     def defers(self, views: Views) -> Bool[Tensor, "positions"]:
-        """Fallback, or the small model's turn is over."""
+        """Fallback, the small model's turn is over, or the text begins."""
         unsure = views.base.top1_probs < self.fallback
-        return unsure | (views.base_run >= self.num_small_iters)
+        over = views.base_run >= self.num_small_iters
+        return unsure | over | ((views.previous < 0) & self.large_first)
 
     def candidates(self, views: Views, role: int) -> Int[Tensor, "positions n"]:
         """The small model's token."""
@@ -76,7 +83,7 @@ class BildPolicy(SelectPolicy):
         return -views[self.large].logprob_of(views.base.top1_ids)
 
     def select(self, views: Views) -> Int[Tensor, "positions"]:
-        """The large model at fallback, at rollback, and when the small one's turn is over."""
+        """The large model at fallback, at rollback, at first, and after the small one's turn."""
         large = views[self.large]
         objects = (large.top1_ids != views.base.top1_ids) & (self.score(views) > self.rollback)
         return (self.defers(views) | objects).long() * views.models.role(self.large)

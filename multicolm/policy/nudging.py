@@ -19,8 +19,13 @@ __all__ = ["NudgingPolicy"]
 class NudgingPolicy(SelectPolicy):
     """Where the base model is unsure, the nudger writes, and it finishes the word it began.
 
-    The base model goes on at the next word where it is sure again. This is the method for models
-    of one vocabulary: a word of the nudger ends where its next token would begin with white space.
+    The base model goes on at the next word at which it is sure again or would write the same token
+    as the nudger. A word of the nudger ends where its next token would begin with white space.
+
+    The authors' code works on text in pieces of 16 tokens, and ends it by rules that are not here:
+    when the nudger's piece ends, after the same nudge four times in a row, and after 150 nudges;
+    it leaves out what the base model repeats, and cuts repetitions off the end. Here a text ends
+    where the model that writes ends it, or at ``max_new_tokens``.
 
     Attributes:
         threshold: top-1 probability below which the base model is unsure (the paper's gamma);
@@ -28,7 +33,8 @@ class NudgingPolicy(SelectPolicy):
         nudger: the aligned model.
 
     Source:
-        arXiv 2410.09300 (ACL 2025), section 2; the authors' code takes 0.4.
+        arXiv 2410.09300 (ACL 2025), section 2; the authors' instructions take 0.4, their code 0.3.
+        Published for greedy decoding.
     """
 
     threshold: ProbabilityThreshold = 0.4
@@ -60,8 +66,13 @@ class NudgingPolicy(SelectPolicy):
         return unsure | (views.previous == views.models.role(self.nudger))
 
     def select(self, views: Views) -> Int[Tensor, "positions"]:
-        """The nudger where the base model is unsure or the nudger's word is not finished."""
+        """The nudger in its words, and where the base model is unsure and not of its opinion."""
         nudger = views.models.role(self.nudger)
         unsure = views.base.top1_probs < self.threshold
-        inside = (views.previous == nudger) & ~views.starts_word(views[nudger].top1_ids)
-        return (unsure | inside).long() * nudger
+        nudged = views.previous == nudger
+        next_word = views.starts_word(views[nudger].top1_ids)
+        agrees = views.base.top1_ids == views[nudger].top1_ids
+        # The first word of a nudge is the nudger's in any case, and all are with a threshold that
+        # no probability reaches.
+        goes_on = nudged & next_word & agrees & (self.threshold <= 1)
+        return ((unsure & ~goes_on) | (nudged & ~next_word)).long() * nudger

@@ -24,15 +24,19 @@ class UnitePolicy(WeightedPolicy):
     A model's probabilities are renormalised over the union. A token that it does not have counts as
     the first one with which it spells the same text; one whose probability is 0 stays at 0.
 
+    This is the second half of the paper. The first, "determine", chooses the models for a task:
+    from the best one on, those that are at most 10 % worse at it and answer in a similar style and
+    length. Compare the models alone on your task, and leave the others out (or weigh them 0).
+
     Attributes:
         top_k: how many tokens of each model make up the union.
         weights: one per model, as a list or by name; equal if not given. A model of weight 0 is
             never run.
 
     Source:
-        UniTE, "Determine-then-Ensemble", arXiv 2410.03777 (ICLR 2025), section 4; k = 10 there.
-        Its code gives a logit of 0 to a token whose first part is in the union already; here it
-        has that part's own.
+        UniTE, "Determine-then-Ensemble", arXiv 2410.03777 (ICLR 2025), section 4; k = 10 and greedy
+        decoding there. Its code gives a logit of 0 to a token whose first part is in the union
+        already; here it has that part's own.
     """
 
     top_k: int = Field(default=10, ge=1)

@@ -85,22 +85,26 @@ def cosd(alpha: float, beta: float) -> Rule:
 
 def nudging(threshold: float) -> Rule:
     def rule(p: list[Dist], writers: list[int]) -> int:
-        if max(p[0]) < threshold:
-            return 1
         begins = TOKENS[top(p[1])].startswith(" ") or top(p[1]) == END
-        return 1 if writers and writers[-1] == 1 and not begins else 0
+        if writers and writers[-1] == 1:
+            if not begins:
+                return 1
+            if top(p[0]) == top(p[1]):
+                return 0
+        return int(max(p[0]) < threshold)
 
     return rule
 
 
-def bild(fallback: float, rollback: float, num_small_iters: int) -> Rule:
+def bild(fallback: float, rollback: float, num_small_iters: int, large_first: bool = True) -> Rule:
     def rule(p: list[Dist], writers: list[int]) -> int:
         run = 0
         while run < len(writers) and writers[-1 - run] == 0:
             run += 1
         x = top(p[0])
         objects = top(p[1]) != x and -math.log(p[1][x]) > rollback
-        return int(max(p[0]) < fallback or run >= num_small_iters or objects)
+        first = large_first and not writers
+        return int(max(p[0]) < fallback or run >= num_small_iters or objects or first)
 
     return rule
 
@@ -142,6 +146,11 @@ RULES: list[tuple[str, dict[str, Any], Rule]] = [
     ("cosd-rule", {"alpha": 0.9, "beta": 1.2}, cosd(0.9, 1.2)),
     ("nudging", {"threshold": 0.4}, nudging(0.4)),
     ("bild", {"fallback": 0.3, "rollback": 2.0, "num_small_iters": 3}, bild(0.3, 2.0, 3)),
+    (
+        "bild",
+        {"fallback": 0.3, "rollback": 2.0, "num_small_iters": 4, "large_first": False},
+        bild(0.3, 2.0, 4, large_first=False),
+    ),
     ("average", {"weights": [1, 3]}, arithmetic(0.25, 0.75)),
     ("average", {"weights": {"m1": 1, "base": 1}, "mean": "geometric"}, geometric(0.5, 0.5)),
     ("proxy-tuning", {"alpha": 1.5, "expert": "m1", "antiexpert": 0}, proxy(1.5)),

@@ -63,14 +63,14 @@ def test_cosd_wants_more_than_beta_times_not_as_much() -> None:
 
 
 def test_bild_rolls_back_above_the_limit_and_not_at_it() -> None:
-    views = show(HALF, TURNED, base_run=0)
+    views = show(HALF, TURNED, previous=0, base_run=0)
     limit = float(-views[1].logprob_of(torch.tensor([0])))
     assert BildPolicy(fallback=0, rollback=limit).select(views).tolist() == [0]
     assert BildPolicy(fallback=0, rollback=limit - 1e-6).select(views).tolist() == [1]
 
 
 def test_bild_without_a_limit_never_rolls_back_even_what_cannot_come() -> None:
-    views = show(HALF, SURE, base_run=0)
+    views = show(HALF, SURE, previous=0, base_run=0)
     assert BildPolicy(fallback=0, rollback=math.inf).score(views).tolist() == [math.inf]
     assert BildPolicy(fallback=0, rollback=math.inf).select(views).tolist() == [0]
     assert BildPolicy(fallback=0, rollback=1e30).select(views).tolist() == [1]
@@ -250,3 +250,23 @@ def test_a_replaced_token_is_one_that_the_target_can_write() -> None:
             ["a"] * 50, "speculative", max_new_tokens=3, temperature=1.0, seed=range(50)
         )
         assert all(token.text != banned for a in answers for token in a.trace)
+
+
+def test_a_nudge_ends_where_the_base_model_agrees_on_the_next_word() -> None:
+    # Tokens 2 and 3 begin words. Both models would write 2, and the base model is not sure of it.
+    unsure, sure = [0.2, 0.2, 0.35, 0.25], [0.05, 0.0, 0.95, 0.0]
+    for previous, writer in ((1, 0), (0, 1), (-1, 1)):
+        views = show(unsure, sure, previous=previous, base_run=0)
+        assert NudgingPolicy().select(views).tolist() == [writer]
+        assert NudgingPolicy(threshold=1.1).select(views).tolist() == [1]
+    # Within a word, and where they disagree, the nudger goes on.
+    for other in ([0.0, 0.95, 0.05, 0.0], [0.0, 0.05, 0.0, 0.95]):
+        views = show(unsure, other, previous=1, base_run=0)
+        assert NudgingPolicy().select(views).tolist() == [1]
+
+
+def test_the_large_model_begins_under_bild_unless_told_otherwise() -> None:
+    for large_first, previous, writer in ((True, -1, 1), (False, -1, 0), (True, 0, 0)):
+        policy = BildPolicy(fallback=0.0, rollback=math.inf, large_first=large_first)
+        views = show(HALF, TURNED, previous=previous, base_run=0)
+        assert policy.select(views).tolist() == [writer]

@@ -243,6 +243,7 @@ def test_params_replace_those_of_the_policy_that_they_are_given_with() -> None:
             "rollback": 5.0,
             "num_small_iters": 10,
             "large": "sage",
+            "large_first": True,
         }
     assert Ensemble([BASE, LEFT], policy=preset | {"params": {}}).resolve(None).name == "bild"
 
