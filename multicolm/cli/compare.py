@@ -47,12 +47,18 @@ __all__ = ["command"]
 )
 @click.option("--split", default="test", show_default=True, help="Which of the task's questions.")
 @click.option("--limit", type=int, help="Only so many questions, spread evenly.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of everything random.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Random seed.")
 @click.option("--batch-size", type=int, default=16, show_default=True, help="Texts at a time.")
-@click.option("--max-new-tokens", type=int, help="The most tokens to write. [default: the task's]")
+@click.option("--max-new-tokens", type=int, help="Maximum new tokens. [default: the task's]")
 @click.option("--alone/--no-alone", default=True, help="Run every model alone.")
-@click.option("--random/--no-random", default=True, help="Run a lottery with each policy's shares.")
-@click.option("--oracle/--no-oracle", default=True, help="Count what the best choice could do.")
+@click.option(
+    "--random/--no-random", default=True, help="Run a random baseline with each policy's shares."
+)
+@click.option(
+    "--oracle/--no-oracle",
+    default=True,
+    help="Count what the best model per question, and per token, could do.",
+)
 @click.option(
     "--sweep",
     type=int,
@@ -196,34 +202,55 @@ def _one_line_warnings() -> Iterator[None]:
 
 def _print(comparison: Comparison, out: Path) -> None:
     from multicolm.cli.console import print_table, visible
+    from multicolm.evaluation.table import gain_over, has_holm
 
-    headings = ["row", "quality", "95 % interval", "gain", "p", "assistants", "tokens/s", "cost"]
-    rows = [_cells(row) for row in comparison.rows]
+    numbers = sorted({row.n_questions for row in comparison.rows})
+    n = " or ".join(f"{number:,}" for number in numbers)
+    questions = f"{n} question{'s' * (numbers != [1])}"
+    measured = f"{comparison.metric} on {comparison.task}, {comparison.split} split, {questions}"
+    click.echo(visible(measured) + "\n")
+    corrected = has_holm(comparison)
+    headings = ["row", comparison.metric, "95 % interval", gain_over(comparison), "p"]
+    headings += ["p (Holm)"] * corrected + ["assistants", "tokens/s", "cost"]
+    rows = [_cells(row, corrected) for row in comparison.rows]
     if comparison.has_calls:
         headings.append("HTTP calls/token")
         for cells, row in zip(rows, comparison.rows, strict=True):
             each = row.calls_per_token
             cells.append("" if each is None else f"{each:.2f}")
     print_table(headings, rows)
+    for sentence in comparison.findings:
+        click.echo(visible(f"\n{sentence}"))
     for warning in comparison.warnings:
         click.echo(visible(f"Warning: {warning}"), err=True)
     click.echo(f"\n{out / 'report.html'}")
 
 
-def _cells(row: RowResult) -> list[str]:
+def _cells(row: RowResult, corrected: bool) -> list[str]:
     gain = "" if row.gain is None else f"{100 * row.gain:+.1f}"
-    p_value = "" if row.p_value is None else f"{row.p_value:.3f}"
-    if row.p_value is not None and row.p_value < 0.001:
-        p_value = "<0.001"
     work = [""] * 3
     if row.n_tokens:
-        share = f"{100 * row.assistant_share:.1f} %"
-        work = [share, f"{row.tokens_per_second:.0f}", f"{row.cost:.3f}"]
+        work = [_assistants(row), f"{row.tokens_per_second:.0f}", f"{row.cost:.3f}"]
     return [
         row.name,
         f"{100 * row.quality:.1f} %",
         f"{100 * row.low:.1f} to {100 * row.high:.1f}",
         gain,
-        p_value,
+        _p_value(row.p_value),
+        *[_p_value(row.p_holm)] * corrected,
         *work,
     ]
+
+
+def _p_value(value: float | None) -> str:
+    if value is None:
+        return ""
+    return "<0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def _assistants(row: RowResult) -> str:
+    """What assistants wrote: on their own, and together with other models."""
+    if row.n_mixed == row.n_tokens:
+        return "together"
+    alone = f"{100 * row.assistant_share:.1f} %"
+    return f"{alone}, {100 * row.n_mixed / row.n_tokens:.1f} % together" if row.n_mixed else alone

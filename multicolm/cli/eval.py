@@ -156,7 +156,7 @@ def command(
             click.echo(text, err=True)
         raise
     if as_json_:
-        from multicolm.evaluation.table import plain
+        from multicolm.evaluation.wording import plain
 
         click.echo(as_json(plain(results.as_json())))
     else:

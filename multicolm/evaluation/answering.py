@@ -40,6 +40,7 @@ ASIDE = {"seed", "top_logprobs"}
 alternatives to what was written."""
 
 _CHUNK_BATCHES = 4
+_WARM_UP_TOKENS = 4
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,22 @@ class Measured:
         """Tokens that several models wrote together."""
         return int(sum(chunk["mixed"] for chunk in self.chunks))
 
+    @property
+    def n_cut_off(self) -> int:
+        """Answers that ended at ``max_new_tokens``."""
+        return sum(chunk["cut_off"] for chunk in self.chunks)
+
+    @property
+    def n_shared(self) -> int | None:
+        """Answers that more than one model wrote at; ``None`` if these were not counted."""
+        counts = [chunk["shared"] for chunk in self.chunks if "shared" in chunk]
+        return sum(counts) if len(counts) == len(self.chunks) else None
+
+    @property
+    def n_unknown(self) -> int:
+        """Questions for which the oracle's search was cut."""
+        return sum(chunk.get("unknown", 0) for chunk in self.chunks)
+
     def total(self, what: str, model: str) -> Any:
         """A number of a model, over all chunks."""
         return sum(chunk["models"][model][what] for chunk in self.chunks)
@@ -177,11 +194,14 @@ class Answering:
 
     Attributes:
         ledger: where answers are kept; to be set before the first row is run.
+        warm_up: rows that write a few tokens, which are not kept, before any row is timed; each
+            other row does so before it is timed itself. ``None``: time is of no interest.
         settings: of the generation.
         sampling: how tokens are drawn.
     """
 
     ledger: Ledger
+    warm_up: Sequence[Plan] | None = None
 
     def __init__(
         self,
@@ -205,6 +225,7 @@ class Answering:
         self._seed = seed
         self._batch_size = batch_size
         self._progress = progress
+        self._warm: set[str] = set()
 
     def header(self, verb: str, split: str, digest: str) -> dict[str, Any]:
         """What all answers of a ledger share. Not the policies: each row has a key of its own.
@@ -299,6 +320,9 @@ class Answering:
             with torch_threads(self._ensemble.backends, self.settings.threads):
                 chunk = self._oracle(questions)
         else:
+            if self.warm_up is not None:
+                for each in (*self.warm_up, plan):
+                    self._first_use(each)
             chunk = self._chunk(plan, questions, done)
         # Last of all: a chunk without this line is done again.
         self.ledger.append(key, chunk)
@@ -312,9 +336,26 @@ class Answering:
         n_done = len(qualities) + n_more
         self._progress(Progress(plan.name, n_done, len(self._questions), mean, finished))
 
-    def _stream(self, plan: Plan, prompts: Sequence[Any]) -> Any:
+    def _first_use(self, plan: Plan) -> None:
+        """Write a few tokens with the row's policy, unless it or one of its kind has done so.
+
+        The first use of a model, of a pair of tokenizers or of a policy builds caches and asks
+        servers what they can do; that must not slow the row that happens to come first.
+        """
+        name = plan.of or plan.name
+        if name in self._warm:
+            return
+        self._warm.add(name)
+        first = [self._questions[0].asked]
+        n_tokens = min(_WARM_UP_TOKENS, self.settings.max_new_tokens)
+        with self._stream(plan, first, max_new_tokens=n_tokens) as stream:
+            for _ in stream.finished():
+                pass
+
+    def _stream(self, plan: Plan, prompts: Sequence[Any], **more: Any) -> Any:
+        arguments = {**self._arguments, **more}
         return self._ensemble.stream(
-            prompts, plan.policy, seed=self._seed, batch_size=self._batch_size, **self._arguments
+            prompts, plan.policy, seed=self._seed, batch_size=self._batch_size, **arguments
         )
 
     def _chunk(
@@ -351,7 +392,10 @@ class Answering:
             for q in questions
         ]
         found = can_be_written(self._ensemble, riddles, batch_size=len(riddles))
-        return {"qualities": [float(flag) for flag in found]}
+        return {
+            "qualities": [float(bool(flag)) for flag in found],
+            "unknown": sum(flag is None for flag in found),
+        }
 
     def answers(self, plan: Plan, n: int | None = None) -> list[Mapping[str, Any]]:
         """What the ledger holds of the first ``n`` answers of a row that was run."""
@@ -362,6 +406,7 @@ class Answering:
 def _account(answers: Answers, qualities: Sequence[float]) -> dict[str, Any]:
     """What a chunk of answers came to, as the ledger keeps it."""
     models = {}
+    writers = [{token.model for token in answer.trace} for answer in answers]
     for name, usage in answers.usage.items():
         models[name] = {
             "written": usage.tokens_written,
@@ -375,6 +420,7 @@ def _account(answers: Answers, qualities: Sequence[float]) -> dict[str, Any]:
         "qualities": list(qualities),
         "models": models,
         "mixed": sum(t.model == MIXTURE for answer in answers for t in answer.trace),
+        "shared": sum(len(names) > 1 or MIXTURE in names for names in writers),
         "cut_off": sum(answer.finish_reason == "length" for answer in answers),
         "seconds": answers.seconds,
     }

@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,15 +27,18 @@ from multicolm.errors import ArtefactError, InputError
 from multicolm.evaluation.answering import ASIDE, Answering, Measured, NamedPolicy, Plan, Progress
 from multicolm.evaluation.answering import named_policy as named_policy
 from multicolm.evaluation.explain import Explainer
+from multicolm.evaluation.findings import findings
 from multicolm.evaluation.provenance import machine, plain, versions
 from multicolm.evaluation.results import (
+    QUESTION_ORACLE,
+    TOKEN_ORACLE,
     Comparison,
     ModelUse,
     RowResult,
     TracedAnswer,
     read_comparison,
 )
-from multicolm.evaluation.statistics import mean_interval, paired_interval, paired_test
+from multicolm.evaluation.statistics import holm, mean_interval, paired_interval, paired_test
 from multicolm.evaluation.task import Question, Task, load_task
 from multicolm.evaluation.team import Team
 from multicolm.policy.base import Policy
@@ -47,6 +50,16 @@ _ORACLE_NOTE = (
     "Counts a question if some right completion can be written, to its end, so that every token is "
     "the most likely one of some model."
 )
+_QUESTION_ORACLE_NOTE = (
+    "For each question the best answer of any model alone: no choice of one model per question "
+    "does better."
+)
+_BINARY = (
+    "Clopper-Pearson; differences by Newcombe's paired square-and-add, p-values by McNemar's exact "
+    "test"
+)
+_OTHER = "BCa bootstrap, of paired differences too; p-values by sign-flip permutation"
+_TIMING = "timed after a warm-up: a few tokens of every model and policy, which are not counted"
 
 
 def compare(
@@ -86,10 +99,11 @@ def compare(
         seed: of everything random, the statistics included.
         batch_size: how many texts are written at a time.
         alone: whether to run every model alone; gains are measured against the best of them.
-        random: whether to run, for every policy that let several models write, a lottery with the
-            same shares.
-        oracle: whether to count what the best choice of writers could do, on the task's gold
-            completions.
+        random: whether to run, for every policy that let several models write, random routing with
+            matched shares.
+        oracle: whether to count what the best choice of models could do: of one for each question
+            (from the answers of models alone), and of one for each token (where the task has gold
+            completions).
         sweep: how many other values to try of the first param that a policy calls tunable.
         traces: of how many questions to keep the traces, for every model and policy.
         max_new_tokens: the most tokens of an answer; the task's if not given.
@@ -125,28 +139,31 @@ def compare(
     run.check(plans)
     digest = task.digest(split)
     warnings = _contamination(named, digest, questions)
-    if oracle and not all(question.completions for question in questions):
-        oracle = False
+    per_token = oracle and all(question.completions for question in questions)
+    if oracle and not per_token:
         warnings.append(f"Task '{task.name}' has no gold completions, so there is no oracle row.")
     folder = Path(out)
     header = run.header("compare", split, digest)
+    run.warm_up = [plan for plan in plans if plan.kind == "model"]
     team = Team(folder, header, run, rank, n_ranks, wait)
     with team.main_ledger() as ledger:
         run.ledger = ledger
         team.answer(plans)
         measured = [run.row(plan) for plan in plans if plan.kind != "sweep"]
         more = list(_random_plans(measured, ensemble.models)) if random else []
-        if oracle:
-            more.append(Plan("oracle", "oracle", None, note=_ORACLE_NOTE))
+        if per_token:
+            more.append(Plan(TOKEN_ORACLE, "oracle", None, note=_ORACLE_NOTE))
         team.answer(more)
         if rank > 0:
             wait()
             return read_comparison(folder)
         measured += [run.row(plan) for plan in more if plan.kind == "random"]
         measured += [run.row(plan) for plan in plans if plan.kind == "sweep"]
+        measured += _question_oracle(measured) if oracle else []
         measured += [run.row(plan) for plan in more if plan.kind == "oracle"]
         with torch_threads(ensemble.backends, run.settings.threads):
             traced, unread = _traced(run, ensemble, measured, questions[:traces])
+        binary = {value for row in measured for value in row.qualities} <= {0, 1}
         comparison = Comparison(
             ensemble=title or ", ".join(ensemble.models),
             models=tuple(ensemble.models),
@@ -164,9 +181,13 @@ def compare(
             },
             versions=versions(),
             machine=machine(ensemble) + (f", {n_ranks} processes" if n_ranks > 1 else ""),
-            rows=tuple(_results(measured, ensemble, seed)),
+            rows=_corrected(_results(measured, ensemble, seed)),
             warnings=(*warnings, *unread),
+            binary=binary,
+            intervals=_BINARY if binary else _OTHER,
+            timing=_TIMING,
         )
+        comparison = replace(comparison, findings=findings(comparison))
         from multicolm.evaluation.report import write_report
 
         write_report(comparison, traced, folder)
@@ -191,8 +212,8 @@ def _plans(ensemble: Ensemble, named: Sequence[NamedPolicy], alone: bool, sweep:
     plans += [Plan(each.name, "policy", each.policy) for each in named]
     for each in named:
         plans += _sweep_plans(each, sweep)
-    # The names of rows that are added later are derived from these, and "oracle" is taken.
-    counts = Counter([*(plan.name for plan in plans), "oracle"])
+    # The names of rows that are added later are derived from these, or the oracles'.
+    counts = Counter([*(plan.name for plan in plans), TOKEN_ORACLE, QUESTION_ORACLE])
     twice = [name for name, count in counts.items() if count > 1]
     if twice:
         raise InputError(
@@ -227,7 +248,7 @@ def _sweep_plans(named: NamedPolicy, n: int) -> Iterator[Plan]:
 
 
 def _random_plans(measured: Sequence[Measured], models: Sequence[str]) -> Iterator[Plan]:
-    """For each policy that let several models write, a lottery with the same shares."""
+    """For each policy that let several models write, random routing with matched shares."""
     for row in measured:
         plan = row.plan
         n_written = {name: row.total("written", name) for name in models}
@@ -239,6 +260,15 @@ def _random_plans(measured: Sequence[Measured], models: Sequence[str]) -> Iterat
         weights = {name: n / total for name, n in writers.items()}
         policy = resolve_policy({"kind": "random", "params": {"weights": weights}})
         yield Plan(f"random as {plan.name}", "random", policy, of=plan.name)
+
+
+def _question_oracle(measured: Sequence[Measured]) -> list[Measured]:
+    """The row of the best model alone for each question; none without two of them."""
+    alone = [row.qualities for row in measured if row.plan.kind == "model"]
+    if len(alone) < 2:
+        return []
+    plan = Plan(QUESTION_ORACLE, "oracle", None, note=_QUESTION_ORACLE_NOTE)
+    return [Measured(plan, [{"qualities": list(map(max, *alone))}])]
 
 
 def _kind(plan: Plan) -> str:
@@ -270,6 +300,15 @@ def _results(measured: Sequence[Measured], ensemble: Ensemble, seed: int) -> Ite
         )
 
 
+def _corrected(rows: Iterable[RowResult]) -> tuple[RowResult, ...]:
+    """The rows, with p-values of policies corrected for how many these are."""
+    rows = tuple(rows)
+    p_values = {row.name: row.p_value for row in rows if row.kind == "policy"}
+    known = {name: value for name, value in p_values.items() if value is not None}
+    corrected = dict(zip(known, holm(list(known.values())), strict=True))
+    return tuple(replace(row, p_holm=corrected.get(row.name)) for row in rows)
+
+
 def _gain(row: Measured, best: Measured | None, seed: int) -> dict[str, Any]:
     if best is None or row is best:
         return {}
@@ -285,7 +324,9 @@ def _gain(row: Measured, best: Measured | None, seed: int) -> dict[str, Any]:
 def _work(row: Measured, ensemble: Ensemble) -> dict[str, Any]:
     """What the models did, what it took, and what a reader of the row has to know."""
     if row.plan.policy is None:
-        return {"note": row.plan.note}
+        n_unknown, n = row.n_unknown, len(row.qualities)
+        cut = f" The search for {n_unknown} of {n} questions was cut; these count as not written."
+        return {"note": row.plan.note + (cut if n_unknown else "")}
     names = ensemble.models
     n_mixed, n_tokens = row.n_mixed, row.n_tokens(names)
     seconds = math.fsum(chunk["seconds"] for chunk in row.chunks)
@@ -303,12 +344,14 @@ def _work(row: Measured, ensemble: Ensemble) -> dict[str, Any]:
     )
     calls = [use.calls for use in uses if use.calls is not None]
     costs = zip(names, ensemble.costs, strict=True)
-    n_cut = sum(chunk["cut_off"] for chunk in row.chunks)
+    n_cut = row.n_cut_off
     cut = f"{n_cut} of {len(row.qualities)} answers were cut off at max_new_tokens."
     return {
         "uses": uses,
         "n_tokens": n_tokens,
         "n_mixed": n_mixed,
+        "n_cut_off": n_cut,
+        "n_shared": row.n_shared,
         "seconds": seconds,
         "tokens_per_second": n_tokens / seconds if seconds else 0.0,
         "cost": sum(row.total("passes", name) * cost for name, cost in costs) / n_tokens,

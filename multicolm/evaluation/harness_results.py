@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from multicolm.errors import ArtefactError
-from multicolm.evaluation.table import markup, plain
+from multicolm.evaluation.wording import markup, plain
 
 __all__ = ["HarnessFigure", "HarnessResults", "figure_text", "leaders", "read_harness_results"]
 

@@ -10,8 +10,8 @@ from multicolm.ensemble import Ensemble
 
 __all__ = ["Riddle", "can_be_written"]
 
-MAX_LOOKS = 600
-"""How many prefixes of one question's texts are looked at before it counts as not written."""
+SPARE_FORWARDS = 600
+"""Prefixes of one question's texts that are tried beyond one for each byte of a right one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,27 +50,45 @@ class _Search:
 
     riddle: Riddle
     stack: list[_Node] = field(default_factory=list)
-    n_looks: int = 0
+    n_forwards: int = 0
     found: bool = False
 
     @property
     def is_open(self) -> bool:
-        return not self.found and bool(self.stack) and self.n_looks < MAX_LOOKS
+        return not self.found and bool(self.stack) and self.n_forwards < self._limit
+
+    @property
+    def result(self) -> bool | None:
+        """``None`` if the search was cut before it found anything."""
+        return None if self.stack and not self.found else self.found
+
+    @property
+    def _limit(self) -> int:
+        """One forward for each beginning of a right text, and some for other ways to cut it."""
+        texts = self.riddle.completions
+        return SPARE_FORWARDS + sum(len(text.encode()) + 1 for text in texts)
 
 
 def can_be_written(
     ensemble: Ensemble, riddles: Sequence[Riddle], *, batch_size: int = 32
-) -> list[bool]:
+) -> list[bool | None]:
     """Per question, whether first choices alone can write a right completion.
 
     That is so if every token of some right completion, its end included, can be the most likely
     token of some model after the prompt and the tokens before it. No greedy policy that lets one
     model write each token can do better, as far as the right completions are all that there are.
 
+    The search of a question tries as many prefixes as its right completions have bytes, and
+    :data:`SPARE_FORWARDS` more. So a text that one model writes on its own is not too long for it;
+    where models cut the same text into tokens in many ways, it may end without an answer.
+
     Args:
         ensemble: whose models choose.
         riddles: the questions.
         batch_size: how many are searched at a time.
+
+    Returns:
+        ``None`` where the search was cut.
     """
     searches = [_Search(riddle) for riddle in riddles]
     for search in searches:
@@ -78,7 +96,7 @@ def can_be_written(
         search.stack.append(_Node([], [], 0, texts))
     for start in range(0, len(searches), batch_size):
         _Walk(ensemble, searches[start : start + batch_size]).run()
-    return [search.found for search in searches]
+    return [search.result for search in searches]
 
 
 class _Walk:
@@ -98,7 +116,7 @@ class _Walk:
         while rows := [row for row, search in enumerate(self._searches) if search.is_open]:
             nodes = {row: self._searches[row].stack.pop() for row in rows}
             for row in rows:
-                self._searches[row].n_looks += 1
+                self._searches[row].n_forwards += 1
             choices: dict[int, list[tuple[int, int]]] = {row: [] for row in rows}
             for k, reader in enumerate(self._readers):
                 prompts = {row: self._searches[row].riddle.prompt_ids[k] for row in rows}

@@ -15,8 +15,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from multicolm.evaluation.results import Comparison, RowResult
-from multicolm.evaluation.table import slices, visible
+from multicolm.evaluation.findings import routing_verdict
+from multicolm.evaluation.results import QUESTION_ORACLE, Comparison, RowResult
+from multicolm.evaluation.table import slices
+from multicolm.evaluation.wording import visible
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,7 +30,8 @@ _INK, _MUTED, _FAINT = "#1b2330", "#6b7686", "#d9dee6"
 # After Okabe and Ito, darkened where white paper asks for it; the base model comes first.
 _COLOURS = (_INK, "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 _MIXED = "#b3bac5"
-_RADIUS = {"model": 6.0, "policy": 7.0, "random": 3.6, "sweep": 3.0}
+# Larger marks are drawn first, so that none hides another of the same place.
+_RADIUS = {"policy": 7.0, "model": 4.6, "random": 3.6, "sweep": 3.0}
 _NAMED = ("policy", "model")
 _STYLE = {
     "font.family": "DejaVu Sans",
@@ -65,9 +68,10 @@ class Box:
 def front(rows: Sequence[RowResult]) -> list[RowResult]:
     """The rows that no other row beats in quality at the same cost or less, cheapest first.
 
-    Of rows that are equal in both, the first stands for all. The oracle has no cost: left out.
+    Of rows that are equal in both, the first stands for all. Nobody would use a random baseline,
+    and an oracle has no cost: both are left out.
     """
-    real = [row for row in rows if row.kind != "oracle"]
+    real = [row for row in rows if row.kind not in ("oracle", "random")]
     kept: list[RowResult] = []
     for row in sorted(real, key=lambda row: (row.cost, -row.quality)):
         if not kept or row.quality > kept[-1].quality:
@@ -160,11 +164,11 @@ def _draw(figure: Figure, comparison: Comparison) -> None:
     _front(axes, rows)
     _curves(axes, rows)
     for row in rows:
-        # An interval of the bootstrap need not hold the mean; error bars have to.
+        # The bootstrap intervals of earlier versions need not hold the mean; error bars have to.
         low, high = min(row.low, row.quality), max(row.high, row.quality)
         ends = (100 * low, 100 * high)
         axes.plot([row.cost] * 2, ends, color=_MUTED, lw=0.9, alpha=0.55, zorder=3)
-    for row in rows:
+    for row in sorted(rows, key=lambda row: -_RADIUS[row.kind]):
         _mark(axes, row)
     _labels(axes, comparison, rows)
 
@@ -190,10 +194,15 @@ def _frame(axes: Axes, comparison: Comparison) -> None:
     )
     axes.annotate(
         f"{n} questions; bars: 95 % intervals; pies: who wrote; small: other thresholds; "
-        "hollow: lotteries",
+        "hollow: random, matched shares",
         (-0.055, 1), (0, 9), xycoords="axes fraction", textcoords="offset points",
         color=_MUTED, fontsize=8,
     )  # fmt: skip
+    if verdict := routing_verdict(comparison):
+        axes.annotate(
+            verdict, (1, 0), (0, -29), xycoords="axes fraction", textcoords="offset points",
+            ha="right", va="top", color=_INK, fontsize=8,
+        )  # fmt: skip
     axes.grid(axis="y", color=_FAINT, lw=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right", "left"]].set_visible(False)
@@ -349,16 +358,22 @@ def _lines(axes: Axes) -> list[Box]:
 
 
 def _oracles(axes: Axes, comparison: Comparison) -> list[Box]:
-    """Name the oracle's line at its left end; where these names are."""
-    boxes = []
+    """Name the oracles' lines at their right ends; where these names are."""
+    boxes: list[Box] = []
     for row in (row for row in comparison.rows if row.kind == "oracle"):
-        text = axes.annotate(
-            f"{visible(row.name)}: the best choice of writers", (1, 100 * row.quality), (-4, 3),
-            xycoords=("axes fraction", "data"), textcoords="offset points", ha="right",
-            color=_MUTED, fontsize=7.5,
-        )  # fmt: skip
-        extent = text.get_window_extent()
-        boxes.append(Box(extent.x0, extent.y0, extent.width, extent.height))
+        unit = "question" if row.name == QUESTION_ORACLE else "token"
+        for offset in (3, -10):  # below the line where another's name is above it
+            text = axes.annotate(
+                f"{visible(row.name)}: the best model for every {unit}", (1, 100 * row.quality),
+                (-4, offset), xycoords=("axes fraction", "data"), textcoords="offset points",
+                ha="right", color=_MUTED, fontsize=7.5,
+            )  # fmt: skip
+            extent = text.get_window_extent()
+            box = Box(extent.x0, extent.y0, extent.width, extent.height)
+            if offset < 0 or not any(map(box.overlap, boxes)):
+                break
+            text.remove()
+        boxes.append(box)
     return boxes
 
 

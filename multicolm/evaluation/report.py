@@ -22,7 +22,8 @@ from multicolm.evaluation.harness_results import read_harness_results
 from multicolm.evaluation.page import as_page
 from multicolm.evaluation.plot import pareto
 from multicolm.evaluation.results import Comparison, TracedAnswer
-from multicolm.evaluation.table import as_markdown, plain
+from multicolm.evaluation.table import as_markdown
+from multicolm.evaluation.wording import plain
 from multicolm.files import write_whole
 from multicolm.types import MIXTURE
 

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 __all__ = [
+    "QUESTION_ORACLE",
+    "TOKEN_ORACLE",
     "Comparison",
     "ModelUse",
     "RowKind",
@@ -24,7 +26,13 @@ __all__ = [
 
 RowKind: TypeAlias = Literal["model", "policy", "random", "sweep", "oracle"]
 """What a row of the table is: one model alone; a policy; random routing at a policy's shares; a
-policy at another threshold (a point of its curve); the best that any choice of writers could do."""
+policy at another threshold (a point of its curve); the best that a choice of models could do."""
+
+TOKEN_ORACLE = "oracle"
+"""Name of the row that lets the right model write every token."""
+
+QUESTION_ORACLE = "per-question oracle"
+"""Name of the row that lets the right model alone answer every question."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,13 +69,19 @@ class RowResult:
         policy: ``{"kind": ..., "params": {...}}``; ``None`` for the oracle.
         n_questions: how many questions it answered.
         quality: mean of the metric, 0 to 1.
-        low: lower end of the 95 % bootstrap interval of ``quality``.
+        low: lower end of the 95 % interval of ``quality``.
         high: its upper end.
         gain: quality minus that of the best model alone on the same questions; ``None`` for that
             model's own row.
-        gain_low: lower end of its 95 % paired bootstrap interval.
+        gain_low: lower end of its 95 % interval, of paired questions.
         gain_high: its upper end.
-        p_value: of a paired two-sided test against the best model alone; ``None`` for its own row.
+        p_value: of a paired two-sided test against the best model alone, as if it were the only
+            one; ``None`` for that model's own row.
+        p_holm: the same, corrected by Holm's method for all policies of the comparison; ``None``
+            for rows of other kinds.
+        n_cut_off: answers that ended at ``max_new_tokens``; ``None`` for an oracle.
+        n_shared: answers that more than one model wrote at; 0 for a policy that routes whole
+            questions, ``None`` where these were not counted.
         uses: per model, the base model first; empty for the oracle.
         n_tokens: written in all; 0 for the oracle.
         n_mixed: of these, written by several models together.
@@ -93,6 +107,9 @@ class RowResult:
     gain_low: float | None = None
     gain_high: float | None = None
     p_value: float | None = None
+    p_holm: float | None = None
+    n_cut_off: int | None = None
+    n_shared: int | None = None
     uses: tuple[ModelUse, ...] = ()
     n_tokens: int = 0
     n_mixed: int = 0
@@ -129,6 +146,10 @@ class Comparison:
         machine: processor, threads and accelerator, in words.
         rows: of the table.
         warnings: sentences that a reader has to know before trusting a number.
+        findings: what was found, in sentences; the headline first.
+        binary: whether every answer is right or wrong, and nothing between; ``None`` if unknown.
+        intervals: how intervals and p-values were made, in words.
+        timing: what tokens per second leave out, in words.
     """
 
     ensemble: str
@@ -145,6 +166,10 @@ class Comparison:
     machine: str
     rows: tuple[RowResult, ...]
     warnings: tuple[str, ...] = ()
+    findings: tuple[str, ...] = ()
+    binary: bool | None = None
+    intervals: str = ""
+    timing: str = ""
 
     @property
     def has_calls(self) -> bool:
@@ -162,8 +187,9 @@ class Comparison:
             RowResult(**{**row, "uses": tuple(ModelUse(**use) for use in row["uses"])})
             for row in data["rows"]
         )
-        names = ("models", "identities", "costs", "warnings")
-        return cls(**{**data, **{name: tuple(data[name]) for name in names}, "rows": rows})
+        names = ("models", "identities", "costs", "warnings", "findings")
+        lists = {name: tuple(data[name]) for name in names if name in data}
+        return cls(**{**data, **lists, "rows": rows})
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 
+from multicolm.evaluation.findings import findings
 from multicolm.evaluation.results import (
     Comparison,
     ModelUse,
@@ -33,6 +35,7 @@ _ROWS: Sequence[_Row] = (
     ("confidence threshold=0.8", "sweep", "confidence", 0.75, (0.52, 0.29, 0.19), 3.4, 121.0, 1e-4),
     ("cosd-rule", "policy", "", 0.800, (0.66, 0.20, 0.14), 6.05, 96.4, 0.00002),
     ("average", "policy", "", 0.525, (0.0, 0.0, 0.0), 6.00, 92.7, 0.06),
+    ("per-question oracle", "oracle", "", 0.583, (), 0.0, 0.0, 0.00001),
     ("oracle", "oracle", "", 0.892, (), 0.0, 0.0, 0.00001),
 )  # fmt: skip
 
@@ -80,6 +83,9 @@ def _row(
         gain_low=None if best else gain - 0.09,
         gain_high=None if best else gain + 0.09,
         p_value=None if best else p_value,
+        p_holm=min(1.0, 3 * p_value) if kind == "policy" else None,
+        n_cut_off=None if kind == "oracle" else 3 * (name == "cosd-rule"),
+        n_shared=None if kind == "oracle" else N_QUESTIONS * (kind != "model"),
         uses=uses,
         n_tokens=n_tokens,
         n_mixed=n_tokens if name == "average" else 0,
@@ -93,8 +99,8 @@ def _row(
 
 
 def fake_comparison() -> Comparison:
-    """Three models, ten rows and an oracle."""
-    return Comparison(
+    """Three models, ten rows and two oracles."""
+    comparison = Comparison(
         ensemble="tiny",
         models=MODELS,
         identities=("tiny-generalist@5f1c", "tiny-facts@90ab", "tiny-sums@77de"),
@@ -112,7 +118,11 @@ def fake_comparison() -> Comparison:
             "The three models were trained for this task; numbers do not carry over to others.",
             "120 questions: differences under 9 points are within chance.",
         ),
+        binary=True,
+        intervals="Clopper-Pearson",
+        timing="after a warm-up",
     )  # fmt: skip
+    return replace(comparison, findings=findings(comparison))
 
 
 WRITERS = {"generalist": 0, "facts": 1, "sums": 2}

@@ -17,6 +17,7 @@ from remote_worlds import PROMPTS, ensemble, local, remote
 import multicolm
 from multicolm import Ensemble
 from multicolm.cli import main
+from multicolm.evaluation.answering import Answering
 from multicolm.evaluation.compare import compare
 from multicolm.evaluation.page import as_page
 from multicolm.evaluation.results import Comparison, RowResult
@@ -67,8 +68,15 @@ def behind_servers() -> Comparison:
 
 
 def test_calls_are_those_that_the_server_was_sent(
-    served: Ensemble, fake: FakeVllm, make_task: Any, tmp_path: Path, reported: Any
+    served: Ensemble,
+    fake: FakeVllm,
+    make_task: Any,
+    tmp_path: Path,
+    reported: Any,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    # The warm-up's requests are in no row.
+    monkeypatch.setattr(Answering, "_first_use", lambda *_: None)
     names = ["cosd-rule", "max-confidence"]
     task = make_task(TASK, RECORDS)
     comparison = compare(served, names, task, out=tmp_path / "out", **SETTINGS)
@@ -124,8 +132,9 @@ def test_the_table_of_models_in_this_process_has_no_calls() -> None:
     )
     assert heads(counted) == [
         "exact match, % (95 %)",
-        "gain over the best model, points (95 %)",
+        "gain over facts alone, points (95 %)",
         "p",
+        "p (Holm)",
         "written by generalist / facts / sums / together, %",
         "tokens/s",
         "cost per token",
@@ -178,8 +187,8 @@ def test_the_command_prints_the_calls_where_there_are_some(
     more = ["--limit", "2", "--sweep", "0", "--traces", "0", "--no-random"]
     assert main([*arguments, *more]) == 0
     shown = capfd.readouterr().out.splitlines()
-    assert shown[0].endswith("cost  HTTP calls/token")
+    assert shown[2].split()[-3:] == ["cost", "HTTP", "calls/token"]
     each = {row.name: row.calls_per_token for row in reported[-1][0].rows}
     for name, value in each.items():
-        [line] = [line for line in shown if line.startswith(name)]
+        [line] = [line for line in shown if line.startswith(f"{name}  ")]
         assert value is None or line.split()[-1] == f"{value:.2f}"

@@ -13,6 +13,7 @@ from tables import TOKENS, random_table
 from multicolm.backend.table import TableModel
 from multicolm.ensemble import Ensemble
 from multicolm.errors import ArtefactError, CapabilityError, ConfigError, InputError
+from multicolm.evaluation.answering import Answering
 from multicolm.evaluation.compare import NamedPolicy, Progress, compare, named_policy
 from multicolm.evaluation.results import Comparison, RowResult
 from multicolm.evaluation.task import load_task
@@ -60,11 +61,13 @@ def timeless(row: RowResult) -> RowResult:
 
 def test_every_row_says_what_the_tables_make_of_it(rows) -> None:
     found = rows(RULE, random=False)
-    assert list(found) == ["base_ alone", "helper alone", "rule", "oracle"]
-    base, helper, rule, oracle = found.values()
-    assert [row.quality for row in found.values()] == [0.25, 0.25, 0.75, 0.75]
-    assert [row.kind for row in found.values()] == ["model", "model", "policy", "oracle"]
-    assert [row.n_questions for row in found.values()] == [4] * 4
+    names = ["base_ alone", "helper alone", "rule", "per-question oracle", "oracle"]
+    assert list(found) == names
+    base, helper, rule, _, oracle = found.values()
+    # The base has the first question right, the helper the second, nobody alone the third.
+    assert [row.quality for row in found.values()] == [0.25, 0.25, 0.75, 0.5, 0.75]
+    assert [row.kind for row in found.values()] == ["model"] * 2 + ["policy"] + ["oracle"] * 2
+    assert [row.n_questions for row in found.values()] == [4] * 5
     assert [use.tokens_written for use in base.uses] == [8, 0]
     assert [use.tokens_written for use in helper.uses] == [0, 8]
     assert [use.tokens_written for use in rule.uses] == [7, 2]
@@ -92,13 +95,14 @@ def test_work_is_counted_per_pass_and_costs_per_text(rows) -> None:
 
 def test_gains_are_measured_against_the_first_of_the_best_models_alone(rows) -> None:
     found = rows(RULE, random=False)
-    base, helper, rule, oracle = found.values()
+    base, helper, rule, question, oracle = found.values()
     assert (base.gain, base.gain_low, base.gain_high, base.p_value) == (None,) * 4
     # One question each that only one of them has right.
     assert (helper.gain, helper.p_value) == (0.0, 1.0)
     # Two questions that only the rule has right: the chance of two heads or two tails.
     assert (rule.gain, rule.p_value) == (0.5, 0.5)
     assert (oracle.gain, oracle.p_value) == (0.5, 0.5)
+    assert (question.gain, question.p_value) == (0.25, 1.0)
     assert rule.gain_low < 0 < 0.5 < rule.gain_high <= 1  # four questions leave it open
     assert rule.low < rule.quality < rule.high
 
@@ -113,7 +117,7 @@ def test_random_routing_has_the_shares_of_the_policy_it_stands_beside(rows) -> N
     row = found["random as rule"]
     assert (row.kind, row.of) == ("random", "rule")
     assert row.policy["params"] == {"weights": {"base_": 7 / 9, "helper": 2 / 9}}
-    # Not for one that never hands over, for a lottery, or where all write together.
+    # Not for one that never hands over, for random routing, or where all write together.
     assert [name for name in found if name.startswith("random as")] == ["random as rule"]
     assert found["average"].n_mixed == found["average"].n_tokens > 0
 
@@ -157,10 +161,113 @@ def test_without_gold_completions_there_is_no_oracle_and_a_sentence(
     duo, tmp_path, make_task, reported
 ) -> None:
     comparison = compare(duo, [RULE], make_task(PLAIN), out=tmp_path / "out")
-    assert "oracle" not in {row.kind for row in comparison.rows}
+    assert "oracle" not in {row.name for row in comparison.rows}
     assert comparison.warnings == (
         "Task 'task' has no gold completions, so there is no oracle row.",
     )
+
+
+def test_the_per_question_oracle_needs_two_models_alone_and_no_gold_completions(
+    rows, make_task
+) -> None:
+    kinds = {"sweep": 0, "random": False}
+    plain = rows(RULE, task=make_task(PLAIN), **kinds)
+    assert [row.name for row in plain.values() if row.kind == "oracle"] == ["per-question oracle"]
+    assert plain["per-question oracle"].note.startswith("For each question the best answer of any")
+    for left_out in ({"alone": False}, {"oracle": False}):
+        found = rows(RULE, task=make_task(PLAIN), **kinds, **left_out)
+        assert "per-question oracle" not in found
+
+
+def test_p_values_of_policies_are_corrected_for_how_many_they_are(rows) -> None:
+    alone = rows(RULE, random=False, oracle=False)
+    assert (alone["rule"].p_value, alone["rule"].p_holm) == (0.5, 0.5)
+    found = rows(RULE, NamedPolicy("never", ConfidencePolicy(threshold=0)), "cosd-rule")
+    corrected = {row.name: row.p_holm for row in found.values() if row.p_holm is not None}
+    assert set(corrected) == {"rule", "never", "cosd-rule"}
+    assert (found["rule"].p_value, corrected["rule"]) == (0.5, 1.0)
+
+
+def test_answers_of_several_writers_are_told_from_those_of_one(rows) -> None:
+    found = rows(RULE, "average", NamedPolicy("never", ConfidencePolicy(threshold=0)))
+    shared = {row.name: row.n_shared for row in found.values() if row.kind != "random"}
+    # The rule hands over in the second and the third question; all write together in all four.
+    expected = {"base_ alone": 0, "helper alone": 0, "rule": 2, "average": 4, "never": 0}
+    assert shared == {**expected, "per-question oracle": None, "oracle": None}
+
+
+def test_the_comparison_says_what_it_found_and_how_sure_it_is(duo, make_task, tmp_path, reported):
+    comparison = compare(duo, [RULE], make_task(), out=tmp_path / "out", sweep=0)
+    assert comparison.findings[0] == (
+        "rule: 75 %, 50 points more than base_ alone (25 %), which may be chance. 4 questions."
+    )
+    assert comparison.findings[-1].endswith("Routing tokens does what routing questions cannot.")
+    assert comparison.binary and comparison.intervals.startswith("Clopper-Pearson")
+    assert "warm-up" in comparison.timing
+
+
+def test_a_metric_with_values_between_is_resampled(duo, make_task, tmp_path, reported) -> None:
+    (tmp_path / "own.py").write_text("def judge(text, gold, record): return len(text) / 4\n")
+    task = make_task(PLAIN.replace("exact-match", "'own.py:judge'"))
+    comparison = compare(duo, [RULE], task, out=tmp_path / "out")
+    assert comparison.binary is False and comparison.intervals.startswith("BCa")
+
+
+def test_an_oracle_s_search_that_was_cut_is_said(rows, monkeypatch) -> None:
+    monkeypatch.setattr(
+        "multicolm.evaluation.answering.can_be_written",
+        lambda ensemble, riddles, batch_size: [None, True, False, None][: len(riddles)],
+    )
+    oracle = rows(batch_size=4)["oracle"]
+    assert oracle.quality == 0.25
+    assert oracle.note.endswith(
+        " The search for 2 of 4 questions was cut; these count as not written."
+    )
+
+
+def test_first_uses_are_over_before_anything_is_timed(
+    duo, make_task, tmp_path, reported, monkeypatch
+) -> None:
+    streams: list[tuple[str, int, int]] = []
+    real = Answering._stream
+
+    def stream(self: Answering, plan: Any, prompts: Any, **more: Any) -> Any:
+        streams.append((plan.name, len(prompts), more.get("max_new_tokens", 0)))
+        return real(self, plan, prompts, **more)
+
+    monkeypatch.setattr(Answering, "_stream", stream)
+    monkeypatch.setattr(Answering, "check", lambda *_: None)
+    arguments = {"out": tmp_path / "out", "sweep": 0, "oracle": False}
+    compare(duo, [RULE], make_task(), **arguments)
+    first = [("base_ alone", 1, 4), ("helper alone", 1, 4)]
+    timed = [("base_ alone", 4, 0), ("helper alone", 4, 0), ("rule", 1, 4), ("rule", 4, 0)]
+    assert streams == [*first, *timed, ("random as rule", 4, 0)]
+    # Another process that goes on has its own first uses, and no more than it needs.
+    streams.clear()
+    compare(duo, [RULE, "average"], make_task(), **arguments)
+    assert streams == [*first, ("average", 1, 4), ("average", 4, 0)]
+    streams.clear()
+    compare(duo, [RULE, "average"], make_task(), **arguments)
+    assert streams == []
+
+
+def test_checkpoints_of_one_policy_are_told_apart_in_every_name(
+    duo, make_task, tmp_path, reported
+) -> None:
+    from multicolm.evaluation.plot import short_names
+
+    folders = [tmp_path / labels / "co-llm" for labels in ("teacher-forced", "roll-outs")]
+    for folder in folders:
+        folder.parent.mkdir()
+        checkpoint(folder, {})
+    comparison = compare(duo, folders, make_task(), out=tmp_path / "out", sweep=2)
+    names = [row.name for row in comparison.rows]
+    assert len(names) == len(set(names))
+    heads = [row.name for row in comparison.rows if row.kind == "policy"]
+    assert heads == [str(folder) for folder in folders] == short_names(heads)
+    for head in heads:
+        own = [row.name for row in comparison.rows if row.of == head]
+        assert len(own) == 3 and all(head in name for name in own)
 
 
 def test_rows_may_be_left_out(rows) -> None:
@@ -282,7 +389,7 @@ def test_what_was_finished_is_not_done_again(rows, monkeypatch) -> None:
     monkeypatch.setattr("multicolm.evaluation.answering.Answering._oracle", refuse)
     assert rows(RULE, progress=told.append) == first
     assert [(step.row, step.done, step.finished) for step in told] == [
-        (name, 4, True) for name in first
+        (name, 4, True) for name in first if name != "per-question oracle"
     ]
 
 
@@ -291,7 +398,8 @@ def test_another_policy_may_join_and_only_it_is_run(rows, monkeypatch) -> None:
     told: list[Progress] = []
     after = rows(RULE, "max-confidence", random=False, progress=told.append)
     assert {step.row for step in told if not step.finished} == {"max-confidence"}
-    assert after["rule"] == before["rule"]
+    # Of two policies its p-value is another when it is corrected.
+    assert replace(after["rule"], p_holm=0.5) == before["rule"]
 
 
 def test_a_policy_that_was_changed_under_its_name_is_run_again(rows) -> None:
@@ -384,6 +492,7 @@ def test_a_damaged_ledger_is_named(rows, tmp_path) -> None:
         ([RULE, RULE], "rule"),
         (["cosd-rule", "cosd-rule"], "cosd-rule"),
         ([NamedPolicy("oracle", RULE.policy)], "oracle"),
+        ([NamedPolicy("per-question oracle", RULE.policy)], "per-question oracle"),
         ([NamedPolicy("base_ alone", RULE.policy)], "base_ alone"),
     ],
 )

@@ -32,17 +32,31 @@ def test_a_table_and_the_page_s_path_come_on_stdout_and_progress_on_stderr(
     assert main([*arguments, "--policies", "confidence,max-confidence", "--no-random"]) == 0
     out, err = capfd.readouterr()
     lines = out.splitlines()
-    assert " ".join(lines[0].split()) == (
-        "row quality 95 % interval gain p assistants tokens/s cost"
+    assert lines[:2] == ["exact-match on task, test split, 4 questions", ""]
+    assert " ".join(lines[2].split()) == (
+        "row exact-match 95 % interval gain over base_ alone p p (Holm) assistants tokens/s cost"
     )
     names = ["base_ alone", "helper alone", "cosd-rule", "confidence", "max-confidence"]
-    assert [line.split("  ")[0] for line in lines[1:6]] == names
+    assert [line.split("  ")[0] for line in lines[3:8]] == names
     assert lines[-1] == str(tmp_path / "out" / "report.html")
     assert [line.partition(":")[0] for line in err.splitlines()][:5] == names
     assert "base_ alone: 25.0 % of 4 questions" in err
     [line] = [line for line in lines if line.startswith("helper alone")]
-    assert line.split()[2:7] == ["25.0", "%", "0.0", "to", "75.0"]
+    assert line.split()[2:7] == ["25.0", "%", "0.6", "to", "80.6"]
+    findings = reported[0][0].findings
+    assert [line for line in lines if line in findings] == list(findings)
+    assert findings[0].endswith(" 4 questions.")
     assert reported[0][0].ensemble == "tiny"
+
+
+def test_what_all_models_write_together_is_no_assistant_s_share(
+    loaded, make_task, reported, capfd, tmp_path
+) -> None:
+    arguments = ["compare", "tiny", "--policies", "average", "--task", str(make_task())]
+    assert main([*arguments, "--out", str(tmp_path / "out")]) == 0
+    lines = capfd.readouterr().out.splitlines()
+    [line] = [line for line in lines if line.startswith("average  ")]
+    assert "  together  " in line and line.count("%") == 1
 
 
 def test_json_is_the_comparison_alone(loaded, arguments, reported, capfd) -> None:

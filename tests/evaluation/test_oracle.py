@@ -147,16 +147,23 @@ def test_characters_may_be_cut_in_two() -> None:
     assert not ask(Ensemble([first, second]), "q", ["e"])
 
 
-def test_a_search_without_end_counts_as_not_written(monkeypatch) -> None:
-    choices = {"q": "a", "a": "a"}
-    long = "a" * 20
-    ends = model("ends", {"q": "b", tuple("a" * 20): "<end>", "a": "b"})
-    pair = Ensemble([model("one", choices), ends])
-    assert ask(pair, "q", [long])
-    monkeypatch.setattr(oracle, "MAX_LOOKS", 20)  # The last look is the one at the end.
-    assert not ask(pair, "q", [long])
-    monkeypatch.setattr(oracle, "MAX_LOOKS", 21)
-    assert ask(pair, "q", [long])
+@pytest.mark.parametrize("n_tokens", [598, 599, 1500])
+def test_a_long_text_that_one_model_writes_is_found(n_tokens: int, monkeypatch) -> None:
+    monkeypatch.setattr(oracle, "SPARE_FORWARDS", 0)
+    one = model("one", {"q": "a", "a": "a", ("a",) * 6: "a", "b": "<end>"})
+    other = model("other", {"q": "b", "a": "b"})
+    assert ask(Ensemble([one, other]), "q", ["a" * (n_tokens - 1) + "b"]) is True
+
+
+def test_a_search_that_is_cut_is_not_known_to_have_failed(monkeypatch) -> None:
+    # `ab` is one token or two, so that prefixes of five of them are reached in 32 ways.
+    first = model("first", {"q": "ab", "b": "ab", "ab": "ab", "a": "b"})
+    second = model("second", {"q": "a", "b": "a", "ab": "a", "a": "b"})
+    pair, text = Ensemble([first, second]), "ab" * 5 + "c"
+    assert ask(pair, "q", [text]) is False  # tried to the last
+    monkeypatch.setattr(oracle, "SPARE_FORWARDS", 0)
+    assert ask(pair, "q", [text]) is None
+    assert ask(pair, "q", ["c"]) is False
 
 
 # --- against a search through everything ---------------------------------------------------------

@@ -20,7 +20,7 @@ def test_the_front_is_what_no_row_beats_at_its_cost_or_less(seed: int) -> None:
         replace(row, cost=chance.randrange(1, 9) / 2, quality=chance.randrange(10) / 10)
         for row in fake_comparison().rows * 3
     ]
-    real = [row for row in rows if row.kind != "oracle"]
+    real = [row for row in rows if row.kind not in ("oracle", "random")]
     best = front(rows)
     points = [(row.cost, row.quality) for row in best]
     assert points == sorted(set(points))
@@ -29,6 +29,19 @@ def test_the_front_is_what_no_row_beats_at_its_cost_or_less(seed: int) -> None:
             o.quality == row.quality and o.cost < row.cost for o in real
         )
         assert ((row.cost, row.quality) in points) == (not beaten)
+
+
+def test_marks_of_one_place_are_drawn_the_larger_first() -> None:
+    from multicolm.evaluation import plot
+
+    rows = [replace(row, cost=1.0, quality=0.5) for row in fake_comparison().rows]
+    drawn: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plot, "_mark", lambda axes, row: drawn.append(row.kind))
+        pareto(replace(fake_comparison(), rows=tuple(rows)), "png")
+    radii = [plot._RADIUS[kind] for kind in drawn]
+    assert radii == sorted(radii, reverse=True) and radii[0] > radii[-1]
+    assert drawn.index("policy") < drawn.index("model")
 
 
 @pytest.mark.parametrize("seed", range(10))

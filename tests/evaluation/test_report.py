@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import hashlib
+import json
 import os
 import subprocess
 import sys
@@ -15,8 +16,9 @@ from fake_results import fake_comparison, fake_traces
 
 from multicolm.errors import ArtefactError
 from multicolm.evaluation.report import MissingPlotWarning, write_report
-from multicolm.evaluation.results import read_comparison, read_traces
+from multicolm.evaluation.results import Comparison, read_comparison, read_traces
 from multicolm.evaluation.table import as_markdown, best
+from multicolm.evaluation.wording import markup
 
 FILES = ("results.json", "traces.jsonl", "table.md", "report.html", "pareto.png", "pareto.svg")
 
@@ -107,21 +109,65 @@ def test_the_table_has_every_row_with_its_interval_and_says_how_it_was_measured(
     text = as_markdown(comparison)
     rows = [line for line in text.splitlines() if line.startswith("|")]
     for row in comparison.rows:
-        [line] = [line for line in rows if row.name in line.split("|")[1]][:1] or [""]
+        line = next(line for line in rows if row.name == line.split("|")[1].strip(" ↳"))
         assert f"{100 * row.quality:.1f}" in line and f"{100 * row.low:.1f}" in line, row.name
     for fact in ("tiny-word-problems", comparison.digest, "temperature = 0.0", "torch 2.13.0"):
         assert fact in text
     for warning in comparison.warnings:
         assert warning.split(";")[0] in text
+    for sentence in comparison.findings:
+        assert markup(sentence) in text
+    assert "gain over facts alone" in text and "p (Holm)" in text
+
+
+def test_results_of_0_1_are_read_and_reported_again(tmp_path: Path) -> None:
+    data = fake_comparison().as_json()
+    for name in ("findings", "binary", "intervals", "timing"):
+        del data[name]
+    data["rows"] = [row for row in data["rows"] if row["name"] != "per-question oracle"]
+    for row in data["rows"]:
+        for name in ("p_holm", "n_cut_off", "n_shared"):
+            del row[name]
+    old = Comparison.from_json(json.loads(json.dumps(data)))
+    write_report(old, fake_traces(), tmp_path)
+    assert read_comparison(tmp_path) == old
+    text = (tmp_path / "table.md").read_text()
+    assert "Best of 3 policies: cosd-rule, 80 %, 38.3 points more than facts alone" in text
+    assert "0.001, both uncorrected: cosd-rule was picked as the highest of 3" in text
+    for new in ("Holm", "Clopper", "One model per question"):
+        assert new not in text
+
+
+@pytest.mark.parametrize("kind", ["oracle", "random", "sweep"])
+def test_only_models_alone_and_policies_can_be_the_best_of_a_column(kind) -> None:
+    rows = [
+        replace(row, quality=0.99, gain=0.5, cost=0.1, tokens_per_second=1e6)
+        if row.kind == kind
+        else row
+        for row in fake_comparison().rows
+    ]
+    kinds = {row.name: row.kind for row in rows}
+    for column, names in best(rows).items():
+        assert names and {kinds[name] for name in names} <= {"model", "policy"}, column
+
+
+def test_where_all_are_equal_nobody_is_best() -> None:
+    same = {"quality": 0.4, "gain": 0.0, "cost": 1.0, "tokens_per_second": 10.0}
+    rows = [replace(row, **same) for row in fake_comparison().rows]
+    assert best(rows) == {"quality": set(), "gain": set(), "speed": set(), "cost": set()}
+    # A gain that shows as +0.0 is none.
+    one = [replace(row, gain=0.0004) if row.name == "cosd-rule" else row for row in rows]
+    assert best(one)["gain"] == set()
 
 
 def test_the_best_value_of_a_column_is_bold_and_the_oracle_is_not_in_the_running() -> None:
     comparison = fake_comparison()
     text = as_markdown(comparison)
-    real = [row for row in comparison.rows if row.kind != "oracle"]
+    real = [row for row in comparison.rows if row.kind in ("model", "policy")]
     top = max(real, key=lambda row: row.quality)
     assert top.name in best(comparison.rows)["quality"]
     [line] = [line for line in text.splitlines() if f"| {top.name} |" in line]
     assert f"**{100 * top.quality:.1f}**" in line
-    [oracle] = [line for line in text.splitlines() if line.startswith("| oracle")]
-    assert "**" not in oracle
+    for oracle in ("oracle", "per-question oracle"):
+        [line] = [line for line in text.splitlines() if line.startswith(f"| {oracle}")]
+        assert "**" not in line

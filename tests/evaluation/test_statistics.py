@@ -183,6 +183,7 @@ def test_few_differences_are_flipped_in_every_way() -> None:
     assert paired_test([0.5, 0.25, 1], [0, 0, 1], seed=0) == 0.5
     assert paired_test([0.5, 0.5, 0.5], [0, 0, 0], seed=0) == 0.25
     assert paired_test([0.5], [0.5], seed=0) == 1.0
+    assert paired_test([0.5, 1], [0.25, 1], seed=0) == 1.0
 
 
 def test_random_flips_come_near_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,22 +21,20 @@ from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import Any
 
+from multicolm.evaluation.findings import best_alone, findings
 from multicolm.evaluation.harness_results import HarnessResults, figure_text, leaders
 from multicolm.evaluation.results import Comparison, RowResult, ShownToken, TracedAnswer
 from multicolm.evaluation.table import (
     best,
     facts,
-    headline,
+    gain_over,
+    has_holm,
     in_order,
     noted,
-    p_value,
-    percent,
-    plain,
-    points,
     slices,
     solo_speeds,
-    visible,
 )
+from multicolm.evaluation.wording import p_value, percent, plain, points, visible
 from multicolm.types import MIXTURE
 
 __all__ = ["as_page"]
@@ -65,7 +63,7 @@ def as_page(
             "csp": _policy(css, js),
             "title": _text(title),
             "css": css,
-            "headline": _text(headline(comparison)),
+            "findings": "".join(f"<p>{_text(text)}</p>" for text in findings(comparison)),
             "legend": _legend(comparison),
             "warnings": _warnings(comparison),
             "heads": _heads(comparison),
@@ -157,21 +155,26 @@ def _notes(comparison: Comparison) -> str:
 def _heads(comparison: Comparison) -> str:
     names = [
         "row",
-        comparison.metric,
-        "gain, points",
+        f"{comparison.metric}, %",
+        f"{gain_over(comparison)}, points",
         "written by",
         "tokens/s",
         "cost/token",
         "forwards",
         *["HTTP calls/token"] * comparison.has_calls,
     ]
-    cells = (f'<th scope="col"><button type="button">{_text(name)}</button></th>' for name in names)
+    ticks = "".join(f"<span>{tick}</span>" for tick in (0, 50, 100))
+    scale = f'<span class="scale" aria-hidden="true">{ticks}</span>'
+    cells = (
+        f'<th scope="col"><button type="button">{_text(name)}</button>{scale * (i == 1)}</th>'
+        for i, name in enumerate(names)
+    )
     return f"<tr>{''.join(cells)}</tr>"
 
 
 def _rows(comparison: Comparison) -> list[str]:
     winners = best(comparison.rows)
-    alone = max((row.quality for row in comparison.rows if row.kind == "model"), default=None)
+    alone = best_alone(comparison)
     places = {row.name: i for i, row in enumerate(comparison.rows)}
     return [
         f'<tr class="{row.kind}" data-row="{places[row.name]}">'
@@ -181,13 +184,17 @@ def _rows(comparison: Comparison) -> list[str]:
 
 
 def _name_cell(row: RowResult) -> str:
-    kind = '<span class="kind">alone</span>' if row.kind == "model" else ""
+    is_said = row.kind != "model" or row.name.endswith(" alone")
+    kind = "" if is_said else ' <span class="kind">alone</span>'
     name = _text(row.name)
     return f'<th scope="row" data-value="{name}" title="{name}">{name}{kind}</th>'
 
 
 def _cells(
-    row: RowResult, comparison: Comparison, winners: Mapping[str, set[str]], alone: float | None
+    row: RowResult,
+    comparison: Comparison,
+    winners: Mapping[str, set[str]],
+    alone: RowResult | None,
 ) -> list[str]:
     def number(column: str, value: float, text: str, below: str = "") -> str:
         top = ' class="best"' if row.name in winners.get(column, ()) else ""
@@ -196,12 +203,15 @@ def _cells(
 
     interval = f"{percent(row.low)} to {percent(row.high)}"
     bar = _interval(row, alone)
-    cells = [number("quality", row.quality, percent(row.quality), f"{bar} {interval}")]
+    cells = [number("quality", row.quality, percent(row.quality), f"{bar}{interval}")]
     if row.gain is None:
         cells.append("<td></td>")
     else:
         span = [] if row.gain_low is None or row.gain_high is None else [_span(row)]
-        below = ", ".join([*span, *filter(None, [_text(p_value(row.p_value))])])
+        p_values = [p_value(row.p_value)]
+        if row.p_holm is not None and has_holm(comparison):
+            p_values.append(f"Holm {p_value(row.p_holm)}")
+        below = ", ".join([*span, *map(_text, filter(None, p_values))])
         cells.append(number("gain", row.gain, points(row.gain), below))
     if not row.uses:
         return [*cells, *["<td></td>"] * (4 + comparison.has_calls)]
@@ -220,17 +230,17 @@ def _span(row: RowResult) -> str:
     return f"{points(row.gain_low)} to {points(row.gain_high)}"
 
 
-def _interval(row: RowResult, alone: float | None) -> str:
-    """A quality with its interval as a small bar from 0 to 100 %."""
-    marks = (
-        f'<rect class="mark" x="{80 * alone - 0.5:.1f}" width="1" height="10"/>' if alone else ""
-    )
-    left, width = 80 * row.low, max(1.0, 80 * (row.high - row.low))
+def _interval(row: RowResult, alone: RowResult | None) -> str:
+    """A quality with its interval as a small bar from 0 to 100 %, on the axis of the heading."""
+    width = 112
+    mark = 0.0 if alone is None else width * alone.quality
+    line = f'<rect class="mark" x="{mark - 0.5:.1f}" width="1" height="10"/>' if alone else ""
+    left, long = width * row.low, max(1.0, width * (row.high - row.low))
     return (
-        '<svg class="interval" width="80" height="10" aria-hidden="true">'
-        '<rect class="rail" y="3" width="80" height="4" rx="2"/>'
-        f'<rect class="span" x="{left:.1f}" y="3" width="{width:.1f}" height="4" rx="2"/>{marks}'
-        f'<circle class="mean" cx="{80 * row.quality:.1f}" cy="5" r="3"/></svg>'
+        f'<svg class="interval" width="{width}" height="10" aria-hidden="true">'
+        f'<rect class="rail" y="3" width="{width}" height="4" rx="2"/>'
+        f'<rect class="span" x="{left:.1f}" y="3" width="{long:.1f}" height="4" rx="2"/>{line}'
+        f'<circle class="mean" cx="{width * row.quality:.1f}" cy="5" r="3"/></svg>'
     )
 
 
@@ -324,8 +334,8 @@ def _harness(results: HarnessResults) -> str:
     return (
         '<section aria-labelledby="harness-title" id="harness">'
         '<h2 id="harness-title" tabindex="-1">Tasks of the lm-evaluation-harness</h2>'
-        '<p class="hint">Marked figures are the best of their task and metric; behind ± stands the '
-        "standard error.</p>"
+        '<p class="hint">Marked figures are the best of their task and metric; ± is the standard '
+        "error.</p>"
         '<div class="scroll" role="region" aria-labelledby="harness-title" tabindex="0">'
         f'<table class="small"><thead><tr>{heads}</tr></thead><tbody>{"".join(rows)}</tbody>'
         f'</table></div>{notes}<dl class="facts">{facts_}</dl></section>'

@@ -96,7 +96,8 @@ given.forEach((row) => {
 // ---- the plot -----------------------------------------------------------------------------------
 
 const plot = document.getElementById("plot");
-const RADIUS = { model: 8, policy: 10, random: 5, sweep: 4.5 };
+// Larger marks are drawn first, so that none hides another of the same place.
+const RADIUS = { policy: 10, model: 6, random: 5, sweep: 4.5 };
 
 function ticks(low, high, n) {
   const raw = (high - low) / n;
@@ -117,7 +118,8 @@ function logTicks(low, high) {
 
 function frontOf(real) {
   const kept = [];
-  for (const row of [...real].sort((a, b) => a.cost - b.cost || b.quality - a.quality)) {
+  const rivals = real.filter((row) => row.kind !== "random");
+  for (const row of rivals.sort((a, b) => a.cost - b.cost || b.quality - a.quality)) {
     if (!kept.length || row.quality > kept[kept.length - 1].quality) kept.push(row);
   }
   return kept;
@@ -236,7 +238,7 @@ function drawPlot() {
   best.forEach((row, i) => {
     stairs.push([X(row.cost), Y(row.quality)], [i + 1 < best.length ? X(best[i + 1].cost) : width - edge.right, Y(row.quality)]);
   });
-  picture.append(svg("polygon", { class: "band", points: [[stairs[0][0], bottom], ...stairs, [width - edge.right, bottom]].join(" ") }));
+  if (stairs.length) picture.append(svg("polygon", { class: "band", points: [[stairs[0][0], bottom], ...stairs, [width - edge.right, bottom]].join(" ") }));
   for (const value of ticks(100 * low, 100 * high, 6)) {
     picture.append(svg("line", { class: "grid", x1: edge.left, x2: width - edge.right, y1: Y(value / 100), y2: Y(value / 100) }));
     picture.append(svg("text", { x: edge.left - 8, y: Y(value / 100) + 4, "text-anchor": "end" }, String(value)));
@@ -251,9 +253,12 @@ function drawPlot() {
   for (const oracle of oracles) {
     const y = Y(oracle.quality);
     picture.append(svg("line", { class: "oracle", x1: edge.left, x2: width - edge.right, y1: y, y2: y }));
-    const words = svg("text", { x: width - edge.right - 4, y: y - 5, "text-anchor": "end" }, `${oracle.name} ${percent(oracle.quality)}`);
-    picture.append(words);
-    taken.push({ x: width - edge.right - 130, y: y - 18, width: 130, height: 18 });
+    const label = `${oracle.name} ${percent(oracle.quality)}`;
+    const box = (top) => ({ x: width - edge.right - 4 - 6.5 * label.length, y: top, width: 6.5 * label.length, height: 15 });
+    // Below the line where another's name is above it.
+    const top = taken.some((other) => overlap(other, box(y - 18))) ? y + 3 : y - 18;
+    picture.append(svg("text", { x: width - edge.right - 4, y: top + 13, "text-anchor": "end" }, label));
+    taken.push(box(top));
   }
   line("front", stairs);
   for (const head of real.filter((row) => row.kind === "policy")) {
@@ -288,8 +293,8 @@ function drawPlot() {
     const nearY = Math.min(Math.max(y, box.y), box.y + box.height);
     if (Math.hypot(nearX - x, nearY - y) > r + 14) holder.prepend(svg("line", { class: "leader", x1: x, y1: y, x2: nearX, y2: nearY }));
   });
-  // Marks go on top, and the tab key walks along the cost.
-  for (const row of [...real].sort((a, b) => a.cost - b.cost)) {
+  // Marks go on top; the tab key walks along policies, models and the rest, each along its cost.
+  for (const row of [...real].sort((a, b) => RADIUS[b.kind] - RADIUS[a.kind] || a.cost - b.cost)) {
     const [x, y] = [X(row.cost), Y(row.quality)];
     const mark = svg("g", { class: `mark ${row.kind}`, tabindex: 0, role: "button", "data-row": row.index, "aria-label": [row.name, ...described(row)].join(". ") }, ...pie(row, x, y));
     const enter = () => {
@@ -454,7 +459,7 @@ function walk(event, tokens) {
 function idle() {
   for (const node of browser.querySelectorAll('.token[aria-pressed="true"]')) node.setAttribute("aria-pressed", "false");
   ui.panel.className = "panel card idle";
-  ui.panel.replaceChildren(el("p", { class: "empty" }, answers.length ? "Select a token to see what every model made of its place." : ""));
+  ui.panel.replaceChildren(el("p", { class: "empty" }, answers.length ? "Select a token to see what every model would have written there." : ""));
 }
 
 function select(node, tokens) {
@@ -463,7 +468,11 @@ function select(node, tokens) {
   node.setAttribute("aria-pressed", "true");
   node.tabIndex = 0;
   ui.panel.className = "panel card";
-  ui.panel.replaceChildren(...details(tokens[Number(node.dataset.i)], Number(node.dataset.i), tokens.length));
+  const close = el("button", { class: "close", type: "button", "aria-label": "Close" }, "×");
+  close.addEventListener("click", () => { idle(); node.focus({ preventScroll: true }); });
+  ui.panel.replaceChildren(close, ...details(tokens[Number(node.dataset.i)], Number(node.dataset.i), tokens.length));
+  // On a narrow screen the panel lies over the lower part of the text.
+  if (getComputedStyle(ui.panel).bottom !== "auto") node.scrollIntoView({ block: "nearest" });
 }
 
 const piece = (text) => el("span", { class: "piece", title: null }, ...(text === "" ? ["(no character yet)"] : shown(text, { breaks: false, spaces: true })));
@@ -490,7 +499,7 @@ function details([text, writer, logprob, score, looks, chances], i, n) {
   data.models.forEach((name, k) => {
     nodes.push(el("h4", {}, el("span", { class: `swatch ${data.writers[k]}` }, name)));
     const look = looks[k];
-    if (!look) return nodes.push(el("p", { class: "empty" }, "was not looked at here"));
+    if (!look) return nodes.push(el("p", { class: "empty" }, "did not run here"));
     const [own, top] = look;
     const among = top.some(([other]) => other === text);
     const items = top.map(([other, value]) => bar(piece(other), value, first(k), other === text));
