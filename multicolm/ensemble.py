@@ -23,7 +23,7 @@ from multicolm.errors import (
     ServerError,
 )
 from multicolm.live import Live
-from multicolm.numbers import as_python, check_whole
+from multicolm.numbers import as_python, check_seed, check_whole
 from multicolm.plugins import backends
 from multicolm.policy.base import ModelFacts, Policy, Schedule, SegmentPolicy, check_used
 from multicolm.policy.resolve import resolve_policy
@@ -408,7 +408,7 @@ def _seeds(seed: SupportsIndex | Sequence[SupportsIndex] | None, n_prompts: int)
     single = isinstance(seed, str | bytes) or not isinstance(as_python(seed), Iterable)
     seeds = [seed] * n_prompts if single else list(cast("Iterable[int]", seed))
     try:
-        seeds = [check_whole("seed", number) for number in seeds]
+        seeds = [check_seed(number) for number in seeds]
     except InputError as error:
         raise InputError(
             f"seed is {seed!r}; give a whole number, or one for each prompt."

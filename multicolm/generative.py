@@ -20,6 +20,7 @@ from multicolm.backend.base import Model
 from multicolm.backend.transformers import TransformersModel
 from multicolm.ensemble import Ensemble, PolicySource
 from multicolm.errors import CapabilityError, InputError
+from multicolm.numbers import check_seed
 from multicolm.streaming import Stream
 from multicolm.tokenizer.huggingface import HuggingFaceTokenizer
 from multicolm.types import Answer
@@ -180,12 +181,12 @@ class GenerativeEnsemble:
         if streamer is not None and prompts.shape[0] * n_each > 1:
             raise InputError("a streamer takes one text; give one prompt, or no streamer.")
         rows = [ids for ids in _without_padding(prompts, attention_mask) for _ in range(n_each)]
-        first = int(torch.randint(2**31 - 1, (1,))) if seed is None else seed
+        seed = int(torch.randint(2**31 - 1, (1,))) if seed is None else check_seed(seed)
         settings = self._settings(wanted, prompts.shape[1])
         stream = self.ensemble.stream(
             rows,
             self.policy,
-            seed=[first + i for i in range(len(rows))],
+            seed=[seed + i for i in range(len(rows))],
             batch_size=batch_size,
             **settings,
         )

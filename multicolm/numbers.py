@@ -12,7 +12,7 @@ from typing import Any
 
 from multicolm.errors import InputError
 
-__all__ = ["as_python", "check_number", "check_whole"]
+__all__ = ["as_python", "check_number", "check_seed", "check_whole"]
 
 
 def as_python(value: Any) -> Any:
@@ -44,7 +44,7 @@ def check_whole(
         InputError: if it is no whole number, or out of range.
     """
     plain = as_python(value)
-    allowed = "a whole number" if least is None else f"a whole number, {least} or more"
+    allowed = "a whole number" if least is None or least < 0 else f"a whole number, {least} or more"
     number = None
     # A tensor of one number with axes would pass for a number, too.
     if not isinstance(plain, bool) and not getattr(plain, "shape", ()):
@@ -59,8 +59,22 @@ def check_whole(
     return number
 
 
+def check_seed(value: Any) -> int:
+    """A seed: any whole number of 64 bits with a sign, as OpenAI's interface has it.
+
+    Raises:
+        InputError: if it is none.
+    """
+    return check_whole("seed", value, least=-(2**63), below=2**63)
+
+
 def check_number(
-    name: str, value: Any, *, least: float = -math.inf, most: float = math.inf
+    name: str,
+    value: Any,
+    *,
+    least: float = -math.inf,
+    most: float = math.inf,
+    above: float = -math.inf,
 ) -> float:
     """A finite number that is in range.
 
@@ -69,6 +83,7 @@ def check_number(
         value: whatever stands for a number.
         least: the smallest that is allowed.
         most: the largest that is allowed.
+        above: it has to be more than this.
 
     Raises:
         InputError: if it is no finite number, or out of range.
@@ -80,6 +95,8 @@ def check_number(
             number = float(plain)
     if not math.isfinite(number):
         raise InputError(f"{name} must be a finite number, got {_shown(value)}.")
+    if number <= above:
+        raise InputError(f"{name} must be more than {above:g}, got {number:g}.")
     if not least <= number <= most:
         bound = f"{least:g} or more" if number < least else f"at most {most:g}"
         raise InputError(f"{name} must be {bound}, got {number:g}.")

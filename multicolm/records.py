@@ -14,9 +14,19 @@ from typing import Any
 
 from multicolm.errors import ConfigError, InputError
 
-__all__ = ["Source"]
+__all__ = ["Source", "text_lines"]
 
 _FILES = (".jsonl", ".json", ".parquet")
+
+
+def text_lines(text: str) -> list[str]:
+    r"""The lines of a text, which ``\n`` or ``\r\n`` ends.
+
+    ``str.splitlines`` also cuts at characters such as U+2028, which stand within JSON strings and
+    texts as they are.
+    """
+    lines = [line.removesuffix("\r") for line in text.split("\n")]
+    return lines if lines[-1] else lines[:-1]
 
 
 @dataclass(frozen=True, slots=True)

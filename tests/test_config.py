@@ -198,8 +198,8 @@ generation: {max_new_tokens: true, stop: [3, ""], top_p: 2, schedule: blok, temp
         (DUO + "policy: {params: {}}\n",
             "duo.yaml:5:9: policy.kind: required, but missing: the name of a policy."),
         (
-            DUO + "generation: {seed: -1}\n",
-            "duo.yaml:5:20: generation.seed: must be 0 or more, got -1.",
+            DUO + "generation: {seed: 1.5}\n",
+            "duo.yaml:5:20: generation.seed: must be a whole number, got 1.5.",
         ),
         (
             DUO + "base_model: expert\n",

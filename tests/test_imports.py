@@ -16,7 +16,7 @@ PACKAGE = Path(multicolm.__file__).parent
 # From the bottom up; a part imports its own layer and those below it.
 LAYERS = [
     {"errors", "types"},
-    {"files", "numbers", "records"},
+    {"files", "keys", "numbers", "records"},
     {"artefacts"},
     {"plugins", "catalog", "config", "views"},
     {"score_table"},

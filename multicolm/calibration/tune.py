@@ -27,6 +27,7 @@ from multicolm.evaluation.ledger import Ledger
 from multicolm.evaluation.statistics import mean_interval
 from multicolm.evaluation.task import Question, Task
 from multicolm.files import locked
+from multicolm.numbers import as_python, check_seed, check_whole
 from multicolm.policy.base import Policy
 from multicolm.policy.resolve import resolve_policy
 from multicolm.training.checkpoint import Checkpoint, finished_checkpoint
@@ -138,7 +139,12 @@ def tune(
         ArtefactError: if ``out`` holds another checkpoint.
         MulticolmError: if a task, the policy or a value of the grid cannot be used.
     """
-    _check_numbers(limit, batch_size, seed)
+    limit = limit if limit is None else check_whole("limit", limit, least=1)
+    seed = check_seed(seed)
+    batch_size = check_whole("batch_size", batch_size, least=1)
+    budget = as_python(budget)
+    if grid is not None:
+        grid = {name: [as_python(value) for value in values] for name, values in grid.items()}
     _check_request(policy.policy, tasks, budget, unit, grid)
     folder = Path(out)
     questions = {task.name: _questions(task, split, limit) for task in tasks}
@@ -377,13 +383,6 @@ def _choose(points: Sequence[Point], budget: float | None, unit: Unit, by_metric
 def _on(points: Sequence[Point], task: str) -> list[Point]:
     """The points as one task sees them; shares and costs stay those of all tasks."""
     return [replace(point, quality=point.by_task[task]) for point in points]
-
-
-def _check_numbers(limit: int | None, batch_size: int, seed: int) -> None:
-    least = {"limit": (limit, 1), "batch_size": (batch_size, 1), "seed": (seed, 0)}
-    for name, (value, at_least) in least.items():
-        if value is not None and value < at_least:
-            raise InputError(f"{name} must be {at_least} or more, got {value}.")
 
 
 def _check_request(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from multicolm.cli.options import as_json, json_option
+from multicolm.cli.options import SEED, Whole, as_json, json_option
 from multicolm.cli.processes import processes
 from multicolm.errors import ConfigError
 
@@ -46,10 +46,10 @@ __all__ = ["command"]
     help="Where the results go; the same command goes on with what is there.",
 )
 @click.option("--split", default="test", show_default=True, help="Which of the task's questions.")
-@click.option("--limit", type=int, help="Only so many questions, spread evenly.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Random seed.")
-@click.option("--batch-size", type=int, default=16, show_default=True, help="Texts at a time.")
-@click.option("--max-new-tokens", type=int, help="Maximum new tokens. [default: the task's]")
+@click.option("--limit", type=Whole(1), help="Only so many questions, spread evenly.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Random seed.")
+@click.option("--batch-size", type=Whole(1), default=16, show_default=True, help="Texts at a time.")
+@click.option("--max-new-tokens", type=Whole(1), help="Maximum new tokens. [default: the task's]")
 @click.option("--alone/--no-alone", default=True, help="Run every model alone.")
 @click.option(
     "--random/--no-random", default=True, help="Run a random baseline with each policy's shares."
@@ -61,13 +61,17 @@ __all__ = ["command"]
 )
 @click.option(
     "--sweep",
-    type=int,
+    type=Whole(0),
     default=5,
     show_default=True,
     help="How many values to try of a policy's first tunable param.",
 )
 @click.option(
-    "--traces", type=int, default=50, show_default=True, help="Questions whose traces are kept."
+    "--traces",
+    type=Whole(0),
+    default=50,
+    show_default=True,
+    help="Questions whose traces are kept.",
 )
 @json_option
 def command(

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from multicolm.cli.options import as_json, json_option, parameters
+from multicolm.cli.options import SEED, Whole, as_json, json_option, parameters
 from multicolm.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -60,14 +62,16 @@ __all__ = ["command"]
     "where the policy has one.",
 )
 @click.option("--alone/--no-alone", default=True, help="Judge every model alone.")
-@click.option("--limit", type=int, help="Only so many questions of each task.")
-@click.option("--num-fewshot", type=int, help="Examples in front of each. [default: the task's]")
+@click.option("--limit", type=Whole(1), help="Only so many questions of each task.")
+@click.option(
+    "--num-fewshot", type=Whole(0), help="Examples in front of each. [default: the task's]"
+)
 @click.option(
     "--gen-kwargs",
     "pairs",
-    metavar="NAME=VALUE",
+    metavar="NAME=VALUE[,...]",
     multiple=True,
-    help="Of texts that are written, such as max_gen_toks=64. Repeatable.",
+    help="Of texts that are written, such as max_gen_toks=64,temperature=0. Repeatable.",
 )
 @click.option(
     "--apply-chat-template", is_flag=True, help="Ask as a chat, by each model's own template."
@@ -78,8 +82,8 @@ __all__ = ["command"]
     help="Whether examples are turns of the chat.",
 )
 @click.option("--system-instruction", metavar="TEXT", help="What every question begins with.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of everything random.")
-@click.option("--batch-size", type=int, default=16, show_default=True, help="Texts at a time.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Of everything random.")
+@click.option("--batch-size", type=Whole(1), default=16, show_default=True, help="Texts at a time.")
 @click.option(
     "--confirm-run-unsafe-code", is_flag=True, help="Let tasks run code that the models write."
 )
@@ -116,12 +120,13 @@ def command(
     from multicolm.cli.options import load
     from multicolm.config import load_ensemble
     from multicolm.evaluation.answering import NamedPolicy, named_policy
-    from multicolm.evaluation.harness import evaluate_tasks
+    from multicolm.evaluation.harness import check_generation, evaluate_tasks
 
     names = [name.strip() for part in tasks for name in part.split(",")]
     if not all(names):
         raise ConfigError("--tasks: a name is missing beside a comma.")
-    gen_kwargs = parameters(pairs, "--gen-kwargs")
+    gen_kwargs = _generation(pairs)
+    check_generation(gen_kwargs)
     named = [named_policy(policy) for policy in policies]
     config = load_ensemble(ensemble)
     loaded, own = load(ensemble, None, ())
@@ -161,6 +166,27 @@ def command(
         click.echo(as_json(plain(results.as_json())))
     else:
         _print(results, out)
+
+
+def _generation(pairs: Sequence[str]) -> dict[str, Any]:
+    """What ``--gen-kwargs`` says: one setting, or several as the harness's own command has them.
+
+    A comma separates settings where another ``name=`` follows, and not within a value that is
+    readable with it: a list in brackets, a text in quotes.
+
+    Raises:
+        ConfigError: if a setting has no ``=``, or its value is not readable.
+    """
+    read: dict[str, Any] = {}
+    for pair in pairs:
+        parts = re.split(r",(?=\s*[A-Za-z_]\w*=)", pair)
+        value = pair.partition("=")[2].lstrip()
+        if len(parts) > 1 and value[:1] in ("[", "{", "'", '"'):
+            with contextlib.suppress(ConfigError):
+                read |= parameters((pair,), "--gen-kwargs")
+                continue
+        read |= parameters(tuple(part.strip() for part in parts if part), "--gen-kwargs")
+    return read
 
 
 class _Shown:

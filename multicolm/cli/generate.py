@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from multicolm.cli.options import (
+    Whole,
     as_json,
     json_option,
     load,
@@ -18,6 +19,7 @@ from multicolm.cli.options import (
     writing_options,
 )
 from multicolm.errors import InputError
+from multicolm.records import text_lines
 
 if TYPE_CHECKING:
     from multicolm.ensemble import Ensemble
@@ -39,7 +41,7 @@ def read_prompts(source: str) -> list[Any]:
     name = "standard input" if source == "-" else source
     try:
         data = sys.stdin.buffer.read() if source == "-" else Path(source).read_bytes()
-        lines = data.decode("utf-8-sig").splitlines()
+        lines = text_lines(data.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         n_line = error.object[: error.start].count(b"\n") + 1
         raise InputError(f"{name}:{n_line}: not UTF-8 text; convert it first.") from error
@@ -75,14 +77,14 @@ def _checked(line: str, place: str) -> Any:
 @writing_options
 @click.option("--from", "source", metavar="FILE", help="Prompts by line, or JSONL; - is stdin.")
 @click.option("--chat", is_flag=True, help="Each prompt is a message to answer in a chat.")
-@click.option("--batch-size", type=int, default=16, show_default=True, help="Texts at a time.")
+@click.option("--batch-size", type=Whole(1), default=16, show_default=True, help="Texts at a time.")
 @click.option("--trace", is_flag=True, help="Show who wrote what.")
 @click.option("--usage", is_flag=True, help="Print what each model did, to stderr.")
 @json_option
 @click.option(
     "--top-logprobs",
     metavar="N",
-    type=int,
+    type=Whole(0),
     help="With --json: the N likeliest tokens in the place of each.",
 )
 def command(

@@ -11,12 +11,16 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from multicolm.errors import ConfigError
+from multicolm.numbers import check_number, check_whole
 
 if TYPE_CHECKING:
     from multicolm.ensemble import Ensemble
     from multicolm.policy.base import Policy
 
 __all__ = [
+    "SEED",
+    "Real",
+    "Whole",
     "as_json",
     "json_option",
     "load",
@@ -27,6 +31,52 @@ __all__ = [
 ]
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+
+class Whole(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.2 only
+    """A whole number that is refused as an option, before anything is read or loaded.
+
+    Args:
+        least: the smallest that is allowed.
+        below: the smallest that is too large.
+    """
+
+    name = "integer"
+
+    def __init__(self, least: int, below: int | None = None) -> None:
+        self._least = least
+        self._below = below
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> int:
+        """See :class:`click.ParamType`.
+
+        Raises:
+            InputError: if it is out of range.
+        """
+        number = click.INT.convert(value, param, ctx)
+        return check_whole(param.name, number, least=self._least, below=self._below)
+
+
+class Real(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.2 only
+    """A finite number, checked as :class:`Whole` is; ranges as of :func:`check_number`."""
+
+    name = "float"
+
+    def __init__(self, **limits: float) -> None:
+        self._limits = limits
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> float:
+        """See :class:`click.ParamType`.
+
+        Raises:
+            InputError: if it is out of range.
+        """
+        number = click.FLOAT.convert(value, param, ctx)
+        return check_number(param.name, number, **self._limits)
+
+
+SEED = Whole(-(2**63), 2**63)
+"""Of everything random, the statistics included."""
 
 json_option = click.option("--json", "as_json_", is_flag=True, help="Print JSON instead of text.")
 
@@ -79,11 +129,17 @@ def policy_options(function: F) -> F:
 def writing_options(function: F) -> F:
     """The settings of one call, as ``settings``; what is not given is the ensemble's."""
     options: list[tuple[str, dict[str, Any]]] = [
-        ("--max-new-tokens", {"type": int, "help": "The most tokens to write."}),
-        ("--temperature", {"type": float, "help": "0 is greedy."}),
-        ("--top-k", {"type": int, "help": "Draw from this many most likely tokens."}),
-        ("--top-p", {"type": float, "help": "Draw from the most likely tokens of this sum."}),
-        ("--seed", {"type": int, "help": "Of everything random."}),
+        ("--max-new-tokens", {"type": Whole(1), "help": "The most tokens to write."}),
+        ("--temperature", {"type": Real(least=0), "help": "0 is greedy."}),
+        ("--top-k", {"type": Whole(1), "help": "Draw from this many most likely tokens."}),
+        (
+            "--top-p",
+            {
+                "type": Real(above=0, most=1),
+                "help": "Draw from the most likely tokens of this sum.",
+            },
+        ),
+        ("--seed", {"type": SEED, "help": "Of everything random."}),
         ("--stop", {"multiple": True, "help": "A text that ends an answer. Repeatable."}),
         (
             "--schedule",
@@ -92,8 +148,11 @@ def writing_options(function: F) -> F:
                 "help": "Ask the policy token by token, or about drafted blocks.",
             },
         ),
-        ("--block-size", {"type": int, "help": "Tokens that the base model drafts at a time."}),
-        ("--threads", {"type": int, "help": "torch threads."}),
+        (
+            "--block-size",
+            {"type": Whole(1), "help": "Tokens that the base model drafts at a time."},
+        ),
+        ("--threads", {"type": Whole(1, 1 << 16), "help": "torch threads."}),
     ]
     names = [name.removeprefix("--").replace("-", "_") for name, _ in options]
 

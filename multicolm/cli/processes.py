@@ -6,10 +6,12 @@ import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from multicolm.errors import ConfigError
+
 if TYPE_CHECKING:
     from multicolm.config import EnsembleConfig
 
-__all__ = ["on_own_device", "processes"]
+__all__ = ["on_own_device", "processes", "rank"]
 
 
 def processes() -> tuple[int, int, Callable[[], None]]:
@@ -48,5 +50,27 @@ def _state() -> Any:
     return PartialState(cpu=bool(on_cpu))
 
 
+def rank() -> int:
+    """This process's rank, without asking for the others.
+
+    Raises:
+        ConfigError: if the launcher's variable holds no whole number.
+    """
+    return _variable("RANK", 0)
+
+
 def _several() -> bool:
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return _variable("WORLD_SIZE", 1) > 1
+
+
+def _variable(name: str, otherwise: int) -> int:
+    """A number that a launcher sets in the environment."""
+    text = os.environ.get(name)
+    if text is None:
+        return otherwise
+    if not (text.isascii() and text.isdigit()):
+        raise ConfigError(
+            f"the environment variable {name} is {text!r}; unset it, or let `accelerate launch` or "
+            "`torchrun` set it to a whole number."
+        )
+    return int(text)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from multicolm.cli.options import as_json, json_option
+from multicolm.cli.options import Whole, as_json, json_option
 from multicolm.cli.processes import on_own_device, processes
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ __all__ = ["command"]
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The table's folder.")
 @click.option("--hidden", is_flag=True, help="Keep the base model's last hidden states.")
 @click.option(
-    "--topk", type=click.IntRange(1), metavar="K", help="Keep the base's K best log-probabilities."
+    "--topk", type=Whole(1), metavar="K", help="Keep the base's K best log-probabilities."
 )
 @click.option("--embedding", is_flag=True, help="Keep the embeddings of the base's best tokens.")
 @click.option("--no-end", is_flag=True, help="The end of a completion does not count as a token.")
@@ -34,14 +34,14 @@ __all__ = ["command"]
 @click.option("--revision", help="Commit, tag or branch of a data set on the Hub.")
 @click.option(
     "--shard-positions",
-    type=click.IntRange(1),
+    type=Whole(1),
     default=32768,
     show_default=True,
     help="Tokens per shard: what a stop can cost, and what is held in memory.",
 )
 @click.option(
     "--batch-tokens",
-    type=click.IntRange(1),
+    type=Whole(1),
     default=4096,
     show_default=True,
     help="The most tokens of one forward pass.",

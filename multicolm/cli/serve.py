@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import os
+
 import click
 
-from multicolm.cli.options import load
-from multicolm.errors import ConfigError, InputError
+from multicolm.cli.options import Real, Whole, load
+from multicolm.errors import ConfigError
+from multicolm.keys import check_key
 
 __all__ = ["command"]
+
+_KEY_VARIABLE = "MULTICOLM_API_KEY"
 
 
 @click.command
 @click.argument("ensemble")
 @click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen at.")
-@click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535))
+@click.option("--port", default=8000, show_default=True, type=Whole(0, 65536))
 @click.option("--name", help="What clients call it. [default: ENSEMBLE without folder and ending]")
 @click.option(
     "--allow-policy",
@@ -25,20 +30,35 @@ __all__ = ["command"]
 )
 @click.option(
     "--api-key",
-    envvar="MULTICOLM_API_KEY",
-    show_envvar=True,
-    help="What clients must show. Others on this machine can read it here; the variable is better.",
-)
-@click.option("--max-body", default=1_000_000, show_default=True, help="Bytes of a request.")
-@click.option("--max-new-tokens", default=1024, show_default=True, help="The most of a text.")
-@click.option(
-    "--max-concurrent", default=16, show_default=True, help="Texts that are written at a time."
+    help="What clients must show. Others on this machine can read it here; the environment "
+    f"variable {_KEY_VARIABLE} is better.",
 )
 @click.option(
-    "--max-waiting", default=64, show_default=True, help="More of them that may wait; then 429."
+    "--max-body", type=Whole(1), default=1_000_000, show_default=True, help="Bytes of a request."
 )
 @click.option(
-    "--grace", default=10.0, show_default=True, help="Seconds to finish what runs at the end."
+    "--max-new-tokens", type=Whole(1), default=1024, show_default=True, help="The most of a text."
+)
+@click.option(
+    "--max-concurrent",
+    type=Whole(1),
+    default=16,
+    show_default=True,
+    help="Texts that are written at a time.",
+)
+@click.option(
+    "--max-waiting",
+    type=Whole(0),
+    default=64,
+    show_default=True,
+    help="More of them that may wait; then 429.",
+)
+@click.option(
+    "--grace",
+    type=Real(least=0, most=86_400),
+    default=10.0,
+    show_default=True,
+    help="Seconds to finish what runs at the end.",
 )
 def command(
     ensemble: str,
@@ -65,10 +85,7 @@ def command(
         raise ConfigError(
             f"`multicolm serve` needs the library {error.name}: pip install 'multicolm[serve]'."
         ) from error
-    if api_key == "":
-        raise InputError("the API key is empty; give a long random one, or none at all.")
-    if not 0 <= grace < 86_400:
-        raise InputError(f"--grace must be 0 seconds or more, and less than a day; got {grace:g}.")
+    api_key = _checked_key(api_key)
     settings = Settings(
         host,
         port,
@@ -94,6 +111,24 @@ def command(
     click.echo(
         f"ended; finished meanwhile: {closing.finished}, broken off: {closing.broken_off}.",
         err=True,
+    )
+
+
+def _checked_key(option: str | None) -> str | None:
+    """The key of the option or else of the variable; ``None`` only where neither is there.
+
+    Click takes an empty variable for none, and then anybody could ask.
+
+    Raises:
+        ConfigError: if it is empty, or no key.
+    """
+    if option is not None:
+        return check_key(option, "--api-key", "leave it out to let anybody ask")
+    key = os.environ.get(_KEY_VARIABLE)
+    if key is None:
+        return None
+    return check_key(
+        key, f"the environment variable {_KEY_VARIABLE}", "unset it to let anybody ask"
     )
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any, Literal
 
 import click
 
 from multicolm.cli.options import as_json, json_option, parameters, policy_options
+from multicolm.cli.processes import rank
 from multicolm.errors import ConfigError
 
 __all__ = ["command"]
@@ -75,7 +75,7 @@ def command(
             checkpoint = train_joint(
                 chosen, scores, out, config=config, how=train_base, on_progress=bar, **shared
             )
-    if int(os.environ.get("RANK", "0")) > 0:
+    if rank() > 0:
         return  # The first process of `accelerate launch` speaks for all.
     facts: dict[str, Any] = checkpoint.provenance["train"]
     if as_json_:

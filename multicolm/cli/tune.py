@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Any, cast
 
 import click
 
-from multicolm.cli.options import as_json, json_option, load, parameters, policy_options
+from multicolm.cli.options import (
+    SEED,
+    Real,
+    Whole,
+    as_json,
+    json_option,
+    load,
+    parameters,
+    policy_options,
+)
 from multicolm.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -35,7 +44,9 @@ __all__ = ["command"]
     type=click.Path(path_type=Path, file_okay=False),
     help="The checkpoint: a folder.",
 )
-@click.option("--budget", type=float, help="The most that assistants may write, or may cost.")
+@click.option(
+    "--budget", type=Real(least=0), help="The most that assistants may write, or may cost."
+)
 @click.option(
     "--unit",
     type=click.Choice(["share", "cost"]),
@@ -51,9 +62,9 @@ __all__ = ["command"]
     "--grid", "grids", multiple=True, metavar="NAME=V,V,...", help="Values to try. Repeatable."
 )
 @click.option("--split", default="dev", show_default=True, help="Of the task; never test.")
-@click.option("--limit", type=click.IntRange(1), help="Only so many questions, spread evenly.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of everything random.")
-@click.option("--batch-size", type=click.IntRange(1), default=16, show_default=True)
+@click.option("--limit", type=Whole(1), help="Only so many questions, spread evenly.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Of everything random.")
+@click.option("--batch-size", type=Whole(1), default=16, show_default=True)
 @json_option
 def command(
     ensemble: str,

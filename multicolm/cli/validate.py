@@ -56,7 +56,7 @@ def _load(report: Report) -> None:
     try:
         ensemble = multicolm.load(report.source)
     except MulticolmError as error:
-        report.errors.extend(str(error).splitlines())
+        report.errors.extend(str(error).split("\n"))
         return
     report.checked.append(f"loaded {len(ensemble.models)} models")
     report.checked.extend(

@@ -40,7 +40,7 @@ class GenerationConfig(Strict):
     temperature: float = Field(default=0.0, ge=0)
     top_k: int | None = Field(default=None, ge=1)
     top_p: float | None = Field(default=None, gt=0, le=1)
-    seed: int | None = Field(default=None, ge=0, lt=2**63)
+    seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
     stop: Annotated[
         tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_as_tuple)
     ] = ()

@@ -58,7 +58,7 @@ def validate(source: str) -> Report:
         else:
             _check_ensemble(load_ensemble(source), report)
     except MulticolmError as error:
-        report.errors.extend(str(error).splitlines())
+        report.errors.extend(str(error).split("\n"))
     return report
 
 

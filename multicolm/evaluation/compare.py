@@ -41,6 +41,7 @@ from multicolm.evaluation.results import (
 from multicolm.evaluation.statistics import holm, mean_interval, paired_interval, paired_test
 from multicolm.evaluation.task import Question, Task, load_task
 from multicolm.evaluation.team import Team
+from multicolm.numbers import check_seed, check_whole
 from multicolm.policy.base import Policy
 from multicolm.policy.resolve import resolve_policy
 
@@ -120,7 +121,11 @@ def compare(
         ArtefactError: if the ledger or what a checkpoint says of its origin is damaged.
         MulticolmError: if the task, its data or a policy cannot be used.
     """
-    _check_numbers(limit, batch_size, sweep, traces)
+    limit = limit if limit is None else check_whole("limit", limit, least=1)
+    seed = check_seed(seed)
+    batch_size = check_whole("batch_size", batch_size, least=1)
+    sweep = check_whole("sweep", sweep, least=0)
+    traces = check_whole("traces", traces, least=0)
     if not isinstance(task, Task):
         task = load_task(task)
     named = [p if isinstance(p, NamedPolicy) else named_policy(p) for p in policies]
@@ -378,14 +383,6 @@ def _traced(
 
 
 # --- what readers have to know -------------------------------------------------------------------
-
-
-def _check_numbers(limit: int | None, batch_size: int, sweep: int, traces: int) -> None:
-    least = {"limit": (limit, 1), "batch_size": (batch_size, 1)}
-    least |= {"sweep": (sweep, 0), "traces": (traces, 0)}
-    for name, (value, at_least) in least.items():
-        if value is not None and value < at_least:
-            raise InputError(f"{name} must be {at_least} or more, got {value}.")
 
 
 def _contamination(

@@ -19,7 +19,13 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 
 from multicolm.ensemble import Ensemble
-from multicolm.errors import CapabilityError, InputError, MulticolmError, ServerError
+from multicolm.errors import (
+    CapabilityError,
+    ConfigError,
+    InputError,
+    MulticolmError,
+    ServerError,
+)
 from multicolm.evaluation.answering import NamedPolicy, Plan, named_policy
 from multicolm.evaluation.harness_ledger import RowRequests, Rows
 from multicolm.evaluation.harness_results import FILE, HarnessFigure, HarnessResults, as_bytes
@@ -27,11 +33,12 @@ from multicolm.evaluation.harness_tasks import Unit, load_units, quiet
 from multicolm.evaluation.provenance import machine, plain, versions
 from multicolm.evaluation.results import read_comparison, read_traces
 from multicolm.files import write_whole
+from multicolm.numbers import check_seed, check_whole
 from multicolm.policy.base import Policy
 from multicolm.policy.resolve import resolve_policy
 from multicolm.scoring.likelihood import Kind, LikelihoodReader
 
-__all__ = ["Likelihoods", "Progress", "evaluate_tasks"]
+__all__ = ["Likelihoods", "Progress", "check_generation", "evaluate_tasks"]
 
 Likelihoods: TypeAlias = Literal["auto", "joint", "routed", "both"]
 """Which log-likelihoods a policy is judged by: the joint ones where it has them and else the
@@ -128,8 +135,13 @@ def evaluate_tasks(
             answered, or ``out`` holds another evaluation.
         CapabilityError: if a policy does not fit the ensemble, or has no such likelihood.
     """
-    _check_numbers(limit, num_fewshot, batch_size)
+    limit = limit if limit is None else check_whole("limit", limit, least=1)
+    if num_fewshot is not None:
+        num_fewshot = check_whole("num_fewshot", num_fewshot, least=0)
+    seed = check_seed(seed)
+    batch_size = check_whole("batch_size", batch_size, least=1)
     named = [p if isinstance(p, NamedPolicy) else named_policy(p) for p in policies]
+    check_generation(gen_kwargs)
     plans = _plans(ensemble, named, alone)
     for plan in plans:
         ensemble.check(plan.checked)
@@ -180,11 +192,22 @@ def evaluate_tasks(
     return results
 
 
-def _check_numbers(limit: int | None, num_fewshot: int | None, batch_size: int) -> None:
-    least = {"limit": (limit, 1), "num_fewshot": (num_fewshot, 0), "batch_size": (batch_size, 1)}
-    for name, (value, at_least) in least.items():
-        if value is not None and value < at_least:
-            raise InputError(f"{name} must be {at_least} or more, got {value}.")
+def check_generation(gen_kwargs: Mapping[str, Any] | None) -> None:
+    """Refuse settings of a generation now, and not when others have been answered for hours.
+
+    Raises:
+        ConfigError: if the harness is not installed.
+        InputError: naming the setting.
+    """
+    if not gen_kwargs:
+        return
+    try:
+        from multicolm.evaluation.harness_model import generation_settings
+    except ImportError as error:
+        raise ConfigError(
+            "tasks of the lm-evaluation-harness need lm-eval: pip install 'multicolm[eval]'."
+        ) from error
+    generation_settings(gen_kwargs)
 
 
 def _check_unit(unit: Unit, confirm_run_unsafe_code: bool) -> None:

@@ -17,6 +17,7 @@ answers for that model's folder, but for these:
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -31,14 +32,16 @@ from multicolm.decoding.prompts import encode_prompt
 from multicolm.decoding.threads import torch_threads
 from multicolm.ensemble import Ensemble, PolicySource
 from multicolm.errors import InputError
+from multicolm.numbers import as_python, check_number, check_whole
 from multicolm.scoring.likelihood import Kind, Likelihood, LikelihoodReader, Passage
 from multicolm.types import Message, Prompt, finite
 
-__all__ = ["EnsembleLM", "Kept"]
+__all__ = ["EnsembleLM", "Kept", "generation_settings"]
 
 # Requests whose texts are read before they are kept and progress is told; fewer if they are long.
 _CHUNK = 128
 _CHUNK_PASSES = 4
+_LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 _LONGEST_ANSWER = 256  # tokens, of tasks that do not say; as the harness's other models have it
 
 # What other settings have to be, for then they change nothing.
@@ -219,7 +222,7 @@ class EnsembleLM(LM):  # type: ignore[misc]
             groups.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(number)
         times: Counter[str] = Counter()
         for group, numbers in groups.items():
-            settings = _settings(json.loads(group))
+            settings = generation_settings(json.loads(group))
             # Of kept ones too: what is cut is counted, and what is asked again is drawn anew.
             prompts, seeds = {}, {}
             for i in numbers:
@@ -335,13 +338,55 @@ def _keys(kind: str, requests: Sequence[Any]) -> Iterator[str]:
         times[digest] += 1
 
 
-def _settings(given: Mapping[str, Any]) -> dict[str, Any]:
+def _checked(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings whose values are what the harness takes them for; nothing is ``None``.
+
+    Raises:
+        InputError: naming the setting and its value.
+    """
+    checked: dict[str, Any] = {}
+    for name, value in as_python(dict(given)).items():
+        if value is None or value in ("None", "none"):
+            continue  # as the harness's own command line has it
+        if name in _LENGTHS:
+            value = check_whole(name, _number(value), least=1)
+        elif name == "temperature":
+            value = check_number(name, _number(value), least=0)
+        elif name == "top_k":
+            value = check_whole(name, _number(value), least=-1)  # -1 and 0: all tokens
+        elif name == "top_p":
+            value = check_number(name, _number(value), above=0, most=1)
+        elif name == "do_sample" and not isinstance(value, bool):
+            raise InputError(f"do_sample must be true or false, got {value!r}.")
+        elif name == "until" and not _is_texts(value):
+            raise InputError(f"until must be a text or a list of texts, got {value!r}.")
+        checked[name] = value
+    return checked
+
+
+def _number(value: Any) -> Any:
+    """A number that was written as text in a task's file."""
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            number = float(value)
+            return int(number) if number.is_integer() else number
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value
+
+
+def _is_texts(value: Any) -> bool:
+    texts = value if isinstance(value, list | tuple) else [value]
+    return all(isinstance(text, str) for text in texts)
+
+
+def generation_settings(given: Mapping[str, Any]) -> dict[str, Any]:
     """The harness's settings of a generation as those of :meth:`Ensemble.generate`.
 
     Raises:
-        InputError: if one of them is not known here.
+        InputError: if one of them is not known here, or its value is none that it can have.
     """
-    known = dict(normalize_gen_kwargs(dict(given), _LONGEST_ANSWER))
+    known = dict(normalize_gen_kwargs(_checked(given), _LONGEST_ANSWER))
     stop = known.pop("until", None) or []
     settings: dict[str, Any] = {
         "max_new_tokens": known.pop("max_gen_toks"),
@@ -349,10 +394,11 @@ def _settings(given: Mapping[str, Any]) -> dict[str, Any]:
         "stop": [text for text in ([stop] if isinstance(stop, str) else stop) if text],
     }
     known.pop("do_sample", None)
-    if (top_k := known.pop("top_k", None)) and settings["temperature"]:
-        settings["top_k"] = int(top_k)
-    if (top_p := known.pop("top_p", None)) is not None and settings["temperature"]:
-        settings["top_p"] = float(top_p)
+    top_k, top_p = known.pop("top_k", 0), known.pop("top_p", None)
+    if settings["temperature"] and top_k > 0:
+        settings["top_k"] = top_k
+    if settings["temperature"] and top_p is not None:
+        settings["top_p"] = top_p
     strange = [key for key, value in known.items() if _NEUTRAL.get(key, ...) != value]
     if strange:
         raise InputError(

@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
+from multicolm.records import text_lines
+
 __all__ = [
     "QUESTION_ORACLE",
     "TOKEN_ORACLE",
@@ -256,5 +258,5 @@ def read_comparison(folder: Path) -> Comparison:
 
 def read_traces(folder: Path) -> list[TracedAnswer]:
     """What ``traces.jsonl`` of a folder holds."""
-    lines = (folder / "traces.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = text_lines((folder / "traces.jsonl").read_text(encoding="utf-8"))
     return [TracedAnswer.from_json(json.loads(line)) for line in lines]

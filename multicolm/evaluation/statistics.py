@@ -176,7 +176,7 @@ def _resampling(n: int, seed: int) -> dict[str, Any]:
     return {
         "n_resamples": _N_RESAMPLES,
         "batch": max(1, _DRAWN_AT_A_TIME // n),
-        "rng": np.random.default_rng(seed),
+        "rng": np.random.default_rng(seed % 2**64),  # NumPy takes no negative seed
     }
 
 

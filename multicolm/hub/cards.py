@@ -14,6 +14,7 @@ from multicolm.config import EnsembleConfig, ModelConfig, load_model_file
 from multicolm.errors import ArtefactError
 from multicolm.evaluation.results import read_comparison
 from multicolm.evaluation.table import as_markdown
+from multicolm.records import text_lines
 from multicolm.scoring.store import Index
 
 __all__ = ["ensemble_card", "scores_card"]
@@ -93,7 +94,7 @@ def _figures(results: Path | None) -> str:
             f"{results} holds no comparison whose table a card could show ({error}); make one with "
             "`multicolm compare ... --out FOLDER`."
         ) from error
-    lines = [f"##{line}" if line.startswith("#") else line for line in text.splitlines()]
+    lines = [f"##{line}" if line.startswith("#") else line for line in text_lines(text)]
     return "\n".join(["## Figures", "", *lines, ""])
 
 

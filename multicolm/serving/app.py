@@ -22,12 +22,12 @@ from multicolm.errors import (
     BusyError,
     ClosedError,
     ConfigError,
-    InputError,
     ModelError,
     MulticolmError,
     PolicyError,
     ServerError,
 )
+from multicolm.numbers import check_number, check_whole
 from multicolm.policy.base import Policy
 from multicolm.serving.asked import MOST_ALTERNATIVES, ChatAsked, CompletionAsked, Refusal, read
 from multicolm.serving.engine import Begun, Ended, Engine, Event, Failed, Grown, Order, Ticket
@@ -62,11 +62,10 @@ class Limits:
     body_seconds: float = 30.0
 
     def __post_init__(self) -> None:
-        if self.max_body < 1 or self.max_new_tokens < 1:
-            raise InputError(
-                f"max_body and max_new_tokens must be 1 or more, got {self.max_body} and "
-                f"{self.max_new_tokens}."
-            )
+        for name in ("max_body", "max_new_tokens"):
+            check_whole(name, getattr(self, name), least=1)
+        for name in ("head_seconds", "body_seconds"):
+            check_number(name, getattr(self, name), above=0)
 
 
 class _Denied(Exception):

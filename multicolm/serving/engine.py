@@ -31,6 +31,7 @@ from multicolm.errors import (
     MulticolmError,
 )
 from multicolm.live import Live
+from multicolm.numbers import check_whole
 from multicolm.serving.menu import Choice
 from multicolm.serving.passes import SharedSlots
 from multicolm.types import MIXTURE, Answer, Piece, Prompt, TracedToken, Usage
@@ -207,11 +208,8 @@ class Engine:
         max_waiting: int = 64,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        if max_concurrent < 1 or max_waiting < 0:
-            raise InputError(
-                "max_concurrent must be 1 or more and max_waiting 0 or more, got "
-                f"{max_concurrent} and {max_waiting}."
-            )
+        max_concurrent = check_whole("max_concurrent", max_concurrent, least=1)
+        max_waiting = check_whole("max_waiting", max_waiting, least=0)
         self.ensemble = ensemble
         self.max_concurrent = max_concurrent
         self.max_waiting = max_waiting

@@ -16,6 +16,8 @@ import uvicorn
 
 from multicolm.ensemble import Ensemble
 from multicolm.errors import InputError
+from multicolm.keys import check_key
+from multicolm.numbers import check_number, check_whole
 from multicolm.serving.app import Limits, create_app
 from multicolm.serving.connection import connections
 from multicolm.serving.engine import Closing, Engine
@@ -50,6 +52,14 @@ class Settings:
     max_concurrent: int = 16
     max_waiting: int = 64
     grace: float = 10.0
+
+    def __post_init__(self) -> None:
+        if self.api_key is not None:
+            check_key(self.api_key, "api_key", "give None to let anybody ask")
+        check_whole("port", self.port, least=0, below=65536)
+        check_whole("max_concurrent", self.max_concurrent, least=1)
+        check_whole("max_waiting", self.max_waiting, least=0)
+        check_number("grace", self.grace, least=0, most=86_400)
 
 
 class Server:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from multicolm.records import text_lines
 from multicolm.tiny.world import KINDS, Kind, Question, World, is_right
 
 TOGETHER: Final = ("generalist", "facts", "math")
@@ -81,7 +82,7 @@ def load(folder: Path) -> Loaded:
 
 def read_records(file: Path) -> list[dict[str, str]]:
     """The lines of a question file."""
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in text_lines(file.read_text(encoding="utf-8"))]
 
 
 @torch.no_grad()

@@ -5,11 +5,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import pytest
 
 from multicolm.backend.identity import identity_of_file
-from multicolm.backend.llama_cpp.library import library
+from multicolm.backend.llama_cpp.library import Weights, _log_callback, library
 from multicolm.config import EnsembleConfig, ModelConfig, parse_ensemble, validate
 from multicolm.ensemble import load
 from multicolm.errors import ConfigError, ModelError, UnknownNameError
@@ -48,6 +50,54 @@ def test_a_missing_extra_is_one_sentence_with_the_command(
 ) -> None:
     with pytest.raises(ModelError, match=r"pip install 'multicolm\[llama-cpp\]'\.$"):
         load(parsed("model: model.gguf", gguf.parent))
+
+
+class FakeLibrary:
+    """llama.cpp as far as a file that it refuses goes: its log, in ggml's levels."""
+
+    LOG: ClassVar[list[tuple[int, bytes]]] = [
+        (2, b"llama_model_loader: an INFO line\n"),
+        (3, b"a WARN line\n"),
+        (4, b"gguf_init_from_file: invalid magic "),
+        (5, b"characters: 'vers'\n"),
+        (1, b"a DEBUG line\n"),
+        (4, b"failed to load model\n"),
+        (2, b"an INFO line"),
+        (5, b" that goes on\n"),
+    ]
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "llama_log_callback":
+            return lambda function: function
+        if name == "llama_model_default_params":
+            return lambda: SimpleNamespace()
+        return lambda *_: None
+
+    def llama_log_set(self, keep: Any, _: Any) -> None:
+        self.keep = keep
+
+    def llama_model_load_from_file(self, *_: Any) -> None:
+        for level, text in self.LOG:
+            self.keep(level, text, None)
+
+
+def test_what_llama_cpp_says_of_a_file_that_it_refuses_is_what_the_user_reads(
+    gguf: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for cached in (library, _log_callback):
+        cached.cache_clear()
+    monkeypatch.setitem(sys.modules, "llama_cpp", FakeLibrary())  # type: ignore[arg-type]
+    try:
+        with pytest.raises(ModelError) as caught:
+            Weights("a", gguf)
+    finally:
+        for cached in (library, _log_callback):
+            cached.cache_clear()
+    assert (
+        f"llama.cpp cannot load {gguf}: gguf_init_from_file: invalid magic characters: 'vers'; "
+        "failed to load model. Is it a whole GGUF file"
+    ) in str(caught.value)
+    assert "INFO" not in str(caught.value) and "WARN" not in str(caught.value)
 
 
 def test_the_backend_is_known_and_shows_what_a_policy_may_ask_of_it() -> None:

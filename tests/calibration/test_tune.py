@@ -290,7 +290,7 @@ policies._classes.pop("never-scored")  # No other test is to find it.
         (ConfidencePolicy(), {"budget": -1.0, "unit": "cost"}, InputError, "0 or more, got -1"),
         (ConfidencePolicy(), {"budget": float("inf"), "unit": "cost"}, InputError, "got inf"),
         (ConfidencePolicy(), {"limit": 0}, InputError, "limit must be 1 or more, got 0"),
-        (ConfidencePolicy(), {"seed": -1}, InputError, "seed must be 0 or more, got -1"),
+        (ConfidencePolicy(), {"seed": 1.5}, InputError, "seed must be a whole number, got 1.5"),
         (ConfidencePolicy(), {"tasks": []}, InputError, "no task to tune on"),
         (ConfidencePolicy(), {"grid": {"threshold": []}}, InputError, "'threshold' needs"),
         (ConfidencePolicy(), {"grid": {"threshold": [float("inf")]}}, InputError, "finite"),

@@ -187,6 +187,21 @@ def test_a_file_of_prompts_that_cannot_be_read_gets_one_sentence(
     assert str(caught.value) == said.replace("FILE", str(file))
 
 
+# What `str.splitlines` cuts at besides line feeds; JSON and texts hold them as they are.
+OTHER_BREAKS = "\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029"
+
+
+def test_a_line_of_prompts_ends_at_a_line_feed_and_nowhere_else(tmp_path) -> None:
+    wanted = [f"a{mark}b" for mark in OTHER_BREAKS]
+    texts, lines = tmp_path / "p.txt", tmp_path / "p.jsonl"
+    texts.write_bytes("\r\n".join([*wanted, ""]).encode())
+    lines.write_text(
+        "\n".join(json.dumps({"prompt": text}, ensure_ascii=False) for text in wanted),
+        encoding="utf-8",
+    )
+    assert read_prompts(str(texts)) == read_prompts(str(lines)) == wanted
+
+
 def test_a_text_that_looks_like_code_is_a_prompt(tmp_path) -> None:
     file = tmp_path / "p.txt"
     file.write_text('{"a": 1}\n{ not json\n')
@@ -204,7 +219,7 @@ def test_a_text_that_looks_like_code_is_a_prompt(tmp_path) -> None:
             "--set alpha=[1: the value cannot be read as YAML."),
         (["tiny", "x", "--set", "alpa=1"], 2,
             "cosd-rule: alpa: unknown key 'alpa'. Did you mean 'alpha'? Allowed: alpha, beta."),
-        (["tiny", "x", "--temperature", "-1"], 2, "temperature: must be 0 or more, got -1.0."),
+        (["tiny", "x", "--temperature", "-1"], 2, "temperature must be 0 or more, got -1."),
         (["tiny", "x", "--batch-size", "0"], 2, "batch_size must be 1 or more, got 0."),
         (["tiny", "x", "--policy", "single", "--set", "model=9"], 1,
             "there is no model 9: this ensemble has 3 (0 generalist, 1 facts, 2 math)."),

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from fake_results import fake_comparison, fake_traces
@@ -20,6 +21,7 @@ import multicolm
 from multicolm import Ensemble
 from multicolm.backend.transformers import TransformersModel
 from multicolm.cli import main
+from multicolm.cli.eval import _generation
 from multicolm.errors import (
     CapabilityError,
     ConfigError,
@@ -31,6 +33,8 @@ from multicolm.evaluation.harness_results import HarnessFigure, read_harness_res
 from multicolm.evaluation.report import write_report
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed")
+
+from multicolm.evaluation.harness_model import generation_settings
 
 ROOT = Path(__file__).parents[2]
 MODELS = ("generalist", "facts", "math")
@@ -412,6 +416,21 @@ def test_a_missing_extra_gets_the_command_that_installs_it(
     ("arguments", "error", "complaint"),
     [
         ({"limit": 0}, InputError, "limit must be 1 or more, got 0"),
+        ({"seed": 2**63}, InputError, "seed must be less than 9223372036854775808, got"),
+        ({"batch_size": 0}, InputError, "batch_size must be 1 or more, got 0"),
+        (
+            {"gen_kwargs": {"max_gen_toks": "abc"}},
+            InputError,
+            "max_gen_toks must be a whole number",
+        ),
+        ({"gen_kwargs": {"max_tokens": 0}}, InputError, "max_tokens must be 1 or more, got 0"),
+        ({"gen_kwargs": {"temperature": "hot"}}, InputError, "temperature must be a finite number"),
+        ({"gen_kwargs": {"temperature": -1}}, InputError, "temperature must be 0 or more, got -1"),
+        ({"gen_kwargs": {"top_p": 1.5}}, InputError, "top_p must be at most 1, got 1.5"),
+        ({"gen_kwargs": {"top_k": 1.5}}, InputError, "top_k must be a whole number"),
+        ({"gen_kwargs": {"do_sample": "maybe"}}, InputError, "do_sample must be true or false"),
+        ({"gen_kwargs": {"until": [1]}}, InputError, "until must be a text or a list of texts"),
+        ({"gen_kwargs": {"num_beams": 4}}, InputError, "asks for num_beams = 4"),
         ({"num_fewshot": -1}, InputError, "num_fewshot must be 0 or more, got -1"),
         ({"policies": ["average", "average"]}, InputError, "two rows of the table are called"),
         ({"policies": [], "alone": False}, InputError, "there is nothing to judge"),
@@ -435,6 +454,43 @@ def test_what_cannot_be_done_is_refused_before_any_model_runs(
     }
     with pytest.raises(error, match=complaint):
         evaluate_tasks(tiny, given.pop("policies"), given.pop("tasks"), **given)
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ({}, {"max_new_tokens": 256, "temperature": 0.0, "stop": []}),
+        ({"do_sample": False, "temperature": 0.7}, {"temperature": 0.0}),
+        ({"max_gen_toks": "64", "temperature": "0.5"}, {"max_new_tokens": 64, "temperature": 0.5}),
+        ({"max_tokens": np.int64(8), "top_k": -1}, {"max_new_tokens": 8}),
+        ({"temperature": 1, "top_k": 4, "top_p": "0.5"}, {"top_k": 4, "top_p": 0.5}),
+        ({"until": ["a", ""], "top_k": None, "top_p": "None"}, {"stop": ["a"]}),
+        ({"repetition_penalty": 1, "min_p": 0, "num_beams": 1}, {"temperature": 0.0}),
+    ],
+)
+def test_settings_of_the_harness_are_those_of_generate(
+    given: dict[str, Any], wanted: dict[str, Any]
+) -> None:
+    found = generation_settings(given)
+    assert {name: found[name] for name in wanted} == wanted
+    assert set(found) <= {"max_new_tokens", "temperature", "stop"} | set(wanted)
+
+
+@pytest.mark.parametrize(
+    ("pairs", "wanted"),
+    [
+        (("temperature=0,do_sample=false",), {"temperature": 0, "do_sample": False}),
+        (("max_gen_toks=8, top_p=1", "top_k=3"), {"max_gen_toks": 8, "top_p": 1, "top_k": 3}),
+        (('until=["a, b=c", "d"]',), {"until": ["a, b=c", "d"]}),
+        (('until=["a"],temperature=0',), {"until": ["a"], "temperature": 0}),
+        (("until=a,b",), {"until": "a,b"}),
+        (('until="a,b=c"',), {"until": "a,b=c"}),
+    ],
+)  # fmt: skip
+def test_gen_kwargs_are_written_one_by_one_or_in_the_harness_own_form(
+    pairs: tuple[str, ...], wanted: dict[str, Any]
+) -> None:
+    assert _generation(pairs) == wanted
 
 
 def test_what_goes_wrong_in_a_row_says_where(tiny: Ensemble, tmp_path: Path) -> None:

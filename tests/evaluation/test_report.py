@@ -54,6 +54,7 @@ def test_what_was_written_is_read_again(tmp_path: Path) -> None:
     comparison = fake_comparison()
     # Two halves of one character come back as the character.
     traces = [answer for answer in fake_traces() if answer.question != "odd-surrogate"]
+    traces[0] = replace(traces[0], question="a line\u2028that no line feed\x85ends")
     write_report(comparison, traces, tmp_path)
     assert read_comparison(tmp_path) == comparison
     assert list(read_traces(tmp_path)) == traces

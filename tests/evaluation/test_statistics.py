@@ -250,3 +250,12 @@ def test_an_interval_needs_values_and_a_level() -> None:
             mean_interval([1], seed=0, level=level)
         with pytest.raises(ValueError, match="a level"):
             paired_interval([1], [0], seed=0, level=level)
+
+
+def test_a_negative_seed_is_a_seed_like_any_other() -> None:
+    values = [0.1, 0.7, 0.4, 0.9, 0.3]
+    for seed in (-1, -(2**63), 2**63 - 1):
+        low, high = mean_interval(values, seed=seed)
+        assert 0 <= low < high <= 1
+        assert (low, high) == mean_interval(values, seed=seed)
+    assert mean_interval(values, seed=-1) != mean_interval(values, seed=1)

@@ -162,8 +162,10 @@ def test_a_port_that_is_taken_is_named(capsys: pytest.CaptureFixture[str]) -> No
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--api-key", ""], "the API key is empty"),
-        (["--grace", "-1"], "--grace must be 0 seconds or more"),
+        (["--api-key", ""], "--api-key is empty; set it to the key, or leave it out"),
+        (["--api-key", " "], "--api-key is empty"),
+        (["--api-key", "a b"], "--api-key holds what is no key"),
+        (["--grace", "-1"], "grace must be 0 or more, got -1"),
         (["--max-new-tokens", "0"], "must be 1 or more"),
         (["--allow-policy", "nope"], "unknown policy 'nope'"),
         (["--max-concurrent", "0"], "max_concurrent must be 1 or more"),

@@ -20,7 +20,8 @@ from multicolm.errors import ModelError
 __all__ = ["Weights", "library", "recent_errors"]
 
 _LOGGER = logging.getLogger(__name__)
-_ERROR, _CONTINUES = 3, 5  # ggml's levels
+# ggml.h: NONE 0, DEBUG 1, INFO 2, WARN 3, ERROR 4, CONT 5, the rest of the line before.
+_ERROR, _CONTINUES = 4, 5
 _errors: deque[str] = deque(maxlen=4)
 
 
@@ -46,14 +47,17 @@ def library() -> Any:
 @lru_cache(maxsize=1)
 def _log_callback(lib: Any) -> Any:
     """Where the library's lines go; kept for ever, since C holds no reference to it."""
+    last = 0
 
     def keep(level: int, text: bytes, _: object) -> None:
+        nonlocal last
+        goes_on, last = level == _CONTINUES, last if level == _CONTINUES else level
         line = text.decode("utf-8", "replace").strip()
         if not line:
             return
-        if level == _ERROR:
-            _errors.append(line)
-        elif level != _CONTINUES:
+        if last == _ERROR:
+            _errors.append(f"{_errors.pop()} {line}" if goes_on and _errors else line)
+        else:
             _LOGGER.debug("%s", line)
 
     return lib.llama_log_callback(keep)

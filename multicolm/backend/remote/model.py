@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import time
 from collections.abc import Callable
 from typing import ClassVar
@@ -15,12 +14,11 @@ from multicolm.backend.remote.session import RemoteSession
 from multicolm.backend.remote.written import Writing
 from multicolm.config import ModelConfig
 from multicolm.errors import ConfigError
+from multicolm.keys import check_key
 from multicolm.tokenizer.base import TokenizerAdapter
 from multicolm.types import Signal
 
 __all__ = ["LlamaCppServerModel", "OpenAIModel", "RemoteModel", "SglangModel", "VllmModel"]
-
-_KEY = re.compile(r"[!-~]+")
 
 
 class RemoteModel(Model):
@@ -172,17 +170,9 @@ class OpenAIModel(RemoteModel):
 def _api_key(name: str, variable: str | None) -> str | None:
     if variable is None:
         return None
+    where = f"models.{name}.api_key_env: the environment variable {variable}"
     key = os.environ.get(variable)
-    if not key:
-        raise ConfigError(
-            f"models.{name}.api_key_env: the environment variable {variable} is not set; set it to "
-            "the server's key."
-        )
+    if key is None:
+        raise ConfigError(f"{where} is not set; set it to the server's key.")
     # Whoever complains about a header shows it: it must not come to that.
-    if not _KEY.fullmatch(key):
-        raise ConfigError(
-            f"models.{name}.api_key_env: the environment variable {variable} holds what is no key: "
-            "it has a blank, a line break or a character that is not ASCII in it; set it to the "
-            "key alone."
-        )
-    return key
+    return check_key(key, where, "leave `api_key_env` out if the server asks for none")

@@ -28,6 +28,7 @@ except ImportError as error:
     ) from error
 
 from multicolm.backend.remote.service import Service
+from multicolm.keys import check_key
 
 __all__ = ["Server"]
 
@@ -86,6 +87,8 @@ class Server(Service):
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         super().__init__(url.rstrip("/").removesuffix("/v1").rstrip("/"), model)
+        if api_key is not None:
+            check_key(api_key, f"model '{model}': api_key", "give None if it asks for none")
         self._timeout = timeout
         self._retries = retries
         self._sleep = sleep
@@ -97,7 +100,7 @@ class Server(Service):
         self._doubting, self._checking = threading.Lock(), threading.Lock()
         self._own = _OfThread()
         self._client = httpx.Client(
-            headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
+            headers={} if api_key is None else {"Authorization": f"Bearer {api_key}"},
             timeout=httpx.Timeout(timeout, connect=connect_timeout),
             # A proxy cannot reach this machine's own servers.
             trust_env=httpx.URL(self.url).host not in _LOOPBACK,
