@@ -28,27 +28,61 @@ _MOST_TEXTS = 128
 MOST_ALTERNATIVES = 20  # to each token, as OpenAI and vLLM have it
 _MOST_STOPS = 16  # each is looked for behind every token, in the thread that writes for all
 
+_HARMLESS = frozenset(
+    {
+        *("metadata", "prompt_cache_key", "prompt_cache_retention", "safety_identifier"),
+        *("service_tier", "user"),
+        *("cache_prompt", "request_id"),  # llama.cpp's and vLLM's
+    }
+)
+"""Fields that are for the client's own books, or for a server's speed: they change no text."""
+
 _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "add_generation_prompt": ((True,), "a chat is answered, not gone on with"),
     "audio": ((), "this server writes text only"),
+    "bad_words": (([],), "tokens cannot be ruled out"),
     "best_of": ((1,), "ask for n texts, and choose"),
+    "continue_final_message": ((False,), "a chat is answered, not gone on with"),
+    "dry_multiplier": ((0,), "only 0 is served"),
+    "dynatemp_range": ((0,), "only 0 is served"),
     "echo": ((False,), "the prompt is not read back"),
     "frequency_penalty": ((0,), "only 0 is served"),
     "function_call": (("none",), "functions are not served"),
     "functions": (([],), "functions are not served"),
+    "ignore_eos": ((False,), "a text ends where its writer ends it"),
+    "include_stop_str_in_output": ((False,), "a stop is no part of the text"),
+    "length_penalty": ((1,), "only 1 is served"),
     "logit_bias": (({},), "tokens cannot be biased"),
+    "min_p": ((0,), "only 0 is served"),
+    "min_tokens": ((0,), "a text ends where its writer ends it"),
+    "mirostat": ((0,), "only 0 is served"),
     "modalities": ((["text"],), "this server writes text only"),
-    "parallel_tool_calls": ((), "tools are not served"),
+    "num_beams": ((1,), "texts are drawn, not searched for"),
+    "parallel_tool_calls": ((True, False), "tools are not served"),
     "prediction": ((), "predicted outputs are not served"),
     "presence_penalty": ((0,), "only 0 is served"),
-    "reasoning_effort": ((), "it has no meaning for these models"),
+    "prompt_logprobs": ((), "the prompt is not read back"),
+    "reasoning_effort": (("none",), "it has no meaning for these models"),
+    "repeat_penalty": ((1,), "only 1 is served"),
+    "repetition_penalty": ((1,), "only 1 is served"),
     "response_format": (({"type": "text"},), "only plain text is served"),
+    "skip_special_tokens": ((True,), "special tokens are no text"),
+    "stop_token_ids": (([],), "stop at texts instead"),
     "store": ((False,), "nothing is stored"),
     "suffix": (("",), "texts cannot be filled in"),
     "tool_choice": (("none",), "tools are not served"),
     "tools": (([],), "tools are not served"),
+    "typical_p": ((1,), "only 1 is served"),
+    "use_beam_search": ((False,), "texts are drawn, not searched for"),
     "web_search_options": ((), "there is no search"),
+    "xtc_probability": ((0,), "only 0 is served"),
 }
-"""Fields of OpenAI's that are not served: the values that ask for nothing, and why not others."""
+"""Fields of OpenAI's, vLLM's and llama.cpp's that are not served: the values with which they change
+nothing, and why not others."""
+
+_HARMLESS_IN_TURNS = frozenset({"annotations", "name"})
+_NOTHING_IN_TURNS: dict[str, Any] = {"refusal": "", "tool_calls": []}
+"""Fields of a message with what says nothing in them, as clients hand back earlier answers."""
 
 
 _PROMPTS = (
@@ -105,9 +139,8 @@ class _Asked(Strict):
     stop: str | list[str] | None = None
     temperature: float | None = None
     top_p: float | None = None
-    top_k: int | None = None
+    top_k: int | None = Field(default=None, ge=-1)  # -1 and 0: all tokens
     max_tokens: int | None = None
-    user: str | None = None  # who asks, in the client's own books: it changes nothing
     multicolm: Extension = Field(default_factory=Extension)
 
     def prompts(self) -> list[Prompt]:
@@ -144,7 +177,10 @@ class _Asked(Strict):
             raise Refusal(
                 f"{field} must be 1 to {most} on this server, got {wanted}; ask for less.", field
             )
-        for name in ("temperature", "top_p", "top_k", "stop"):
+        top_k = self.top_k
+        if top_k in (-1, 0):
+            own, top_k = own.model_copy(update={"top_k": None}), None
+        for name in ("temperature", "top_p", "stop"):
             value = getattr(self, name)
             try:
                 own.updated({name: value})
@@ -155,7 +191,7 @@ class _Asked(Strict):
                 "max_new_tokens": min(own.max_new_tokens, most) if wanted is None else wanted,
                 "temperature": self.temperature,
                 "top_p": self.top_p,
-                "top_k": self.top_k,
+                "top_k": top_k,
                 "stop": self.stop,
                 "top_logprobs": self.alternatives[1],
             }
@@ -245,6 +281,8 @@ class _Field:
         """Whether it asks for something that is not served."""
         if self.name not in _REFUSED:
             return False
+        if self.name == "logit_bias" and isinstance(self.value, Mapping):
+            return not all(_same(bias, 0) for bias in self.value.values())
         return not any(_same(self.value, neutral) for neutral in _REFUSED[self.name][0])
 
 
@@ -263,13 +301,17 @@ def read(body: bytes, schema: type[A]) -> A:
     data = _parsed(body)
     if not isinstance(data, Mapping):
         raise Refusal("the body must be a JSON object with `model` and what it is to answer.")
-    given = {name: value for name, value in data.items() if value is not None}
+    given = {
+        name: value for name, value in data.items() if value is not None and name not in _HARMLESS
+    }
+    if _same(given.get("best_of"), given.get("n", 1)):
+        given.pop("best_of", None)  # of as many texts as are wanted, all are the best
     for field in (_Field(name, value) for name, value in given.items()):
         if field.is_refused:
             why = _REFUSED[field.name][1]
             raise Refusal(f"'{field.name}' is not supported: {why}.", field.name)
         if field.name == "messages":
-            given["messages"] = _without_nulls(field.value)
+            given["messages"] = _without_nothing(field.value)
     given = {name: value for name, value in given.items() if name not in _REFUSED}
     asked, problems = check(schema, given)
     if asked is None:
@@ -311,16 +353,22 @@ def _parsed(body: bytes) -> Any:
     return data
 
 
-def _without_nulls(messages: Any) -> Any:
-    """Messages as clients hand them back: what they did not get is null in them."""
+def _without_nothing(messages: Any) -> Any:
+    """Messages as clients hand them back, without what says nothing in them."""
     if not isinstance(messages, Sequence) or isinstance(messages, str):
         return messages
     return [
-        {name: value for name, value in turn.items() if value is not None}
+        {name: value for name, value in turn.items() if not _says_nothing(name, value)}
         if isinstance(turn, Mapping)
         else turn
         for turn in messages
     ]
+
+
+def _says_nothing(name: str, value: Any) -> bool:
+    if value is None or name in _HARMLESS_IN_TURNS:
+        return True
+    return name in _NOTHING_IN_TURNS and bool(value == _NOTHING_IN_TURNS[name])
 
 
 def _check_together(asked: CompletionAsked | ChatAsked) -> None:

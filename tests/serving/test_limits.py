@@ -15,6 +15,7 @@ import pytest
 from serving_worlds import SECONDS, Gate, Reply, ask, running
 
 from multicolm import Ensemble
+from multicolm.config import GenerationConfig
 from multicolm.errors import (
     CapabilityError,
     ConfigError,
@@ -23,6 +24,7 @@ from multicolm.errors import (
     UnknownNameError,
 )
 from multicolm.serving.app import Limits
+from multicolm.serving.asked import ChatAsked, CompletionAsked, Refusal, read
 from multicolm.serving.menu import Menu
 from multicolm.serving.server import Server
 
@@ -55,6 +57,13 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
             "response_format": {"type": "json_object"},
             "modalities": ["text", "audio"],
             "store": True,
+            "min_p": 0.1,
+            "repetition_penalty": 1.1,
+            "min_tokens": 3,
+            "stop_token_ids": [1],
+            "ignore_eos": True,
+            "num_beams": True,
+            "reasoning_effort": "high",
         }.items()
     ),
     (COMPLETIONS, {"logprobs": 21}, "at most 20"),
@@ -67,7 +76,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     (COMPLETIONS, {"temperature": -0.1}, "must be 0 or more"),
     (COMPLETIONS, {"temperature": "hot"}, "must be a number"),
     (COMPLETIONS, {"top_p": 0}, "more than 0"),
-    (COMPLETIONS, {"top_k": 0}, "1 or more"),
+    (COMPLETIONS, {"top_k": -2}, "-1 or more"),
     (COMPLETIONS, {"n": 0}, "1 or more"),
     (COMPLETIONS, {"n": 129}, "at most 128"),
     (COMPLETIONS, {"n": 100}, "more than the 80 that this server has places for"),
@@ -90,6 +99,8 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     (COMPLETIONS, {"stream_options": {"include_usage": True}}, "goes with"),
     (CHAT, {"messages": []}, "must hold 1 or more"),
     (CHAT, {"messages": "hello"}, "must be a list"),
+    (CHAT, {"messages": [{"role": "user", "content": "a", "tool_calls": [{}]}]}, "unknown field"),
+    (CHAT, {"messages": [{"role": "user", "content": "a", "refusal": "no"}]}, "unknown field"),
     (CHAT, {"messages": [{"role": "user"}]}, "'messages.0.content' is missing"),
     (
         CHAT,
@@ -126,6 +137,74 @@ def test_what_is_not_served_is_refused_and_named(
     first = next(iter(fields))
     if first not in ("prompt", "model", "multicolm"):
         assert str(param).startswith(tuple(fields))
+
+
+NOTHING: dict[str, list[Any]] = {
+    "metadata": [{"run": "1"}],
+    "service_tier": ["auto", "priority"],
+    "prompt_cache_key": ["k"],
+    "safety_identifier": ["u"],
+    "user": ["u"],
+    "top_k": [-1, 0],
+    "min_p": [0, 0.0],
+    "repetition_penalty": [1, 1.0],
+    "length_penalty": [1.0],
+    "frequency_penalty": [0, 0.0],
+    "presence_penalty": [0],
+    "logit_bias": [{}, {"5": 0}],
+    "best_of": [1],
+    "n": [1],
+    "tools": [[]],
+    "tool_choice": ["none"],
+    "functions": [[]],
+    "parallel_tool_calls": [True, False],
+    "response_format": [{"type": "text"}],
+    "stop": [[]],
+    "stop_token_ids": [[]],
+    "ignore_eos": [False],
+    "min_tokens": [0],
+    "echo": [False],
+    "store": [False],
+    "use_beam_search": [False],
+    "reasoning_effort": ["none"],
+    "seed": [None],
+}
+"""Values that ask for nothing."""
+
+
+@pytest.mark.parametrize("schema", [CompletionAsked, ChatAsked])
+@pytest.mark.parametrize(("name", "value"), [(n, v) for n, vs in NOTHING.items() for v in vs])
+def test_what_asks_for_nothing_changes_nothing(name: str, value: Any, schema: Any) -> None:
+    turn = {"role": "user", "content": "a"}
+    plain = {"model": "tiny", "prompt": "a"} if schema is CompletionAsked else {
+        "model": "tiny",
+        "messages": [turn],
+    }  # fmt: skip
+    own = GenerationConfig()
+    asked = read(json.dumps({**plain, name: value}).encode(), schema)
+    assert asked.settings(own, 64) == read(json.dumps(plain).encode(), schema).settings(own, 64)
+    assert (asked.prompts(), asked.n) == (["a"] if schema is CompletionAsked else [[turn]], 1)
+
+
+def test_top_k_that_is_off_is_off_where_the_ensemble_has_one() -> None:
+    own = GenerationConfig(top_k=5)
+    for value, wanted in ((None, 5), (-1, None), (0, None), (3, 3)):
+        body = json.dumps({"model": "tiny", "prompt": "a", "top_k": value}).encode()
+        assert read(body, CompletionAsked).settings(own, 64).top_k == wanted
+
+
+def test_as_many_texts_as_are_chosen_from_are_all_of_them() -> None:
+    body: dict[str, Any] = {"model": "tiny", "prompt": "a", "n": 3, "best_of": 3}
+    assert read(json.dumps(body).encode(), CompletionAsked).n == 3
+    with pytest.raises(Refusal, match="'best_of' is not supported: ask for n texts, and choose"):
+        read(json.dumps(body | {"best_of": 4}).encode(), CompletionAsked)
+
+
+def test_a_message_may_say_who_speaks_and_that_no_tools_were_called() -> None:
+    said: dict[str, Any] = {"role": "assistant", "content": "a", "name": "bob", "tool_calls": []}
+    said |= {"annotations": [], "refusal": None, "audio": None, "function_call": None}
+    body = json.dumps({"model": "tiny", "messages": [said]}).encode()
+    assert read(body, ChatAsked).prompts() == [[{"role": "assistant", "content": "a"}]]
 
 
 @pytest.mark.parametrize(
