@@ -332,16 +332,17 @@ class Ensemble:
         return sentences
 
     def _check_prompts(self, policy: Policy) -> None:
-        """Refuse a policy that wants to know what cannot be known of a prompt.
+        """Refuse a policy that wants to know what cannot be known of a prompt or a text.
 
         Raises:
             CapabilityError: naming the policy.
         """
-        states = policy.prompt_states(self.models)
-        if policy.support in ("bytes", "characters") and (states or policy.prompts):
+        reads = policy.prompts or policy.likelihoods or bool(policy.prompt_states(self.models))
+        if policy.support in ("bytes", "characters") and reads:
             raise CapabilityError(
-                f"policy '{policy.name}' reads what models make of the prompt and writes in "
-                f"{policy.support}; such a policy writes in tokens (support shared or union)."
+                f"policy '{policy.name}' reads what models make of the prompt or of the text so "
+                f"far, and writes in {policy.support}; such a policy writes in tokens (support "
+                "shared or union)."
             )
 
     def _check_vocabulary(self, policy: Policy) -> None:
@@ -452,6 +453,7 @@ def _check_signals(policy: Policy, models: ModelNames, shown: Sequence[_Shown]) 
     sentences = []
     for k, its in enumerate(shown):
         wanted = needs.of(k) | ({"hidden"} if k in states else frozenset())
+        wanted |= {"given"} if policy.likelihoods and needs.of(k) else frozenset()
         missing = wanted - implied(its.signals)
         if missing == {"logprobs"} and policy.partial and its.n_likeliest:
             sentences.append(

@@ -348,7 +348,7 @@ class Views:
             views: per model index, what it shows; models that were not looked at are absent.
             n_positions: how many positions every view has.
             context: how to work out ``previous``, ``base_run``, ``place``, ``uniform``,
-                ``greedy``, ``prompt_nats``, ``state``, and ``prompt_hidden`` by
+                ``greedy``, ``prompt_nats``, ``text_nll``, ``state``, and ``prompt_hidden`` by
                 :func:`prompt_hidden_key`.
             drawn: turns logits into the probabilities that tokens are drawn from.
             starts_word: per token of the shared vocabulary, whether it begins a new word.
@@ -487,6 +487,29 @@ class Views:
                 "models by the prompt has to say so with `prompts = True`."
             )
         return self._context["prompt_nats"]()
+
+    @property
+    def text_nll(self) -> Float[Tensor, "positions models"]:
+        """How unlikely each model finds the text so far, in nats, its prompt given.
+
+        Minus the logarithm of the probability of the text's tokens before the position, the
+        model's own tokens where vocabularies differ. Infinite where the model rules the text out;
+        NaN for a model that is not looked at here, or could not go on here (:meth:`is_open`).
+        """
+        if "text_nll" not in self._context:
+            raise PolicyError(
+                "the policy reads 'views.text_nll', which is not there; a policy that weighs "
+                "models by the text has to say so with `likelihoods = True`."
+            )
+        return self._context["text_nll"]()
+
+    @property
+    def prompt_nll(self) -> Float[Tensor, "positions models"]:
+        """How unlikely each model finds the whole prompt, in nats: :attr:`prompt_nats` summed up.
+
+        NaN for a model that the policy does not use.
+        """
+        return self.prompt_nats * self._worked_out("prompt_length")[:, None]
 
     @property
     def state(self) -> Shaped[Tensor, "positions width"]:

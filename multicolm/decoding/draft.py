@@ -126,6 +126,9 @@ class Positions:
             known["prompt_nats"] = lambda: torch.tensor(
                 [row.prompt_nats for row in self.rows], device=device
             )
+            known["prompt_length"] = lambda: torch.tensor(
+                [row.prompt_length for row in self.rows], device=device
+            )
         for of in first.prompt_hidden:
             known[prompt_hidden_key(*of)] = partial(self._prompt_hidden, of)
         if first.state is not None:
@@ -238,6 +241,8 @@ class Draft:
         closed: per model index, positions at which it was found that the model cannot go on.
         candidates: per model index, at the positions that are decided now, tokens that its server
             was asked about besides its likeliest: [positions, n].
+        seen: per position number, the models that the policy sees there; empty if it sees all
+            that were looked at.
     """
 
     positions: Positions
@@ -248,6 +253,7 @@ class Draft:
     foreseen: dict[int, tuple[int, int]] = field(default_factory=dict)
     closed: dict[int, set[int]] = field(default_factory=dict)
     candidates: dict[int, Tensor] = field(default_factory=dict)
+    seen: dict[int, tuple[int, ...]] = field(default_factory=dict)
 
     def goes_on(self, i: int) -> tuple[int, int] | None:
         """Who goes on at position ``i`` if nobody else does, and with which token, if known."""

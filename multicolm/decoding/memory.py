@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from multicolm.decoding.choosing import grouped
 from multicolm.decoding.draft import Draft, Positions
 from multicolm.decoding.row import Row
 from multicolm.decoding.settle import PolicyDesk, Verdict
@@ -54,7 +55,10 @@ class Memory:
         """
         if not self.updates:
             return
-        for which in self._desk.groups(draft, sorted(verdict.tokens)):
+        # What is seen at a place must not depend on what is seen at others.
+        decided = sorted(verdict.tokens)
+        ran = [tuple(k for k, m in draft.shown.items() if m.knows([i])) for i in decided]
+        for which in grouped(decided, ran):
             written = NewTokens(
                 torch.tensor([verdict.tokens[i] for i in which]),
                 torch.tensor([verdict.writers[i] for i in which]),
@@ -96,7 +100,7 @@ class Memory:
             row.state = line
 
     def _narrow(self, positions: Positions, flags: Tensor) -> None:
-        models = self._desk.models
+        models, always = self._desk.models, self._desk.needs.always
         uses = self._policy.uses(models)
         shape = (len(positions), len(models))
         if not isinstance(flags, Tensor) or flags.dtype != torch.bool or flags.shape != shape:
@@ -112,4 +116,9 @@ class Memory:
                 raise PolicyError(
                     f"policy '{self._policy.name}': text_uses() gave a text the models "
                     f"{list(row.models)}; allowed are one or more of those that it uses ({used})."
+                )
+            if 0 in always and 0 not in row.models:
+                raise PolicyError(
+                    f"policy '{self._policy.name}': text_uses() leaves out the base model, which "
+                    "drafts every text as needs() looks at it always; name it under `deferred`."
                 )

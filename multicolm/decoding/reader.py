@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Float, Int
@@ -38,6 +39,38 @@ class _Last:
     def shows(self, hidden: bool) -> bool:
         """Whether that is all that is wanted."""
         return self.hidden is not None or not hidden
+
+
+@dataclass(slots=True)
+class _Tally:
+    """How unlikely a model finds the own tokens of a text, one after another.
+
+    Attributes:
+        n_prompt: how many own tokens the prompt has.
+        nats: per number of own tokens of the text, of all of these together.
+        pending: what the model showed last, and after how many own tokens, prompt included: its
+            logits over its own vocabulary.
+    """
+
+    n_prompt: int
+    nats: list[float] = field(default_factory=lambda: [0.0])
+    pending: tuple[int, Float[Tensor, "own_vocab"]] | None = None
+
+    @property
+    def end(self) -> int:
+        """How many own tokens, prompt included, are scored."""
+        return self.n_prompt + len(self.nats) - 1
+
+    def add(self, place: int, logprob: float) -> None:
+        """Score the own token at a place, unless it is scored already."""
+        if place == self.end:
+            self.nats.append(self.nats[-1] - logprob)
+
+    def cut(self, n_own: int) -> None:
+        """Only the first own tokens are as they were."""
+        del self.nats[max(0, n_own - self.n_prompt) + 1 :]
+        if self.pending is not None and self.pending[0] > n_own:
+            self.pending = None
 
 
 class Reader(ABC):
@@ -122,6 +155,14 @@ class Reader(ABC):
         """
         raise NotImplementedError(f"a {type(self).__name__} scores no drafts")
 
+    def text_nll(self, row: Row, place: int) -> float:
+        """How unlikely the model finds the text before a place that it was just looked at at.
+
+        In nats, its prompt given, over its own tokens. Asked of readers that were made to score
+        the text.
+        """
+        raise NotImplementedError(f"a {type(self).__name__} scores no text")
+
     def is_settled(self, row: Row) -> bool:
         """Whether the model can go on behind what is written, whatever else might follow there."""
         return True
@@ -169,6 +210,7 @@ class TokenReader(Reader):
         vocabulary: what the ensemble writes in.
         session: one of the model's, in which a row's slot is its row.
         clock: current time in seconds.
+        scores: whether it scores the texts, for :meth:`text_nll`.
     """
 
     def __init__(
@@ -178,6 +220,8 @@ class TokenReader(Reader):
         vocabulary: Vocabulary,
         session: Session,
         clock: Callable[[], float],
+        *,
+        scores: bool = False,
     ) -> None:
         self._model = model
         self._index = index
@@ -187,6 +231,8 @@ class TokenReader(Reader):
         self._straight = vocabulary.is_straight(index)
         self._followers: dict[int, Follower] = {}
         self._last: dict[int, _Last] = {}
+        self._scores = scores
+        self._tallies: dict[int, _Tally] = {}
         self.usage = Usage()
 
     def start(self, row: Row) -> None:
@@ -195,6 +241,7 @@ class TokenReader(Reader):
         self._last.pop(row.slot, None)
         prompt = row.prompt_ids[self._index]
         self._followers[row.slot] = self._vocabulary.follow(self._index, prompt)
+        self._tallies[row.slot] = _Tally(len(prompt))
 
     def rollback(self, row: Row, n_tokens: int) -> None:
         """The text keeps its first ``n_tokens`` tokens; what was read behind them is void."""
@@ -239,7 +286,7 @@ class TokenReader(Reader):
         for begin in range(1, len(own), n_at_once):
             part = own[: begin + n_at_once]
             nats -= float(self._own_logprobs([row], [part], [len(part) - begin])[0].double().sum())
-        return nats / max(1, len(row.prompt_ids[0]) - 1)
+        return nats / row.prompt_length
 
     def prompt_hidden(
         self, rows: Sequence[Row], pooling: Collection[Pooling]
@@ -284,10 +331,7 @@ class TokenReader(Reader):
         """Read prompts on, up to ``end`` tokens, and remember what is shown after the last."""
         slots = [row.slot for row in rows]
         fed = [self._followers[slot].own[self._session.lengths[slot] : end] for slot in slots]
-        start = self._clock()
-        look = self._session.feed(slots, fed, n_last, hidden=True)
-        self._model.wait()
-        self._account(rows, fed, self._clock() - start, look)
+        look = self._run(rows, fed, n_last, hidden=True)
         assert look.hidden is not None
         line = -1
         for slot, n in zip(slots, n_last, strict=True):
@@ -295,6 +339,7 @@ class TokenReader(Reader):
             logits = self._vocabulary.logits(self._index, look.logits[line : line + 1])[0]
             n_own = self._session.lengths[slot]
             self._last[slot] = _Last(n_own, logits, look.hidden[line])
+            self._tallies[slot].pending = (n_own, look.logits[line])
         return look.hidden
 
     def draft_nats(self, rows: Sequence[Row]) -> list[tuple[float, int]]:
@@ -337,10 +382,7 @@ class TokenReader(Reader):
             first = min(self._session.lengths[slot], len(tokens) - n - 1)
             self._session.truncate(slot, first)
             fed.append(tokens[first:-1])
-        start = self._clock()
-        look = self._session.feed(slots, fed, n_last)
-        self._model.wait()
-        self._account(rows, fed, self._clock() - start, look)
+        look = self._run(rows, fed, n_last)
         # Columns of a padded head belong to no token.
         logprobs = look.logits[:, : self._model.tokenizer.n_tokens].float().log_softmax(-1)
         gold = torch.tensor([t for ids, n in zip(own, n_last, strict=True) for t in ids[-n:]])
@@ -430,7 +472,7 @@ class TokenReader(Reader):
             Predictions over the ensemble's vocabulary, row after row, by ascending place.
         """
         order = sorted(range(len(rows)), key=lambda i: rows[i].slot)
-        slots, fed, reached, remembered = [], [], [], {}
+        slots, fed, reached, firsts, remembered = [], [], [], [], {}
         for i in order:
             slot = rows[i].slot
             self._follow(rows[i], places[i][-1])
@@ -440,14 +482,18 @@ class TokenReader(Reader):
             if known is not None and reach == [known.n_own] and known.shows(hidden):
                 remembered[i] = known
                 continue
+            first = self._first_to_score(rows[i], reach[0]) if self._scores else reach[0]
             # The prediction at the end of a text that was cut has to be made once more.
-            if self._session.lengths[slot] >= reach[0]:
-                self._session.truncate(slot, reach[0] - 1)
+            if self._session.lengths[slot] >= first:
+                self._session.truncate(slot, first - 1)
             slots.append(slot)
             fed.append(self._followers[slot].own[self._session.lengths[slot] : reach[-1]])
             reached.append(reach)
+            firsts.append(first)
         asked = [i for i in order if i not in remembered]
-        look = self._feed([rows[i] for i in asked], slots, fed, reached, hidden) if asked else None
+        look = None
+        if asked:
+            look = self._feed([rows[i] for i in asked], slots, fed, reached, firsts, hidden)
         return _arrange(look, len(rows), asked, reached, remembered)
 
     def _feed(
@@ -456,14 +502,20 @@ class TokenReader(Reader):
         slots: Sequence[int],
         fed: Sequence[Sequence[int]],
         reached: Sequence[Sequence[int]],
+        firsts: Sequence[int],
         hidden: bool,
     ) -> Look:
         """Run the model, and remember what it shows at the last place of each row."""
-        start = self._clock()
-        n_last = [reach[-1] - reach[0] + 1 for reach in reached]
-        look = self._session.feed(slots, fed, n_last, hidden=hidden)
-        self._model.wait()
-        self._account(rows, fed, self._clock() - start, look)
+        n_last = [r[-1] - first + 1 for r, first in zip(reached, firsts, strict=True)]
+        look = self._run(rows, fed, n_last, hidden=hidden)
+        if self._scores:
+            for row, first, logits in zip(
+                rows, firsts, torch.split(look.logits, n_last), strict=True
+            ):
+                self._tally(row, first, logits)
+            n_early = [reach[0] - first for reach, first in zip(reached, firsts, strict=True)]
+            look = _without_early(look, n_last, n_early)
+            n_last = [n - early for n, early in zip(n_last, n_early, strict=True)]
         look = replace(look, logits=self._vocabulary.logits(self._index, look.logits))
         if not self._vocabulary.is_shared:
             line = -1
@@ -476,6 +528,60 @@ class TokenReader(Reader):
                 self._last.pop(slot, None)
         return look
 
+    def _run(
+        self,
+        rows: Sequence[Row],
+        fed: Sequence[Sequence[int]],
+        n_last: Sequence[int],
+        *,
+        hidden: bool = False,
+    ) -> Look:
+        """One pass of the model, in its own vocabulary; ``rows`` by ascending slot."""
+        start = self._clock()
+        look = self._session.feed([row.slot for row in rows], fed, n_last, hidden=hidden)
+        self._model.wait()
+        self._account(rows, fed, self._clock() - start, look)
+        return look
+
+    def text_nll(self, row: Row, place: int) -> float:
+        """How unlikely the model finds the text before a place that it was just looked at at."""
+        tally = self._tallies[row.slot]
+        reach = self._followers[row.slot].reach(place)
+        return math.nan if reach is None else tally.nats[reach - tally.n_prompt]
+
+    def _first_to_score(self, row: Row, reach: int) -> int:
+        """After how many own tokens the model has to be looked at first, to score the text.
+
+        A long text that it has not read yet is scored in parts whose logits fit into memory.
+        """
+        tally = self._tallies[row.slot]
+        if tally.pending is not None and tally.pending[0] == tally.end < reach:
+            self._tally(row, tally.end, tally.pending[1][None])
+        n_at_once = max(1, _MAX_LOGITS // self._model.tokenizer.n_tokens)
+        own = self._followers[row.slot].own
+        while reach - tally.end > n_at_once:
+            first, end = tally.end, tally.end + n_at_once
+            self._session.truncate(row.slot, min(self._session.lengths[row.slot], first - 1))
+            fed = own[self._session.lengths[row.slot] : end - 1]
+            self._tally(row, first, self._run([row], [fed], [n_at_once]).logits)
+        return min(reach, tally.end)
+
+    def _tally(self, row: Row, first: int, logits: Float[Tensor, "looks own_vocab"]) -> None:
+        """Score own tokens of a text with what is shown after ``first`` of them and on."""
+        own, tally = self._followers[row.slot].own, self._tallies[row.slot]
+        tally.pending = (first + len(logits) - 1, logits[-1])
+        gold = own[first : first + len(logits)]
+        if not gold:
+            return
+        shown = logits[: len(gold), : self._model.tokenizer.n_tokens].float()
+        partial = self._model.n_likeliest is not None
+        logprobs = shown if partial else shown.log_softmax(-1)
+        chosen = logprobs.gather(-1, torch.tensor(gold, device=shown.device)[:, None])[:, 0].cpu()
+        for i, (token, value) in enumerate(zip(gold, chosen.tolist(), strict=True)):
+            if partial and not math.isfinite(value):
+                value = float(self._told([row], [first + i], [[token]])[0])
+            tally.add(first + i, value)
+
     def _forget(self, slot: int) -> None:
         """What was read and shown behind a place where the text has changed is void."""
         kept = self._followers[slot].take_kept()
@@ -483,6 +589,7 @@ class TokenReader(Reader):
             self._session.truncate(slot, kept)
         if slot in self._last and self._last[slot].n_own > kept:
             del self._last[slot]
+        self._tallies[slot].cut(kept)
 
     def _follow(self, row: Row, place: int) -> None:
         """Follow the tokens of the text up to a place that were not yet."""
@@ -496,6 +603,20 @@ class TokenReader(Reader):
         reach = self._followers[slot].reach(place)
         assert reach is not None, "a model is asked only where it can go on"
         return reach
+
+
+def _without_early(look: Look, n_shown: Sequence[int], n_early: Sequence[int]) -> Look:
+    """A look without the first few lines of each row."""
+    if not any(n_early):
+        return look
+    kept: list[int] = []
+    line = 0
+    for n, early in zip(n_shown, n_early, strict=True):
+        kept += range(line + early, line + n)
+        line += n
+    index = torch.tensor(kept, device=look.logits.device)
+    hidden = None if look.hidden is None else look.hidden[index]
+    return replace(look, logits=look.logits[index], hidden=hidden)
 
 
 def _arrange(

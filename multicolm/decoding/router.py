@@ -24,6 +24,7 @@ from torch import Tensor
 from multicolm.backend.base import Look, Model
 from multicolm.decoding.byte_reader import ByteReader, ExactReader
 from multicolm.decoding.character_reader import CharacterReader
+from multicolm.decoding.choosing import Choosing
 from multicolm.decoding.draft import Draft, Positions, Shown
 from multicolm.decoding.drafter import Drafter
 from multicolm.decoding.memory import Memory
@@ -98,7 +99,9 @@ class Router:
             {k: m.n_likeliest for k, m in enumerate(models) if m.n_likeliest is not None},
             costs,
             vocabulary.extends,
+            _weakly(self._text_nll),
         )
+        self._choosing = Choosing(self._desk)
         self._memory = Memory(self._desk)
         self._policy = policy
         self._noise = Noise()
@@ -291,7 +294,8 @@ class Router:
                 reader = ExactReader(model, k, vocabulary, self._slots.n, self._clock)
             else:
                 session = self._slots.open(k)
-                reader = TokenReader(model, k, vocabulary, session, self._clock)
+                scores = self._policy.likelihoods
+                reader = TokenReader(model, k, vocabulary, session, self._clock, scores=scores)
             for row in self._active:
                 reader.start(row)
             self._readers[k] = reader
@@ -305,7 +309,7 @@ class Router:
             and isinstance(vocabulary, BridgedVocabulary)
             and vocabulary.is_exact(k)
             and "hidden" not in self._desk.needs.of(k)
-            and not self._policy.prompts
+            and not (self._policy.prompts or self._policy.likelihoods)
             and k not in self._policy.prompt_states(self._names)
         )
 
@@ -390,6 +394,15 @@ class Router:
         every = draft.positions
         return [i for i in which if every.places[i] < late.get(every.rows[i], every.places[i] + 1)]
 
+    def _text_nll(self, positions: Positions, models: Sequence[int]) -> Tensor:
+        """How unlikely some models find the texts before positions: [positions, all models]."""
+        nats = torch.full((len(positions), len(self._models)), math.nan, dtype=torch.float64)
+        at = list(zip(positions.rows, positions.places, strict=True))
+        for k in models:
+            found = [self._reader(k).text_nll(row, place) for row, place in at]
+            nats[:, k] = torch.tensor(found, dtype=torch.float64)
+        return nats.float()
+
     def _positions(self, rows: Sequence[Row], places: Sequence[int]) -> Positions:
         return Positions(rows, places, self._noise)
 
@@ -441,11 +454,20 @@ class Router:
         if not asked:
             return verdict
         needs = self._desk.needs
-        looked_at = sorted({*needs.always, *needs.deferred} - {0})
+        drafter = {0} if self._drafter is not None else set()
+        looked_at = sorted({*needs.always, *needs.deferred} - drafter)
         now = self._survey(looked_at, draft, asked)
-        self._look_at(dict.fromkeys(looked_at, now), draft)
-        self._name_candidates(draft, now)
-        waiting = self._desk.decide(draft, now, verdict)
+        groups = [now]
+        if self._choosing.by_place:
+            self._look_at(self._choosing.always(draft, now), draft)
+            self._look_at(self._choosing.named(draft, now), draft)
+            groups = self._choosing.split(draft, now)
+        else:
+            self._look_at(dict.fromkeys(looked_at, now), draft)
+        waiting: dict[int, int] = {}
+        for which in groups:
+            self._name_candidates(draft, which)
+            waiting |= self._desk.decide(draft, which, verdict)
         self._hear_late_writers(draft, waiting, verdict)
         return verdict
 

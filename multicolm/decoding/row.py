@@ -51,7 +51,7 @@ class Row:
         sampling: how its tokens are drawn.
         n_alternatives: how many of the likeliest tokens are kept with each written one.
         prompt_nats: per model, how unlikely it finds its prompt, for policies that look at
-            prompts; NaN for models that are not in use.
+            prompts, in nats per token of the base model's prompt; NaN for models not in use.
         models: indices of the models that may be looked at or write in it, ascending.
         prompt_hidden: per model index and pooling, its hidden state of the prompt, where the
             policy reads it.
@@ -100,6 +100,11 @@ class Row:
     def __post_init__(self) -> None:
         self.lengths = [len(ids) for ids in self.prompt_ids]
         self.usage = [Usage() for _ in self.prompt_ids]
+
+    @property
+    def prompt_length(self) -> int:
+        """How many tokens ``prompt_nats`` are per."""
+        return max(1, len(self.prompt_ids[0]) - 1)
 
     @property
     def previous(self) -> int:

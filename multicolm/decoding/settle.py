@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -84,6 +85,7 @@ class PolicyDesk:
         n_likeliest: of models that tell of their likeliest tokens only, by index: of how many.
         costs: per model, of one forward pass for one text; see :attr:`multicolm.Views.costs`.
         extends: per shared token, which tokens begin with its text.
+        text_nll: of positions and some models, see :attr:`multicolm.views.Views.text_nll`.
 
     Raises:
         CapabilityError: if the policy speaks of a model that is not there.
@@ -99,8 +101,10 @@ class PolicyDesk:
         n_likeliest: Mapping[int, int] | None = None,
         costs: Sequence[float] | None = None,
         extends: Callable[[Tensor], Tensor] | None = None,
+        text_nll: Callable[[Positions, Sequence[int]], Tensor] | None = None,
     ) -> None:
         self.policy = policy
+        self._text_nll = text_nll
         self._extends = extends
         self._costs = costs
         self._n_likeliest = n_likeliest or {}
@@ -124,6 +128,7 @@ class PolicyDesk:
         which: Sequence[int],
         shown: dict[int, Shown],
         candidates: Mapping[int, Tensor] | None = None,
+        models: Collection[int] | None = None,
     ) -> Views:
         """Views of the positions numbered ``which`` from all models that were looked at there.
 
@@ -132,11 +137,12 @@ class PolicyDesk:
             which: some of them.
             shown: per model index, what it shows.
             candidates: per model index, what its server was asked about besides.
+            models: those that are to be seen; all that were looked at, if not given.
         """
         device = torch.device("cpu")
         views: dict[int, View] = {}
         for k, model in shown.items():
-            if not model.knows(which):
+            if not model.knows(which) or (models is not None and k not in models):
                 continue
             logits = model.logits(which, flat=k in self._n_likeliest)
             device = logits.device
@@ -153,6 +159,8 @@ class PolicyDesk:
         context = here.context(device)
         if not self.policy.history:
             del context["previous"], context["base_run"]
+        if self.policy.likelihoods and self._text_nll is not None:
+            context["text_nll"] = partial(self._text_nll, here, sorted(views))
         return Views(
             self.models,
             views,
@@ -183,16 +191,10 @@ class PolicyDesk:
             costs=self._costs,
         )
 
-    def groups(self, draft: Draft, which: Sequence[int]) -> list[list[int]]:
-        """Position numbers by the models that were looked at there.
-
-        What a policy sees at a place must not depend on what it sees at others.
-        """
-        found: dict[tuple[int, ...], list[int]] = {}
-        for i in which:
-            seen = tuple(k for k, shown in draft.shown.items() if shown.knows([i]))
-            found.setdefault(seen, []).append(i)
-        return list(found.values())
+    def seen(self, draft: Draft, which: Sequence[int]) -> Views:
+        """What the policy sees at positions where it sees the same models."""
+        models = draft.seen.get(which[0]) if which else None
+        return self.views(draft.positions, which, draft.shown, draft.candidates, models)
 
     def candidates(self, draft: Draft, which: Sequence[int]) -> dict[int, Tensor]:
         """Per model index whose server does not tell of all tokens: which ones the policy names."""
@@ -201,7 +203,8 @@ class PolicyDesk:
             return {}
         if "logprobs" in frozenset().union(*(self.needs.of(k) for k in wanting)):
             return {}  # it says itself what it makes of the others
-        views = self.views(draft.positions, which, draft.shown)
+        views = self.seen(draft, which)
+        wanting = [k for k in wanting if k in views]
         named = {}
         for k in wanting:
             named[k] = self.policy.candidates(views, k)
@@ -215,7 +218,7 @@ class PolicyDesk:
     def defers(self, views: Views) -> list[bool]:
         """Where the base model may hand over, judged by its own view."""
         answer = self.policy.defers(views)
-        self._check(answer, views, "defers", {torch.bool})
+        self.check(answer, views, "defers", {torch.bool})
         return [bool(flag) for flag in answer.tolist()]
 
     def scores(self, views: Views) -> list[float | None]:
@@ -223,7 +226,7 @@ class PolicyDesk:
         answer = self.policy.score(views) if self._scores else None
         if answer is None:
             return [None] * views.n_positions
-        self._check(answer, views, "score", {torch.float32, torch.float64})
+        self.check(answer, views, "score", {torch.float32, torch.float64})
         return [float(number) for number in answer.tolist()]
 
     def decide(self, draft: Draft, which: Sequence[int], verdict: Verdict) -> dict[int, int]:
@@ -234,7 +237,7 @@ class PolicyDesk:
         Returns:
             Per position number, the writer that still has to be looked at before it can write.
         """
-        views = self.views(draft.positions, which, draft.shown, draft.candidates)
+        views = self.seen(draft, which)
         if self.policy.assistants == "always" and self._scores:
             for i, score in zip(which, self.scores(views), strict=True):
                 draft.scores[i] = score
@@ -271,7 +274,7 @@ class PolicyDesk:
         verdict: Verdict,
     ) -> dict[int, int]:
         answer = policy.select(views)
-        self._check(answer, views, "select", {torch.int64, torch.int32})
+        self.check(answer, views, "select", {torch.int64, torch.int32})
         writers: list[int] = answer.tolist()
         wrong = sorted(set(writers) - self._uses)
         if wrong:
@@ -304,7 +307,9 @@ class PolicyDesk:
         self, policy: MixPolicy, views: Views, draft: Draft, which: Sequence[int], verdict: Verdict
     ) -> None:
         mixed = policy.mix(views)
-        self._check(mixed, views, "mix", {torch.float32, torch.float64}, rows=True)
+        self.check(
+            mixed, views, "mix", {torch.float32, torch.float64}, width=len(self._starts_word)
+        )
         # The greatest of a row is NaN if anything in the row is.
         if not bool(mixed.max(-1).values.isfinite().all()):
             raise PolicyError(
@@ -324,7 +329,7 @@ class PolicyDesk:
         answer = policy.writers(views)
         if answer is None:
             return [len(self.models)] * views.n_positions
-        self._check(answer, views, "writers", {torch.int64, torch.int32})
+        self.check(answer, views, "writers", {torch.int64, torch.int32})
         writers: list[int] = answer.tolist()
         if wrong := sorted(set(writers) - self._uses - {len(self.models)}):
             raise PolicyError(
@@ -343,7 +348,13 @@ class PolicyDesk:
         verdict: Verdict,
     ) -> None:
         target = policy.target_probs(views)
-        self._check(target, views, "target_probs", {torch.float32, torch.float64}, rows=True)
+        self.check(
+            target,
+            views,
+            "target_probs",
+            {torch.float32, torch.float64},
+            width=len(self._starts_word),
+        )
         # Asked in this way round, so that NaN is refused too.
         if not bool((target >= 0).all()) or not bool(((target.sum(-1) - 1).abs() <= 1e-3).all()):
             raise PolicyError(
@@ -363,7 +374,7 @@ class PolicyDesk:
         replaced = positions.jittered(residual.log(), "residual")
         tokens = torch.where(kept, drafted[:, 0], replaced.argmax(-1))
         writer = policy.replaces(self.models)
-        if writer not in draft.shown:
+        if writer not in draft.shown or not draft.shown[writer].knows(which):
             raise PolicyError(
                 f"policy '{policy.name}': replaces() named model {writer}, which was not run; "
                 f"name one of its needs ({', '.join(map(str, sorted(draft.shown)))})."
@@ -376,25 +387,29 @@ class PolicyDesk:
                 partial = k in self._n_likeliest
                 verdict.enter(theirs, [k] * len(theirs), tokens[lines], logits, partial=partial)
 
-    def _check(
+    def check(
         self,
         answer: object,
         views: Views,
         method: str,
         dtypes: set[torch.dtype],
         *,
-        rows: bool = False,
+        width: int | None = None,
     ) -> None:
-        """Refuse what is not one number per position, or one row over the vocabulary."""
-        vocab = len(self._starts_word)
-        shape = (views.n_positions, vocab) if rows else (views.n_positions,)
+        """Refuse what is not one number per position, or one row of ``width`` numbers.
+
+        Raises:
+            PolicyError: naming the policy and its method.
+        """
+        n = views.n_positions
+        shape = (n,) if width is None else (n, width)
         got: object = type(answer).__name__
         if isinstance(answer, Tensor):
             if answer.dtype in dtypes and answer.shape == shape:
                 return
             got = f"a {answer.dtype} tensor of shape {list(answer.shape)}"
         allowed = " or ".join(sorted(str(dtype) for dtype in dtypes))
-        size = f"{views.n_positions} rows of {vocab}" if rows else f"{views.n_positions} entries"
+        size = f"{n} entries" if width is None else f"{n} rows of {width}"
         raise PolicyError(
             f"policy '{self.policy.name}': {method}() must return a {allowed} tensor with "
             f"{size}, one per position, and returned {got}."

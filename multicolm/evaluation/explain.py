@@ -154,7 +154,8 @@ class Explainer:
         found: list[dict[str, float]] = [{} for _ in range(n_positions)]
         always = policy.needs(ensemble.models).always
         # What it knows of a text beside its tokens is not kept with the answers.
-        by_text = policy.keeps_state or policy.prompts or policy.prompt_states(ensemble.models)
+        by_text = policy.keeps_state or policy.prompts or policy.likelihoods
+        by_text = by_text or bool(policy.prompt_states(ensemble.models))
         none = type(policy).model_probs is Policy.model_probs
         if none or by_text or not set(always) <= set(seen):
             return found

@@ -72,7 +72,9 @@ class Needs:
 
     Attributes:
         always: per model index, the signals wanted at every position.
-        deferred: per model index, the signals wanted only where the policy defers.
+        deferred: per model index, the signals wanted only where the policy defers, and of those
+            only where :meth:`Policy.models_at` says so, if it is defined. The base model may be
+            one of them: then it drafts nothing, and is run like any other.
     """
 
     always: Mapping[int, frozenset[Signal]]
@@ -162,6 +164,9 @@ class Policy:
     prompts: ClassVar[bool] = False
     """Whether it reads ``views.prompt_nats``; every model in use then scores the prompt first."""
 
+    likelihoods: ClassVar[bool] = False
+    """Whether it reads ``views.text_nll``; every model that it looks at then scores the text."""
+
     schedule: ClassVar[Schedule] = "stepwise"
     """The schedule that suits it when none is asked for. Never changes the text."""
 
@@ -201,7 +206,7 @@ class Policy:
         base = {0: frozenset(self.base_signals)} if self.base_signals and 0 in used else {}
         signals = frozenset(self.assistant_signals)
         others = {k: signals for k in sorted(used - {0})} if signals else {}
-        if self.assistants == "always":
+        if self.assistants == "always" and not self.names_models:
             return Needs({**base, **others}, {})
         return Needs(base, others)
 
@@ -219,6 +224,20 @@ class Policy:
         the base model writes and no assistant is run.
         """
         raise NotImplementedError(f"{type(self).__name__} declares deferral but has no `defers`")
+
+    def models_at(self, views: Views) -> Bool[Tensor, "positions models"]:
+        """Which models are run at each position, of those that are not looked at always.
+
+        Asked, if a policy defines it, at the positions at which the policy is going to be asked;
+        the views are of the models that are looked at always (the base model's, as a rule). At a
+        position the policy then sees those and the models named here, and no other one is run.
+        """
+        raise NotImplementedError(f"{type(self).__name__} looks at the same models everywhere")
+
+    @property
+    def names_models(self) -> bool:
+        """Whether :meth:`models_at` is to be asked."""
+        return type(self).models_at is not Policy.models_at
 
     def score(self, views: Views) -> Float[Tensor, "positions"] | None:
         """The number the policy decides on, for the trace; ``None`` if there is no such number.

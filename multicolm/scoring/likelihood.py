@@ -27,6 +27,7 @@ from torch import Tensor
 
 from multicolm.backend.base import Look
 from multicolm.backend.byte_session import ByteSession, span_logprobs
+from multicolm.decoding.choosing import Choosing
 from multicolm.decoding.draft import Draft, Positions, Shown
 from multicolm.decoding.memory import Memory
 from multicolm.decoding.reader import TokenReader
@@ -130,7 +131,10 @@ class LikelihoodReader(PassageReader):
             first_tokens,
             costs=ensemble.costs,
             extends=self._vocabulary.extends,
+            text_nll=self._text_nll,
         )
+        self._nll: dict[tuple[int, int], Tensor] = {}  # per model and text, by place
+        self._choosing = Choosing(self._desk)
         self._memory = Memory(self._desk)
         needs = self._desk.needs
         self._looked_at = sorted({*needs.always, *needs.deferred})
@@ -245,6 +249,8 @@ class LikelihoodReader(PassageReader):
             seen = {k: self._read_bytes(k, batch, texts) for k in self._used}
         else:
             seen = {k: self._read(k, batch) for k in self._used}
+        if self._policy.likelihoods:
+            self._nll = _text_nlls(seen, texts)
         place = Places(self._rows(batch), texts, self._begins(seen, sum(map(len, texts))))
         if self._policy.acts == "select" and kind == "joint":
             logprobs, misses = self._joint(place, seen)
@@ -465,8 +471,10 @@ class LikelihoodReader(PassageReader):
         for which in self._rounds(place):
             draft, _ = self._draft(place, seen, which)
             asked, verdict = self._asked(draft), Verdict()
-            waiting = self._desk.decide(draft, asked, verdict) if asked else {}
-            found = {**verdict.writers, **waiting}
+            found: dict[int, int] = {}
+            for group in self._groups(draft, asked):
+                found |= self._desk.decide(draft, group, verdict)
+            found |= verdict.writers
             for i, n in enumerate(which):
                 writers[n] = verdict.writers[i] = found.get(i, 0)
                 verdict.tokens[i] = place.gold[n]
@@ -477,6 +485,22 @@ class LikelihoodReader(PassageReader):
         at = torch.tensor([self._used.index(writer) for writer in writers])[:, None]
         misses = torch.stack([place.sums(seen[k].misses) for k in self._used], dim=1)
         return sums.gather(1, at)[:, 0], misses.gather(1, at)[:, 0]
+
+    def _groups(self, draft: Draft, asked: Sequence[int]) -> list[list[int]]:
+        """Positions at which the policy is asked, by the models that it sees there."""
+        if not asked or not self._choosing.by_place:
+            return [list(asked)] if asked else []
+        self._choosing.always(draft, asked)
+        self._choosing.named(draft, asked)
+        return self._choosing.split(draft, asked)
+
+    def _text_nll(self, positions: Positions, models: Sequence[int]) -> Tensor:
+        """See :attr:`multicolm.views.Views.text_nll`."""
+        nats = torch.full((len(positions), len(self._models)), math.nan)
+        for line, (row, place) in enumerate(zip(positions.rows, positions.places, strict=True)):
+            for k in models:
+                nats[line, k] = self._nll[k, row.number][place]
+        return nats
 
     def _asked(self, draft: Draft) -> list[int]:
         """At which positions the policy is asked, as the decode loop asks it."""
@@ -499,8 +523,11 @@ class LikelihoodReader(PassageReader):
         if not self._memory.updates:
             return
         ran: dict[int, set[int]] = {k: set(range(len(which))) for k in self._desk.needs.always}
-        for k in self._desk.needs.deferred:
-            ran.setdefault(k, set()).update(asked)
+        if self._choosing.by_place:
+            ran = {k: {i for i, models in draft.seen.items() if k in models} for k in self._used}
+        else:
+            for k in self._desk.needs.deferred:
+                ran.setdefault(k, set()).update(asked)
         for i, writer in verdict.writers.items():
             if writer < len(self._models):
                 ran.setdefault(writer, set()).add(i)
@@ -518,8 +545,8 @@ class LikelihoodReader(PassageReader):
             asked, verdict = self._asked(draft), Verdict()
             if alone := sorted(set(range(len(which))) - set(asked)):
                 self._desk.write(draft, 0, alone, verdict)
-            if asked:
-                self._desk.decide(draft, asked, verdict)
+            for group in self._groups(draft, asked):
+                self._desk.decide(draft, group, verdict)
             self._remember(place, seen, which, draft, asked, verdict)
             for i, n in enumerate(which):
                 logprobs[n] = verdict.logprobs[i]
@@ -532,7 +559,10 @@ class LikelihoodReader(PassageReader):
         logprobs, misses = torch.zeros(len(place)), torch.zeros(len(place))
         for which in self._rounds(place):
             draft, _ = self._draft(place, seen, which)
-            probs = self._policy.target_probs(self._always(draft)).cpu()
+            probs = torch.zeros(len(which), self._vocabulary.size)
+            for group in self._groups(draft, range(len(which))):
+                target = self._policy.target_probs(self._desk.seen(draft, group))
+                probs[torch.tensor(group)] = target.float().cpu()
             gold = torch.tensor([place.gold[n] for n in which])
             found = probs.gather(-1, gold[:, None])[:, 0].log()
             logprobs[which] = found.float()
@@ -542,6 +572,22 @@ class LikelihoodReader(PassageReader):
             verdict = Verdict(writers, tokens, dict(enumerate(found.tolist())))
             self._remember(place, seen, which, draft, list(tokens), verdict)
         return logprobs, misses
+
+
+def _text_nlls(
+    seen: Mapping[int, _Reading], texts: Sequence[Sequence[int]]
+) -> dict[tuple[int, int], Tensor]:
+    """Per model and text, how unlikely it finds the text before each place of it, in nats."""
+    sizes = list(map(len, texts))
+    found = {}
+    for k, reading in seen.items():
+        logprobs_of = torch.split(reading.logprobs.double(), sizes)
+        parts = zip(logprobs_of, torch.split(reading.line, sizes), strict=True)
+        for number, (logprobs, line) in enumerate(parts):
+            # Not by subtraction: there may be infinities.
+            before = torch.cat([torch.zeros(1, dtype=torch.float64), logprobs[:-1]]).cumsum(0)
+            found[k, number] = (-before).float().masked_fill(line < 0, math.nan)
+    return found
 
 
 _REASONS: dict[Kind, str] = {

@@ -88,6 +88,9 @@ class _Scene:
         self.extends = torch.eye(_VOCAB, dtype=torch.bool)
         for token in range(_VOCAB - 1, 0, -1):
             self.extends[(token - 1) // 2] |= self.extends[token]
+        self.context["prompt_length"] = torch.randint(1, 20, (n,), generator=generator)
+        self.text_nll = torch.rand(n, len(models), generator=generator) * 30
+        self.likelihoods = policy.likelihoods
         for k, pooling in policy.prompt_states(models).items():
             for how in sorted(pooling):
                 states = torch.randn(n, _HIDDEN, generator=generator)
@@ -126,8 +129,11 @@ class _Scene:
             if self.needs.of(k)
         }
         hidden = {"previous", "base_run"} if not self.history else set()
-        hidden |= {"prompt_nats"} if not self.prompts else set()
+        hidden |= {"prompt_nats", "prompt_length"} if not self.prompts else set()
         known = [what for what in self.context if what not in hidden]
+        text_nll = torch.full((len(index), len(self.models)), torch.nan)
+        for k in views:
+            text_nll[:, k] = self.text_nll[index, k]
 
         def fetch(what: str) -> Callable[[], Tensor]:
             return lambda: self.context[what][index].clone()
@@ -136,7 +142,8 @@ class _Scene:
             self.models,
             views,
             n_positions=len(index),
-            context={what: fetch(what) for what in known},
+            context={what: fetch(what) for what in known}
+            | ({"text_nll": text_nll.clone} if self.likelihoods else {}),
             drawn=self.sampling.probs,
             starts_word=self.starts_word,
             extends=lambda ids: self.extends[ids],
@@ -200,7 +207,7 @@ def _check_on(policy: Policy, scene: _Scene) -> None:
     if not asked:
         return
     name, method = _method(policy)
-    answer = _check_pure(name, method, scene, asked)
+    answer = _answers(policy, name, method, scene, asked)
     if isinstance(policy, SelectPolicy):
         allowed = policy.uses(scene.models)
         outside = [i for i, k in zip(asked, answer.tolist(), strict=True) if not scene.may(i, k)]
@@ -233,9 +240,34 @@ def _check_on(policy: Policy, scene: _Scene) -> None:
         raise LawBroken("target probabilities sum to 1", f"sums: {answer.sum(-1).tolist()}.")
 
 
+def _answers(
+    policy: Policy,
+    name: str,
+    method: Callable[[Views], Tensor],
+    scene: _Scene,
+    asked: Sequence[int],
+) -> Tensor:
+    """What the policy answers, shown the models that it wants to see at each position."""
+    if not policy.names_models:
+        return _check_pure(name, method, scene, asked)
+    always = sorted(scene.needs.always)
+    flags = _check_pure("models_at", policy.models_at, scene, asked, always)
+    if flags.dtype != torch.bool or flags.shape != (len(asked), len(scene.models)):
+        raise LawBroken("one flag per position and model", f"models_at() gave {flags.shape}.")
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for i, line in zip(asked, flags.tolist(), strict=True):
+        named = [k for k in scene.needs.deferred if line[k]]
+        groups.setdefault(tuple(sorted({*always, *named})), []).append(i)
+    answers: dict[int, Tensor] = {}
+    for shown, which in groups.items():
+        found = _check_pure(name, method, scene, which, shown)
+        answers |= dict(zip(which, found, strict=True))
+    return torch.stack([answers[i] for i in asked])
+
+
 def _check_writers(policy: MixPolicy, scene: _Scene, asked: Sequence[int], mixed: Tensor) -> None:
     """Whoever is named as the writer has drawn the token from its own distribution."""
-    if policy.writers(scene.views(asked)) is None:
+    if policy.names_models or policy.writers(scene.views(asked)) is None:
         return
 
     def named(views: Views) -> Tensor:
