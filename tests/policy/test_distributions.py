@@ -190,6 +190,11 @@ def test_an_average_follows_the_stated_mixture(mean: str, schedule: str) -> None
     assert p_value(drawn, joint(mean_step(mean, (0.3, 0.7)))) > 1e-3
 
 
+def test_the_median_of_two_equal_weights_follows_their_mean() -> None:
+    drawn = draws({"kind": "average", "params": {"mean": "median"}})
+    assert p_value(drawn, joint(mean_step("arithmetic", (0.5, 0.5)))) > 1e-3
+
+
 def test_a_lottery_with_sampling_follows_the_linear_mixture() -> None:
     drawn = draws({"kind": "random", "params": {"weights": [0.3, 0.7]}})
     assert p_value(drawn, joint(mean_step("arithmetic", (0.3, 0.7)))) > 1e-3
