@@ -134,8 +134,8 @@ class RowSession(Session):
         for row, end in zip(rows, ends, strict=True):
             self.lengths[row] = end
             self._n_filled[row] = max(end, self._n_filled[row])
-        if keep == 1:
-            return Look(logits[:, 0], None if states is None else states[:, 0])
+        if min(n_last) == keep:  # Logits are large: no copy where all of them are wanted.
+            return Look(logits.flatten(0, 1), None if states is None else states.flatten(0, 1))
         wanted = torch.arange(keep) >= keep - torch.tensor(list(n_last))[:, None]
         wanted = wanted.to(logits.device)
         return Look(logits[wanted], None if states is None else states[wanted])

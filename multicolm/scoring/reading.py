@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
+from typing import TypeAlias
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -14,10 +16,24 @@ from multicolm.backend.base import Model
 from multicolm.errors import CapabilityError
 from multicolm.tokenizer.vocabulary import Vocabulary
 
-__all__ = ["Reading", "Seen", "Text", "read_all", "read_texts", "refuse_partial"]
+__all__ = [
+    "Reading",
+    "Seen",
+    "Text",
+    "read_all",
+    "read_texts",
+    "refuse_partial",
+    "tokens_of_a_pass",
+]
 
-# The most numbers that the logits of one pass may hold; a gigabyte in float32.
-_MAX_LOGITS = 2**28
+# The most numbers that the logits of one pass may hold: 64 MiB in float32. An accelerator needs
+# more tokens in a pass before it is busy.
+_MAX_LOGITS_CPU, _MAX_LOGITS = 2**24, 2**26
+# The most that are handed on at a time: log-probabilities, probabilities and the like are made of
+# them, and each takes as much again.
+_AT_ONCE = 2**22
+# Arithmetic that a slow processor does in about ten seconds, in floating-point operations.
+_OPERATIONS_OF_A_PASS = 3e11
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,14 +59,21 @@ class Reading:
     Attributes:
         numbers: which of the texts, from 0.
         places: how many tokens of the text stand before the predicted one.
-        logits: unnormalised log-probabilities over the ensemble's vocabulary.
+        own: unnormalised log-probabilities over the model's own vocabulary, as the model gave them.
         hidden: last hidden state after the final norm, if it was asked for.
+        spread: puts ``own`` into the ensemble's vocabulary.
     """
 
     numbers: Int[Tensor, "positions"]
     places: Int[Tensor, "positions"]
-    logits: Float[Tensor, "positions vocab"]
+    own: Float[Tensor, "positions own_vocab"]
     hidden: Float[Tensor, "positions hidden"] | None
+    spread: Callable[[Tensor], Tensor]
+
+    @property
+    def logits(self) -> Float[Tensor, "positions vocab"]:
+        """Unnormalised log-probabilities over the ensemble's vocabulary."""
+        return self.spread(self.own)
 
 
 @dataclass(frozen=True)
@@ -100,6 +123,16 @@ def refuse_partial(models: Iterable[Model]) -> None:
             )
 
 
+def tokens_of_a_pass(model: Model) -> int:
+    """How many tokens one pass of a model should have: what a processor does in a few seconds.
+
+    What is read is kept pass by pass, so no pass should take long. On an accelerator none does.
+    """
+    if not model.on_cpu or not model.n_parameters:
+        return 4096
+    return max(64, min(4096, int(_OPERATIONS_OF_A_PASS / (2 * model.n_parameters))))
+
+
 def read_texts(
     model: Model,
     k: int,
@@ -108,11 +141,13 @@ def read_texts(
     *,
     hidden: bool = False,
     batch_tokens: int = 4096,
+    is_done: Callable[[int, int], bool] = lambda number, place: False,
 ) -> Iterator[Reading]:
-    """Read each text once, in batches of similar length.
+    """Read each text once, in batches of similar length, the longest first.
 
     The batches depend on the texts alone, so equal calls give equal numbers. Memory is bounded by
-    ``batch_tokens``, not by the length of a text: long ones are read in pieces.
+    ``batch_tokens`` and by the width of the vocabulary, not by the length of a text: long ones are
+    read in pieces, and logits are asked for where they are needed, a few at a time.
 
     Args:
         model: reads them.
@@ -121,16 +156,21 @@ def read_texts(
         texts: in any order.
         hidden: whether hidden states are wanted.
         batch_tokens: the most tokens of one pass, padding included.
+        is_done: asked about a text and a place whether what the model predicts there is known. A
+            batch of which all is known is not read; the others are as they would be anyway.
 
     Yields:
         Every place of every text once, in no particular order; without places that lie beyond the
         model's context or within a token of its own vocabulary.
     """
     lines = [_line(number, text, model, k, vocabulary) for number, text in enumerate(texts)]
-    lines = sorted((line for line in lines if line.looks), key=lambda line: len(line.tokens))
-    budget = max(1, min(batch_tokens, _MAX_LOGITS // vocabulary.size))
-    for batch in _batches(lines, budget):
-        yield from _read_batch(batch, model, k, vocabulary, hidden, budget)
+    lines = sorted((line for line in lines if line.looks), key=lambda line: -len(line.tokens))
+    width = max(1, model.tokenizer.n_tokens)
+    most = _MAX_LOGITS_CPU if model.on_cpu else _MAX_LOGITS
+    limits = _Limits(batch_tokens, max(1, most // width), max(1, _AT_ONCE // width))
+    for batch in _batches(lines, limits):
+        if not all(is_done(line.number, place) for line in batch for place, _ in line.looks):
+            yield from _read_batch(batch, model, k, vocabulary, hidden, limits)
 
 
 def read_all(
@@ -183,16 +223,67 @@ def _line(number: int, text: Text, model: Model, k: int, vocabulary: Vocabulary)
     return _Line(number, follower.own[: looks[-1][1] + 1] if looks else [], looks)
 
 
-def _batches(lines: Sequence[_Line], budget: int) -> Iterator[list[_Line]]:
-    """Lines of ascending length, together as long as their padded tokens fit the budget."""
+@dataclass(frozen=True, slots=True)
+class _Limits:
+    """How much is done at a time.
+
+    Attributes:
+        tokens: the most that one pass is fed, padding included.
+        logits: after how many of them one pass may look.
+        handed: how many predictions are handed on together.
+    """
+
+    tokens: int
+    logits: int
+    handed: int
+
+
+def _batches(lines: Sequence[_Line], limits: _Limits) -> Iterator[list[_Line]]:
+    """Lines of descending length, together as long as their padded tokens fit one pass."""
     batch: list[_Line] = []
     for line in lines:
-        if batch and (len(batch) + 1) * len(line.tokens) > budget:
+        n_lines = len(batch) + 1
+        fits = n_lines <= limits.logits and (
+            not batch or n_lines * len(batch[0].tokens) <= limits.tokens
+        )
+        if batch and not fits:
             yield batch
             batch = []
         batch.append(line)
     if batch:
         yield batch
+
+
+_Piece: TypeAlias = list[tuple[int, int, int]]
+"""What one pass is fed: of which lines of the batch, from which of their tokens, up to which."""
+
+
+def _pieces(batch: Sequence[_Line], limits: _Limits) -> Iterator[_Piece]:
+    """The tokens of a batch, pass by pass, so that no pass has too many tokens or logits.
+
+    Logits are as wide as the vocabulary: where those of all completions are too many for a pass,
+    what stands before them is read first, and they a few columns at a time.
+    """
+    n = len(batch)
+    ends = [len(line.tokens) for line in batch]
+    firsts = [line.looks[0][1] for line in batch]
+    n_columns = max(end - first for end, first in zip(ends, firsts, strict=True))
+    width = max(1, limits.tokens // n)
+    if n * min(n_columns, width) <= limits.logits:
+        yield from _steps([0] * n, ends, width)
+        return
+    yield from _steps([0] * n, firsts, width)
+    yield from _steps(firsts, ends, min(width, max(1, limits.logits // n)))
+
+
+def _steps(starts: Sequence[int], ends: Sequence[int], width: int) -> Iterator[_Piece]:
+    longest = max(end - start for start, end in zip(starts, ends, strict=True))
+    for done in range(0, longest, width):
+        yield [
+            (row, start + done, min(end, start + done + width))
+            for row, (start, end) in enumerate(zip(starts, ends, strict=True))
+            if start + done < end
+        ]
 
 
 def _read_batch(
@@ -201,35 +292,40 @@ def _read_batch(
     k: int,
     vocabulary: Vocabulary,
     hidden: bool,
-    budget: int,
+    limits: _Limits,
 ) -> Iterator[Reading]:
     session = model.open(len(batch))
-    width = max(1, budget // len(batch))
-    for start in range(0, max(len(line.tokens) for line in batch), width):
-        rows = [row for row, line in enumerate(batch) if len(line.tokens) > start]
-        pieces = [batch[row].tokens[start : start + width] for row in rows]
-        ends = [start + len(piece) for piece in pieces]
+    spread = partial(vocabulary.logits, k)
+    for piece in _pieces(batch, limits):
         wanted = [
             [(place, at) for place, at in batch[row].looks if start <= at < end]
-            for row, end in zip(rows, ends, strict=True)
+            for row, start, end in piece
         ]
         # A session looks after one token at least; a piece of a prompt shows what nobody reads.
         n_last = [
-            end - places[0][1] if places else 1 for places, end in zip(wanted, ends, strict=True)
+            end - places[0][1] if places else 1
+            for places, (_, _, end) in zip(wanted, piece, strict=True)
         ]
-        look = session.feed(rows, pieces, n_last, hidden=hidden)
+        look = session.feed(
+            [row for row, _, _ in piece],
+            [batch[row].tokens[start:end] for row, start, end in piece],
+            n_last,
+            hidden=hidden,
+        )
         lines, numbers, at_places, first = [], [], [], 0
-        for row, places, end, n in zip(rows, wanted, ends, n_last, strict=True):
+        for places, (row, _, end), n in zip(wanted, piece, n_last, strict=True):
             lines += [first + at - (end - n) for _, at in places]
             numbers += [batch[row].number] * len(places)
             at_places += [place for place, _ in places]
             first += n
-        if not lines:
-            continue
-        index = torch.tensor(lines, device=look.logits.device)
-        yield Reading(
-            torch.tensor(numbers),
-            torch.tensor(at_places),
-            vocabulary.logits(k, look.logits[index]),
-            None if look.hidden is None else look.hidden[index],
-        )
+        for start in range(0, len(lines), limits.handed):
+            which = slice(start, start + limits.handed)
+            index = torch.tensor(lines[which], device=look.logits.device)
+            yield Reading(
+                torch.tensor(numbers[which]),
+                torch.tensor(at_places[which]),
+                look.logits[index],
+                None if look.hidden is None else look.hidden[index],
+                spread,
+            )
+        del look  # Before the next one is made.

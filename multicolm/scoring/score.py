@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
-import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
@@ -14,28 +13,22 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import multicolm
 from multicolm.backend.base import Model
 from multicolm.backend.byte_session import span_logprobs
-from multicolm.decoding.prompts import encode_prompt
 from multicolm.ensemble import Ensemble
-from multicolm.errors import (
-    ArtefactError,
-    CapabilityError,
-    ConfigError,
-    InputError,
-    ModelError,
-)
+from multicolm.errors import CapabilityError, InputError, ModelError, MulticolmError
 from multicolm.files import locked, sha256, write_whole
 from multicolm.scoring.corpus import Corpus, Example
-from multicolm.scoring.reading import Text, read_texts, refuse_partial
+from multicolm.scoring.numbers import Numbers
+from multicolm.scoring.pieces import Pieces
+from multicolm.scoring.plan import ExampleReader, check_names, join, plan
+from multicolm.scoring.reading import Text, read_texts, refuse_partial, tokens_of_a_pass
 from multicolm.scoring.spans import spans_of, to_base_tokens
 from multicolm.scoring.store import (
     FEATURES,
     ROLLOUTS,
     TEXT,
     Index,
-    ScoredModel,
     Shard,
     TableFiles,
     read_index,
@@ -43,7 +36,6 @@ from multicolm.scoring.store import (
 from multicolm.tokenizer.bridged import BridgedVocabulary
 from multicolm.tokenizer.vocabulary import Vocabulary
 from multicolm.types import Prompt, Signal, prompt_digest
-from multicolm.views import View
 
 __all__ = ["Progress", "score"]
 
@@ -55,14 +47,16 @@ class Progress:
     """How far scoring has come.
 
     Attributes:
-        done: tokens of completions that were read, summed over models.
+        done: tokens of completions that are read, summed over models.
         total: of these there will be.
         model: that read the last ones.
+        before: how many of ``done`` were there before this run, so that a rate leaves them out.
     """
 
     done: int
     total: int
     model: str
+    before: int = 0
 
 
 def score(
@@ -73,8 +67,10 @@ def score(
     features: Sequence[str] = (),
     top_k: int = 100,
     end_of_text: bool = True,
+    models: Sequence[str] | None = None,
     shard_positions: int = 32768,
-    batch_tokens: int = 4096,
+    batch_tokens: int | None = None,
+    save_every: float = 20.0,
     rank: int = 0,
     n_ranks: int = 1,
     wait: Callable[[], None] = lambda: None,
@@ -82,8 +78,9 @@ def score(
 ) -> Index:
     """Write the score table of a corpus, or finish one that was begun.
 
-    What is done already is not done again: shards of a run that was stopped, and all shards of
-    models that were scored before. Memory does not grow with the corpus.
+    What is done already is not done again: shards of a run that was stopped, what was read of the
+    shard at which it was stopped, and all shards of models that were scored before. Memory does
+    not grow with the corpus, and with the vocabulary only by the logits of a few tokens.
 
     Args:
         ensemble: whose models read.
@@ -93,12 +90,16 @@ def score(
             ``embedding``.
         top_k: how many of the base model's log-probabilities ``topk`` keeps.
         end_of_text: whether the end of each completion counts as a token.
+        models: names of all models of the table, the base model first, where some are not in the
+            ensemble because their scores are whole; those of the ensemble if not given.
         shard_positions: a shard is closed when it has this many tokens of completions.
-        batch_tokens: the most tokens of one forward pass.
+        batch_tokens: the most tokens of one forward pass; if not given, 4,096 on an accelerator,
+            and what a few seconds suffice for on a CPU.
+        save_every: seconds after which what was read of a shard is saved, at the end of a pass.
         rank: of this process among those that share the work.
         n_ranks: how many they are.
         wait: returns when all of them have come this far.
-        on_progress: told whenever a shard of a model is done.
+        on_progress: told after every pass.
 
     Returns:
         The index of the finished table.
@@ -120,150 +121,30 @@ def score(
                 f"the base model '{base.name}' does not show '{feature}'; it shows "
                 f"{', '.join(shown) or 'no features'}."
             )
-    _check_names(ensemble.models)
+    check_names(ensemble.models)
     refuse_partial(ensemble.backends)
+
+    def scorer(index: Index) -> _Scorer:
+        return _Scorer(ensemble, TableFiles(folder, index), batch_tokens, save_every, on_progress)
+
     if rank > 0:
-        index = _plan(ensemble, corpus, features, top_k, end_of_text, shard_positions)
+        index = plan(ensemble, corpus, features, top_k, end_of_text, shard_positions)
         wait()  # until the first process has put away what is damaged
-        index = _join(folder, index)
-        _Scorer(ensemble, TableFiles(folder, index), batch_tokens).run(
-            corpus, rank, n_ranks, on_progress
-        )
+        index = join(folder, index, models)
+        scorer(index).run(corpus, rank, n_ranks)
         wait()
         return index
     with locked(folder):
-        index = _plan(ensemble, corpus, features, top_k, end_of_text, shard_positions)
-        index = _join(folder, index)
+        index = plan(ensemble, corpus, features, top_k, end_of_text, shard_positions)
+        index = join(folder, index, models)
         files = TableFiles(folder, index)
         _discard_damaged(folder)
         if not _is_finished(files):
             write_whole(folder / "index.json", index.as_json())
         wait()
-        _Scorer(ensemble, files, batch_tokens).run(corpus, rank, n_ranks, on_progress)
+        scorer(index).run(corpus, rank, n_ranks)
         wait()
         return _finish(files)
-
-
-def _join(folder: Path, index: Index) -> Index:
-    """The index, with what is kept of models that were scored before.
-
-    Raises:
-        ArtefactError: if the folder holds something else.
-    """
-    if not (folder / "index.json").is_file():
-        return index
-    old = read_index(folder)
-    if (old.digest, old.end_of_text) != (index.digest, index.end_of_text):
-        raise ArtefactError(
-            f"{folder} holds scores of {old.source} (digest {old.digest[:12]}, end of text "
-            f"{'counted' if old.end_of_text else 'left off'}), and this is {index.source} (digest "
-            f"{index.digest[:12]}, end of text {'counted' if index.end_of_text else 'left off'}); "
-            "choose another folder."
-        )
-    mine, theirs = index.models[0], old.models[0]
-    # The same base model under another name gives the same tokens; one whose weights were changed
-    # has all scored anew.
-    same = mine.identity == theirs.identity if mine.identity and theirs.identity else False
-    if mine.name != theirs.name and not same:
-        raise ArtefactError(
-            f"{folder} holds scores with the base model '{theirs.name}', whose tokens they are of, "
-            f"and this ensemble's is '{mine.name}'; choose another folder."
-        )
-    if old.shards != index.shards:
-        raise ArtefactError(
-            f"{folder} was begun with shards of other sizes, or a base model with other tokens or "
-            "another context; choose another folder, or the settings that it was begun with."
-        )
-    # A model that kept more than is asked for now has kept enough.
-    before = {(m.name, m.identity, m.precision): m for m in old.models}
-    models = []
-    for model in index.models:
-        known = before.get((model.name, model.identity, model.precision))
-        kept = {*model.features, *(known.features if known else ())}
-        models.append(replace(model, features=tuple(sorted(kept))))
-    return replace(index, models=tuple(models), top_k=max(old.top_k, index.top_k))
-
-
-def _plan(
-    ensemble: Ensemble,
-    corpus: Corpus,
-    features: Sequence[str],
-    top_k: int,
-    end_of_text: bool,
-    shard_positions: int,
-) -> Index:
-    """Read through the corpus once, and say which stretches of it will be one shard each."""
-    reader = _ExampleReader(ensemble, end_of_text)
-    digest = hashlib.sha256()
-    shards: list[Shard] = []
-    first = n_examples = n_positions = n_skipped = 0
-    for example in corpus:
-        digest.update(example.canonical + b"\n")
-        n_new = reader.n_positions(example)
-        n_skipped += n_new == 0
-        n_examples, n_positions = n_examples + 1, n_positions + n_new
-        if n_positions >= shard_positions:
-            shards.append(Shard(first, n_examples, n_positions))
-            first, n_examples, n_positions = first + n_examples, 0, 0
-    if n_positions:
-        shards.append(Shard(first, n_examples, n_positions))
-    elif n_examples and shards:
-        # Nothing of these is scored; a shard of its own would hold nothing.
-        shards[-1] = replace(shards[-1], n_examples=shards[-1].n_examples + n_examples)
-    total = sum(shard.n_positions for shard in shards)
-    if total == 0:
-        raise InputError(
-            f"{corpus.source.name}: nothing can be scored: every prompt is longer than the base "
-            "model's context, or every completion is empty."
-        )
-    kept = tuple(sorted(set(features)))
-    models = tuple(
-        ScoredModel(
-            model.name,
-            model.identity,
-            model.precision,
-            ensemble.costs[k],
-            kept if k == 0 else (),
-            bridge=_bridge(ensemble.vocabulary, k),
-        )
-        for k, model in enumerate(ensemble.backends)
-    )
-    return Index(
-        multicolm=multicolm.__version__,
-        source=corpus.source.name,
-        digest=digest.hexdigest(),
-        n_examples=sum(shard.n_examples for shard in shards),
-        n_skipped=n_skipped,
-        n_positions=total,
-        end_of_text=end_of_text,
-        top_k=top_k if "topk" in kept else 0,
-        models=models,
-        shards=tuple(shards),
-        files={},
-    )
-
-
-def _bridge(vocabulary: Vocabulary, k: int) -> str:
-    """How a model's tokens and the base model's meet."""
-    if vocabulary.groups[k] == vocabulary.groups[0]:
-        return "shared"
-    exact = isinstance(vocabulary, BridgedVocabulary) and vocabulary.is_exact(k)
-    return "exact" if exact else "boundary"
-
-
-def _check_names(models: Sequence[str]) -> None:
-    """Refuse names that no folder beside the table's own files can have.
-
-    Raises:
-        ConfigError: naming the model.
-    """
-    for name in models:
-        if name in (TEXT, "index.json") or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-            raise ConfigError(
-                f"model '{name}' cannot be scored under this name, for its scores lie in a folder "
-                "that is called so; use letters, digits, '.', '_' and '-', and neither 'text' nor "
-                "'index.json'."
-            )
 
 
 def _discard_damaged(folder: Path) -> None:
@@ -299,91 +180,69 @@ def _finish(files: TableFiles) -> Index:
     return finished
 
 
-class _ExampleReader:
-    """Turns examples into tokens."""
-
-    def __init__(self, ensemble: Ensemble, end_of_text: bool) -> None:
-        self._models = ensemble.backends
-        self._vocabulary = ensemble.vocabulary
-        ends = sorted(ensemble.vocabulary.end_ids(0)) or sorted(ensemble.vocabulary.end_ids(None))
-        if end_of_text and not ends:
-            raise InputError(
-                "no model of this ensemble has an end-of-text token; score with --no-end."
-            )
-        self.end: int | None = ends[0] if end_of_text else None
-        """The token that stands for the end of a text, if it counts."""
-
-    def ids(self, example: Example) -> list[int]:
-        """The tokens of a completion, the end included, in the shared vocabulary.
-
-        Raises:
-            InputError: if the base model has no tokens for it.
-        """
-        try:
-            ids = self._models[0].tokenizer.encode_continuation(example.completion)
-        except InputError as error:
-            raise InputError(f"{example.place}: {error}") from error
-        return ids if self.end is None else [*ids, self.end]
-
-    def prompt(self, example: Example, k: int) -> list[int]:
-        """What model ``k`` reads before.
-
-        Raises:
-            InputError: if that is nothing, or the model's chat template refuses it.
-        """
-        try:
-            ids = encode_prompt(example.prompt, k, self._models[k], self._vocabulary)
-        except InputError as error:
-            raise InputError(f"{example.place}: {error}") from error
-        if not ids:
-            raise InputError(
-                f"{example.place}: the prompt is empty for model '{self._models[k].name}'."
-            )
-        return ids
-
-    def n_positions(self, example: Example) -> int:
-        """How many tokens of the completion the base model's context reaches."""
-        ids = self.ids(example)
-        limit = self._models[0].context_length
-        room = len(ids) if limit is None else limit - len(self.prompt(example, 0)) + 1
-        return max(0, min(len(ids), room))
-
-
 class _Scorer:
     """Fills the files of a score table.
+
+    Attributes:
+        before: tokens that were read before this run.
 
     Args:
         ensemble: whose models read.
         files: to be filled.
-        batch_tokens: the most tokens of one forward pass.
+        batch_tokens: the most tokens of one forward pass; see :func:`score`.
+        save_every: seconds between two saves within a shard.
+        on_progress: told after every pass.
     """
 
-    def __init__(self, ensemble: Ensemble, files: TableFiles, batch_tokens: int) -> None:
-        self._models = ensemble.backends
-        self._vocabulary: Vocabulary = ensemble.vocabulary
-        self._files = files
-        self._index = files.index
-        self._batch_tokens = batch_tokens
-        self._reader = _ExampleReader(ensemble, files.index.end_of_text)
-
-    def run(
+    def __init__(
         self,
-        corpus: Corpus,
-        rank: int,
-        n_ranks: int,
+        ensemble: Ensemble,
+        files: TableFiles,
+        batch_tokens: int | None,
+        save_every: float,
         on_progress: Callable[[Progress], None],
     ) -> None:
+        self._models = ensemble.backends
+        self.vocabulary: Vocabulary = ensemble.vocabulary
+        self.files = files
+        self._index = files.index
+        self._batch_tokens = batch_tokens
+        self.save_every = save_every
+        self._on_progress = on_progress
+        self._reader = ExampleReader(ensemble, files.index.end_of_text)
+        self._done = self.before = self._total = 0
+        self._shown = -1
+
+    def run(self, corpus: Corpus, rank: int, n_ranks: int) -> None:
         """Write every file that is missing and is this process's to write."""
         names = [model.name for model in self._models]
-        total = self._index.n_positions * len(names)
-        done = 0
+        missing: dict[int, list[str]] = {}
+        for number in range(rank, len(self._index.shards), n_ranks):
+            parts = [p for p in (TEXT, *names) if not self.files.is_done(p, number)]
+            n_positions = self._index.shards[number].n_positions
+            self._total += n_positions * len(names)
+            self.before += n_positions * sum(name not in parts for name in names)
+            if parts:
+                missing[number] = parts
+        self._done = self.before
+        self.tell(names[0])
+        if not missing:
+            return
         for number, examples in enumerate(self._by_shard(corpus)):
-            if number % n_ranks == rank:
-                parts = [p for p in (TEXT, *names) if not self._files.is_done(p, number)]
-                self._score_shard(number, examples, parts)
-            for name in names:
-                done += self._index.shards[number].n_positions
-                on_progress(Progress(done, total, name))
+            if number in missing:
+                self._score_shard(number, examples, missing[number])
+
+    def tell(self, model: str, more: float = 0.0) -> None:
+        """Say how far it is, if that has changed.
+
+        Args:
+            model: that is at work.
+            more: tokens that are read of a shard that is not done.
+        """
+        done = self._done + int(more)
+        if done > self._shown:
+            self._shown = done
+            self._on_progress(Progress(done, self._total, model, self.before))
 
     def _by_shard(self, corpus: Corpus) -> Iterator[list[Example]]:
         examples = iter(corpus)
@@ -391,19 +250,18 @@ class _Scorer:
             yield [next(examples) for _ in range(shard.n_examples)]
 
     def _score_shard(self, number: int, examples: list[Example], parts: Sequence[str]) -> None:
-        if not parts:
-            return
         shard = self._index.shards[number]
-        ids = [
-            self._reader.ids(example)[: self._reader.n_positions(example)] for example in examples
-        ]
+        ids = [self._reader.readable(example) for example in examples]
         gold = torch.tensor([token for text in ids for token in text], dtype=torch.int32)
         if TEXT in parts:
-            self._files.write(TEXT, number, self._text(shard, examples, ids, gold))
+            self.files.write(TEXT, number, self._text(shard, examples, ids, gold))
         for k, model in enumerate(self._models):
             if model.name in parts:
-                scores = self._read(k, model, examples, ids, gold.long())
-                self._files.write(model.name, number, scores)
+                work = _Work(self, k, model, number, examples, shard.n_positions)
+                self.files.write(model.name, number, self._read(work, ids, gold.long()))
+                work.remove()
+                self._done += shard.n_positions
+                self.tell(model.name)
 
     def _text(
         self, shard: Shard, examples: list[Example], ids: list[list[int]], gold: Tensor
@@ -420,38 +278,55 @@ class _Scorer:
             "prompt_lengths": torch.tensor([len(p) for p in prompts], dtype=torch.int32),
         }
 
-    def _read(
-        self,
-        k: int,
-        model: Model,
-        examples: list[Example],
-        ids: list[list[int]],
-        gold: Tensor,
-    ) -> dict[str, Tensor]:
+    def _read(self, work: _Work, ids: list[list[int]], gold: Tensor) -> dict[str, Tensor]:
         """What one model gave to the tokens of a shard."""
-        vocabulary = self._vocabulary
+        vocabulary, k = self.vocabulary, work.k
         if not isinstance(vocabulary, BridgedVocabulary) or vocabulary.groups[k] == 0:
-            return self._read_tokens(k, model, examples, ids, gold)
+            return self._read_tokens(work, ids, gold)
         spans = [spans_of(vocabulary, k, text, self._reader.end) for text in ids]
         own = [list(text.own) for text in spans]
         own_gold = torch.tensor([token for text in own for token in text])
-        columns = to_base_tokens(self._read_tokens(k, model, examples, own, own_gold), spans)
+        columns = to_base_tokens(self._read_tokens(work, own, own_gold), spans)
         # The right token of one's own counts as the right one; others are told by their content.
         right = columns["top1_ids"] == own_gold[columns.pop("number")]
         named = [self._known_everywhere(vocabulary, i) for i in columns["top1_ids"].tolist()]
         columns["top1_ids"] = torch.where(right, gold, torch.tensor(named)).int()
         if vocabulary.is_exact(k):
-            self._sum_over_paths(k, model, examples, ids, gold, columns)
+            self._sum_over_paths(work, ids, gold, columns)
         return columns
 
+    def _read_tokens(self, work: _Work, ids: list[list[int]], gold: Tensor) -> dict[str, Tensor]:
+        """What one model gave to tokens of texts that are also its own."""
+        k, model = work.k, work.model
+        features = next(m.features for m in self._index.models if m.name == model.name)
+        texts = [
+            Text(self._reader.prompt(example, k), text, [k] * len(text))
+            for example, text in zip(work.examples, ids, strict=True)
+        ]
+        starts = torch.tensor([0, *(len(text) for text in ids)]).cumsum(0)
+        numbers = Numbers(model, k, self.vocabulary, self._reader.end, features, self._index.top_k)
+        n_tokens = self._batch_tokens or tokens_of_a_pass(model)
+        pieces = work.pieces("tokens", len(gold), f"{n_tokens}")
+        readings = read_texts(
+            model,
+            k,
+            self.vocabulary,
+            texts,
+            hidden="hidden" in features,
+            batch_tokens=n_tokens,
+            is_done=lambda number, place: bool(pieces.columns.filled[starts[number] + place]),
+        )
+        with work.kept(pieces):
+            for reading in readings:
+                at = starts[reading.numbers] + reading.places
+                found = numbers.of(reading, gold[at])
+                _refuse_nan(model, found, work.examples, reading.numbers)
+                pieces.add(at, found)
+                work.tell()
+        return pieces.columns.tensors()
+
     def _sum_over_paths(
-        self,
-        k: int,
-        model: Model,
-        examples: list[Example],
-        ids: list[list[int]],
-        gold: Tensor,
-        columns: dict[str, Tensor],
+        self, work: _Work, ids: list[list[int]], gold: Tensor, columns: dict[str, Tensor]
     ) -> None:
         """Put the exact probability of every base token in the place of those of merged spans.
 
@@ -459,21 +334,15 @@ class _Scorer:
         gives more than half of its probability to is.
         """
         is_open = columns.pop("open").bool()
-        spans: list[Tensor] = []
-        for example, text in zip(examples, ids, strict=True):
-            contents = [self._vocabulary.token_bytes(token) for token in text]
-            ends = list(accumulate(map(len, contents)))
-            is_whole = bool(text) and text[-1] == self._reader.end
-            if is_whole:
-                ends.pop()
-            prompt = self._reader.prompt(example, k)
-            try:
-                spans.append(
-                    span_logprobs(model, prompt, b"".join(contents), ends, end=is_whole).float()
-                )
-            except InputError:  # Longer than the context: unknown as a whole.
-                spans.append(torch.full((len(text),), float("nan")))
-        exact = torch.cat(spans) if spans else torch.zeros(0)
+        ends_at = list(accumulate(map(len, ids), initial=0))
+        pieces = work.pieces("bytes", len(gold), "")
+        with work.kept(pieces):
+            for i, (example, text) in enumerate(zip(work.examples, ids, strict=True)):
+                at = torch.arange(ends_at[i], ends_at[i + 1])
+                if not bool(pieces.columns.filled[at].all()):
+                    pieces.add(at, {"exact": self._path_logprobs(work, example, text)})
+                    work.tell()
+        exact = pieces.columns.tensors().get("exact", torch.zeros(0))
         known = columns["known"].bool() & ~exact.isnan()
         columns["known"] = known.to(torch.uint8)
         columns["gold_logprobs"] = torch.where(known, exact, 0.0)
@@ -486,6 +355,20 @@ class _Scorer:
         for name in ("entropies", "margins"):
             columns[name] = columns[name].masked_fill(~is_open, 0.0)
 
+    def _path_logprobs(self, work: _Work, example: Example, text: Sequence[int]) -> Tensor:
+        """The log-probability of every base token of a text, in nats; NaN if it is too long."""
+        contents = [self.vocabulary.token_bytes(token) for token in text]
+        ends = list(accumulate(map(len, contents)))
+        is_whole = bool(text) and text[-1] == self._reader.end
+        if is_whole:
+            ends.pop()
+        prompt = self._reader.prompt(example, work.k)
+        try:
+            logprobs = span_logprobs(work.model, prompt, b"".join(contents), ends, end=is_whole)
+        except InputError:  # Longer than the context: unknown as a whole.
+            return torch.full((len(text),), float("nan"))
+        return logprobs.float()
+
     def _known_everywhere(self, vocabulary: BridgedVocabulary, token: int) -> int:
         """A token of the base model's group, or a negative number that hangs on its content.
 
@@ -496,100 +379,90 @@ class _Scorer:
         content = vocabulary.token_bytes(token) or vocabulary.name(token).encode()
         return -1 - (zlib.crc32(content) & 0x7FFFFFFE)
 
-    def _read_tokens(
+
+class _Work:
+    """One model and one shard, which it is about to read.
+
+    Args:
+        scorer: that is told how far it is.
+        k: the model's index in the ensemble.
+        model: the model.
+        number: of the shard.
+        examples: of the shard.
+        n_positions: of the shard.
+    """
+
+    def __init__(
         self,
+        scorer: _Scorer,
         k: int,
         model: Model,
-        examples: list[Example],
-        ids: list[list[int]],
-        gold: Tensor,
-    ) -> dict[str, Tensor]:
-        """What one model gave to tokens of texts that are also its own."""
-        features = self._index.models[k].features
-        texts = [
-            Text(self._reader.prompt(example, k), text, [k] * len(text))
-            for example, text in zip(examples, ids, strict=True)
+        number: int,
+        examples: Sequence[Example],
+        n_positions: int,
+    ) -> None:
+        self.k = k
+        self.model = model
+        self.examples = examples
+        self._scorer = scorer
+        self._number = number
+        self._n_positions = n_positions
+        self._stages: list[Pieces] = []
+        # By the exact bridge a text is read twice: in tokens, and in bytes.
+        vocabulary = scorer.vocabulary
+        exact = isinstance(vocabulary, BridgedVocabulary) and vocabulary.is_exact(k)
+        self._n_stages = 2 if exact else 1
+        self._known = 0.0
+
+    def pieces(self, stage: str, n_positions: int, facts: str) -> Pieces:
+        """What is read of the shard in this stage, with what an earlier run has left."""
+        pieces = Pieces(
+            self._scorer.files,
+            self.model.name,
+            self._number,
+            stage=stage,
+            n_positions=n_positions,
+            facts=facts,
+            every=self._scorer.save_every,
+        )
+        self._stages.append(pieces)
+        found = self._read() - self._known
+        self._scorer.before += int(found)
+        self.tell()
+        return pieces
+
+    def _read(self) -> float:
+        """Tokens of completions that are read, of a shard's."""
+        parts = [
+            float(p.columns.filled.float().mean()) for p in self._stages if len(p.columns.filled)
         ]
-        starts = torch.tensor([0, *(len(text) for text in ids)]).cumsum(0)
-        columns = _Columns(len(gold))
-        for reading in read_texts(
-            model,
-            k,
-            self._vocabulary,
-            texts,
-            hidden="hidden" in features,
-            batch_tokens=self._batch_tokens,
-        ):
-            at = starts[reading.numbers] + reading.places
-            view = View(
-                reading.logits,
-                reading.hidden,
-                embed=lambda shared: model.embed(self._vocabulary.own_ids(k, shared)),
-            )
-            numbers = self._numbers(k, view, gold[at].to(reading.logits.device))
-            numbers |= self._features(view, features)
-            _refuse_nan(model, numbers, examples, reading.numbers)
-            columns.put(at, numbers)
-        return columns.tensors(model, features)
+        return self._n_positions * sum(parts) / self._n_stages
 
-    def _numbers(self, k: int, view: View, gold: Tensor) -> dict[str, Tensor]:
-        top1 = view.top1_ids
-        logprobs = view.logprob_of(gold)
-        if self._reader.end is not None:
-            # Each model ends a text in its own way; all of them mean the same.
-            own = torch.tensor(sorted(self._vocabulary.end_ids(k)), device=gold.device)
-            if len(own):
-                ends = view.logprobs[:, own].logsumexp(-1)
-                logprobs = torch.where(gold == self._reader.end, ends, logprobs)
-                top1 = torch.where(torch.isin(top1, own), self._reader.end, top1)
-        return {
-            "gold_logprobs": logprobs,
-            "known": torch.ones(len(gold), dtype=torch.uint8),
-            "top1_ids": top1.int(),
-            "top1_logprobs": view.top1_logprobs,
-            "entropies": view.entropy_nats,
-            "margins": view.margins,
-        }
+    def tell(self) -> None:
+        """Say how far it is; a shard is done when its file is written, and not before."""
+        self._known = min(self._read(), self._n_positions - 1)
+        self._scorer.tell(self.model.name, self._known)
 
-    def _features(self, view: View, features: Sequence[str]) -> dict[str, Tensor]:
-        kept: dict[str, Tensor] = {}
-        if "hidden" in features:
-            kept["hidden"] = view.hidden
-        if "topk" in features:
-            kept["topk"] = view.topk_logprobs(self._index.top_k)
-        if "embedding" in features:
-            kept["embedding"] = view.top1_embeddings
-        return kept
+    @contextmanager
+    def kept(self, pieces: Pieces) -> Iterator[None]:
+        """Save what was read when reading is stopped, by whoever or whatever stops it."""
+        try:
+            yield
+        except (KeyboardInterrupt, MulticolmError):
+            with suppress(OSError):
+                pieces.save()
+            raise
+
+    def remove(self) -> None:
+        """Delete the pieces of a shard that is written."""
+        for pieces in self._stages:
+            pieces.remove()
 
 
 def _signed(prompt: Prompt) -> int:
     """The digest of a prompt as a number of 64 bits with a sign."""
     number = int(prompt_digest(prompt), 16)
     return number - (1 << 64) if number >= 1 << 63 else number
-
-
-class _Columns:
-    """Tensors of a shard that are filled in any order; what is never filled is unknown."""
-
-    def __init__(self, n_positions: int) -> None:
-        self._n_positions = n_positions
-        self._tensors: dict[str, Tensor] = {}
-
-    def put(self, at: Tensor, numbers: dict[str, Tensor]) -> None:
-        for name, values in numbers.items():
-            if name not in self._tensors:
-                shape = (self._n_positions, *values.shape[1:])
-                self._tensors[name] = torch.zeros(shape, dtype=values.dtype)
-            self._tensors[name][at] = values.cpu()
-
-    def tensors(self, model: Model, features: Sequence[str]) -> dict[str, Tensor]:
-        """All columns; of a model that could not read anything, columns of zeros."""
-        if not self._tensors:
-            floats = ("gold_logprobs", "top1_logprobs", "entropies", "margins")
-            self._tensors = {name: torch.zeros(self._n_positions) for name in floats}
-            self._tensors["top1_ids"] = torch.zeros(self._n_positions, dtype=torch.int32)
-            self._tensors["known"] = torch.zeros(self._n_positions, dtype=torch.uint8)
-        return self._tensors
 
 
 def _refuse_nan(
