@@ -123,6 +123,7 @@ policies: Registry[object] = Registry(
         "nudging": "multicolm.policy.nudging:NudgingPolicy",
         "pack-llm": "multicolm.policy.pack_llm:PackLlmPolicy",
         "proxy-tuning": "multicolm.policy.logit_arithmetic:ProxyTuningPolicy",
+        "r-stitch": "multicolm.policy.r_stitch:RStitchPolicy",
         "random": "multicolm.policy.fixed:RandomPolicy",
         "safe": "multicolm.policy.safe:SafePolicy",
         "single": "multicolm.policy.fixed:SinglePolicy",

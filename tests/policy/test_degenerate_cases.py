@@ -87,7 +87,12 @@ class TestDegenerateCases:
 
     @pytest.mark.parametrize(
         ("kind", "never", "always"),
-        [("confidence", 0.0, 1.1), ("entropy", 1e9, -1.0), ("margin", 0.0, 1.1)],
+        [
+            ("confidence", 0.0, 1.1),
+            ("entropy", 1e9, -1.0),
+            ("margin", 0.0, 1.1),
+            ("r-stitch", 1.0, -1.0),
+        ],
     )
     def test_thresholds_at_the_ends_are_the_base_and_the_assistant(
         self, way: tuple[str, int], kind: str, never: float, always: float
@@ -254,6 +259,8 @@ def test_weights_mean_the_same_in_a_list_and_by_name() -> None:
         ("nudging", {"threshold": 0.0}, {"left", "right"}),
         ("nudging", {"nudger": "right"}, {"left"}),
         ("bild", {"large": 2}, {"left"}),
+        ("r-stitch", {"large": 2, "threshold": 0.5}, {"left"}),
+        ("r-stitch", {"threshold": 1.0}, {"left", "right"}),
         ("speculative", {"target": "right"}, {"left"}),
         ("speculative-cascade", {"target": "right"}, {"left"}),
         ("contrastive", {"expert": "right", "amateur": "left"}, {"base"}),
