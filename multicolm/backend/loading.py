@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import textwrap
+import warnings
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -74,24 +76,30 @@ def load_model(name: str, config: ModelConfig) -> PreTrainedModel:
         arguments["attn_implementation"] = config.attn_implementation
     if config.device_map is not None:
         arguments["device_map"] = config.device_map
-    if (Path(config.location) / "adapter_config.json").is_file():  # transformers loads that, too
-        _refuse_pickled_adapter(name, config, Path(config.location))
+    folder = Path(config.location)
+    has_adapter = (folder / "adapter_config.json").is_file()  # transformers loads that, too
+    if has_adapter:
+        _refuse_pickled_adapter(name, config, folder)
     try:
         if AutoConfig.from_pretrained(config.location, **_common(config)).is_encoder_decoder:
             raise ModelError(
                 f"model '{name}' ({config.location}) is an encoder-decoder; multicolm serves "
                 "decoder-only language models."
             )
-        with _fitting_progress(Path(config.location)):
+        with _fitting_progress(folder):
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 config.location, output_loading_info=True, **arguments
             )
         model: PreTrainedModel = loaded[0]
+        missing, unexpected = set(loaded[1]["missing_keys"]), set(loaded[1]["unexpected_keys"])
+        if has_adapter:
+            missing, unexpected = _with_all_of_its_adapter(model, folder, missing, unexpected)
         if config.device is not None:
             model = model.to(torch.device(config.device))  # type: ignore[arg-type]  # a decorator
     except _REASONS as error:
         raise ModelError(_sentence(name, config, "weights", error)) from error
-    _refuse_missing(name, config.location, loaded[1]["missing_keys"])
+    _refuse_missing(name, config.location, missing)
+    _refuse_unexpected(name, config.location, _without_known(unexpected, model.config))
     return model if config.adapter is None else _adapted(name, config, model)
 
 
@@ -123,19 +131,51 @@ def _adapted(name: str, config: ModelConfig, model: PreTrainedModel) -> PreTrain
     assert config.adapter_location is not None
     folder = Path(config.adapter_location)
     _refuse_pickled_adapter(name, config, folder)
-    is_safe = (folder / "adapter_model.safetensors").is_file()
     try:
-        import peft  # noqa: F401  # transformers needs it for load_adapter
+        import peft
     except ImportError as error:
         raise ModelError(
             f"model '{name}' has an adapter, which needs peft: pip install 'multicolm[peft]'."
         ) from error
     try:
-        report = model.load_adapter(str(folder), use_safetensors=is_safe)
+        # PEFT itself, since transformers' `load_adapter` leaves DoRA's magnitudes out.
+        settings = peft.PeftConfig.from_pretrained(str(folder))
+        if settings.is_prompt_learning:
+            raise ModelError(
+                f"model '{name}': adapter: {folder} learned a prompt ({settings.peft_type.value}); "
+                "multicolm takes adapters that are part of a model's layers, such as LoRA."
+            )
+        settings.inference_mode = True
+        with warnings.catch_warnings():
+            # PEFT warns of what cannot be merged, which is not done, and of missing weights, which
+            # are refused; and it asks transformers for a property by its older name.
+            warnings.simplefilter("ignore")
+            wrapped = peft.PeftModel(model, settings)
+            report = wrapped.load_adapter(
+                str(folder), "default", is_trainable=False, torch_device=str(model.device)
+            )
     except _REASONS as error:
         raise ModelError(_sentence(name, config, "adapter", error)) from error
     _refuse_missing(name, str(folder), report.missing_keys)
-    return model
+    _refuse_unexpected(name, str(folder), report.unexpected_keys)
+    return cast("PreTrainedModel", wrapped.get_base_model())
+
+
+def _with_all_of_its_adapter(
+    model: PreTrainedModel, folder: Path, missing: set[str], unexpected: set[str]
+) -> tuple[set[str], set[str]]:
+    """Give a model with an adapter in its own folder what transformers has left out of that.
+
+    Returns:
+        What is missing and unexpected then.
+    """
+    import peft
+
+    weights = peft.load_peft_weights(str(folder), device=str(model.device))
+    state = {key.removeprefix("base_model.model."): value for key, value in weights.items()}
+    report: Any = peft.set_peft_model_state_dict(model, state, "default")
+    of_adapter = {key for key in unexpected if key.startswith(tuple(state))}
+    return missing & set(report.missing_keys), unexpected - of_adapter | set(report.unexpected_keys)
 
 
 def _refuse_missing(name: str, location: str, keys: Collection[str]) -> None:
@@ -145,6 +185,41 @@ def _refuse_missing(name: str, location: str, keys: Collection[str]) -> None:
             f"model '{name}': {location} lacks {len(keys)} of the weights, such as {min(keys)}; "
             "are these the weights of a causal language model, and of this one?"
         )
+
+
+def _refuse_unexpected(name: str, location: str, keys: Collection[str]) -> None:
+    """Weights that the model has no place for belong to layers that its config drops."""
+    if keys:
+        n = f"{len(keys)} weights that the model has" if len(keys) > 1 else "a weight that it has"
+        raise ModelError(
+            f"model '{name}': {location} holds {n} no place for, such as {min(keys)}; does the "
+            "config fit the weights (`num_hidden_layers`, the kind of model), and an adapter the "
+            "model that it was trained on?"
+        )
+
+
+# What checkpoints hold besides a causal language model's text part: buffers that are worked out
+# anew, and modules that it never runs. transformers leaves out more by itself, per architecture.
+_HARMLESS = re.compile(
+    r"\.(masked_bias|attn\.bias|attention\.bias|rotary_emb\.inv_freq|position_ids)$"
+    r"|(^|\.)(mtp|visual|vision_tower|vision_model|audio_tower|multi_modal_projector|v_head)\."
+)
+_LAYER = re.compile(r"\.(?:layers|h|blocks)\.(\d+)\.")
+
+
+def _without_known(keys: Collection[str], config: Any) -> list[str]:
+    """Unexpected weights that nobody knows to be harmless."""
+    config = config.get_text_config(decoder=True)
+    # Layers behind the last one that predict further tokens, which nobody runs here.
+    first = getattr(config, "num_hidden_layers", 0)
+    further = range(first, first + (getattr(config, "num_nextn_predict_layers", 0) or 0))
+    return [
+        key
+        for key in keys
+        if not _HARMLESS.search(key)
+        and not ((layer := _LAYER.search(key)) and int(layer[1]) in further)
+        and not (key == "lm_head.weight" and config.tie_word_embeddings)
+    ]
 
 
 def _refuse_pickled_adapter(name: str, config: ModelConfig, folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import PROMPTS, byte_level, decoder_replaced, network, save, shared_tokenizer, t5
+from transformers import LlamaConfig
 
 from multicolm import Ensemble
+from multicolm.backend.loading import _without_known
 from multicolm.backend.table import TableModel
 from multicolm.backend.transformers import TransformersModel
 from multicolm.config import EnsembleConfig, ModelConfig, ResolvedModel, parse_ensemble
@@ -122,6 +125,34 @@ def test_weights_that_are_not_in_the_file_are_never_made_up(folder: Path, tmp_pa
     )
 
 
+def test_a_config_that_drops_layers_is_refused(folder: Path, tmp_path: Path) -> None:
+    path = copied(folder, tmp_path / "shorter")
+    settings = json.loads((path / "config.json").read_text())
+    settings["num_hidden_layers"] = 1
+    settings.pop("layer_types", None)
+    (path / "config.json").write_text(json.dumps(settings))
+    complaint = refused(path)
+    assert f"{path} holds " in complaint
+    assert "weights that the model has no place for, such as model.layers.1." in complaint
+    assert "does the config fit the weights (`num_hidden_layers`" in complaint
+
+
+@pytest.mark.parametrize(
+    ("keys", "left"),
+    [
+        (["model.layers.1.mlp.up_proj.weight", "model.extra.weight"], 2),
+        (["h.0.attn.bias", "h.0.attn.masked_bias", "layers.0.rotary_emb.inv_freq"], 0),
+        (["model.vision_tower.x.weight", "multi_modal_projector.linear.weight"], 0),
+        (["v_head.summary.weight", "lm_head.weight", "mtp.fc.weight"], 0),
+        (["model.layers.3.eh_proj.weight", "model.layers.4.eh_proj.weight"], 1),
+    ],
+)  # fmt: skip
+def test_weights_that_are_known_to_be_harmless_are_left_out(keys: list[str], left: int) -> None:
+    settings = LlamaConfig(num_hidden_layers=3, tie_word_embeddings=True)
+    settings.num_nextn_predict_layers = 1
+    assert len(_without_known(keys, settings)) == left
+
+
 def test_an_encoder_decoder_folder_is_refused_by_name(tmp_path: Path) -> None:
     path = tmp_path / "t5"
     save(path, t5(), shared_tokenizer())
@@ -193,6 +224,70 @@ def test_an_adapter_gives_the_adapters_logits(
     assert torch.allclose(logits(loaded), want, atol=1e-4)
     assert not torch.allclose(logits(load(folder)), want, atol=1e-2)
     assert loaded.served_as == "rows"
+
+
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "lora": {"target_modules": ["q_proj"]},
+    "dora": {"target_modules": ["q_proj", "down_proj"], "use_dora": True},
+    "rslora": {"target_modules": ["q_proj"], "use_rslora": True},
+    "head": {"target_modules": ["q_proj", "lm_head"]},
+    "saved": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    "bias": {"target_modules": ["q_proj"], "lora_bias": True},
+    "tokens": {"target_modules": ["q_proj"], "trainable_token_indices": [5, 6]},
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "inside"), [*((kind, False) for kind in ADAPTERS), ("dora", True)]
+)
+def test_a_sound_adapter_of_any_kind_gives_what_peft_gives(
+    folder: Path, tmp_path: Path, kind: str, inside: bool
+) -> None:
+    path = tmp_path / "adapter"
+    torch.manual_seed(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of adapters that cannot be merged
+        plain = type(network("llama")).from_pretrained(folder)
+        with_it = peft.get_peft_model(plain, peft.LoraConfig(r=2, **ADAPTERS[kind]))
+        for parameter in with_it.parameters():
+            if parameter.requires_grad:
+                parameter.data += 0.3 * torch.randn_like(parameter)
+        with_it.save_pretrained(path)
+    with torch.inference_mode():
+        want = with_it(torch.tensor([[5, 6, 7, 8]])).logits[0]
+    if inside:
+        for file in folder.iterdir():
+            (path / file.name).write_bytes(file.read_bytes())
+        loaded = load(path)
+    else:
+        loaded = load(folder, adapter=str(path))
+    assert torch.allclose(logits(loaded), want, atol=1e-4)
+    assert not torch.allclose(logits(load(folder)), want, atol=1e-2)
+
+
+def test_an_adapter_with_layers_that_the_model_does_not_have_is_refused(
+    folder: Path, adapted: tuple[Path, torch.Tensor], tmp_path: Path
+) -> None:
+    longer = copied(adapted[0], tmp_path / "longer")
+    tensors = load_file(longer / "adapter_model.safetensors")
+    more = {
+        key.replace(".layers.0.", ".layers.7."): value.clone() for key, value in tensors.items()
+    }
+    save_file({**tensors, **more}, longer / "adapter_model.safetensors")
+    assert f"{longer} holds 4 weights that the model has no place for" in refused(
+        folder, adapter=str(longer)
+    )
+
+
+def test_an_adapter_that_is_a_learned_prompt_is_refused_by_name(
+    folder: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "prompt"
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)
+        peft.get_peft_model(copy.deepcopy(network("llama")), config).save_pretrained(path)
+    assert "learned a prompt (PROMPT_TUNING)" in refused(folder, adapter=str(path))
 
 
 def test_two_models_of_one_folder_do_not_share_an_adapter(
