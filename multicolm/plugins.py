@@ -122,6 +122,7 @@ policies: Registry[object] = Registry(
         "mlp-router": "multicolm.policy.mlp_router:MlpRouterPolicy",
         "nudging": "multicolm.policy.nudging:NudgingPolicy",
         "pack-llm": "multicolm.policy.pack_llm:PackLlmPolicy",
+        "query-router": "multicolm.policy.query_router:QueryRouterPolicy",
         "proxy-tuning": "multicolm.policy.logit_arithmetic:ProxyTuningPolicy",
         "r-stitch": "multicolm.policy.r_stitch:RStitchPolicy",
         "random": "multicolm.policy.fixed:RandomPolicy",

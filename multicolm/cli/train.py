@@ -16,7 +16,7 @@ __all__ = ["command"]
 
 @click.command
 @click.argument("ensemble")
-@click.argument("scores")
+@click.argument("scores", required=False)
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The checkpoint.")
 @policy_options
 @click.option(
@@ -31,23 +31,34 @@ __all__ = ["command"]
     type=click.Choice(["lora", "full"]),
     help="Train the base model too: a LoRA adapter for it, or all its weights.",
 )
+@click.option(
+    "--task",
+    help="In the place of SCORES: let every model alone answer its questions, and learn from that.",
+)
+@click.option("--split", default="train", show_default=True, help="Of the task's data.")
+@click.option("--limit", type=click.IntRange(1), help="Only this many questions of the task.")
 @click.option("--license", "license_", default="", help="Of the checkpoint, for its card.")
 @json_option
 def command(
     ensemble: str,
-    scores: str,
+    scores: str | None,
     out: Path,
     policy: str | None,
     pairs: tuple[str, ...],
     options: tuple[str, ...],
     train_base: Literal["lora", "full"] | None,
+    task: str | None,
+    split: str,
+    limit: int | None,
     license_: str,
     as_json_: bool,
 ) -> None:
     """Train a policy of ENSEMBLE on SCORES, a folder that `multicolm score` wrote.
 
-    No model is loaded. The checkpoint is used as `--policy ./CHECKPOINT`, or in an ensemble file
-    as `policy: ./CHECKPOINT`. The same command goes on where it was stopped.
+    From SCORES no model is loaded. A policy that chooses one model per prompt (query-router) learns
+    from answers instead: give --task in the place of SCORES. The checkpoint is used as `--policy
+    ./CHECKPOINT`, or in an ensemble file as `policy: ./CHECKPOINT`. The same command goes on where
+    it was stopped.
 
     With --train-base the base model is trained together with the policy's head, and is the only one
     that is loaded; with `--policy single` it is fine-tuned alone. The checkpoint is an ensemble
@@ -64,16 +75,40 @@ def command(
     if policy is None:
         raise ConfigError("which policy? Give one that learns with --policy, such as co-llm.")
     chosen = resolve_policy(policy, parameters(pairs))
+    if (scores is None) == (task is None):
+        raise ConfigError(
+            "trained on what? Give SCORES, a folder that `multicolm score` wrote, or --task with a "
+            "task that every model answers alone; not both."
+        )
+    if task is not None and train_base is not None:
+        raise ConfigError("--train-base learns from SCORES, not from the answers of a --task.")
     with work_bar("steps") as bar:
         shared: dict[str, Any] = {"options": parameters(options, "--option"), "license": license_}
-        if train_base is None:
+        if task is not None:
+            import multicolm
+            from multicolm.calibration.queries import train_on_answers
+            from multicolm.evaluation.task import load_task
+
+            asked = load_task(task)
+            checkpoint = train_on_answers(
+                multicolm.load(config),
+                chosen,
+                asked,
+                out,
+                split=split,
+                limit=limit,
+                progress=lambda p: bar(p.done, p.total, p.row),
+                on_progress=bar,
+                **shared,
+            )
+        elif train_base is None:
             models = identities(config)
-            checkpoint = train(chosen, scores, out, models=models, on_progress=bar, **shared)
+            checkpoint = train(chosen, str(scores), out, models=models, on_progress=bar, **shared)
         else:
             from multicolm.training.joint.train import train_joint
 
             checkpoint = train_joint(
-                chosen, scores, out, config=config, how=train_base, on_progress=bar, **shared
+                chosen, str(scores), out, config=config, how=train_base, on_progress=bar, **shared
             )
     if rank() > 0:
         return  # The first process of `accelerate launch` speaks for all.

@@ -12,6 +12,8 @@ def report_title(report: Mapping[str, Any]) -> str:
     """On which texts it was measured."""
     if report.get("held_out_positions"):
         return "measured on texts that were held out"
+    if report.get("held_out_prompts"):
+        return "measured on prompts that were left out of the learning in turn"
     return "measured on the texts that it learned from"
 
 

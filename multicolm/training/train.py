@@ -58,6 +58,11 @@ def train(
         TrainingError: if there is nothing to learn from, or training diverges.
     """
     fit = getattr(policy, "fit", None)
+    if fit is None and hasattr(policy, "fit_answers"):
+        raise CapabilityError(
+            f"policy '{policy.name}' learns from judged answers and not from scores; give --task "
+            "in the place of the score table."
+        )
     if fit is None:
         raise CapabilityError(
             f"policy '{policy.name}' has nothing to learn: it has no method `fit(table)`. Its "

@@ -1,0 +1,201 @@
+"""Trains policies that choose once per prompt, on judged answers of every model alone."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+import multicolm
+from multicolm.artefacts import Artefact
+from multicolm.decoding.prompts import encode_prompt
+from multicolm.decoding.reader import TokenReader
+from multicolm.decoding.row import Row
+from multicolm.decoding.sampling import Sampling
+from multicolm.decoding.text import TextStream
+from multicolm.ensemble import Ensemble
+from multicolm.errors import CapabilityError, InputError
+from multicolm.evaluation.answering import Answering, Plan, Progress
+from multicolm.evaluation.ledger import Ledger
+from multicolm.evaluation.task import Task
+from multicolm.files import locked
+from multicolm.learning.queries import JudgedAnswers
+from multicolm.learning.training import Training
+from multicolm.policy.base import Policy
+from multicolm.policy.resolve import resolve_policy
+from multicolm.training.checkpoint import Checkpoint, finished_checkpoint
+from multicolm.types import Pooling, Prompt
+
+__all__ = ["prompt_states", "train_on_answers"]
+
+
+def train_on_answers(
+    ensemble: Ensemble,
+    policy: Policy,
+    task: Task,
+    out: str | Path,
+    *,
+    split: str = "train",
+    limit: int | None = None,
+    options: Mapping[str, Any] | None = None,
+    license: str = "",
+    seed: int = 0,
+    batch_size: int = 16,
+    progress: Callable[[Progress], None] = lambda _: None,
+    on_progress: Callable[[float, float, str], None] = lambda done, total, label: None,
+) -> Checkpoint:
+    """Let every model alone answer a task's questions, and train a policy on how well each did.
+
+    Answers are kept as they are judged; the same call goes on where it was stopped.
+
+    Args:
+        ensemble: whose models answer.
+        policy: of a kind that has a method ``fit_answers(answers, training)``, such as
+            ``query-router``; see :class:`multicolm.learning.queries.JudgedAnswers`. Of its
+            ``prompt_states`` the base model's are read.
+        task: questions and how answers are judged.
+        out: folder of the checkpoint.
+        split: which of the task's data; never ``test``.
+        limit: only this many questions, spread evenly over the data.
+        options: of the training; which there are is the policy's business.
+        license: of the checkpoint, an SPDX name, for its card.
+        seed: of everything random.
+        batch_size: how many texts are written at a time.
+        progress: told after every answer.
+        on_progress: told what is being done after that.
+
+    Raises:
+        CapabilityError: if the policy does not learn from answers, or the base model shows no
+            hidden states.
+        InputError: if the split is the test split, or a question cannot be asked or judged.
+        ArtefactError: if ``out`` holds another checkpoint.
+        TrainingError: if there is too little to learn from.
+    """
+    fit = getattr(policy, "fit_answers", None)
+    if fit is None:
+        raise CapabilityError(
+            f"policy '{policy.name}' does not learn from judged answers: it has no method "
+            "`fit_answers`. Score texts with `multicolm score`, and give that folder."
+        )
+    if split == "test":
+        raise InputError("policies are never trained on the test split; choose another --split.")
+    if "hidden" not in ensemble.backends[0].shows:
+        raise CapabilityError(
+            f"policy '{policy.name}' reads the hidden state that base model "
+            f"'{ensemble.models[0]}' has of the prompt, and its backend shows none."
+        )
+    folder = Path(out)
+    questions = task.sample(split, limit)
+    run = Answering(ensemble, task, questions, seed=seed, batch_size=batch_size, progress=progress)
+    header = run.header("train", split, task.digest(split))
+    key = _key(policy, header, ensemble.costs, limit, options or {})
+    plans = [
+        Plan(f"{name} alone", "model", resolve_policy({"kind": "single", "params": {"model": k}}))
+        for k, name in enumerate(ensemble.models)
+    ]
+    with locked(folder):
+        finished = finished_checkpoint(folder, key)
+        if finished is not None:
+            shutil.rmtree(folder / ".training", ignore_errors=True)
+            return finished
+        run.check(plans)
+        with Ledger.open(folder / ".training" / "ledger.jsonl", header) as ledger:
+            run.ledger = ledger
+            quality = torch.tensor([run.row(plan).qualities for plan in plans]).T.contiguous()
+        on_progress(0, 0, "prompts")
+        wanted = policy.prompt_states(ensemble.models).get(0) or frozenset[Pooling]({"last"})
+        answers = JudgedAnswers(
+            tuple(ensemble.models),
+            tuple(model.identity for model in ensemble.backends),
+            tuple(ensemble.costs),
+            prompt_states(ensemble, [q.asked for q in questions], min(wanted), batch_size),
+            quality,
+        )
+        training = Training(options or {}, None, on_progress)
+        fitted = cast("Policy", fit(answers, training))
+        facts = {
+            "source": f"answers to {task.name} ({split})",
+            "digest": task.digest(split),
+            "examples": len(questions),
+            "key": key,
+            "options": dict(options or {}),
+            "report": training.report,
+            "prompts": [question.fingerprint for question in questions],
+        }
+        checkpoint = Checkpoint(
+            fitted,
+            _provenance(ensemble, license, facts),
+            f"A {policy.name} policy, trained on answers to {task.name}.",
+        )
+        checkpoint.save_pretrained(folder)
+        shutil.rmtree(folder / ".training", ignore_errors=True)
+        return checkpoint.bound_to(folder)
+
+
+def prompt_states(
+    ensemble: Ensemble, prompts: Sequence[Prompt], pooling: Pooling, batch_size: int = 16
+) -> Float[Tensor, "prompts hidden"]:
+    """The base model's last hidden states of some prompts, as a policy sees them.
+
+    Args:
+        ensemble: whose base model reads.
+        prompts: as they are asked.
+        pooling: how the states of a prompt's tokens become one.
+        batch_size: how many are read at a time.
+    """
+    model, vocabulary = ensemble.backends[0], ensemble.vocabulary
+    found: list[Tensor] = []
+    for start in range(0, len(prompts), batch_size):
+        rows = [
+            Row(
+                number=slot,
+                prompt=prompt,
+                prompt_ids=[encode_prompt(prompt, 0, model, vocabulary)],
+                key=0,
+                seed=None,
+                max_new_tokens=1,
+                text=TextStream(()),
+                draft_length=1,
+                sampling=Sampling(),
+                slot=slot,
+                models=(0,),
+            )
+            for slot, prompt in enumerate(prompts[start : start + batch_size])
+        ]
+        reader = TokenReader(model, 0, vocabulary, model.open(len(rows)), lambda: 0.0)
+        for row in rows:
+            reader.start(row)
+        found.append(reader.prompt_hidden(rows, {pooling})[pooling].cpu())
+    return torch.cat(found)
+
+
+def _key(
+    policy: Policy,
+    header: Mapping[str, Any],
+    costs: Sequence[float],
+    limit: int | None,
+    options: Mapping[str, Any],
+) -> str:
+    """What decides the checkpoint; neither versions nor the size of batches do."""
+    config = policy.as_config()
+    params = {k: v for k, v in config["params"].items() if not isinstance(v, Artefact)}
+    shared = {k: v for k, v in header.items() if k not in ("versions", "batch_size")}
+    facts = [config["kind"], params, shared, list(costs), limit, dict(options)]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
+def _provenance(ensemble: Ensemble, license: str, facts: Mapping[str, Any]) -> dict[str, Any]:
+    models = [{"name": m.name, "identity": m.identity} for m in ensemble.backends]
+    return {
+        "multicolm": multicolm.__version__,
+        "models": models,
+        "license": license,
+        "train": dict(facts),
+    }
