@@ -117,6 +117,7 @@ policies: Registry[object] = Registry(
         "cosd-tree": "multicolm.policy.cosd_tree:CosdTreePolicy",
         "entropy": "multicolm.policy.threshold:EntropyPolicy",
         "gac": "multicolm.policy.gac:GacPolicy",
+        "gedi": "multicolm.policy.gedi:GediPolicy",
         "margin": "multicolm.policy.threshold:MarginPolicy",
         "max-confidence": "multicolm.policy.threshold:MaxConfidencePolicy",
         "mlp-router": "multicolm.policy.mlp_router:MlpRouterPolicy",

@@ -155,6 +155,10 @@ class TestDegenerateCases:
     ) -> None:
         assert texts(TRIO, "proxy-tuning", way, expert=1, antiexpert=1) == alone(BASE)
 
+    def test_gedi_with_alpha_0_or_one_model_twice_is_the_base(self, way: tuple[str, int]) -> None:
+        assert texts(TRIO, "gedi", way, alpha=0.0) == alone(BASE)
+        assert texts(TRIO, "gedi", way, attribute=1, opposite=1) == alone(BASE)
+
     def test_contrastive_with_beta_0_is_the_expert(self, way: tuple[str, int]) -> None:
         assert texts(TRIO, "contrastive", way, beta=0.0, expert="right") == alone(RIGHT)
 
@@ -265,6 +269,7 @@ def test_weights_mean_the_same_in_a_list_and_by_name() -> None:
         ("speculative-cascade", {"target": "right"}, {"left"}),
         ("contrastive", {"expert": "right", "amateur": "left"}, {"base"}),
         ("proxy-tuning", {"expert": "right", "antiexpert": "right"}, {"left"}),
+        ("gedi", {"attribute": "right", "opposite": "base"}, {"left"}),
     ],
 )
 @pytest.mark.parametrize("way", WAYS)

@@ -195,6 +195,22 @@ def test_the_median_of_two_equal_weights_follows_their_mean() -> None:
     assert p_value(drawn, joint(mean_step("arithmetic", (0.5, 0.5)))) > 1e-3
 
 
+def test_a_steered_text_follows_base_times_attribute() -> None:
+    def step(ids: list[int]) -> torch.Tensor:
+        def text(model: TableModel) -> float:
+            return sum(float(model.logits_after(ids[:i])[ids[i]]) for i in range(1, len(ids)))
+
+        odds = text(TARGET) - text(DRAFT) + TARGET.logits_after(ids) - DRAFT.logits_after(ids)
+        weighed = DRAFT.logits_after(ids).exp() * odds.sigmoid() ** 1.5
+        return weighed / weighed.sum()
+
+    roles = {"attribute": "target", "opposite": "draft"}
+    drawn = draws({"kind": "gedi", "params": {"alpha": 1.5, **roles}})
+    wanted = joint(step)
+    assert p_value(drawn, wanted) > 1e-3
+    assert p_value(drawn, joint(draft_step)) < 1e-3
+
+
 def test_a_lottery_with_sampling_follows_the_linear_mixture() -> None:
     drawn = draws({"kind": "random", "params": {"weights": [0.3, 0.7]}})
     assert p_value(drawn, joint(mean_step("arithmetic", (0.3, 0.7)))) > 1e-3

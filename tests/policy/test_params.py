@@ -51,6 +51,7 @@ def test_a_misspelt_param_is_told_the_nearest_one() -> None:
 LEARNED = ("head", "network", "tree", "made_for")
 """Filled by training; a text is the path of a file there."""
 ROLES = ("model", "large", "nudger", "target", "expert", "antiexpert", "amateur")
+ROLES += ("attribute", "opposite")
 
 
 @pytest.mark.parametrize(
