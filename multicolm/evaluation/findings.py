@@ -145,7 +145,7 @@ def routing_verdict(comparison: Comparison) -> str:
     if bound is None or tokens is None:
         return ""
     if tokens.quality > bound.quality:
-        return "Routing tokens does what routing questions cannot."
+        return "On these questions routing tokens beats any routing of whole questions."
     if questions is None:
         return "Whether routing tokens helps over routing questions stays open."
     if tokens.quality > questions.quality:

@@ -30,8 +30,9 @@ _INK, _MUTED, _FAINT = "#1b2330", "#6b7686", "#d9dee6"
 # After Okabe and Ito, darkened where white paper asks for it; the base model comes first.
 _COLOURS = (_INK, "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 _MIXED = "#b3bac5"
-# Larger marks are drawn first, so that none hides another of the same place.
-_RADIUS = {"policy": 7.0, "model": 4.6, "random": 3.6, "sweep": 3.0}
+# Drawn in this order: a policy is seen around a baseline's ring, and a ring around a model.
+_RADIUS = {"policy": 7.0, "random": 5.2, "sweep": 3.0, "model": 4.6}
+_LAYERS = tuple(_RADIUS)
 _NAMED = ("policy", "model")
 _STYLE = {
     "font.family": "DejaVu Sans",
@@ -145,7 +146,7 @@ def pareto(comparison: Comparison, kind: Literal["png", "svg"]) -> bytes:
 
     with matplotlib.style.context(_STYLE):
         figure = Figure(figsize=(7.2, 4.9), dpi=200)
-        figure.subplots_adjust(left=0.085, right=0.985, top=0.86, bottom=0.22)
+        figure.subplots_adjust(left=0.085, right=0.985, top=0.84, bottom=0.22)
         _draw(figure, comparison)
         out = io.BytesIO()
         plain: dict[str, Any] = {"Date": None} if kind == "svg" else {"Software": None}
@@ -168,7 +169,7 @@ def _draw(figure: Figure, comparison: Comparison) -> None:
         low, high = min(row.low, row.quality), max(row.high, row.quality)
         ends = (100 * low, 100 * high)
         axes.plot([row.cost] * 2, ends, color=_MUTED, lw=0.9, alpha=0.55, zorder=3)
-    for row in sorted(rows, key=lambda row: -_RADIUS[row.kind]):
+    for row in sorted(rows, key=lambda row: _LAYERS.index(row.kind)):
         _mark(axes, row)
     _labels(axes, comparison, rows)
 
@@ -190,19 +191,14 @@ def _frame(axes: Axes, comparison: Comparison) -> None:
     n = max((row.n_questions for row in comparison.rows), default=0)
     title = f"{visible(comparison.ensemble)} on {visible(comparison.task)}"
     axes.set_title(
-        title, loc="left", color=_INK, fontsize=11.5, fontweight="bold", pad=24, x=-0.055
+        title, loc="left", color=_INK, fontsize=11.5, fontweight="bold", pad=36, x=-0.055
     )
     axes.annotate(
         f"{n} questions; bars: 95 % intervals; pies: who wrote; small: other thresholds; "
-        "hollow: random, matched shares",
+        f"hollow: random, matched shares\n{routing_verdict(comparison)}",
         (-0.055, 1), (0, 9), xycoords="axes fraction", textcoords="offset points",
         color=_MUTED, fontsize=8,
     )  # fmt: skip
-    if verdict := routing_verdict(comparison):
-        axes.annotate(
-            verdict, (1, 0), (0, -29), xycoords="axes fraction", textcoords="offset points",
-            ha="right", va="top", color=_INK, fontsize=8,
-        )  # fmt: skip
     axes.grid(axis="y", color=_FAINT, lw=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right", "left"]].set_visible(False)
@@ -257,7 +253,7 @@ def _mark(axes: Axes, row: RowResult) -> None:
                 area.add_artist(Wedge(centre, radius, end, start, fc=colour, lw=0))
                 start = end
         if row.kind == "random":
-            area.add_artist(Circle(centre, 0.55 * radius, fc="white", lw=0))
+            area.add_artist(Circle(centre, 0.65 * radius, fc="white", lw=0))
     axes.add_artist(
         AnnotationBbox(area, (row.cost, 100 * row.quality), frameon=False, pad=0, zorder=6)
     )

@@ -59,6 +59,92 @@ def test_a_click_on_a_heading_sorts_and_a_third_one_undoes_it(page: Page) -> Non
     assert names() == before
 
 
+def test_interval_bars_of_all_rows_lie_on_one_axis(page: Page) -> None:
+    bars = (
+        "[...document.querySelectorAll('#results svg.interval')]"
+        ".map(bar => bar.getBoundingClientRect())"
+    )
+    lefts, widths = (page.value(f"{bars}.map(box => box.{side})") for side in ("left", "width"))
+    assert len(lefts) == len(fake_comparison().rows)
+    assert len(set(lefts)) == len(set(widths)) == 1
+    scale = "document.querySelector('#results .scale').getBoundingClientRect()"
+    assert page.value(f"[{scale}.left, {scale}.width]") == [lefts[0], widths[0]]
+
+
+def test_stars_are_for_models_alone_and_policies(page: Page) -> None:
+    starred = page.value(
+        "[...document.querySelectorAll('#results .best')].map(s => s.closest('tr').className)"
+    )
+    assert starred and set(starred) <= {"model", "policy"}
+
+
+def test_what_was_found_is_read_first(page: Page) -> None:
+    assert tuple(page.texts(".findings p")) == fake_comparison().findings
+    assert page.text(".verdict").endswith("beats any routing of whole questions.")
+
+
+def test_a_model_of_a_policy_s_cost_and_quality_is_seen_all_the_same(
+    browser: Browser, tmp_path: Path
+) -> None:
+    rows = [replace(row, cost=2.0, quality=0.5) for row in fake_comparison().rows]
+    path = tmp_path / "same.html"
+    path.write_text(as_page(replace(fake_comparison(), rows=tuple(rows)), []), encoding="utf-8")
+    page = browser.open(path.as_uri())
+    marks = page.value(
+        "[...document.querySelectorAll('#plot .mark')]"
+        ".map(mark => [mark.classList[1], mark.getBBox().width])"
+    )
+    kinds = [kind for kind, _ in marks]  # what comes later is on top
+    assert kinds == ["policy"] * 3 + ["random"] + ["sweep"] * 3 + ["model"] * 3
+    widths = dict(marks)
+    assert widths["policy"] > widths["random"] > widths["model"]
+
+
+def test_the_token_panel_is_closed_by_its_button(page: Page) -> None:
+    page.choose("#row", "confidence")
+    page.click(".answers .token:nth-of-type(3)")
+    assert page.value("document.querySelector('#panel').classList.contains('idle')") is False
+    page.click("#panel .close")
+    assert page.value("document.querySelector('#panel').classList.contains('idle')") is True
+    assert page.value("document.querySelector('.token[aria-pressed=true]')") is None
+    assert page.value("document.activeElement.classList.contains('token')") is True
+
+
+def test_on_a_phone_the_panel_leaves_the_selected_token_to_be_seen(
+    browser: Browser, address: str
+) -> None:
+    page = browser.open(address, width=390)
+    page.choose("#row", "confidence")
+    page.click(".answers .token:nth-of-type(28)")
+    token, panel = (
+        page.value(f"document.querySelector('{what}').getBoundingClientRect().toJSON()")
+        for what in (".token[aria-pressed=true]", "#panel")
+    )
+    assert token["top"] >= 0 and token["bottom"] <= panel["top"]
+
+
+def test_no_name_is_broken_within_a_word_on_a_phone(browser: Browser, address: str) -> None:
+    page = browser.open(address, width=390)
+    # Every word of a row's name is on one line: its text has one rectangle.
+    broken = page.value(
+        """(() => {
+          const broken = [];
+          for (const cell of document.querySelectorAll('#results tbody th')) {
+            for (const node of [...cell.childNodes].filter((n) => n.nodeType === 3)) {
+              for (const word of node.data.matchAll(/[^ ]+/g)) {
+                const range = document.createRange();
+                range.setStart(node, word.index);
+                range.setEnd(node, word.index + word[0].length);
+                if (range.getClientRects().length > 1) broken.push(word[0]);
+              }
+            }
+          }
+          return broken;
+        })()"""
+    )
+    assert broken == []
+
+
 def test_a_click_on_a_token_shows_what_every_model_and_the_policy_thought(page: Page) -> None:
     page.choose("#row", "confidence")
     page.choose("#question", "dose-000")

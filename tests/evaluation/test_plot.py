@@ -31,7 +31,7 @@ def test_the_front_is_what_no_row_beats_at_its_cost_or_less(seed: int) -> None:
         assert ((row.cost, row.quality) in points) == (not beaten)
 
 
-def test_marks_of_one_place_are_drawn_the_larger_first() -> None:
+def test_of_marks_of_one_place_the_models_are_on_top_and_policies_are_larger() -> None:
     from multicolm.evaluation import plot
 
     rows = [replace(row, cost=1.0, quality=0.5) for row in fake_comparison().rows]
@@ -39,9 +39,8 @@ def test_marks_of_one_place_are_drawn_the_larger_first() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plot, "_mark", lambda axes, row: drawn.append(row.kind))
         pareto(replace(fake_comparison(), rows=tuple(rows)), "png")
-    radii = [plot._RADIUS[kind] for kind in drawn]
-    assert radii == sorted(radii, reverse=True) and radii[0] > radii[-1]
-    assert drawn.index("policy") < drawn.index("model")
+    assert list(dict.fromkeys(drawn)) == ["policy", "random", "sweep", "model"]
+    assert plot._RADIUS["policy"] > plot._RADIUS["random"] > plot._RADIUS["model"]
 
 
 @pytest.mark.parametrize("seed", range(10))

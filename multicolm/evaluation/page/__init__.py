@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import Any
 
-from multicolm.evaluation.findings import best_alone, findings
+from multicolm.evaluation.findings import best_alone, findings, routing_verdict
 from multicolm.evaluation.harness_results import HarnessResults, figure_text, leaders
 from multicolm.evaluation.results import Comparison, RowResult, ShownToken, TracedAnswer
 from multicolm.evaluation.table import (
@@ -64,6 +64,7 @@ def as_page(
             "title": _text(title),
             "css": css,
             "findings": "".join(f"<p>{_text(text)}</p>" for text in findings(comparison)),
+            "verdict": _text(routing_verdict(comparison)),
             "legend": _legend(comparison),
             "warnings": _warnings(comparison),
             "heads": _heads(comparison),
@@ -187,7 +188,9 @@ def _name_cell(row: RowResult) -> str:
     is_said = row.kind != "model" or row.name.endswith(" alone")
     kind = "" if is_said else ' <span class="kind">alone</span>'
     name = _text(row.name)
-    return f'<th scope="row" data-value="{name}" title="{name}">{name}{kind}</th>'
+    # Long names break where their parts do, and not within a word.
+    broken = re.sub("([-/_])", r"\1<wbr>", name)
+    return f'<th scope="row" data-value="{name}" title="{name}">{broken}{kind}</th>'
 
 
 def _cells(

@@ -96,8 +96,9 @@ given.forEach((row) => {
 // ---- the plot -----------------------------------------------------------------------------------
 
 const plot = document.getElementById("plot");
-// Larger marks are drawn first, so that none hides another of the same place.
-const RADIUS = { policy: 10, model: 6, random: 5, sweep: 4.5 };
+// Drawn in this order: of one place, a policy is seen around a baseline's ring, a ring around a model.
+const RADIUS = { policy: 10, random: 7.5, sweep: 4.5, model: 6 };
+const LAYERS = Object.keys(RADIUS);
 
 function ticks(low, high, n) {
   const raw = (high - low) / n;
@@ -147,7 +148,7 @@ function pie(row, x, y) {
     }
     start += share;
   });
-  if (row.kind === "random") parts.push(svg("circle", { class: "core", cx: x, cy: y, r: 0.55 * radius }));
+  if (row.kind === "random") parts.push(svg("circle", { class: "core", cx: x, cy: y, r: 0.65 * radius }));
   return [svg("circle", { class: "halo", cx: x, cy: y, r: radius + 2 }), ...parts, svg("circle", { class: "ring", cx: x, cy: y, r: radius + 3.5 })];
 }
 
@@ -293,8 +294,8 @@ function drawPlot() {
     const nearY = Math.min(Math.max(y, box.y), box.y + box.height);
     if (Math.hypot(nearX - x, nearY - y) > r + 14) holder.prepend(svg("line", { class: "leader", x1: x, y1: y, x2: nearX, y2: nearY }));
   });
-  // Marks go on top; the tab key walks along policies, models and the rest, each along its cost.
-  for (const row of [...real].sort((a, b) => RADIUS[b.kind] - RADIUS[a.kind] || a.cost - b.cost)) {
+  // Marks go on top; the tab key walks along kinds, and in each along the cost.
+  for (const row of [...real].sort((a, b) => LAYERS.indexOf(a.kind) - LAYERS.indexOf(b.kind) || a.cost - b.cost)) {
     const [x, y] = [X(row.cost), Y(row.quality)];
     const mark = svg("g", { class: `mark ${row.kind}`, tabindex: 0, role: "button", "data-row": row.index, "aria-label": [row.name, ...described(row)].join(". ") }, ...pie(row, x, y));
     const enter = () => {
