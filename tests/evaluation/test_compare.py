@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -251,6 +252,21 @@ def test_first_uses_are_over_before_anything_is_timed(
     streams.clear()
     compare(duo, [RULE, "average"], make_task(), **arguments)
     assert streams == []
+
+
+def test_a_model_s_slow_first_use_is_in_no_row_s_time(rows, duo, monkeypatch) -> None:
+    model, real, calls = duo.backends[1], duo.backends[1].open, []
+
+    def slow_at_first(n_rows: int) -> Any:
+        calls.append(n_rows)
+        if len(calls) == 1:
+            time.sleep(1)
+        return real(n_rows)
+
+    monkeypatch.setattr(model, "open", slow_at_first)
+    found = rows("max-confidence", random=False, oracle=False)
+    assert len(calls) > 2
+    assert all(row.seconds < 1 for row in found.values())
 
 
 def test_checkpoints_of_one_policy_are_told_apart_in_every_name(
