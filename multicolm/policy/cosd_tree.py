@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from functools import partial
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from jaxtyping import Bool, Float, Int
-from pydantic import Field
+from pydantic import Field, NonNegativeFloat
 
 from multicolm.config.wording import Strict
-from multicolm.errors import TrainingError
+from multicolm.errors import CapabilityError, TrainingError
 from multicolm.policy.base import (
     ModelFacts,
     Needs,
@@ -19,9 +20,9 @@ from multicolm.policy.base import (
     When,
     register_policy,
 )
-from multicolm.policy.learned import check_made_for, untrained
+from multicolm.policy.learned import COST_WEIGHTS, check_made_for, untrained
 from multicolm.policy.threshold import best_assistant
-from multicolm.policy.tree import MAX_DEPTH, Feature, Leaf, Node, Split, Tree
+from multicolm.policy.tree import MAX_DEPTH, Feature, Tree
 from multicolm.types import Signal, Tensor
 from multicolm.views import ModelNames, View, Views
 
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
     from multicolm.score_table import ScoreTable
 
 __all__ = ["CosdTreePolicy"]
+
+Asked = Feature | Literal["assistant"]
+"""What :meth:`CosdTreePolicy.fit` may ask about: a number, or who the assistant is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,33 +74,44 @@ class CosdTreePolicy(SelectPolicy):
     """A decision tree says of every assistant whether its token replaces the base model's.
 
     An assistant is a candidate where its most likely token differs from the base model's and the
-    tree says ``replace``. The candidate with the most probable leaf writes, of equal ones the
-    surest; without one, the base model. Assistants are run only where the base model's own numbers
-    leave a way to ``replace``, which changes nothing but the cost.
+    tree says ``replace``. With q the leaf's probability that the assistant is right, the candidate
+    with the greatest ``log(q / (1 - q)) - cost_weight * cost`` writes, of equal ones the surest;
+    without one, the base model. Assistants are run only where the base model's own numbers leave a
+    way to ``replace``, and those that the tree never lets replace are not run at all; both change
+    nothing but the cost.
 
     Attributes:
         tree: what was learned; nothing yet if not given.
-        features: what :meth:`fit` may ask about; a tree that is there asks what it asks.
+        features: what :meth:`fit` may ask about; ``assistant`` is who it is. A tree that is there
+            asks what it asks.
         max_depth: the most questions on the way to a leaf.
         min_samples_leaf: positions that have to come to a leaf, so that it is no chance.
-        balance: whether the positions where the assistant is right count as much, all together, as
-            those where the base model is, however many there are of each.
+        balance: whether questions are chosen as if the positions where the assistant is right were
+            as many as those where the base model is. What a leaf says goes by the positions as they
+            are, either way.
+        cost_weight: nats per unit of an assistant's cost (:attr:`multicolm.Views.costs`). Above 0
+            only those leaves replace whose log-odds are ``cost_weight * cost`` or more.
         made_for: the models it was trained with, by name, and what they are; the base model first.
 
     Source:
         arXiv 2502.08020 (ICML 2025), section 3, tree-based verification: two features, learned
-        from three samples. Depth, leaf size, class weights and more than one assistant are ours.
+        from three samples. Depth, leaf size, class weights, costs and more than one assistant are
+        ours.
     """
 
     tree: Tree | None = None
-    features: tuple[Feature, ...] = Field(default=("p_draft", "p_assistant"), min_length=1)
+    features: tuple[Asked, ...] = Field(
+        default=("p_draft", "p_assistant", "assistant"), min_length=1
+    )
     max_depth: int = Field(default=3, ge=1, le=MAX_DEPTH)
     min_samples_leaf: int = Field(default=5, ge=1)
     balance: bool = True
+    cost_weight: NonNegativeFloat = 0.0
     made_for: dict[str, str] | None = None
 
     assistants: ClassVar[When] = "deferred"
     schedule: ClassVar[Schedule] = "block"
+    tunable: ClassVar[Mapping[str, Sequence[float]]] = {"cost_weight": COST_WEIGHTS}
 
     @property
     def _learned(self) -> Tree:
@@ -104,12 +119,35 @@ class CosdTreePolicy(SelectPolicy):
             raise untrained(self.name)
         return self.tree
 
-    def needs(self, models: ModelNames) -> Needs:
-        """What the tree asks about, and everybody's most likely token.
+    def _assistants(self, models: ModelNames) -> tuple[str, ...]:
+        """The assistants' names as the tree knows them; an ensemble may call them otherwise."""
+        names = tuple(models if self.made_for is None else self.made_for)[1:]
+        for name in {name for group in self._learned.groups for name in group} - set(names):
+            raise CapabilityError(
+                f"the tree of this '{self.name}' policy asks for assistant '{name}', and the "
+                f"assistants are {', '.join(names) or 'none'}; correct the tree, or train another."
+            )
+        return names
+
+    def uses(self, models: ModelNames) -> frozenset[int]:
+        """The base model, and the assistants that some leaf lets replace it.
+
+        All of them if the tree asks how many agree.
 
         Raises:
             ArtefactError: if the tree's file is missing or damaged.
-            CapabilityError: if nothing was learned yet.
+            CapabilityError: if nothing was learned yet, or the tree names other assistants.
+        """
+        tree, names = self._learned, self._assistants(models)
+        everyone = "agreement" in tree.used
+        used = {k for k, name in enumerate(names, 1) if everyone or tree.can_replace(name)}
+        return frozenset({0, *used} & set(range(len(models))))
+
+    def needs(self, models: ModelNames) -> Needs:
+        """What the tree asks about, and the most likely token of those in use.
+
+        Raises:
+            MulticolmError: see :meth:`uses`.
         """
         used = self._learned.used
         base, others = (
@@ -118,7 +156,7 @@ class CosdTreePolicy(SelectPolicy):
             )
             for role in ("draft", "assistant")
         )
-        return Needs({0: base}, dict.fromkeys(range(1, len(models)), others))
+        return Needs({0: base}, dict.fromkeys(sorted(self.uses(models) - {0}), others))
 
     def check_models(self, models: Sequence[ModelFacts]) -> None:
         """Refuse models that it was not trained with.
@@ -134,48 +172,75 @@ class CosdTreePolicy(SelectPolicy):
 
     def defers(self, views: Views) -> Bool[Tensor, "positions"]:
         """Where some assistant could replace the base model's token, by the latter's numbers."""
+        import torch
+
+        tree, names = self._learned, self._assistants(views.models)
         known: dict[str, Tensor] = {
             name: number.of_view(views.base)
-            for name in self._learned.used
+            for name in tree.used
             if (number := _number_of(name, "draft"))
         }
-        if "position" in self._learned.used:
+        if "position" in tree.used:
             known["position"] = views.place.float()
-        device = views.base.top1_ids.device
-        return self._learned.may_replace(known, views.n_positions, device)
+        device, prices = views.base.top1_ids.device, self._prices(views).tolist()
+        # Assistants that the tree does not tell apart, and that cost the same, are one question.
+        alike = {
+            (tuple(names[k - 1] in group for group in tree.groups), prices[k]): names[k - 1]
+            for k in sorted(self.uses(views.models) - {0})
+        }
+        reached = torch.zeros(views.n_positions, dtype=torch.bool, device=device)
+        for (_, price), name in alike.items():
+            reached |= tree.may_replace(
+                known, views.n_positions, device, assistant=name, least=price
+            )
+        return reached
+
+    def _prices(self, views: Views) -> Float[Tensor, "models"]:
+        """What the log-odds for each model have to come to, in nats; no matter without costs."""
+        prices = views.costs * self.cost_weight
+        return prices if self.cost_weight else prices.fill_(float("-inf"))
 
     def select(self, views: Views) -> Int[Tensor, "positions"]:
-        """The candidate with the most probable leaf, else the base model."""
+        """The candidate with the most probable leaf, its cost taken off; else the base model."""
         import torch
 
         if not views.assistants:
             return torch.zeros(views.n_positions, dtype=torch.long)
-        replaces, probability = self._learned.decide(self._seen(views))
+        decided = self._learned.decide(self._seen(views))
         ids = views.stack(lambda view: view.top1_ids)
-        candidate = replaces & (ids[1:] != ids[0])
-        probability = probability.masked_fill(~candidate, -1.0)
-        first = candidate & (probability == probability.max(0).values)
+        prices = self._prices(views)[views.assistants, None]
+        candidate = decided.replace & (ids[1:] != ids[0]) & (decided.log_odds >= prices)
+        value = decided.log_odds - prices if self.cost_weight else decided.log_odds
+        value = value.masked_fill(~candidate, float("-inf"))
+        first = candidate & (value == value.max(0).values)
         sureness = torch.stack([views[k].top1_logprobs for k in views.assistants])
         best = best_assistant(views, sureness.masked_fill(~first, float("-inf")))
         return best.masked_fill(~candidate.any(0), 0)
 
-    def _seen(self, views: Views) -> Float[Tensor, "assistants positions used"]:
+    def _seen(self, views: Views) -> Float[Tensor, "assistants positions columns"]:
         """What the tree asks about, of every assistant."""
         import torch
 
-        used = self._learned.used
-        if not used:
-            shape = (len(views.assistants), views.n_positions, 0)
-            return torch.zeros(shape, device=views.base.top1_ids.device)
-        seen = [[_from_views(name, views, k) for name in used] for k in views.assistants]
-        return torch.stack([torch.stack(columns, -1) for columns in seen])
+        tree, names = self._learned, self._assistants(views.models)
+        device = views.base.top1_ids.device
+        seen = []
+        for k in views.assistants:
+            columns = [_from_views(name, views, k) for name in tree.used]
+            columns += [
+                torch.full((views.n_positions,), float(names[k - 1] not in group), device=device)
+                for group in tree.groups
+            ]
+            empty = torch.zeros(views.n_positions, 0, device=device)
+            seen.append(torch.stack(columns, -1) if columns else empty)
+        return torch.stack(seen)
 
     def fit(self, table: ScoreTable, training: Training | None = None) -> CosdTreePolicy:
         """The same policy with a tree that was learned from a score table.
 
         It learns from each position and assistant whose most likely token differs from the base
-        model's, where one of the two is right: whether it is the assistant. If it is always the
-        same one that is right, or no question separates them, the tree is a single leaf.
+        model's, where one of the two is right: whether it is the assistant. One tree is learned
+        for all assistants, which may ask who it is. If it is always the same one that is right, or
+        no question separates them, the tree is a single leaf.
 
         Args:
             table: of the ensemble's models.
@@ -186,41 +251,29 @@ class CosdTreePolicy(SelectPolicy):
             ConfigError: if the training has options.
             TrainingError: if there is no such position.
         """
+        from multicolm.policy.tree_learning import examples, learn_tree, tree_report
+
         if training is not None:
             training.settings(Strict)
-        features, right = _examples(table, self.features)
-        if len(right) == 0:
+        numbers = tuple(name for name in self.features if name != "assistant")
+        learnt_from = examples(table, numbers, partial(_from_table, table=table))
+        if not len(learnt_from):
             raise TrainingError(
                 f"policy '{self.name}' finds nothing to learn from: at no position of this score "
                 f"table do base model '{table.models[0]}' and an assistant have different first "
                 "choices, one of them right; score texts that one of them gets right."
             )
-        tree = Tree(_learn(features, right, self))
+        tree = learn_tree(
+            learnt_from,
+            max_depth=self.max_depth,
+            min_samples_leaf=self.min_samples_leaf,
+            balance=self.balance,
+            ask_who="assistant" in self.features,
+        )
         if training is not None:
-            training.report |= _report(tree, self.features, features, right)
+            training.report |= tree_report(tree, learnt_from)
         made_for = dict(zip(table.models, table.identities or [""] * table.n_models, strict=True))
         return replace(self, tree=tree, made_for=made_for)
-
-
-def _report(
-    tree: Tree, names: Sequence[Feature], features: Tensor, right: Tensor
-) -> dict[str, Any]:
-    """How often the tree decides rightly where one of the two models is right, and the other not.
-
-    These are the positions that it was learned from: with a few questions it has little to learn
-    by heart, and with three examples nothing could be held out.
-    """
-    from multicolm.learning.reliability import reliability
-
-    columns = [names.index(name) for name in tree.used]
-    replaces, probability = tree.decide(features[:, columns].float())
-    return {
-        "positions": len(right),
-        "right_ways": float((replaces == right).float().mean()),
-        "right_ways_always_base": float((~right).float().mean()),
-        "right_ways_always_assistant": float(right.float().mean()),
-        "questions": sum(1 for _ in tree.splits),
-    } | reliability(probability, right.float())
 
 
 def _from_views(feature: Feature, views: Views, k: int) -> Float[Tensor, "positions"]:
@@ -234,7 +287,7 @@ def _from_views(feature: Feature, views: Views, k: int) -> Float[Tensor, "positi
     return _NUMBERS[name].of_view(views[k])
 
 
-def _from_table(feature: Feature, table: ScoreTable, k: int) -> Float[Tensor, "positions"]:
+def _from_table(feature: Feature, k: int, *, table: ScoreTable) -> Float[Tensor, "positions"]:
     if feature == "position":
         return table.place.float()
     if feature == "agreement":
@@ -243,62 +296,3 @@ def _from_table(feature: Feature, table: ScoreTable, k: int) -> Float[Tensor, "p
         return number.of_table(table)[:, 0]
     name = feature.partition("_")[0]
     return _NUMBERS[name].of_table(table)[:, k]
-
-
-def _examples(
-    table: ScoreTable, features: Sequence[Feature]
-) -> tuple[Float[Tensor, "examples features"], Bool[Tensor, "examples"]]:
-    """What the assistant and the base model show where one of them is right, and who is."""
-    import torch
-
-    seen, right = [torch.zeros(0, len(features))], [torch.zeros(0, dtype=torch.bool)]
-    for k in range(1, table.n_models):
-        which = table.known[:, 0] & table.known[:, k]
-        if "agreement" in features:  # while a text is written, it is known of every model
-            which &= table.known.all(1)
-        which &= table.top1_ids[:, k] != table.top1_ids[:, 0]
-        which &= table.correct[:, k] | table.correct[:, 0]
-        columns = [_from_table(name, table, k)[which] for name in features]
-        seen.append(torch.stack(columns, -1))
-        right.append(table.correct[which, k])
-    return torch.cat(seen), torch.cat(right)
-
-
-def _learn(features: Tensor, right: Tensor, policy: CosdTreePolicy) -> Node:
-    """A tree that tells the positions where the assistant is right from the others."""
-    n_right, n = int(right.sum()), len(right)
-    n_wrong = n - n_right
-    balance = policy.balance and 0 < n_right < n
-
-    def leaf(here: int, here_right: int) -> Leaf:
-        # In whole numbers, so that a tie is one, and the base model keeps what is undecided.
-        weights = (n_wrong, n_right) if balance else (1, 1)
-        pro, contra = here_right * weights[0], (here - here_right) * weights[1]
-        return Leaf(pro > contra, pro / (pro + contra), here, here_right)
-
-    if n_right in (0, n):
-        return leaf(n, n_right)
-
-    import numpy as np
-    from sklearn.tree import DecisionTreeClassifier
-
-    learner = DecisionTreeClassifier(
-        max_depth=policy.max_depth,
-        min_samples_leaf=policy.min_samples_leaf,
-        class_weight="balanced" if balance else None,
-        random_state=0,
-    )
-    seen, labels = features.cpu().numpy(), right.cpu().numpy()
-    found = learner.fit(seen, labels).tree_
-    ends = learner.apply(seen)
-    n_here = np.bincount(ends, minlength=found.node_count)
-    n_here_right = np.bincount(ends[labels], minlength=found.node_count)
-
-    def node(number: int) -> Node:
-        below, above = int(found.children_left[number]), int(found.children_right[number])
-        if below == above:  # both -1
-            return leaf(int(n_here[number]), int(n_here_right[number]))
-        name = policy.features[found.feature[number]]
-        return Split(name, float(found.threshold[number]), node(below), node(above))
-
-    return node(0)

@@ -7,7 +7,11 @@ from collections.abc import Mapping, Sequence
 from multicolm.errors import CapabilityError
 from multicolm.policy.base import ModelFacts
 
-__all__ = ["check_made_for", "untrained"]
+__all__ = ["COST_WEIGHTS", "check_made_for", "untrained"]
+
+COST_WEIGHTS = (0.0, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0)
+"""Values of ``cost_weight`` that are worth trying, for a cost of 1: nats by which an assistant has
+to be better than the base model for each unit of its cost."""
 
 
 def untrained(kind: str) -> CapabilityError:

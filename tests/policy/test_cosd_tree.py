@@ -22,13 +22,14 @@ from multicolm import Ensemble
 from multicolm.errors import ArtefactError, CapabilityError, TrainingError
 from multicolm.policy.base import Needs, When
 from multicolm.policy.cosd_tree import CosdTreePolicy
-from multicolm.policy.tree import MAX_DEPTH, Feature, Leaf, Node, Split, Tree
+from multicolm.policy.tree import MAX_DEPTH, AssistantSplit, Feature, Leaf, Node, Split, Tree
 from multicolm.score_table import ScoreTable
 from multicolm.testing import check_policy, check_routing
 from multicolm.training.checkpoint import Checkpoint
 from multicolm.views import ModelNames, View, Views
 
 FEATURES: tuple[Feature, ...] = get_args(Feature)
+NAMES = ("left", "my model: #1", 'a "b"\\', "caf\u00e9\u2028")
 KEEP, REPLACE = Leaf(False, 0.0), Leaf(True, 1.0)
 ODD_NUMBERS = (0.1, 1 / 3, 0.5, 5e-324, -0.0, 1e300, -1e300, math.nextafter(0.5, 1), 0.7)
 
@@ -38,12 +39,17 @@ def random_node(chance: random.Random, depth: int, features: Sequence[str] = FEA
         return Leaf(chance.random() < 0.5, chance.choice([0.25, 0.5, chance.random()]))
     threshold = chance.choice([*ODD_NUMBERS, *(chance.random() for _ in range(9))])
     below, above = (random_node(chance, depth - 1, features) for _ in range(2))
+    if chance.random() < 0.2:
+        names = chance.sample(NAMES, k=chance.randint(1, len(NAMES)))
+        return AssistantSplit(tuple(names), below, above)
     return Split(chance.choice(features), threshold, below, above)
 
 
 def thresholds_of(node: Node) -> set[float]:
     if isinstance(node, Leaf):
         return set()
+    if isinstance(node, AssistantSplit):
+        return thresholds_of(node.among) | thresholds_of(node.others)
     return {node.threshold} | thresholds_of(node.below) | thresholds_of(node.above)
 
 
@@ -58,16 +64,29 @@ def points(tree: Tree, seed: int, n: int = 300) -> torch.Tensor:
         [around, torch.nextafter(around, infinity), torch.nextafter(around, -infinity)]
     ).tolist()
     rows = [
-        [chance.choice([chance.random(), chance.choice(edges)]) for _ in tree.used]
+        [
+            *(chance.choice([chance.random(), chance.choice(edges)]) for _ in tree.used),
+            *(float(chance.random() < 0.5) for _ in tree.groups),
+        ]
         for _ in range(n)
     ]
-    return torch.tensor(rows).reshape(n, len(tree.used))
+    return torch.tensor(rows).reshape(n, len(tree.used) + len(tree.groups))
 
 
-def answer(node: Node, row: dict[str, float]) -> Leaf:
-    """What a tree says at one place, by definition."""
-    while isinstance(node, Split):
-        node = node.below if row[node.feature] <= node.threshold else node.above
+def leaves_of(node: Node) -> list[Leaf]:
+    if isinstance(node, Leaf):
+        return [node]
+    assert isinstance(node, Split)
+    return leaves_of(node.below) + leaves_of(node.above)
+
+
+def answer(node: Node, row: dict[Any, float]) -> Leaf:
+    """What a tree says at one place, by definition; 0 is an assistant of a group."""
+    while not isinstance(node, Leaf):
+        if isinstance(node, AssistantSplit):
+            node = node.others if row[node.assistants] else node.among
+        else:
+            node = node.below if row[node.feature] <= node.threshold else node.above
     return node
 
 
@@ -76,12 +95,12 @@ class TestDeciding:
     def test_all_places_at_once_get_what_each_gets_by_definition(self, seed: int) -> None:
         tree = Tree(random_node(random.Random(seed), seed % 6))
         seen = points(tree, seed)
-        replaces, probability = tree.decide(seen)
-        leaves = [
-            answer(tree.content, dict(zip(tree.used, row, strict=True))) for row in seen.tolist()
-        ]
-        assert replaces.tolist() == [leaf.replace for leaf in leaves]
-        assert torch.equal(probability, torch.tensor([leaf.probability for leaf in leaves]))
+        decided = tree.decide(seen)
+        asked = [*tree.used, *tree.groups]
+        leaves = [answer(tree.content, dict(zip(asked, row, strict=True))) for row in seen.tolist()]
+        assert decided.replace.tolist() == [leaf.replace for leaf in leaves]
+        assert torch.equal(decided.probability, torch.tensor([x.probability for x in leaves]))
+        torch.testing.assert_close(decided.log_odds, decided.probability.logit())
 
     @pytest.mark.parametrize("seed", range(20))
     def test_what_may_replace_is_what_replaces_for_some_values_of_the_rest(self, seed: int) -> None:
@@ -94,7 +113,15 @@ class TestDeciding:
             return Split(names[0], chance.random(), node(rest[0]), node(rest[1]))
 
         chance = random.Random(seed)
-        tree = Tree(node(chance.sample(FEATURES, k=7)))
+        halves = (node(chance.sample(FEATURES, k=7)) for _ in range(2))
+        whole = AssistantSplit(("left",), *halves)
+        for name, half in (("left", whole.among), ("right", whole.others)):
+            self.check_what_may_replace(Tree(whole), Tree(half), name)
+
+    @staticmethod
+    def check_what_may_replace(whole: Tree, tree: Tree, assistant: str) -> None:
+        """``tree`` is what ``whole`` is for this assistant."""
+        assert whole.can_replace(assistant) == any(leaf.replace for leaf in leaves_of(tree.content))
         known: dict[str, torch.Tensor] = {
             name: torch.rand(50) for name in FEATURES if name.endswith("_draft")
         }
@@ -106,12 +133,18 @@ class TestDeciding:
                 for i, name in enumerate(others)
             }
             some |= tree.decide(torch.stack([{**known, **rest}[n] for n in tree.used], -1))[0]
-        assert torch.equal(tree.may_replace(known, 50, torch.device("cpu")), some)
+        here = torch.device("cpu")
+        assert torch.equal(whole.may_replace(known, 50, here, assistant=assistant), some)
+        # A leaf's log-odds are 0 here: more is asked for than any has.
+        assert torch.equal(whole.may_replace(known, 50, here, assistant=assistant, least=0.0), some)
+        dear = whole.may_replace(known, 50, here, assistant=assistant, least=1e-6)
+        assert not bool(dear.any())
 
     def test_the_features_in_use_are_those_that_are_asked_about(self) -> None:
-        tree = Tree(Split("agreement", 0.5, KEEP, Split("p_draft", 0.5, KEEP, REPLACE)))
-        assert tree.used == ("p_draft", "agreement")
-        assert Tree(KEEP).used == ()
+        who = AssistantSplit(("b", "a"), Split("p_draft", 0.5, KEEP, REPLACE), KEEP)
+        tree = Tree(Split("agreement", 0.5, KEEP, who))
+        assert (tree.used, tree.groups) == (("p_draft", "agreement"), (("b", "a"),))
+        assert (Tree(KEEP).used, Tree(KEEP).groups) == ((), ())
 
 
 class TestJson:
@@ -149,6 +182,37 @@ class TestJson:
             },
         }
         assert list(json.loads(text)["tree"]) == ["above", "below", "feature", "threshold"]
+
+    def test_only_a_tree_that_asks_for_the_assistant_has_a_new_format(self, tmp_path: Path) -> None:
+        node = AssistantSplit(("left", "right"), REPLACE, KEEP)
+        for number, content in ((1, Split("p_draft", 0.5, REPLACE, KEEP)), (2, node)):
+            Tree(content).save(tmp_path / f"{number}.json")
+            assert json.loads((tmp_path / f"{number}.json").read_text())["format"] == number
+            assert Tree.read(tmp_path / f"{number}.json") == content
+        assert json.loads((tmp_path / "2.json").read_text())["tree"] == {
+            "assistants": ["left", "right"],
+            "among": {"replace": True, "probability": 1.0},
+            "others": {"replace": False, "probability": 0.0},
+        }
+
+    @pytest.mark.parametrize(
+        ("assistants", "said"),
+        [
+            ("left", "tree: assistants must be a list of names, got 'left'."),
+            ([1], "tree: assistants must be a list of names, got a list."),
+            ([], "tree: a question about the assistant names one or more, each once; got"),
+            (["a", "a"], "tree: a question about the assistant names one or more, each once; got"),
+        ],
+    )
+    def test_a_question_for_the_assistant_names_some(
+        self, assistants: Any, said: str, tmp_path: Path
+    ) -> None:
+        leaf = {"replace": False, "probability": 0.0}
+        tree = {"assistants": assistants, "among": leaf, "others": leaf}
+        (tmp_path / "tree.json").write_text(json.dumps({"format": 2, "tree": tree}))
+        with pytest.raises(ArtefactError) as caught:
+            Tree.read(tmp_path / "tree.json")
+        assert said in str(caught.value)
 
     @pytest.mark.parametrize(
         ("change", "said"),
@@ -227,8 +291,11 @@ class TestJson:
             ('{"format": 1', "is no JSON"),
             ("[]", "the file must be a mapping with format, tree, got a list."),
             ('{"tree": {}}', "the file needs format, tree; 'format' is missing."),
-            ('{"format": 2, "tree": {}}', "format must be 1, got 2; a newer multicolm may read it"),
-            ('{"format": true, "tree": {}}', "format must be 1, got true"),
+            (
+                '{"format": 3, "tree": {}}',
+                "format must be 1 or 2, got 3; a newer multicolm may read",
+            ),
+            ('{"format": true, "tree": {}}', "format must be 1 or 2, got true"),
             ('{"format": 1, "format": 1, "tree": {}}', "the key 'format' stands twice"),
             ("[" * 100_000, "deeper than 32 questions"),
         ],
@@ -284,12 +351,25 @@ class TestText:
         inner = Split("p_assistant", 0.61, Leaf(False, 0.25, 4, 1), Leaf(True, 0.75, 8, 6))
         tree = Tree(Split("p_draft", 0.53, inner, KEEP))
         assert tree.as_text().splitlines()[2:] == [
+            "# p_draft: probability of the base model's most likely token.",
+            "# p_assistant: probability of the assistant's most likely token.",
             "if p_draft <= 0.53:",
             "    if p_assistant <= 0.61: keep 0.25  # assistant right: 1 of 4",
             "    else: replace 0.75  # assistant right: 6 of 8",
             "else: keep 0.0",
         ]
         assert all(line.startswith("# ") for line in tree.as_text().splitlines()[:2])
+
+    def test_a_question_for_the_assistant_reads_as_a_list_of_names(self) -> None:
+        inner = AssistantSplit(("math", "my model"), REPLACE, KEEP)
+        assert Tree(AssistantSplit(("facts",), Leaf(False, 0.25), inner)).as_text().splitlines()[
+            2:
+        ] == [
+            'if assistant in ["facts"]: keep 0.25',
+            "else:",
+            '    if assistant in ["math", "my model"]: replace 1.0',
+            "    else: keep 0.0",
+        ]
 
     @pytest.mark.parametrize("seed", range(20))
     def test_text_that_is_read_back_decides_the_same_everywhere(self, seed: int) -> None:
@@ -346,7 +426,10 @@ class TestText:
     @pytest.mark.parametrize(
         ("text", "said"),
         [
-            ("", "mine: holds no tree; allowed are `keep`, `replace`, and `if FEATURE <= NUMBER:`"),
+            (
+                "",
+                "mine: holds no tree; allowed are `keep`, `replace`, `if FEATURE <= NUMBER:` and ",
+            ),
             ("# only a comment\n", "mine: holds no tree"),
             ("\nkep", "mine:2: 'kep' cannot be read; allowed are"),
             ("keep 2", "mine:1: probability must be from 0 to 1, got 2.0."),
@@ -373,6 +456,13 @@ class TestText:
             ),
             ("if p_draft <= 1:\n\tkeep\nelse: keep", "mine:2: indented by a tab; use spaces."),
             ("else: keep", "mine:1: 'else: keep' cannot be read"),
+            ("if assistant in [a]: keep\nelse: keep", "mine:1: 'if assistant in [a]: keep' cannot"),
+            (
+                'if assistant in ["a"] keep\nelse: keep',
+                "mine:1: 'if assistant in [\"a\"] keep' cann",
+            ),
+            ("if assistant in [1]: keep\nelse: keep", "mine:1: 'if assistant in [1]: keep' cannot"),
+            ("if assistant in []: keep\nelse: keep", "mine:1: a question about the assistant name"),
         ],
     )
     def test_text_that_cannot_be_read_is_refused_with_its_line(self, text: str, said: str) -> None:
@@ -529,7 +619,7 @@ class TestSelecting:
             return CosdTreePolicy(tree=Tree(node)).needs(ModelNames(["a", "b", "c"]))
 
         top1 = frozenset({"top1"})
-        assert needs(KEEP) == Needs({0: top1}, {1: top1, 2: top1})
+        assert needs(REPLACE) == Needs({0: top1}, {1: top1, 2: top1})
         inner = Split("entropy_assistant", 0.5, KEEP, REPLACE)
         both = top1 | {"logprobs"}
         assert needs(Split("margin_draft", 0.5, KEEP, inner)) == Needs(
@@ -541,6 +631,36 @@ class TestSelecting:
         [answer] = trio.generate(["a"], CosdTreePolicy(tree=Tree(KEEP)), max_new_tokens=5)
         for token in answer.trace:
             assert token.score == pytest.approx(math.exp(token.logprob), rel=1e-5)
+
+    def test_an_assistant_that_no_leaf_lets_replace_is_not_run(self) -> None:
+        trio = Ensemble([BASE, LEFT, RIGHT])
+        tree = Tree(AssistantSplit(("left",), KEEP, REPLACE))
+        policy = CosdTreePolicy(tree=tree)
+        assert policy.uses(trio.models) == {0, 2}
+        answers = trio.generate(PROMPTS, policy, max_new_tokens=16, seed=0)
+        assert all(answer.usage["left"].forwards == 0 for answer in answers)
+        assert written(trio, policy) == written(trio, AlwaysLooking(tree=tree))
+        assert written(trio, policy) == written(
+            Ensemble([BASE, RIGHT]), CosdTreePolicy(tree=Tree(REPLACE))
+        )
+        asks_all = Tree(AssistantSplit(("left",), KEEP, Split("agreement", 0.5, KEEP, REPLACE)))
+        assert CosdTreePolicy(tree=asks_all).uses(trio.models) == {0, 1, 2}
+
+    def test_assistants_are_known_by_their_place_where_the_ensemble_calls_them_otherwise(
+        self,
+    ) -> None:
+        tree = Tree(AssistantSplit(("b",), REPLACE, KEEP))
+        policy = CosdTreePolicy(tree=tree, made_for={"a": "", "c": "", "b": ""})
+        assert policy.uses(ModelNames(["base", "left", "right"])) == {0, 2}
+
+    def test_a_tree_that_asks_for_somebody_else_is_refused(self) -> None:
+        tree = Tree(AssistantSplit(("middle",), REPLACE, KEEP))
+        with pytest.raises(CapabilityError) as caught:
+            Ensemble([BASE, LEFT, RIGHT]).generate(["a"], CosdTreePolicy(tree=tree))
+        assert str(caught.value) == (
+            "the tree of this 'cosd-tree' policy asks for assistant 'middle', and the assistants "
+            "are left, right; correct the tree, or train another."
+        )
 
     def test_without_a_tree_it_says_how_to_get_one(self) -> None:
         with pytest.raises(CapabilityError) as caught:
@@ -560,6 +680,57 @@ class TestSelecting:
         ):
             with pytest.raises(ValidationError):
                 CosdTreePolicy(**params)  # type: ignore[arg-type]
+
+
+class TestCosts:
+    """``cost_weight`` takes the assistants' costs off a leaf's log-odds."""
+
+    TREE = Tree.from_text(
+        "if p_draft <= 0.4: replace 0.9\nelse:\n    if p_draft <= 0.6: replace 0.6\n    else: keep"
+    )
+
+    def test_the_dearer_it_is_the_fewer_tokens_are_handed_over(self) -> None:
+        trio = Ensemble([BASE, LEFT, RIGHT])
+        dear = {
+            weight: CosdTreePolicy(tree=self.TREE, cost_weight=weight)
+            for weight in (0.0, 0.4, 0.5, 2.0, 3.0)  # the log-odds are 0.405 and 2.197
+        }
+        texts = {weight: written(trio, policy) for weight, policy in dear.items()}
+        assert texts[0.0] == texts[0.4] != texts[0.5] == texts[2.0] != texts[3.0]
+        assert texts[3.0] == written(Ensemble([BASE]), "single")
+        assert ran(trio, dear[2.0]) > 0 == ran(trio, dear[3.0])
+
+    @pytest.mark.parametrize(("seed", "cost_weight"), [(0, 0.405465108), (1, 0.5), (2, 1.0)])
+    def test_running_assistants_only_where_it_matters_changes_nothing(
+        self, seed: int, cost_weight: float
+    ) -> None:
+        trio = Ensemble([BASE, LEFT, RIGHT])
+        tree = self.TREE if seed == 0 else likely_tree(seed)
+        lazy, eager = (
+            kind(tree=tree, cost_weight=cost_weight) for kind in (CosdTreePolicy, AlwaysLooking)
+        )
+        assert written(trio, lazy) == written(trio, eager)
+        check_policy(lazy, seed=seed)
+
+    def test_of_two_candidates_the_cheaper_writes_unless_the_other_is_as_much_better(self) -> None:
+        # Log-odds of 2.2 and 0.85; "right" costs 3 more.
+        tree = Tree(AssistantSplit(("right",), Leaf(True, 0.9), Leaf(True, 0.7)))
+        logits = torch.eye(3)[:, None] * 5
+        views = Views(
+            ModelNames(["base", "left", "right"]),
+            {k: View(logits[k]) for k in range(3)},
+            n_positions=1,
+            costs=[1.0, 1.0, 4.0],
+        )
+        writers = {
+            weight: int(CosdTreePolicy(tree=tree, cost_weight=weight).select(views))
+            for weight in (0.0, 0.4, 0.5, 0.8, 0.9)
+        }
+        assert writers == {0.0: 2, 0.4: 2, 0.5: 1, 0.8: 1, 0.9: 0}
+
+    def test_a_negative_weight_is_refused(self) -> None:
+        with pytest.raises(ValidationError):
+            CosdTreePolicy(cost_weight=-0.1)
 
 
 def roles(k: int) -> list[tuple[str, int]]:
@@ -641,7 +812,7 @@ class TestLearning:
             FEATURES,
         ],
     )
-    def test_the_tree_decides_as_the_one_of_scikit_learn(
+    def test_the_tree_asks_what_the_one_of_scikit_learn_asks_and_its_leaves_count(
         self, features: tuple[Feature, ...], max_depth: int, balance: bool
     ) -> None:
         scores = random_scores(max_depth)
@@ -657,15 +828,17 @@ class TestLearning:
         )
         rows, labels = by_hand(scores, features)
         theirs.fit(torch.tensor(rows).numpy(), labels)
+        ends = torch.from_numpy(theirs.apply(torch.tensor(rows).numpy()))
+        here = torch.bincount(ends, minlength=theirs.tree_.node_count)
+        here_right = torch.bincount(ends[torch.tensor(labels) == 1], minlength=len(here))
         generator = torch.Generator().manual_seed(7)
         new = torch.cat([torch.tensor(rows), torch.rand(2000, len(features), generator=generator)])
-        wanted = torch.from_numpy(theirs.predict_proba(new.numpy())[:, 1]).float()
+        ends = torch.from_numpy(theirs.apply(new.numpy()))
         columns = [features.index(name) for name in policy.tree.used]
-        replaces, probability = policy.tree.decide(new[:, columns])
+        replaces, probability, _ = policy.tree.decide(new[:, columns])
+        wanted = (here_right[ends] + 1) / (here[ends] + 2)
         torch.testing.assert_close(probability, wanted, atol=1e-6, rtol=0)
-        clear = (wanted - 0.5).abs() > 1e-6
-        assert torch.equal(replaces[clear], wanted[clear] > 0.5)
-        assert not bool(replaces[~clear].any())
+        assert torch.equal(replaces, 2 * here_right[ends] > here[ends])
         assert policy.tree.content.depth == theirs.get_depth()
         assert 0 < int(replaces.sum()) < len(replaces)
 
@@ -699,22 +872,64 @@ class TestLearning:
         root = policy.tree.content
         assert isinstance(root, Split) and root.feature == "p_draft"
         assert root.threshold == pytest.approx(0.5)
-        assert (root.below, root.above) == (Leaf(True, 1.0, 10, 10), Leaf(False, 0.0, 10, 0))
+        assert (root.below, root.above) == (Leaf(True, 11 / 12, 10, 10), Leaf(False, 1 / 12, 10, 0))
 
-    def test_with_balance_the_rarer_kind_counts_as_much(self) -> None:
-        # The assistant is right at 2 of 12 where the base model is unsure, elsewhere at none.
+    def test_a_leaf_replaces_where_the_assistant_is_more_often_right(self) -> None:
+        """However rare that is elsewhere: balance chooses the questions, and no leaf goes by it."""
         top1, gold = [[1, 2]] * 24, [2] * 2 + [1] * 22
         probs = [[0.25, 0.5]] * 12 + [[0.75, 0.5]] * 12
-        leaves = []
         for balance in (False, True):
             policy = CosdTreePolicy(balance=balance).fit(table(top1, gold, probs))
             assert policy.tree is not None and isinstance(policy.tree.content, Split)
-            leaves.append(policy.tree.content.below)
-        # 2 of 2 that are right against 10 of 22 that are wrong: 1 / (1 + 10 / 22).
-        assert leaves == [Leaf(False, 2 / 12, 12, 2), Leaf(True, 22 / 32, 12, 2)]
+            assert policy.tree.content.below == Leaf(False, 3 / 14, 12, 2)
+
+    def test_with_balance_questions_part_the_rarer_kind_from_the_others(self) -> None:
+        # One question parts 10 of 11 assistants that are right from 400 that are wrong; the other
+        # parts 350 that are wrong and nothing else, and is better where each position counts once.
+        rows = [(2, 0.9, 0.9)] * 40 + [(2, 0.1, 0.1)] + [(1, 0.9, 0.1)] * 30
+        rows += [(1, 0.1, 0.9)] * 300 + [(1, 0.1, 0.1)] * 700
+        top1, gold = [[1, 2]] * len(rows), [row[0] for row in rows]
+        scores = table(top1, gold, [row[1:] for row in rows])
+        asked = []
+        for balance in (False, True):
+            policy = CosdTreePolicy(balance=balance, max_depth=1).fit(scores)
+            theirs = DecisionTreeClassifier(
+                max_depth=1, min_samples_leaf=5, class_weight="balanced" if balance else None
+            ).fit(scores.top1_logprobs.exp().numpy(), [g == 2 for g in gold])
+            assert policy.tree is not None
+            asked.append(policy.tree.used)
+            assert asked[-1] == (FEATURES[theirs.tree_.feature[0]],)
+
+    @pytest.mark.parametrize("n_each", [1, 5])
+    def test_who_is_always_right_and_who_is_always_wrong_are_told_apart(self, n_each: int) -> None:
+        """By who they are: all are equally sure."""
+        n = 40
+        top1 = [[1, *[2, 3] * n_each]] * n
+        gold = [2] * n
+        gold[::4] = [1] * len(gold[::4])  # the base model, which nobody can tell either
+        scores = table(top1, gold, [[0.5] * (1 + 2 * n_each)] * n)
+        policy = CosdTreePolicy().fit(scores)
+        good = scores.models[1::2]
+        assert policy.tree is not None and isinstance(policy.tree.content, AssistantSplit)
+        assert policy.tree.content.assistants == good
+        assert policy.tree.content.among == Leaf(
+            True, (30 * n_each + 1) / (n * n_each + 2), *(n * n_each, 30 * n_each)
+        )
+        assert policy.uses(scores.models) == {0, *range(1, 1 + 2 * n_each, 2)}
+        forgetful = CosdTreePolicy(features=("p_draft", "p_assistant")).fit(scores).tree
+        assert forgetful is not None and isinstance(forgetful.content, Leaf)
+
+    def test_it_learns_for_ten_assistants(self) -> None:
+        names = ["base", *(f"m{k}" for k in range(10))]
+        ensemble = Ensemble([random_table(name, seed) for seed, name in enumerate(names)])
+        policy = CosdTreePolicy(max_depth=6).fit(random_scores(8, m=11, names=ensemble.models))
+        assert policy.tree is not None and policy.tree.groups
+        plain = written(ensemble, AlwaysLooking(tree=policy.tree))
+        assert written(ensemble, policy) == plain
+        assert len({name for text in plain for _, name in text}) > 2
 
     @pytest.mark.parametrize(
-        ("gold", "leaf"), [(1, Leaf(False, 0.0, 9, 0)), (2, Leaf(True, 1.0, 9, 9))]
+        ("gold", "leaf"), [(1, Leaf(False, 1 / 11, 9, 0)), (2, Leaf(True, 10 / 11, 9, 9))]
     )
     @pytest.mark.parametrize("balance", [True, False])
     def test_where_always_the_same_is_right_the_tree_is_one_leaf(
