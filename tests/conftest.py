@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,6 +27,11 @@ def modules_with_shapes() -> list[str]:
 # keys; there the tests run without it.
 if sys.version_info >= (3, 11):
     install_import_hook(modules_with_shapes(), "beartype.beartype")
+
+
+# What tests run by name is remembered in no list of the user's, nor in that of another run.
+_STATE = tempfile.TemporaryDirectory()
+os.environ["XDG_STATE_HOME"] = _STATE.name
 
 
 @pytest.fixture(autouse=True)

@@ -24,14 +24,22 @@ _INDENT = "  "
 @click.option(
     "--tree", "tree_only", is_flag=True, help="Print a decision tree alone, to save as tree.txt."
 )
+@click.option(
+    "--trust",
+    "trusts",
+    is_flag=True,
+    help="Allow the Python code that comes with it to be run here from now on; read it first.",
+)
 @json_option
-def command(checkpoint: str, tree_only: bool, as_json_: bool) -> None:
+def command(checkpoint: str, tree_only: bool, trusts: bool, as_json_: bool) -> None:
     """Show what CHECKPOINT holds: a folder, a policy file, or the name of a policy.
 
     A decision tree is printed as text. Saved as tree.txt beside policy.yaml and named there as
     `tree: tree.txt`, it can be edited. No model is loaded.
     """
     path = _policy_file(checkpoint)
+    if trusts:
+        _trust(path)
     found = _read(path)
     if tree_only:
         if "tree" not in found:
@@ -50,6 +58,22 @@ def _policy_file(source: str) -> Path:
         return catalog.path("policies", source)
     path = Path(source).expanduser()
     return path / "policy.yaml" if path.is_dir() else path
+
+
+def _trust(path: Path) -> None:
+    """Allow the code of a checkpoint.
+
+    Raises:
+        CapabilityError: if it has none.
+    """
+    from multicolm.config.policy import declared_code
+    from multicolm.config.policy_code import trust
+
+    code = declared_code(path)
+    if code is None:
+        raise CapabilityError(f"{path} names no Python code of its own; leave --trust.")
+    trust(code)
+    click.echo(f"{code.path} may be run here from now on (SHA-256 {code.digest}).", err=True)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from multicolm.config.policy import (
     policy_problems,
     with_paths,
 )
+from multicolm.config.policy_code import with_absolute_code
 from multicolm.config.wording import Place, Problem, Strict, check, show
 from multicolm.errors import ConfigError, UnknownNameError, unknown
 from multicolm.plugins import backends
@@ -177,6 +178,7 @@ def _read_policy(policy: object, base_dir: Path) -> tuple[object, list[Problem]]
     config, _ = check(PolicyConfig, policy)
     if config is None:
         return policy, []
+    config = config.model_copy(update={"kind": with_absolute_code(config.kind, base_dir)})
     problems = policy_problems(config, ("policy",))
     return config if problems else with_paths(config, base_dir), problems
 

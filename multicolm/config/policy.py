@@ -15,8 +15,15 @@ from pydantic.errors import PydanticUndefinedAnnotation
 from multicolm import catalog
 from multicolm.artefacts import Artefact
 from multicolm.config.document import Document, read_text
+from multicolm.config.policy_code import (
+    CodeFile,
+    is_code,
+    policy_class,
+    split_address,
+    with_absolute_code,
+)
 from multicolm.config.wording import Place, Problem, Strict, check, problems_of, show, unknown_key
-from multicolm.errors import MulticolmError, UnknownNameError, unknown
+from multicolm.errors import ConfigError, MulticolmError, UnknownNameError, unknown
 from multicolm.numbers import as_python
 from multicolm.plugins import policies
 from multicolm.views import Role
@@ -25,6 +32,7 @@ __all__ = [
     "PolicyConfig",
     "PolicyFile",
     "check_params",
+    "declared_code",
     "file_params",
     "is_path",
     "load_policy",
@@ -41,7 +49,8 @@ class PolicyConfig(Strict):
     """A policy's kind and its params, which the kind's class checks.
 
     Attributes:
-        kind: a name in :data:`multicolm.plugins.policies`.
+        kind: a name in :data:`multicolm.plugins.policies`, or ``file.py:Class``; see
+            :mod:`multicolm.config.policy_code`.
         params: values of the policy's fields.
     """
 
@@ -54,7 +63,9 @@ class PolicyFile(Strict):
 
     Attributes:
         summary: one line for ``multicolm ls``.
-        kind: a name in :data:`multicolm.plugins.policies`.
+        kind: a name in :data:`multicolm.plugins.policies`, or ``file.py:Class`` with a path that
+            starts from this file's folder.
+        code: SHA-256 of that Python file, which must not have changed since.
         params: values of the policy's fields.
         source: the publication it is from.
         tasks: by task, params that suit it better; for comparisons on that task.
@@ -62,6 +73,7 @@ class PolicyFile(Strict):
 
     summary: str = ""
     kind: str = Field(min_length=1, description="the name of a policy")
+    code: str = ""
     params: dict[str, Any] = Field(default_factory=dict)
     source: str = ""
     tasks: dict[str, dict[str, Any]] = Field(default_factory=dict)
@@ -133,14 +145,45 @@ def _parse_file(text: str, origin: str) -> PolicyFile:
     document = Document.parse(text, origin)
     file, problems = check(PolicyFile, document.data)
     if file is not None:
-        problems = policy_problems(PolicyConfig(kind=file.kind, params=file.params), ())
+        kind = with_absolute_code(file.kind, Path(origin).absolute().parent)
+        problems = _code_problems(kind, file.code)
+        problems += policy_problems(PolicyConfig(kind=kind, params=file.params), ())
         for task, params in file.tasks.items() if not problems else ():
-            config = PolicyConfig(kind=file.kind, params={**file.params, **params})
+            config = PolicyConfig(kind=kind, params={**file.params, **params})
             found = policy_problems(config, ())
             problems += [replace(p, place=("tasks", task, *p.place[1:])) for p in found]
     if problems or file is None:
         raise document.error(problems)
     return file
+
+
+def _code_problems(kind: str, digest: str) -> list[Problem]:
+    """Whether the file of a kind is the one that a policy file was written for."""
+    if not digest or not is_code(kind):
+        return []
+    path = split_address(kind)[0]
+    if path.is_file() and CodeFile.read(path).digest != digest:
+        text = (
+            f"{path} has changed since this checkpoint was made; bring it back as it was, or train "
+            "or tune with the new one."
+        )
+        return [Problem(("code",), text)]
+    return []
+
+
+def declared_code(path: Path) -> CodeFile | None:
+    """The Python file that a policy file names for its kind; ``None`` if it names none.
+
+    It is not run.
+
+    Raises:
+        ConfigError: if the policy file is no YAML, or the Python file is missing.
+    """
+    data = Document.parse(read_text(path, "a policy file"), str(path)).data
+    kind = data.get("kind")
+    if not isinstance(kind, str) or not is_code(kind):
+        return None
+    return CodeFile.read(split_address(with_absolute_code(kind, path.absolute().parent))[0])
 
 
 def policy_names() -> list[str]:
@@ -160,7 +203,7 @@ def check_params(kind: str | type, params: Mapping[str, Any], origin: str) -> No
         ConfigError: if a param is unknown, missing or of the wrong type.
         UnknownNameError: if there is no such kind.
     """
-    cls = policies.get(kind) if isinstance(kind, str) else kind
+    cls = policy_class(kind) if isinstance(kind, str) else kind
     problems = _param_problems(cls, params, ())
     if problems:
         raise Document(origin).error(problems)
@@ -169,22 +212,24 @@ def check_params(kind: str | type, params: Mapping[str, Any], origin: str) -> No
 def policy_problems(config: PolicyConfig, place: Place) -> list[Problem]:
     """What is wrong with a policy that stands at ``place``."""
     try:
-        cls = policies.get(config.kind)
-    except UnknownNameError as error:
-        return [Problem((*place, "kind"), str(error), unknown_name=True)]
+        cls = policy_class(config.kind)
+    except ConfigError as error:
+        is_unknown = isinstance(error, UnknownNameError)
+        return [Problem((*place, "kind"), str(error), unknown_name=is_unknown)]
     return _param_problems(cls, config.params, (*place, "params"))
 
 
 def with_paths(config: PolicyConfig, base_dir: Path) -> PolicyConfig:
-    """The policy with params that are paths made absolute.
+    """The policy with paths made absolute: of its code, and of params.
 
     A param is a path if its field is annotated ``pathlib.Path`` or an artefact, such as weights.
     """
+    kind = with_absolute_code(config.kind, base_dir)
     params = dict(config.params)
-    for name in file_params(policies.get(config.kind)):
+    for name in file_params(policy_class(kind)):
         if isinstance(params.get(name), str):
             params[name] = str(base_dir / Path(params[name]).expanduser())
-    return PolicyConfig(kind=config.kind, params=params)
+    return PolicyConfig(kind=kind, params=params)
 
 
 def file_params(cls: type) -> frozenset[str]:

@@ -12,8 +12,8 @@ from multicolm.config.document import Document, read_text
 from multicolm.config.ensemble import EnsembleConfig, load_ensemble
 from multicolm.config.model import ModelConfig
 from multicolm.config.policy import PolicyConfig, load_policy
+from multicolm.config.policy_code import policy_class
 from multicolm.errors import ConfigError, MulticolmError, UnknownNameError, unknown
-from multicolm.plugins import policies
 from multicolm.views import ModelNames
 
 __all__ = ["Report", "validate"]
@@ -99,7 +99,7 @@ def _check_ensemble(config: EnsembleConfig, report: Report) -> None:
 
 
 def _check_roles(config: PolicyConfig, names: tuple[str, ...]) -> None:
-    cls: Any = policies.get(config.kind)
+    cls: Any = policy_class(config.kind)
     cls(**config.params).needs(ModelNames(names))
 
 

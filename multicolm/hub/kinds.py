@@ -10,6 +10,7 @@ from huggingface_hub.errors import RepositoryNotFoundError
 
 from multicolm import catalog
 from multicolm.config import load_ensemble
+from multicolm.config.policy import declared_code
 from multicolm.errors import ArtefactError, ConfigError, HubError, InputError
 from multicolm.files import write_whole
 from multicolm.hub.saved import SharedEnsemble, SharedScores
@@ -175,7 +176,7 @@ def _check_declared(folder: Path, kind: Kind) -> list[str]:
     """Read what the YAML files say; one that would run code of others is put out of use.
 
     Returns:
-        To which servers what one asks would go, one sentence each.
+        To which servers what one asks would go, and which code was not run, one sentence each.
 
     Raises:
         MulticolmError: naming what is wrong.
@@ -192,6 +193,13 @@ def _check_declared(folder: Path, kind: Kind) -> list[str]:
         except ConfigError as error:
             (folder / "ensemble.yaml").rename(folder / "ensemble.yaml.refused")
             raise ConfigError(f"{error} It is kept as ensemble.yaml.refused.") from error
+    code = declared_code(folder / "policy.yaml") if kind == "router" else None
+    if code is not None and not code.is_trusted:
+        return [
+            *servers,
+            f"it comes with code of its own, {code.path}, which is not run unless you allow it: "
+            f"read it, then `multicolm show {folder} --trust`.",
+        ]
     if kind == "router":
         for value in Checkpoint.from_pretrained(folder).policy.as_config()["params"].values():
             _ = getattr(value, "content", None)  # read now what would be missed only later

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from types import ModuleType
+from typing import Any
 
 from pydantic import ValidationError
 
 from multicolm.config import PolicyConfig, check_params, load_policy
+from multicolm.config.policy_code import policy_class, run_named_file, split_address
 from multicolm.errors import ConfigError, UnknownNameError, unknown
 from multicolm.numbers import as_python
-from multicolm.plugins import policies
 from multicolm.policy.base import MixPolicy, Policy, SegmentPolicy, SelectPolicy, VerifyPolicy
 
 __all__ = ["resolve_policy"]
@@ -59,7 +58,9 @@ def resolve_policy(
     else:
         made = f"; make one: {source.__name__}(...)" if isinstance(source, type) else ""
         raise ConfigError(f"policy {source!r}: {_FORMS}{made}.")
-    cls = cast("type[Policy]", policies.get(config.kind))
+    cls = policy_class(config.kind)
+    if not issubclass(cls, Policy):
+        raise ConfigError(f"policy {config.kind}: {cls.__name__} is no policy's class.")
     return _build(cls, {**config.params, **(params or {})}, config.kind)
 
 
@@ -77,24 +78,26 @@ def _build(cls: type[Policy], params: dict[str, Any], origin: str) -> Policy:
 
 def _from_file(source: str, base_dir: Path) -> type[Policy]:
     """The class of ``file.py:Class``; the file is run, as the user asked for it by name."""
-    path_text, _, name = source.rpartition(":")
-    path = base_dir / Path(path_text).expanduser()
+    path, name = split_address(source)
+    path = base_dir / path
     if not path.is_file():
         raise ConfigError(f"policy {source}: there is no file {path}.")
-    module_name = f"multicolm_policy_{path.stem}"
-    spec = importlib.util.spec_from_file_location(module_name, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    # pydantic looks annotations up in the module that a class says it is from.
-    sys.modules[module_name] = module
-    spec.loader.exec_module(module)
+    return _checked(source, name, run_named_file(path))
+
+
+def _checked(source: str, name: str, module: ModuleType) -> type[Policy]:
+    """A class of a module, if it is a policy's.
+
+    Raises:
+        UnknownNameError: naming those that are.
+    """
     cls = getattr(module, name, None)
     kinds = (SelectPolicy, MixPolicy, VerifyPolicy, SegmentPolicy)
-    if not (isinstance(cls, type) and issubclass(cls, kinds)):
-        own = [
-            key
-            for key, value in vars(module).items()
-            if isinstance(value, type) and issubclass(value, kinds) and value not in kinds
-        ]
-        raise UnknownNameError(f"policy {source}: " + unknown("policy class", name, own))
-    return cls
+    if isinstance(cls, type) and issubclass(cls, kinds):
+        return cls
+    own = [
+        key
+        for key, value in vars(module).items()
+        if isinstance(value, type) and issubclass(value, kinds) and value not in kinds
+    ]
+    raise UnknownNameError(f"policy {source}: " + unknown("policy class", name, own))

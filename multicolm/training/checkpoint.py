@@ -1,6 +1,7 @@
 """A learned or tuned policy as a folder that anybody can use.
 
 policy.yaml         what `policy: ./checkpoint` reads
+gap.py              the code of a policy of one's own, run only if the user has named it
 head.safetensors    (or tree.json, ...) what was learned
 provenance.json     which models and data it was made from, and what was measured
 README.md           the same for people
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -18,9 +19,11 @@ import yaml
 from huggingface_hub import ModelHubMixin
 
 from multicolm.artefacts import Artefact
+from multicolm.config.policy_code import code_of
 from multicolm.errors import ArtefactError
 from multicolm.files import write_whole
 from multicolm.hub.transfer import download, hub_errors
+from multicolm.plugins import policies
 from multicolm.policy.base import Policy
 from multicolm.policy.resolve import resolve_policy
 from multicolm.training.card import card
@@ -80,7 +83,7 @@ class Checkpoint(
                 params[name] = file
             else:
                 params[name] = _plain(value)
-        config = {"summary": self.summary, "kind": self.policy.name, "params": params}
+        config = {"summary": self.summary, **self._kind(save_directory), "params": params}
         if self.tasks:
             config["tasks"] = self.tasks
         text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True, width=100)
@@ -90,6 +93,17 @@ class Checkpoint(
         write_whole(save_directory / "provenance.json", provenance + "\n")
         write_whole(save_directory / "README.md", card(config, self.provenance))
         write_whole(save_directory / "policy.yaml", text)
+
+    def _kind(self, folder: Path) -> dict[str, str]:
+        """What ``policy.yaml`` says of the class; a copy of its code if that is the user's."""
+        cls = type(self.policy)
+        file = code_of(cls)
+        if file is not None:
+            write_whole(folder / file.path.name, file.text)
+            return {"kind": f"{file.path.name}:{cls.__name__}", "code": file.digest}
+        if self.policy.name in policies and policies.get(self.policy.name) is cls:
+            return {"kind": self.policy.name}
+        return {"kind": f"{cls.__module__}:{cls.__qualname__}"}
 
     @classmethod
     def from_pretrained(  # type: ignore[override]  # one kind of thing is loaded, and no config
@@ -156,13 +170,15 @@ class Checkpoint(
 
     def bound_to(self, folder: Path) -> Checkpoint:
         """The same checkpoint, its learned params read from the files of ``folder``."""
+        parts = self.provenance, self.summary, self.tasks, folder
+        if not is_dataclass(self.policy):  # a class without params
+            return Checkpoint(self.policy, *parts)
         policy = cast("Any", self.policy)
         moved = {
             field.name: type(value)(folder / f"{field.name}{value.suffix}")
             for field in fields(policy)
             if isinstance(value := getattr(policy, field.name), Artefact)
         }
-        parts = self.provenance, self.summary, self.tasks, folder
         return Checkpoint(replace(policy, **moved), *parts)
 
 

@@ -41,15 +41,17 @@ def test_a_checkpoint_is_shown_with_its_tree_and_where_it_is_from(run, checkpoin
         "kind: cosd-tree\n"
         "params:\n"
         "  tree: tree.json\n"
-        "  features: [p_draft, p_assistant]\n"
+        "  features: [p_draft, p_assistant, assistant]\n"
         "  max_depth: 3\n"
         "  min_samples_leaf: 5\n"
         "  balance: true\n"
+        "  cost_weight: 0.0\n"
         "  made_for: null\n"
         "tree:\n"
         "  # keep P: the base model's token stays. replace P: the assistant's takes its place.\n"
         "  # P is how likely the assistant is right; where several would replace, the greatest P "
         "does.\n"
+        "  # p_draft: probability of the base model's most likely token.\n"
         "  if p_draft <= 0.5: replace 0.75  # assistant right: 6 of 8\n"
         "  else: keep 0.0\n"
         "provenance.json:\n"
@@ -86,7 +88,7 @@ def test_the_tree_alone_can_be_saved_edited_and_used(run, checkpoint: Path) -> N
 def test_json_holds_the_same(run, checkpoint: Path) -> None:
     found = json.loads(run("show", str(checkpoint), "--json").out)
     assert found["kind"] == "cosd-tree"
-    assert found["params"]["features"] == ["p_draft", "p_assistant"]
+    assert found["params"]["features"] == ["p_draft", "p_assistant", "assistant"]
     assert found["tree"] == Tree(TREE).as_text()
     assert found["provenance.json"] == PROVENANCE
 
