@@ -417,7 +417,8 @@ class Views:
         return torch.tensor(self._costs, dtype=torch.float32, device=device)
 
     def is_open(self, role: Role) -> Bool[Tensor, "positions"]:
-        """Where a model could go on writing: no token of its own would lie across the place.
+        """Where a model could go on writing: no token of its own would lie across the place, and
+        its tokens can spell the text.
 
         Everywhere in an ensemble of one vocabulary. Elsewhere its view says that it knows nothing.
         """
@@ -427,6 +428,11 @@ class Views:
         if index in self._closed:
             return ~self._closed[index]
         return torch.ones(self.n_positions, dtype=torch.bool)
+
+    @property
+    def all_open(self) -> bool:
+        """Whether every model could go on everywhere."""
+        return not self._closed
 
     def first_tokens(self, role: Role) -> Int[Tensor, "vocab"] | None:
         """Per token, the first one with which a model spells the same text in its own tokens.

@@ -41,6 +41,8 @@ class Look:
         calls_of: per row that was fed, how many of the requests were about it; empty without any.
         seconds: what it took, of a pass that was shared with others; ``None`` if whoever asked
             for it knows that.
+        unspelled: lines of texts that no tokens of the model spell, as where another model wrote a
+            byte for which it has none; all tokens are equally likely there, and say nothing.
     """
 
     logits: Float[Tensor, "positions vocab"]
@@ -49,6 +51,7 @@ class Look:
     n_calls: int = 0
     calls_of: tuple[int, ...] = ()
     seconds: float | None = None
+    unspelled: tuple[int, ...] = ()
 
 
 class Session(ABC):

@@ -15,6 +15,7 @@ from multicolm.backend.byte_session import ByteSession, Pieces
 from multicolm.decoding.reader import Reader
 from multicolm.decoding.row import Row
 from multicolm.tokenizer.bridged import BridgedVocabulary
+from multicolm.tokenizer.cover import N_OUTCOMES
 from multicolm.tokenizer.incremental import IncrementalEncoder
 from multicolm.types import Usage
 
@@ -43,6 +44,11 @@ class _Bytes(Reader):
         self._n_fed = [0] * n_slots
         self._encoders: dict[int, IncrementalEncoder] = {}
         self.usage = Usage()
+
+    @property
+    @abstractmethod
+    def _n_outcomes(self) -> int:
+        """How many numbers a prediction has."""
 
     @abstractmethod
     def _content(self, token: int) -> bytes:
@@ -104,12 +110,33 @@ class _Bytes(Reader):
             [self._ends[row.slot][place] for place in wanted]
             for row, wanted in zip(rows, places, strict=True)
         ]
-        shown = self._shown([row.slot for row in rows], ends)
+        shown, unspelled = self._shown_where_spelled([row.slot for row in rows], ends)
         self._model.wait()
         passes, read = session.n_forwards - n_forwards, session.n_read - n_read
         calls = session.n_calls - n_calls
         self._share_out(rows, Usage(passes, read, 0, self._clock() - start, calls))
-        return Look(shown, None, passes, calls)
+        return Look(shown, None, passes, calls, unspelled=unspelled)
+
+    def _shown_where_spelled(
+        self, slots: Sequence[int], places: Sequence[Sequence[int]]
+    ) -> tuple[Float[Tensor, "looks vocab"], tuple[int, ...]]:
+        """What the model predicts, and the lines of texts that it cannot spell."""
+        covered = [
+            [self._session.is_covered(slot, place) for place in wanted]
+            for slot, wanted in zip(slots, places, strict=True)
+        ]
+        flags = [flag for each in covered for flag in each]
+        if all(flags):
+            return self._shown(slots, places), ()
+        some = [slot for slot, each in zip(slots, covered, strict=True) if any(each)]
+        kept = [
+            [place for place, flag in zip(wanted, each, strict=True) if flag]
+            for wanted, each in zip(places, covered, strict=True)
+        ]
+        shown = torch.zeros(len(flags), self._n_outcomes)
+        if some:
+            shown[torch.tensor(flags)] = self._shown(some, [wanted for wanted in kept if wanted])
+        return shown, tuple(line for line, flag in enumerate(flags) if not flag)
 
     def _feed(self, row: Row, place: int) -> None:
         """Let the model's text be the row's up to a place."""
@@ -135,6 +162,10 @@ class _Bytes(Reader):
 
 class ByteReader(_Bytes):
     """A model that shows the next byte, of texts that are written in bytes."""
+
+    @property
+    def _n_outcomes(self) -> int:
+        return N_OUTCOMES
 
     def _content(self, token: int) -> bytes:
         return bytes([token]) if token < 256 else b""
@@ -168,6 +199,10 @@ class ExactReader(_Bytes):
         self._vocabulary = vocabulary
         self._starts, self._ids = vocabulary.ends_of_tokens(index)
         self._end = min(vocabulary.end_ids(index), default=-1)
+
+    @property
+    def _n_outcomes(self) -> int:
+        return self._vocabulary.size
 
     def can_go_on(
         self, row: Row, places: Sequence[int], token: int, writer: int

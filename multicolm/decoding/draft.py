@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 
@@ -178,13 +178,21 @@ class Shown:
     Attributes:
         look: its predictions, one after another.
         line_of: per position that was looked at, its line in ``look``.
-        closed: positions at which the model cannot go on, for they lie within a token of its own;
-            there it shows that it knows nothing: all tokens are equally likely.
+        closed: positions at which the model cannot go on, for they lie within a token of its own
+            or no tokens of its own spell the text; there it shows that it knows nothing: all
+            tokens are equally likely.
     """
 
     look: Look
     line_of: dict[int, int]
     closed: frozenset[int] = frozenset()
+
+    @classmethod
+    def of(cls, look: Look, numbers: Sequence[int], closed: Collection[int] = ()) -> Shown:
+        """What a model shows at positions of these numbers, in the order of its lines."""
+        unspelled = {numbers[line] for line in look.unspelled}
+        line_of = {i: line for line, i in enumerate(numbers) if i not in unspelled}
+        return cls(look, line_of, frozenset(closed) | unspelled)
 
     def knows(self, which: Sequence[int]) -> bool:
         """Whether it shows something at all positions numbered ``which``."""

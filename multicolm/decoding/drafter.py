@@ -79,7 +79,7 @@ class Drafter:
         look = self._look(rows, places)
         positions = self._positions(rows, places)
         every = range(len(rows))
-        step = Draft(positions, {0: Shown(look, {i: i for i in every})})
+        step = Draft(positions, {0: Shown.of(look, every)})
         step.tokens = positions.draw(look.logits).tolist()
         step.deferring = [True] * len(rows)
         step.scores = [None] * len(rows)
@@ -116,12 +116,14 @@ def _joined(parts: Sequence[tuple[Draft, list[int]]]) -> Draft:
     rows: list[Row] = []
     joined = Draft(parts[0][0].positions, {})
     places: list[int] = []
+    unspelled: list[int] = []
     for draft, lines in parts:
         look = draft.shown[0].look
         index = torch.tensor(lines, device=look.logits.device)
         logits.append(look.logits[index])
         if look.hidden is not None:
             states.append(look.hidden[index])
+        unspelled += [len(rows) + n for n, line in enumerate(lines) if line in look.unspelled]
         rows += [draft.positions.rows[i] for i in lines]
         places += [draft.positions.places[i] for i in lines]
         joined.tokens += [draft.tokens[i] for i in lines]
@@ -129,6 +131,7 @@ def _joined(parts: Sequence[tuple[Draft, list[int]]]) -> Draft:
         joined.scores += [draft.scores[i] for i in lines]
     first = parts[0][0].positions
     joined.positions = Positions(rows, places, first.noise)
-    look = Look(torch.cat(logits), torch.cat(states) if states else None)
-    joined.shown[0] = Shown(look, {i: i for i in range(len(rows))})
+    hidden = torch.cat(states) if states else None
+    look = Look(torch.cat(logits), hidden, unspelled=tuple(unspelled))
+    joined.shown[0] = Shown.of(look, range(len(rows)))
     return joined

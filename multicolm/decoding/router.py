@@ -556,8 +556,7 @@ class Router:
             states = torch.zeros(0, width) if hidden else None
             look = self._at_home(Look(torch.zeros(0, self._vocabulary.size), states, 0))
         lines = [i for row_numbers in numbers.values() for i in row_numbers]
-        line_of = {i: line for line, i in enumerate(lines)}
-        shown = Shown(look, line_of, frozenset(closed & set(which)))
+        shown = Shown.of(look, lines, closed & set(which))
         draft.shown[k] = shown if before is None else before.joined(shown)
 
     def _at_home(self, look: Look) -> Look:

@@ -70,6 +70,8 @@ class ProxyTuningPolicy(_Arithmetic):
         base = views.base.logprobs
         expert, anti = views[self.expert].logprobs, views[self.antiexpert].logprobs
         known = (anti != _NEVER) & (expert != _NEVER)
+        for role in (self.expert, self.antiexpert):
+            known = known & views.is_open(role).to(known.device)[:, None]
         change = (expert - anti).masked_fill(~known, 0.0)
         return base + self.alpha * change
 
@@ -116,4 +118,7 @@ class ContrastivePolicy(_Arithmetic):
             return expert.masked_fill(~plausible, _NEVER)
         # A token that the amateur cannot write at all gets the greatest finite contrast.
         contrast = (1 + self.beta) * expert - self.beta * amateur.clamp_min(-1e4)
+        if not views.all_open:
+            silent = ~views.is_open(self.amateur).to(expert.device)[:, None]
+            contrast = contrast.masked_fill(silent, 0.0) + expert.masked_fill(~silent, 0.0)
         return contrast.masked_fill(~plausible, _NEVER)

@@ -30,12 +30,19 @@ class WeightedPolicy(MixPolicy):
         return frozenset(k for k, w in enumerate(models.weights(self.weights)) if w > 0)
 
     def _weighed(self, views: Views) -> tuple[Tensor, Tensor]:
-        """Log-probabilities [models, positions, vocab], and the weight of each model."""
+        """Log-probabilities [models, positions, vocab], and the weight of each model there.
+
+        A model that cannot go on, as no tokens of its own spell what others wrote, has no say.
+        """
         import torch
 
         weights = views.models.weights(self.weights)
         logprobs = views.stack(lambda view: view.logprobs)
         weight = torch.tensor([weights[k] for k in views], device=logprobs.device)[:, None, None]
+        if not views.all_open:
+            can = torch.stack([views.is_open(k).to(weight.device) for k in views])[:, :, None]
+            weight = weight * can
+            weight = weight / weight.sum(0, keepdim=True)
         # A weight too small for this dtype would turn 0 * -inf into NaN.
         return logprobs, weight.clamp_min(torch.finfo(weight.dtype).tiny)
 
@@ -53,8 +60,13 @@ class WeightedPolicy(MixPolicy):
         from multicolm.policy.median import median_shares
 
         logprobs, weight = self._weighed(views)
-        shares = median_shares(logprobs.exp(), weight[:, 0, 0]).T[:, :, None]
-        return (logprobs + shares.clamp_min(torch.finfo(shares.dtype).tiny).log()).logsumexp(0)
+        given = views.models.weights(self.weights)
+        shares = median_shares(logprobs.exp(), weight.new_tensor([given[k] for k in views]))
+        if not views.all_open:  # a median of fewer models at some positions: there their average
+            silent = torch.stack([~views.is_open(k) for k in views]).any(0).to(shares.device)
+            shares = torch.where(silent[:, None], weight[:, :, 0].T, shares)
+        shares = shares.T[:, :, None].clamp_min(torch.finfo(shares.dtype).tiny)
+        return (logprobs + shares.log()).logsumexp(0)
 
 
 @register_policy("average")

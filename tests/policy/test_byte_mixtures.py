@@ -80,6 +80,34 @@ def test_a_text_has_the_probability_of_the_mixture(mean: str, temperature: float
     assert n_bytes > 20
 
 
+@pytest.mark.parametrize("mean", ["arithmetic", "geometric", "median"])
+def test_a_model_that_cannot_spell_what_others_wrote_has_no_say_from_there_on(mean: str) -> None:
+    # Only the first model has a token for "!"; the second one goes silent after it.
+    base, left = random_table("base", 1, ("!", *BASE)), random_table("left", 2, LEFT)
+    ensemble = Ensemble([base, left])
+    n_after = 0
+    for seed in range(12):
+        [answer] = ensemble.generate(
+            ["a"], kind("byte-mixture", mean=mean), seed=seed, temperature=1.0, max_new_tokens=16
+        )
+        text = answer.text.encode()
+        silent_from = text.find(b"!") + 1 or len(text) + 1
+        n_after += max(0, len(text) - silent_from)
+        ours = of_bytes(base, "a", text)
+        theirs = of_bytes(left, "a", text[: silent_from - 1])
+        total = 0.0
+        for i, byte in enumerate(outcomes(answer)):
+            if i >= silent_from:
+                mixed = ours[i]
+            elif mean == "geometric":
+                mixed = (ours[i] * theirs[i]).sqrt()
+            else:  # the median of two is their mean
+                mixed = (ours[i] + theirs[i]) / 2
+            total += math.log(float((mixed / mixed.sum())[byte]))
+        assert sum(t.logprob for t in answer.trace) == pytest.approx(total, abs=1e-3), text
+    assert n_after > 10 or mean == "geometric"  # of which "!" has no chance beside the other
+
+
 @pytest.mark.parametrize("k", range(3))
 def test_with_all_weight_on_one_model_a_text_has_that_models_probability(k: int) -> None:
     own = models()
