@@ -106,6 +106,7 @@ policies: Registry[object] = Registry(
         "average": "multicolm.policy.mixture:AveragePolicy",
         "co-llm": "multicolm.policy.co_llm:CoLlmPolicy",
         "bild": "multicolm.policy.bild:BildPolicy",
+        "btm": "multicolm.policy.btm:BtmPolicy",
         "byte-contrastive": "multicolm.policy.byte_mixtures:ByteContrastivePolicy",
         "byte-mixture": "multicolm.policy.byte_mixtures:ByteMixturePolicy",
         "byte-proxy-tuning": "multicolm.policy.byte_mixtures:ByteProxyTuningPolicy",

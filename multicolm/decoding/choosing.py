@@ -8,7 +8,6 @@ import torch
 
 from multicolm.decoding.draft import Draft
 from multicolm.decoding.settle import PolicyDesk
-from multicolm.policy.base import Policy
 
 __all__ = ["Choosing", "grouped"]
 
@@ -26,8 +25,7 @@ class Choosing:
     def __init__(self, desk: PolicyDesk) -> None:
         self._desk = desk
         self._names = desk.policy.names_models
-        narrows = type(desk.policy).text_uses is not Policy.text_uses
-        self.by_place = self._names or narrows
+        self.by_place = self._names or desk.policy.narrows
 
     def always(self, draft: Draft, which: Sequence[int]) -> dict[int, list[int]]:
         """Per model that is looked at always, at which of the positions its text may use it."""

@@ -31,7 +31,7 @@ class Memory:
         self._desk = desk
         self._policy = desk.policy
         kind = type(desk.policy)
-        self._narrows = kind.text_uses is not Policy.text_uses
+        self._narrows = desk.policy.narrows
         self.updates = desk.policy.keeps_state and kind.update is not Policy.update
 
     def begin(self, positions: Positions) -> None:

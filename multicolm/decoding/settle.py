@@ -120,7 +120,7 @@ class PolicyDesk:
                 "which uses() leaves out; name it there too."
             )
         self._scores = type(policy).score is not Policy.score
-        self._narrows = type(policy).text_uses is not Policy.text_uses
+        self._narrows = policy.narrows
 
     def views(
         self,

@@ -306,6 +306,11 @@ class Policy:
         raise NotImplementedError(f"{type(self).__name__} uses the same models for every text")
 
     @property
+    def narrows(self) -> bool:
+        """Whether :meth:`text_uses` is to be asked."""
+        return type(self).text_uses is not Policy.text_uses
+
+    @property
     def keeps_state(self) -> bool:
         """Whether it remembers something of each text."""
         return type(self).initial_state is not Policy.initial_state

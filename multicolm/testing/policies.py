@@ -299,7 +299,7 @@ def _check_memory(policy: Policy, scene: _Scene) -> None:
         scene.context["state"] = _check_pure(
             "initial_state", policy.initial_state, scene, every, []
         )
-    if type(policy).text_uses is not Policy.text_uses:
+    if policy.narrows:
         flags = _check_pure("text_uses", policy.text_uses, scene, every, [])
         allowed = torch.tensor([k in policy.uses(models) for k in range(len(models))])
         if flags.dtype != torch.bool or flags.shape != (_POSITIONS, len(models)):
