@@ -130,6 +130,7 @@ policies: Registry[object] = Registry(
         "random": "multicolm.policy.fixed:RandomPolicy",
         "safe": "multicolm.policy.safe:SafePolicy",
         "single": "multicolm.policy.fixed:SinglePolicy",
+        "spec-fuse": "multicolm.policy.spec_fuse:SpecFusePolicy",
         "speculative": "multicolm.policy.speculative:SpeculativePolicy",
         "speculative-cascade": "multicolm.policy.speculative_cascade:SpeculativeCascadePolicy",
         "unite": "multicolm.policy.unite:UnitePolicy",

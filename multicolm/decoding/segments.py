@@ -41,7 +41,8 @@ class SegmentWriter:
     """Finds the next segment of some rows.
 
     A segment ends where a word does and a token of every model; at an end of text; and where the
-    row or a context is full. Behind :attr:`SegmentPolicy.longest` tokens it need not be a word.
+    row or a context is full. It has :attr:`SegmentPolicy.shortest` tokens at least; behind
+    :attr:`SegmentPolicy.longest` it need not be a word.
 
     Args:
         policy: rates segments.
@@ -156,9 +157,10 @@ class SegmentWriter:
 
     def _ends_before(self, row: Row, k: int, token: int) -> bool:
         """Whether a segment of model ``k`` is whole if it would go on with ``token``."""
-        if row.n_drafted == 0:
+        policy = self._policy
+        if row.n_drafted < min(max(1, policy.shortest), policy.longest):
             return False
-        if not self._starts_word[token] and row.n_drafted < self._policy.longest:
+        if not self._starts_word[token] and row.n_drafted < policy.longest:
             return False
         groups, place = self._vocabulary.groups, len(row.ids)
         others = [j for j in self._models if groups[j] != groups[k]]

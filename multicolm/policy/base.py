@@ -417,13 +417,17 @@ class Segments:
 class SegmentPolicy(Policy):
     """Rates what the models propose to write next; the best proposal is written.
 
-    A proposal ends where a word does, and a token of every model. Whoever shows ``text`` can
+    A proposal ends where a word does, and a token of every model: the first such place behind
+    ``shortest`` of its writer's tokens. Whoever shows ``text`` can
     propose; to judge the proposals of others takes ``given``, and one model at least has to.
     """
 
     acts: ClassVar[Acts | None] = "segment"
     base_signals: ClassVar[frozenset[Signal] | set[Signal]] = frozenset({"text"})
     assistant_signals: ClassVar[frozenset[Signal] | set[Signal]] = frozenset({"text"})
+
+    shortest: int = 1
+    """In the writer's tokens; a proposal does not end before, unless the text does."""
 
     longest: int = 16
     """In the writer's tokens; behind it a proposal may end where no word does."""
