@@ -174,8 +174,8 @@ class ScoreTable:
         if name not in self.base:
             flag = {"hidden": "--hidden", "topk": "--topk 100"}.get(name, f"--{name}")
             raise ArtefactError(
-                f"this score table holds no '{name}' of the base model; make one with "
-                f"`multicolm score ... {flag}`."
+                f"this score table holds no '{name}' of the base model; run the same `multicolm "
+                f"score` once more with {flag}: only the base model reads again."
             )
         return self.base[name].float()
 

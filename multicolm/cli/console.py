@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -23,7 +24,7 @@ from rich.text import Text
 
 from multicolm.types import MIXTURE, Answer, Piece, Trace, Usage
 
-__all__ = ["Screen", "console", "print_table", "print_usage", "visible", "work_bar"]
+__all__ = ["MinuteLog", "Screen", "console", "print_table", "print_usage", "visible", "work_bar"]
 
 # The base model keeps the terminal's own colour, so that what was handed over stands out.
 _COLOURS = ("default", "cyan", "magenta", "yellow", "green", "blue", "red")
@@ -132,17 +133,18 @@ def progress(total: int) -> Iterator[Callable[[], None]]:
 
 
 @contextmanager
-def work_bar(unit: str) -> Iterator[Callable[[float, float, str], None]]:
-    """A bar on stderr for long work, with rate and time left; nothing where no terminal is.
+def work_bar(unit: str, label: str = "") -> Iterator[Callable[[float, float, str], None]]:
+    """A bar on stderr for long work, with rate and time left; a line a minute in a file.
 
     Args:
         unit: what is counted, such as ``tokens``.
+        label: what is being worked at until that is said.
 
     Yields:
         What to call with how much is done, of how much, and what is being worked at.
     """
     if not sys.stderr.isatty():
-        yield lambda done, total, label: None
+        yield MinuteLog(unit, lambda line: print(line, file=sys.stderr, flush=True))
         return
     columns = (
         TextColumn("{task.description}"),
@@ -151,10 +153,50 @@ def work_bar(unit: str) -> Iterator[Callable[[float, float, str], None]]:
         _Rate(unit),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=None)
+    # One step may take many seconds; a rate over a few of them would come and go.
+    with Progress(
+        *columns, console=Console(stderr=True), transient=True, speed_estimate_period=300
+    ) as bar:
+        task = bar.add_task(label, total=None)
         yield lambda done, total, label: bar.update(
             task, completed=done, total=total, description=label
+        )
+
+
+class MinuteLog:
+    """Says in lines how far long work is, where a bar would fill a file.
+
+    Args:
+        unit: what is counted.
+        write: takes a line.
+        every: seconds between two lines, at least; the first comes so long after the start.
+        clock: current time in seconds.
+    """
+
+    def __init__(
+        self,
+        unit: str,
+        write: Callable[[str], None],
+        every: float = 60.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._unit = unit
+        self._write = write
+        self._every = every
+        self._clock = clock
+        self._begun = self._written = clock()
+
+    def __call__(self, done: float, total: float, label: str) -> None:
+        """How much is done, of how much, and what is being worked at."""
+        now = self._clock()
+        if now - self._written < self._every or not done:
+            return
+        self._written = now
+        rate = done / (now - self._begun)
+        left = (total - done) / rate
+        self._write(
+            f"{label}: {done:,.0f} of {total:,.0f} {self._unit}, {rate:,.1f} {self._unit}/s, "
+            f"{left / 60:,.0f} min left"
         )
 
 

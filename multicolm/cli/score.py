@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict, cast
 
 import click
+from typing_extensions import Unpack
 
-from multicolm.cli.options import Whole, as_json, json_option
+from multicolm.cli.options import as_json, json_option
 from multicolm.cli.processes import on_own_device, processes
 
 if TYPE_CHECKING:
+    from multicolm.backend.base import Model
     from multicolm.config import EnsembleConfig
     from multicolm.ensemble import Ensemble
+    from multicolm.scoring.corpus import Corpus
     from multicolm.scoring.store import Index
 
 __all__ = ["command"]
@@ -23,84 +28,227 @@ __all__ = ["command"]
 @click.argument("ensemble")
 @click.argument("data")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The table's folder.")
+@click.option(
+    "--for",
+    "policies",
+    metavar="POLICY",
+    multiple=True,
+    help="Keep what this policy learns from; the ensemble's own if not given. Repeatable.",
+)
 @click.option("--hidden", is_flag=True, help="Keep the base model's last hidden states.")
 @click.option(
-    "--topk", type=Whole(1), metavar="K", help="Keep the base's K best log-probabilities."
+    "--topk", type=click.IntRange(1), metavar="K", help="Keep the base's K best log-probabilities."
 )
 @click.option("--embedding", is_flag=True, help="Keep the embeddings of the base's best tokens.")
+@click.option(
+    "--limit", type=click.IntRange(1), metavar="N", help="Only N examples, spread evenly."
+)
 @click.option("--no-end", is_flag=True, help="The end of a completion does not count as a token.")
 @click.option("--split", default="train", show_default=True, help="Of a data set on the Hub.")
 @click.option("--subset", help="Of a data set on the Hub that has several.")
 @click.option("--revision", help="Commit, tag or branch of a data set on the Hub.")
 @click.option(
     "--shard-positions",
-    type=Whole(1),
+    type=click.IntRange(1),
     default=32768,
     show_default=True,
-    help="Tokens per shard: what a stop can cost, and what is held in memory.",
+    help="Tokens per shard: what is held in memory.",
 )
 @click.option(
     "--batch-tokens",
-    type=Whole(1),
-    default=4096,
-    show_default=True,
-    help="The most tokens of one forward pass.",
+    type=click.IntRange(1),
+    help="The most tokens of one forward pass; of itself what a few seconds suffice for.",
 )
 @json_option
 def command(
     ensemble: str,
     data: str,
     out: Path,
+    policies: tuple[str, ...],
     hidden: bool,
     topk: int | None,
     embedding: bool,
+    limit: int | None,
     no_end: bool,
     split: str,
     subset: str | None,
     revision: str | None,
     shard_positions: int,
-    batch_tokens: int,
+    batch_tokens: int | None,
     as_json_: bool,
 ) -> None:
     """Let every model of ENSEMBLE read DATA, and keep what it gives to each token.
 
     DATA is a file of JSON lines {"prompt": ..., "completion": ...} or {"messages": [...]}, a
     Parquet file, or the name of a data set on the Hub. The same command goes on where it was
-    stopped; models that were added to the ensemble are scored into the same table. Under
-    `accelerate launch` the shards are split over the processes.
+    stopped, and loads no model if nothing is missing; models that were added to the ensemble, and
+    features that were not asked for before, are scored into the same table by the models that they
+    are of. Under `accelerate launch` the shards are split over the processes.
     """
-    from multicolm.cli.console import work_bar
     from multicolm.config import load_ensemble
     from multicolm.scoring.corpus import open_corpus
-    from multicolm.scoring.score import Progress, score
 
-    corpus = open_corpus(data, split=split, subset=subset, revision=revision)
+    corpus = open_corpus(data, split=split, subset=subset, revision=revision, limit=limit)
     config = load_ensemble(ensemble)
-    rank, n_ranks, wait = processes()
-    loaded = _load(on_own_device(config))
-    wanted = {"hidden": hidden, "topk": topk is not None, "embedding": embedding}
+    features = _features(config, policies)
+    asked = {"hidden": hidden, "embedding": embedding, "topk": topk is not None}
+    features |= {name: 0 for name in asked if asked[name] and name not in features}
+    top_k = max(topk or 0, features.get("topk", 0))
     start = time.perf_counter()
-    with work_bar("tokens") as bar:
+    index = _scored(
+        config,
+        corpus,
+        out,
+        features=tuple(sorted(features)),
+        top_k=top_k,
+        end_of_text=not no_end,
+        shard_positions=shard_positions,
+        batch_tokens=batch_tokens,
+    )
+    if int(os.environ.get("RANK", "0")) == 0:
+        _report(index, out, time.perf_counter() - start, as_json_)
+
+
+def _features(config: EnsembleConfig, names: Sequence[str]) -> dict[str, int]:
+    """What the policies will be trained on, by feature; the ensemble's own if none is named.
+
+    Raises:
+        CapabilityError: if a policy that is named has nothing to learn.
+        ConfigError: if there is no such policy.
+    """
+    from multicolm.errors import CapabilityError
+    from multicolm.policy.resolve import resolve_policy
+
+    if names:
+        policies = [resolve_policy(name) for name in names]
+    else:
+        policies = [resolve_policy(config.policy, base_dir=config.base_dir)]
+    found: dict[str, int] = {}
+    for policy in policies:
+        if hasattr(policy, "fit"):
+            for name, width in policy.table_features.items():
+                found[name] = max(width, found.get(name, 0))
+        elif names:
+            raise CapabilityError(
+                f"policy '{policy.name}' has nothing to learn, so a score table keeps nothing for "
+                "it; its params are found with `multicolm tune`."
+            )
+    return found
+
+
+class _How(TypedDict):
+    """Arguments of :func:`multicolm.scoring.score.score`."""
+
+    features: tuple[str, ...]
+    top_k: int
+    end_of_text: bool
+    shard_positions: int
+    batch_tokens: int | None
+
+
+def _scored(config: EnsembleConfig, corpus: Corpus, out: Path, **how: Unpack[_How]) -> Index:
+    """The finished table; only models that have something to read are loaded.
+
+    Raises:
+        MulticolmError: what can be found without a model first.
+    """
+    from multicolm.cli.console import work_bar
+    from multicolm.files import locked
+    from multicolm.scoring.score import Progress, finish, score
+    from multicolm.scoring.store import TableFiles
+
+    there, missing = _there(config, corpus, out, **how)
+    if not missing:
+        if there.files:
+            return there
+        with locked(out):
+            return finish(TableFiles(out, there))
+    rank, n_ranks, wait = processes()
+    loaded = _load(on_own_device(_only(config, missing)))
+    if how["end_of_text"] and not loaded.vocabulary.end_ids(0):
+        # Then the token that stands for the end of a text is one of the others'.
+        loaded = _load(on_own_device(_only(config, config.names)))
+    with work_bar("tokens", "reading the corpus") as bar:
 
         def show(progress: Progress) -> None:
-            bar(progress.done, progress.total, f"scoring with {progress.model}")
+            if progress.total > progress.before:
+                done = progress.done - progress.before
+                bar(done, progress.total - progress.before, f"scoring with {progress.model}")
 
-        index = score(
+        return score(
             loaded,
             corpus,
             out,
-            features=[name for name, asked in wanted.items() if asked],
-            top_k=topk or 0,
-            end_of_text=not no_end,
-            shard_positions=shard_positions,
-            batch_tokens=batch_tokens,
+            models=config.names,
             rank=rank,
             n_ranks=n_ranks,
             wait=wait,
             on_progress=show,
+            **how,
         )
-    if rank == 0:
-        _report(index, out, time.perf_counter() - start, as_json_)
+
+
+def _there(
+    config: EnsembleConfig, corpus: Corpus, out: Path, **how: Unpack[_How]
+) -> tuple[Index, list[str]]:
+    """What is scored already, and the names of the models that have something to read.
+
+    Raises:
+        MulticolmError: if a record or a name is not right, the base model cannot show a feature,
+            or the folder holds something else.
+    """
+    from multicolm.errors import ArtefactError
+    from multicolm.plugins import backends
+    from multicolm.scoring.plan import check_features, check_names, scored_before
+    from multicolm.scoring.store import Index, ScoredModel
+    from multicolm.training.identities import identities
+
+    check_names(config.names)
+    if out.exists() and not out.is_dir():
+        raise ArtefactError(f"{out} is a file; --out wants the folder of a score table.")
+    base = config.models[config.base_model]
+    backend = cast("type[Model]", backends.get(base.backend))
+    check_features(config.base_model, backend.signals, how["features"])
+    found = identities(config)
+    wanted = Index(
+        multicolm="",
+        source=corpus.source.name,
+        digest=corpus.digest(),
+        n_examples=0,
+        n_skipped=0,
+        n_positions=0,
+        end_of_text=how["end_of_text"],
+        top_k=how["top_k"],
+        models=tuple(
+            ScoredModel(
+                name,
+                found[name],
+                "",
+                config.models[name].cost,
+                how["features"] if name == config.base_model else (),
+            )
+            for name in config.names
+        ),
+        shards=(),
+        files={},
+    )
+    precisions = {
+        name: "" if model.dtype == "auto" or model.backend != "transformers" else model.dtype
+        for name, model in config.models.items()
+    }
+    bridges = {"shared": {"shared"}, "exact": {"shared", "exact"}}
+    return scored_before(
+        out, wanted, precisions, bridges.get(config.bridge, {"shared", "boundary"})
+    )
+
+
+def _only(config: EnsembleConfig, names: Sequence[str]) -> EnsembleConfig:
+    """The base model and some of the others, without the policy, which nobody asks."""
+    from multicolm.config import PolicyConfig
+
+    kept = {n: m for n, m in config.models.items() if n in names or n == config.base_model}
+    changed = {"models": kept, "policy": PolicyConfig(kind="single")}
+    return config.model_copy(update=changed)
 
 
 def _load(config: EnsembleConfig) -> Ensemble:
@@ -110,7 +258,7 @@ def _load(config: EnsembleConfig) -> Ensemble:
     errors = console(stderr=True)
     if not errors.is_terminal:
         return multicolm.load(config)
-    with errors.status(f"loading {len(config.models)} models"):
+    with errors.status(f"loading {', '.join(config.models)}"):
         return multicolm.load(config)
 
 
@@ -125,6 +273,8 @@ def _report(index: Index, out: Path, seconds: float, as_json_: bool) -> None:
         f"{out}: {index.n_positions} tokens of {index.n_examples} completions, scored by {names} "
         f"({len(index.shards)} shards, {seconds:.1f} s)"
     )
+    if index.models[0].features:
+        click.echo(f"{index.models[0].name}'s features: {', '.join(index.models[0].features)}")
     if index.n_skipped:
         click.echo(
             f"{index.n_skipped} examples were left out: the prompt is longer than the base "

@@ -324,6 +324,16 @@ class Policy:
         return
 
     @property
+    def table_features(self) -> Mapping[str, int]:
+        """What a score table has to keep of the base model for a method ``fit(table)``.
+
+        By feature (``hidden``, ``topk``, ``embedding``) how many numbers ``topk`` is, and 0 for the
+        others, which are as wide as the model. If not overridden, the hidden states and embeddings
+        that the policy declares to look at.
+        """
+        return dict.fromkeys(sorted({"hidden", "embedding"} & set(self.base_signals)), 0)
+
+    @property
     def can_defer(self) -> bool:
         """Whether :meth:`defers` is to be asked."""
         return self.certain or self.assistants == "deferred"

@@ -98,6 +98,11 @@ class MlpRouterPolicy(SelectPolicy):
         choice = self.ways == "binary" and len(models) > 2
         return Needs({0: signals}, dict.fromkeys(range(1, len(models)), top1) if choice else {})
 
+    @property
+    def table_features(self) -> dict[str, int]:
+        """Its features."""
+        return {name: self.top_k if name == "topk" else 0 for name in self.features}
+
     def check_models(self, models: Sequence[ModelFacts]) -> None:
         """Refuse models that it was not trained with.
 

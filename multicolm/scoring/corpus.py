@@ -49,10 +49,12 @@ class Corpus:
 
     Args:
         source: where its records are.
+        limit: only so many of them, spread evenly: files are often sorted by kind.
     """
 
-    def __init__(self, source: Source):
+    def __init__(self, source: Source, limit: int | None = None):
         self.source = source
+        self._limit = limit
 
     def __iter__(self) -> Iterator[Example]:
         """All examples, in their order.
@@ -62,11 +64,21 @@ class Corpus:
             ConfigError: if the source cannot be read.
         """
         empty = True
-        for place, record in self.source:
+        for place, record in self._chosen():
             empty = False
             yield _example(record, place)
         if empty:
             raise InputError(f"{self.source.name} holds no example; {_FORMS}.")
+
+    def _chosen(self) -> Iterator[tuple[str, Any]]:
+        n_records = 0 if self._limit is None else sum(1 for _ in self.source)
+        if self._limit is None or self._limit >= n_records:
+            yield from self.source
+            return
+        numbers = {i * n_records // self._limit for i in range(self._limit)}
+        for number, record in enumerate(self.source):
+            if number in numbers:
+                yield record
 
     def digest(self) -> str:
         """SHA-256 over all examples: equal for equal examples in equal order, in any format."""
@@ -82,6 +94,7 @@ def open_corpus(
     split: str = "train",
     subset: str | None = None,
     revision: str | None = None,
+    limit: int | None = None,
 ) -> Corpus:
     """The corpus that ``source`` speaks of; nothing is read yet.
 
@@ -90,6 +103,7 @@ def open_corpus(
         split: of a data set of the Hub.
         subset: of a data set of the Hub, where it has several.
         revision: of a data set of the Hub.
+        limit: only so many of its examples, spread evenly.
 
     Raises:
         ConfigError: if it is no file and no name of a Hub data set.
@@ -97,7 +111,7 @@ def open_corpus(
     found = Source(str(source), split, subset, revision)
     if found.problem:
         raise ConfigError(found.problem)
-    return Corpus(found)
+    return Corpus(found, limit)
 
 
 def _example(record: Any, place: str) -> Example:

@@ -4,20 +4,37 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import multicolm
 from multicolm.decoding.prompts import encode_prompt
 from multicolm.ensemble import Ensemble
-from multicolm.errors import ArtefactError, ConfigError, InputError
+from multicolm.errors import ArtefactError, CapabilityError, ConfigError, InputError
+from multicolm.files import sha256
 from multicolm.scoring.corpus import Corpus, Example
-from multicolm.scoring.store import TEXT, Index, ScoredModel, Shard, read_index
+from multicolm.scoring.store import (
+    FEATURES,
+    TEXT,
+    Index,
+    ScoredModel,
+    Shard,
+    TableFiles,
+    read_index,
+)
 from multicolm.tokenizer.bridged import BridgedVocabulary
 from multicolm.tokenizer.vocabulary import Vocabulary
 
-__all__ = ["ExampleReader", "check_names", "join", "plan", "refuse_other_corpus"]
+__all__ = [
+    "ExampleReader",
+    "check_features",
+    "check_names",
+    "join",
+    "plan",
+    "refuse_other_corpus",
+    "scored_before",
+]
 
 
 class ExampleReader:
@@ -201,6 +218,82 @@ def refuse_other_corpus(
             f"{end(old.end_of_text)}), and this is {source} (digest {digest[:12]}, "
             f"{end(end_of_text)}); choose another folder."
         )
+
+
+def scored_before(
+    folder: Path, index: Index, precisions: Mapping[str, str], bridges: Collection[str]
+) -> tuple[Index, list[str]]:
+    """What a folder holds already of a table, as far as that can be told without loading a model.
+
+    Args:
+        folder: of the table.
+        index: of the table that is wanted, without shards; a model whose identity is empty is not
+            known.
+        precisions: by model, the type that it computes in; empty if only loading would tell.
+        bridges: how the models' tokens may meet.
+
+    Returns:
+        The index of what is there, with the models that are wanted and there, and with files if it
+        is finished; and the names of those that are missing, in whole or in part.
+
+    Raises:
+        ArtefactError: if the folder holds something else, or its index is damaged.
+    """
+    names = [model.name for model in index.models]
+    if not (folder / "index.json").is_file():
+        return index, names
+    old = read_index(folder)
+    refuse_other_corpus(folder, old, index.source, index.digest, index.end_of_text)
+    known = {model.name: model for model in old.models}
+    found, enough = [], set()
+    for model in index.models:
+        mine = known.get(model.name)
+        same = (
+            mine is not None
+            and mine.identity == model.identity != ""
+            and precisions[model.name] in ("", mine.precision)
+            and mine.bridge in bridges
+        )
+        if same and mine is not None:
+            found.append(replace(mine, cost=model.cost))
+            covered = set(model.features) <= set(mine.features)
+            if covered and ("topk" not in model.features or index.top_k <= old.top_k):
+                enough.add(model.name)
+    there = replace(old, models=tuple(found))
+    if not found or found[0].name != names[0]:
+        return there, names
+    files = TableFiles(folder, there)
+    damaged = {
+        name.partition("/")[0]
+        for name, digest in old.files.items()
+        if not (folder / name).is_file() or sha256(folder / name) != digest
+    }
+    whole = [
+        model
+        for model in found
+        if model.name in enough - damaged
+        and all(files.is_done(model.name, number) for number in range(len(old.shards)))
+    ]
+    text = TEXT not in damaged and all(files.is_done(TEXT, i) for i in range(len(old.shards)))
+    kept = {model.name for model in whole} if text else set()
+    finished = tuple(whole) == old.models
+    there = replace(there, models=tuple(whole), files=old.files if finished else {})
+    return there, [name for name in names if name not in kept]
+
+
+def check_features(base: str, shows: Collection[str], features: Sequence[str]) -> None:
+    """Refuse features that a base model does not show.
+
+    Raises:
+        CapabilityError: naming those that it does.
+    """
+    for feature in features:
+        if feature not in FEATURES or feature not in shows:
+            shown = [name for name in FEATURES if name in shows]
+            raise CapabilityError(
+                f"the base model '{base}' does not show '{feature}'; it shows "
+                f"{', '.join(shown) or 'no features'}."
+            )
 
 
 def check_names(models: Sequence[str]) -> None:

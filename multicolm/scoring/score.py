@@ -16,16 +16,15 @@ from torch import Tensor
 from multicolm.backend.base import Model
 from multicolm.backend.byte_session import span_logprobs
 from multicolm.ensemble import Ensemble
-from multicolm.errors import CapabilityError, InputError, ModelError, MulticolmError
+from multicolm.errors import InputError, ModelError, MulticolmError
 from multicolm.files import locked, sha256, write_whole
 from multicolm.scoring.corpus import Corpus, Example
 from multicolm.scoring.numbers import Numbers
 from multicolm.scoring.pieces import Pieces
-from multicolm.scoring.plan import ExampleReader, check_names, join, plan
+from multicolm.scoring.plan import ExampleReader, check_features, check_names, join, plan
 from multicolm.scoring.reading import Text, read_texts, refuse_partial, tokens_of_a_pass
 from multicolm.scoring.spans import spans_of, to_base_tokens
 from multicolm.scoring.store import (
-    FEATURES,
     ROLLOUTS,
     TEXT,
     Index,
@@ -35,11 +34,9 @@ from multicolm.scoring.store import (
 )
 from multicolm.tokenizer.bridged import BridgedVocabulary
 from multicolm.tokenizer.vocabulary import Vocabulary
-from multicolm.types import Prompt, Signal, prompt_digest
+from multicolm.types import Prompt, prompt_digest
 
-__all__ = ["Progress", "score"]
-
-_SIGNALS: dict[str, Signal] = {"hidden": "hidden", "topk": "topk", "embedding": "embedding"}
+__all__ = ["Progress", "finish", "score"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,13 +111,7 @@ def score(
     """
     folder = Path(out)
     base = ensemble.backends[0]
-    for feature in features:
-        if feature not in FEATURES or _SIGNALS[feature] not in base.shows:
-            shown = [name for name, signal in _SIGNALS.items() if signal in base.shows]
-            raise CapabilityError(
-                f"the base model '{base.name}' does not show '{feature}'; it shows "
-                f"{', '.join(shown) or 'no features'}."
-            )
+    check_features(base.name, base.shows, features)
     check_names(ensemble.models)
     refuse_partial(ensemble.backends)
 
@@ -144,7 +135,7 @@ def score(
         wait()
         scorer(index).run(corpus, rank, n_ranks)
         wait()
-        return _finish(files)
+        return finish(files)
 
 
 def _discard_damaged(folder: Path) -> None:
@@ -161,8 +152,12 @@ def _is_finished(files: TableFiles) -> bool:
     return all(files.is_done(part, number) for part, number in files.index.parts())
 
 
-def _finish(files: TableFiles) -> Index:
-    """Write the index with a digest of every file."""
+def finish(files: TableFiles) -> Index:
+    """Write the index with a digest of every file, if it is not what stands there.
+
+    Raises:
+        ArtefactError: if a file is missing or damaged.
+    """
     index = files.index
     digests: dict[str, str] = {}
     unknown = dict.fromkeys((model.name for model in index.models), 0)

@@ -15,7 +15,10 @@ import yaml
 from score_worlds import contents, inodes, records, write
 from tables import TOKENS, random_table
 
-from multicolm.scoring.store import load_table, read_index
+import multicolm
+from multicolm.cli.console import MinuteLog
+from multicolm.scoring.store import load_prompt_digests, load_table, read_index
+from multicolm.types import prompt_digest
 
 
 @pytest.fixture
@@ -53,6 +56,8 @@ def test_the_help_tells_the_forms_of_data_and_every_option(run) -> None:
     for piece in (
         '{"prompt": ..., "completion": ...}',
         "--out",
+        "--for",
+        "--limit",
         "--hidden",
         "--topk",
         "--embedding",
@@ -99,6 +104,122 @@ def test_running_again_scores_nothing_again(run, tmp_path, ensemble, data) -> No
     before = inodes(out)
     assert run(*arguments).code == 0
     assert inodes(out) == before
+
+
+@pytest.fixture
+def loads(monkeypatch) -> list[list[str]]:
+    """The names of the models of each loading."""
+    found: list[list[str]] = []
+    plain = multicolm.load
+
+    def load(config):
+        found.append(list(config.models))
+        return plain(config)
+
+    monkeypatch.setattr(multicolm, "load", load)
+    return found
+
+
+def test_a_finished_table_is_reported_without_loading_a_model(
+    run, tmp_path, ensemble, data, loads
+) -> None:
+    arguments = ("score", str(ensemble), str(data), "--out", str(tmp_path / "out"))
+    first, again = run(*arguments), run(*arguments)
+    assert loads == [["first", "second"]] and again.code == 0
+    assert first.out.partition(", scored")[0] == again.out.partition(", scored")[0]
+
+
+def test_only_models_that_have_something_to_read_are_loaded(
+    run, tmp_path, ensemble, data, loads
+) -> None:
+    arguments = ("score", str(ensemble), str(data), "--out", str(tmp_path / "out"))
+    assert run(*arguments).code == 0
+    before = inodes(tmp_path / "out")
+    assert run(*arguments, "--topk", "3").code == 0
+    assert loads.pop() == ["first"]
+    now = inodes(tmp_path / "out")
+    assert {n.split("/")[0] for n in now if now[n] != before[n]} == {"first"}
+    (tmp_path / "out/second/00000.safetensors").unlink()
+    assert run(*arguments, "--topk", "2").code == 0
+    assert loads.pop() == ["first", "second"], "the base model says which tokens they are"
+    table = load_table(tmp_path / "out")
+    assert table.models == ("first", "second") and table.base["topk"].shape[1] == 3
+
+
+def test_an_ensemble_file_whose_policy_is_not_trained_can_be_scored_for_it(
+    run, tmp_path, ensemble, data
+) -> None:
+    file = yaml.safe_load(ensemble.read_text())
+    params = {"features": ["topk"], "top_k": 4}
+    file["policy"] = {"kind": "mlp-router", "params": params}
+    ensemble.write_text(yaml.safe_dump(file))
+    result = run("score", str(ensemble), str(data), "--out", str(tmp_path / "out"))
+    assert result.code == 0, result.err
+    assert "first's features: topk" in result.out
+    assert load_table(tmp_path / "out").base["topk"].shape[1] == 4
+
+
+def test_for_a_policy_its_features_are_kept(run, tmp_path, loaded) -> None:
+    data = write(tmp_path / "d.jsonl", [{"prompt": "What is Dulerex", "completion": " made from?"}])
+    arguments = ("score", "tiny", str(data), "--out", str(tmp_path / "out"))
+    assert run(*arguments, "--for", "co-llm", "--for", "cosd-tree").code == 0
+    assert set(load_table(tmp_path / "out").base) == {"hidden"}
+    result = run(*arguments, "--for", "cosd-rule")
+    assert result.code == 1 and "policy 'cosd-rule' has nothing to learn" in result.err
+
+
+def test_a_limit_takes_examples_from_everywhere(run, tmp_path, ensemble) -> None:
+    lines = records(30)
+    data = write(tmp_path / "d.jsonl", lines)
+    out = tmp_path / "out"
+    assert run("score", str(ensemble), str(data), "--out", str(out), "--limit", "3").code == 0
+    found = load_prompt_digests(out)
+    assert found == [prompt_digest(lines[i]["prompt"]) for i in (0, 10, 20)]
+    result = run("score", str(ensemble), str(data), "--out", str(out))
+    assert result.code == 1 and "choose another folder" in result.err
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "more", "said"),
+    [
+        ("d.jsonl", '{"prompt": "a", "completion": "b"}\n{"prompt": 3}\n', [], "d.jsonl:2"),
+        ("d.jsonl", '{"prompt": "a", "completion": "b"}\n', ["--hidden"], "does not show 'hidden'"),
+        ("d.jsonl", '{"prompt": "a", "completion": "b"}\n', ["--for", "nobody"], "'nobody'"),
+    ],
+)
+def test_what_is_wrong_is_found_before_a_model_is_loaded(
+    run, tmp_path, ensemble, loads, name, content, more, said
+) -> None:
+    (tmp_path / name).write_text(content)
+    result = run(
+        "score", str(ensemble), str(tmp_path / name), "--out", str(tmp_path / "out"), *more
+    )
+    assert result.code != 0 and said in result.err and "Traceback" not in result.err
+    assert loads == []
+
+
+def test_an_out_that_is_a_file_or_anothers_table_is_refused_before_a_model_is_loaded(
+    run, tmp_path, ensemble, data, loads
+) -> None:
+    result = run("score", str(ensemble), str(data), "--out", str(data))
+    assert result.code == 1 and "is a file; --out wants the folder" in result.err
+    assert run("score", str(ensemble), str(data), "--out", str(tmp_path / "out")).code == 0
+    loads.clear()
+    other = write(tmp_path / "other.jsonl", records(3, seed=9))
+    result = run("score", str(ensemble), str(other), "--out", str(tmp_path / "out"))
+    assert result.code == 1 and result.err.count("digest") == 2 and loads == []
+
+
+def test_in_a_file_progress_is_a_line_a_minute() -> None:
+    now, lines = 0.0, []
+    log = MinuteLog("tokens", lines.append, clock=lambda: now)
+    for second in range(200):
+        now = float(second)
+        log(10 * second, 6000, "scoring with base")
+    assert lines == [
+        f"scoring with base: {n} of 6,000 tokens, 10.0 tokens/s, {left} min left"
+        for n, left in (("600", 9), ("1,200", 8), ("1,800", 7))
+    ]
 
 
 def test_without_the_end_and_with_features_the_embedded_models_are_scored(
