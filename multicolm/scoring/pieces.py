@@ -92,7 +92,7 @@ class Pieces:
         self._saved = self._clock()
 
     def remove(self) -> None:
-        """Delete the files, when the shard itself is written."""
-        for path in self._shard.parent.glob(self._pattern):
+        """Delete the files, when the shard itself is written; those of a killed write, too."""
+        for path in self._shard.parent.glob(f"*{self._pattern}*"):
             with contextlib.suppress(OSError):
                 path.unlink()
