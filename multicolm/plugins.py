@@ -116,6 +116,7 @@ policies: Registry[object] = Registry(
         "cool-fusion": "multicolm.policy.cool_fusion:CoolFusionPolicy",
         "cosd-rule": "multicolm.policy.cosd:CosdRulePolicy",
         "cosd-tree": "multicolm.policy.cosd_tree:CosdTreePolicy",
+        "cpr": "multicolm.policy.cpr:CprPolicy",
         "entropy": "multicolm.policy.threshold:EntropyPolicy",
         "gac": "multicolm.policy.gac:GacPolicy",
         "gedi": "multicolm.policy.gedi:GediPolicy",
