@@ -137,6 +137,11 @@ class Measured:
         return sum(counts) if len(counts) == len(self.chunks) else None
 
     @property
+    def seconds(self) -> float:
+        """Wall-clock time of the answers."""
+        return math.fsum(chunk["seconds"] for chunk in self.chunks)
+
+    @property
     def n_unknown(self) -> int:
         """Questions for which the oracle's search was cut."""
         return sum(chunk.get("unknown", 0) for chunk in self.chunks)
@@ -409,6 +414,7 @@ def _account(answers: Answers, qualities: Sequence[float]) -> dict[str, Any]:
     writers = [{token.model for token in answer.trace} for answer in answers]
     for name, usage in answers.usage.items():
         models[name] = {
+            "alone": sum(names == {name} for names in writers),
             "written": usage.tokens_written,
             "forwards": usage.forwards,
             "passes": sum(answer.usage[name].forwards for answer in answers),

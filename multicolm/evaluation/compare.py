@@ -13,7 +13,6 @@ run before, nothing is computed again.
 from __future__ import annotations
 
 import json
-import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -26,6 +25,11 @@ from multicolm.ensemble import Ensemble
 from multicolm.errors import ArtefactError, InputError
 from multicolm.evaluation.answering import ASIDE, Answering, Measured, NamedPolicy, Plan, Progress
 from multicolm.evaluation.answering import named_policy as named_policy
+from multicolm.evaluation.baselines import (
+    question_oracle,
+    random_by_question,
+    random_by_token,
+)
 from multicolm.evaluation.explain import Explainer
 from multicolm.evaluation.findings import findings
 from multicolm.evaluation.provenance import machine, plain, versions
@@ -50,10 +54,6 @@ __all__ = ["NamedPolicy", "Progress", "compare", "named_policy"]
 _ORACLE_NOTE = (
     "Counts a question if some right completion can be written, to its end, so that every token is "
     "the most likely one of some model."
-)
-_QUESTION_ORACLE_NOTE = (
-    "For each question the best answer of any model alone: no choice of one model per question "
-    "does better."
 )
 _BINARY = (
     "Clopper-Pearson; differences by Newcombe's paired square-and-add, p-values by McNemar's exact "
@@ -155,20 +155,21 @@ def compare(
         run.ledger = ledger
         team.answer(plans)
         measured = [run.row(plan) for plan in plans if plan.kind != "sweep"]
-        more = list(_random_plans(measured, ensemble.models)) if random else []
+        more = list(random_by_token(measured, ensemble.models)) if random else []
         if per_token:
             more.append(Plan(TOKEN_ORACLE, "oracle", None, note=_ORACLE_NOTE))
         team.answer(more)
         if rank > 0:
             wait()
             return read_comparison(folder)
+        binary = {value for row in measured for value in row.qualities} <= {0, 1}
         measured += [run.row(plan) for plan in more if plan.kind == "random"]
+        measured += random_by_question(measured, ensemble.models) if random else []
         measured += [run.row(plan) for plan in plans if plan.kind == "sweep"]
-        measured += _question_oracle(measured) if oracle else []
+        measured += question_oracle(measured, ensemble.models) if oracle else []
         measured += [run.row(plan) for plan in more if plan.kind == "oracle"]
         with torch_threads(ensemble.backends, run.settings.threads):
             traced, unread = _traced(run, ensemble, measured, questions[:traces])
-        binary = {value for row in measured for value in row.qualities} <= {0, 1}
         comparison = Comparison(
             ensemble=title or ", ".join(ensemble.models),
             models=tuple(ensemble.models),
@@ -252,34 +253,6 @@ def _sweep_plans(named: NamedPolicy, n: int) -> Iterator[Plan]:
             yield Plan(name, "sweep", policy, of=named.name, point={param: value})
 
 
-def _random_plans(measured: Sequence[Measured], models: Sequence[str]) -> Iterator[Plan]:
-    """For each policy that let several models write, random routing with matched shares."""
-    for row in measured:
-        plan = row.plan
-        n_written = {name: row.total("written", name) for name in models}
-        n_mixed = row.n_mixed
-        writers = {name: n for name, n in n_written.items() if n}
-        if plan.kind != "policy" or n_mixed or len(writers) < 2 or _kind(plan) == "random":
-            continue
-        total = sum(writers.values())
-        weights = {name: n / total for name, n in writers.items()}
-        policy = resolve_policy({"kind": "random", "params": {"weights": weights}})
-        yield Plan(f"random as {plan.name}", "random", policy, of=plan.name)
-
-
-def _question_oracle(measured: Sequence[Measured]) -> list[Measured]:
-    """The row of the best model alone for each question; none without two of them."""
-    alone = [row.qualities for row in measured if row.plan.kind == "model"]
-    if len(alone) < 2:
-        return []
-    plan = Plan(QUESTION_ORACLE, "oracle", None, note=_QUESTION_ORACLE_NOTE)
-    return [Measured(plan, [{"qualities": list(map(max, *alone))}])]
-
-
-def _kind(plan: Plan) -> str:
-    return "" if plan.policy is None else str(plan.policy.as_config()["kind"])
-
-
 # --- results -------------------------------------------------------------------------------------
 
 
@@ -328,13 +301,12 @@ def _gain(row: Measured, best: Measured | None, seed: int) -> dict[str, Any]:
 
 def _work(row: Measured, ensemble: Ensemble) -> dict[str, Any]:
     """What the models did, what it took, and what a reader of the row has to know."""
-    if row.plan.policy is None:
+    if row.plan.kind == "oracle":
         n_unknown, n = row.n_unknown, len(row.qualities)
         cut = f" The search for {n_unknown} of {n} questions was cut; these count as not written."
         return {"note": row.plan.note + (cut if n_unknown else "")}
     names = ensemble.models
     n_mixed, n_tokens = row.n_mixed, row.n_tokens(names)
-    seconds = math.fsum(chunk["seconds"] for chunk in row.chunks)
     uses = tuple(
         ModelUse(
             model=name,
@@ -357,11 +329,11 @@ def _work(row: Measured, ensemble: Ensemble) -> dict[str, Any]:
         "n_mixed": n_mixed,
         "n_cut_off": n_cut,
         "n_shared": row.n_shared,
-        "seconds": seconds,
-        "tokens_per_second": n_tokens / seconds if seconds else 0.0,
+        "seconds": row.seconds,
+        "tokens_per_second": n_tokens / row.seconds if row.seconds else 0.0,
         "cost": sum(row.total("passes", name) * cost for name, cost in costs) / n_tokens,
         "calls_per_token": sum(calls) / n_tokens if len(calls) == len(uses) else None,
-        "note": cut if n_cut else "",
+        "note": " ".join(filter(None, [row.plan.note, cut if n_cut else ""])),
     }
 
 

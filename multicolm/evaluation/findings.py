@@ -159,12 +159,16 @@ def _routing(comparison: Comparison) -> str:
     if bound is None or tokens is None:
         return ""
     rows = {row.name: row for row in comparison.rows}
-    same_shares = [r for r in comparison.rows if r.kind == "random" and r.of == tokens.name]
-    by_question = [f"at most {short_percent(bound.quality)} % ({bound.name})"]
-    if questions is not None:
-        by_question.insert(0, f"{short_percent(questions.quality)} % ({questions.name})")
-    by_token = [f"{short_percent(tokens.quality)} % ({tokens.name})"]
-    by_token += [f"{short_percent(r.quality)} % at random with its shares" for r in same_shares]
+
+    def figures(row: RowResult) -> list[str]:
+        """Of a policy and of its random baseline."""
+        same = [r for r in comparison.rows if r.kind == "random" and r.of == row.name]
+        own = f"{short_percent(row.quality)} % ({row.name})"
+        return [own, *(f"{short_percent(r.quality)} % at random with its shares" for r in same)]
+
+    by_question = [] if questions is None else figures(questions)
+    by_question.append(f"at most {short_percent(bound.quality)} % ({bound.name})")
+    by_token = figures(tokens)
     if TOKEN_ORACLE in rows:
         by_token.append(f"at most {short_percent(rows[TOKEN_ORACLE].quality)} % ({TOKEN_ORACLE})")
     return (

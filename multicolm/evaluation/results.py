@@ -68,7 +68,7 @@ class RowResult:
     Attributes:
         name: unique within the comparison.
         kind: what the row is.
-        policy: ``{"kind": ..., "params": {...}}``; ``None`` for the oracle.
+        policy: ``{"kind": ..., "params": {...}}``; ``None`` for rows that nothing was run for.
         n_questions: how many questions it answered.
         quality: mean of the metric, 0 to 1.
         low: lower end of the 95 % interval of ``quality``.

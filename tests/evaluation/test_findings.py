@@ -167,9 +167,11 @@ def test_tokens_and_questions_are_weighed_against_each_other(rows, verdict) -> N
 
 def test_the_verdict_has_its_figures_on_one_line() -> None:
     same = row("random as ck", "random", 0.12, of="ck")
-    found = said(policy("ck", 0.5), same, KNN, BOUND, row("oracle", "oracle", 0.9))
+    routed = row("random as knn", "random", 0.2, of="knn")
+    found = said(policy("ck", 0.5), same, KNN, routed, BOUND, row("oracle", "oracle", 0.9))
     assert found[-1] == (
-        "One model per question: 38 % (knn), at most 40 % (per-question oracle). One per token: "
+        "One model per question: 38 % (knn), 20 % at random with its shares, at most 40 % "
+        "(per-question oracle). One per token: "
         "50 % (ck), 12 % at random with its shares, at most 90 % (oracle). On these questions "
         "routing tokens beats any routing of whole questions."
     )
