@@ -14,11 +14,11 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, TypeAlias, get_args
 
 import multicolm
+from multicolm.calibration.choice import Params, Point, Rule, Unit, cross_validated
 from multicolm.calibration.thresholds import thresholds_for_shares
 from multicolm.ensemble import Ensemble
 from multicolm.errors import CapabilityError, InputError
@@ -35,56 +35,11 @@ from multicolm.training.provenance import read_provenance
 
 __all__ = ["Point", "Unit", "tune"]
 
-Unit: TypeAlias = Literal["share", "cost"]
-"""What a budget is counted in: the part of the tokens that assistants write, or the ensemble's
-``cost`` per written token."""
-
-Params: TypeAlias = Mapping[str, float]
 Grid: TypeAlias = Mapping[str, Sequence[float]]
 
 _SHARES = tuple(tenth / 10 for tenth in range(11))
 _REFINEMENTS = 4
 _HALVINGS = 20
-
-
-@dataclass(frozen=True, slots=True)
-class Point:
-    """What some params came to.
-
-    Attributes:
-        params: that were tried.
-        share: of the tokens that assistants wrote, over all tasks.
-        cost: per written token, in the ensemble's unit.
-        quality: mean over the tasks of their metrics' means, 0 to 1.
-        low: lower end of its 95 % interval, by
-            :func:`multicolm.evaluation.statistics.mean_interval`.
-        high: its upper end.
-        by_task: quality per task.
-    """
-
-    params: Params
-    share: float
-    cost: float
-    quality: float
-    low: float
-    high: float
-    by_task: Mapping[str, float]
-
-    def spent(self, unit: Unit) -> float:
-        """What counts against a budget."""
-        return self.share if unit == "share" else self.cost
-
-    def as_json(self) -> dict[str, Any]:
-        """A flat dictionary of plain values."""
-        numbers = {
-            "share": self.share,
-            "cost": self.cost,
-            "quality": self.quality,
-            "low": self.low,
-            "high": self.high,
-        }
-        by_task = {} if len(self.by_task) < 2 else {f"on {t}": q for t, q in self.by_task.items()}
-        return {**self.params, **numbers, **by_task}
 
 
 def tune(
@@ -95,7 +50,7 @@ def tune(
     *,
     budget: float | None = None,
     unit: Unit = "share",
-    by_metric: bool = False,
+    spend: bool = False,
     grid: Grid | None = None,
     split: str = "dev",
     limit: int | None = None,
@@ -107,13 +62,14 @@ def tune(
     """Find params of a policy, and write it with them as a checkpoint.
 
     A policy that hands over where a score passes one threshold is tried at the quantiles of that
-    score on texts of the base model alone, for shares of 0, 0.1, ... 1; with a budget to be spent,
-    at some more where it lies. Any other is tried on a grid of values that it declares worth
-    trying.
+    score on texts of the base model alone, for shares of 0, 0.1, ... 1; with a budget, at some more
+    where it lies. Any other is tried on a grid of values that it declares worth trying, those of
+    ``cost_weight`` for assistants of which the dearest costs 1.
 
-    With a budget the params are chosen that spend the most of it and no more, as measured, not as
-    predicted (or, with ``by_metric``, those of the best answers that keep within it); without one,
-    those of the best answers, the cheapest of equally good ones.
+    The params are chosen that give the best answers, the cheapest of equally good ones; with a
+    budget, of those that keep within it, as measured, not as predicted. The quality measured on
+    the questions that chose them is too high; beside it stands that of
+    :func:`multicolm.calibration.choice.cross_validated`.
 
     Args:
         ensemble: whose models write.
@@ -122,8 +78,8 @@ def tune(
         out: folder of the checkpoint.
         budget: in ``unit``.
         unit: of the budget.
-        by_metric: whether the metric chooses among what keeps within the budget.
-        grid: values to try, by param, in place of those above.
+        spend: whether the params are chosen that spend most of the budget, whatever the answers.
+        grid: values to try, by param, in place of those above, just as they are.
         split: which of the tasks' data.
         limit: only this many questions of each task.
         seed: of everything random.
@@ -146,12 +102,15 @@ def tune(
     if grid is not None:
         grid = {name: [as_python(value) for value in values] for name, values in grid.items()}
     _check_request(policy.policy, tasks, budget, unit, grid)
+    if spend and budget is None:
+        raise InputError("spend says to spend a budget, and there is none; give one, or leave it.")
+    rule = Rule(budget, unit, spend)
     folder = Path(out)
     questions = {task.name: _questions(task, split, limit) for task in tasks}
     request = {
         "budget": budget,
         "unit": unit if budget is not None else None,
-        "by_metric": by_metric or budget is None,
+        "by_metric": not spend,  # what 0.1 calls it
         "grid": None if grid is None else {name: list(values) for name, values in grid.items()},
         "limit": limit,
         "seed": seed,
@@ -169,10 +128,10 @@ def tune(
             return finished
         bench.check(grid)
         with bench.opened(folder / ".tune", headers):
-            points = list(_curve(bench, grid, budget, unit, by_metric))
-        chosen = _choose(points, budget, unit, by_metric)
+            points = list(_curve(bench, grid, rule))
+        chosen = rule.choose(points)
         by_task = {
-            task.name: dict(_choose(_on(points, task.name), budget, unit, by_metric).params)
+            task.name: dict(rule.choose([point.on(task.name) for point in points]).params)
             for task in tasks
         }
         facts = {
@@ -181,9 +140,13 @@ def tune(
             "split": split,
             "source": ", ".join(f"{task.name} ({split})" for task in tasks),
             "digest": next(iter(digests.values())) if len(digests) == 1 else "",
-            **{name: value for name, value in request.items() if value is not None},
+            "metric": ", ".join(dict.fromkeys(task.config.metric.kind for task in tasks)),
+            "questions": sum(map(len, questions.values())),
+            "chosen_by": "spending" if spend else "quality",
+            **{k: v for k, v in request.items() if v is not None and k != "by_metric"},
             "chosen": dict(chosen.params),
             "measured": {k: v for k, v in chosen.as_json().items() if k not in chosen.params},
+            **_caution(points, rule, seed),
             "curve": [point.as_json() for point in points],
             "prompts": [q.fingerprint for asked in questions.values() for q in asked],
         }
@@ -239,9 +202,31 @@ class _Bench:
             MulticolmError: if there is nothing to tune, a value to be tried is out of range, the
                 policy does not fit, or a question cannot be asked or judged.
         """
-        plans = [self._plan(params) for params in _trials(self.policy, grid)]
+        plans = [self._plan(params) for params in self.trials(grid)]
         for run in self._runs.values():
             run.check(plans[:1])
+
+    def trials(self, grid: Grid | None) -> list[dict[str, float]]:
+        """The params that are sure to be tried; of a threshold to be found, its two ends.
+
+        Raises:
+            CapabilityError: if there are none.
+        """
+        policy, deferral = self.policy, self.policy.deferral
+        if grid is None and deferral is not None:
+            return [{deferral.param: deferral.never}, {deferral.param: deferral.always}]
+        values = policy.tunable if grid is None else grid
+        if not values:
+            raise CapabilityError(
+                f"policy '{policy.name}' declares no params to tune; name some with their values, "
+                "such as --grid alpha=0.2,0.4,0.6."
+            )
+        dearest = max(self._ensemble.costs[1:], default=0.0)
+        if grid is None and "cost_weight" in values and dearest > 0:
+            scaled = [weight / dearest for weight in values["cost_weight"]]
+            values = {**values, "cost_weight": scaled}
+        combinations = itertools.product(*values.values())
+        return [dict(zip(values, each, strict=True)) for each in combinations]
 
     def opened(self, folder: Path, headers: Sequence[Mapping[str, Any]]) -> ExitStack:
         """Keep answers in this folder, one ledger per task, until the stack is closed."""
@@ -271,16 +256,14 @@ class _Bench:
             for row in rows.values()
             for name, cost in zip(models, self._ensemble.costs, strict=True)
         )
-        by_task = {task: row.quality for task, row in rows.items()}
         low, high = mean_interval(*(row.qualities for row in rows.values()), seed=self._seed)
         return Point(
             params=params,
             share=n_assistants / n_written,
             cost=passes / n_written,
-            quality=sum(by_task.values()) / len(by_task),
             low=low,
             high=high,
-            by_task=by_task,
+            qualities={task: tuple(row.qualities) for task, row in rows.items()},
         )
 
     def scores(self, params: Params) -> list[float]:
@@ -296,34 +279,23 @@ class _Bench:
         return found
 
 
-def _trials(policy: Policy, grid: Grid | None) -> list[dict[str, float]]:
-    """The params that are sure to be tried; of a threshold to be found, its two ends.
-
-    Raises:
-        CapabilityError: if there are none.
-    """
-    deferral = policy.deferral
-    if grid is None and deferral is not None:
-        return [{deferral.param: deferral.never}, {deferral.param: deferral.always}]
-    values = policy.tunable if grid is None else grid
-    if not values:
-        raise CapabilityError(
-            f"policy '{policy.name}' declares no params to tune; name some with their values, "
-            "such as --grid alpha=0.2,0.4,0.6."
-        )
-    return [dict(zip(values, each, strict=True)) for each in itertools.product(*values.values())]
+def _caution(points: Sequence[Point], rule: Rule, seed: int) -> dict[str, Any]:
+    """What has to be said beside the quality that was measured."""
+    if len(points) == 1:
+        return {}
+    elsewhere = cross_validated(points, rule, seed)
+    note = f"the best of {len(points)} on the questions that chose it: too high"
+    return {"note": note} | ({} if elsewhere is None else {"cross_validated": elsewhere})
 
 
-def _curve(
-    bench: _Bench, grid: Grid | None, budget: float | None, unit: Unit, by_metric: bool
-) -> list[Point]:
+def _curve(bench: _Bench, grid: Grid | None, rule: Rule) -> list[Point]:
     """Every point that is tried; of a threshold, in the order of the shares it was tried for."""
     if grid is None and bench.policy.deferral is not None:
-        return _quantiles(bench, None if by_metric else budget, unit)
-    return [bench.measure(params) for params in _trials(bench.policy, grid)]
+        return _quantiles(bench, rule)
+    return [bench.measure(params) for params in bench.trials(grid)]
 
 
-def _quantiles(bench: _Bench, budget: float | None, unit: Unit) -> list[Point]:
+def _quantiles(bench: _Bench, rule: Rule) -> list[Point]:
     """Points at the quantiles of the score; and some more where the budget lies."""
     deferral = bench.policy.deferral
     assert deferral is not None
@@ -342,47 +314,24 @@ def _quantiles(bench: _Bench, budget: float | None, unit: Unit) -> list[Point]:
 
     for share in _SHARES:
         at(share)
-    if budget is not None:
+    if rule.budget is not None:
         most = len(by_threshold) + _REFINEMENTS
         for _ in range(_HALVINGS):
-            share_between = _between(points, budget, unit)
+            share_between = _between(points, rule)
             if share_between is None or len(by_threshold) == most:
                 break
             at(share_between)
     return list({id(points[share]): points[share] for share in sorted(points)}.values())
 
 
-def _between(points: Mapping[float, Point], budget: float, unit: Unit) -> float | None:
+def _between(points: Mapping[float, Point], rule: Rule) -> float | None:
     """The middle of the last share within the budget and the next one beyond it, if both are."""
-    within = [share for share, point in points.items() if point.spent(unit) <= budget]
+    within = [share for share, point in points.items() if rule.allows(point)]
     if not within:
         return None
     last = max(within)
     beyond = [share for share in points if share > last]
     return (last + min(beyond)) / 2 if beyond else None
-
-
-def _choose(points: Sequence[Point], budget: float | None, unit: Unit, by_metric: bool) -> Point:
-    """The best of the points.
-
-    Raises:
-        InputError: if none keeps within the budget.
-    """
-    allowed = [p for p in points if budget is None or p.spent(unit) <= budget]
-    if not allowed:
-        least = min(points, key=lambda point: point.spent(unit))
-        raise InputError(
-            f"nothing keeps within a {unit} of {budget:g}: the least is {least.spent(unit):.3g}, "
-            f"with {', '.join(f'{k}={v:.4g}' for k, v in least.params.items())}."
-        )
-    if budget is not None and not by_metric:
-        return max(allowed, key=lambda point: (point.spent(unit), point.quality, -point.cost))
-    return max(allowed, key=lambda point: (point.quality, -point.cost))
-
-
-def _on(points: Sequence[Point], task: str) -> list[Point]:
-    """The points as one task sees them; shares and costs stay those of all tasks."""
-    return [replace(point, quality=point.by_task[task]) for point in points]
 
 
 def _check_request(

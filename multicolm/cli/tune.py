@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -55,9 +56,11 @@ __all__ = ["command"]
     help="Of the budget: part of the tokens, or the ensemble's cost per token.",
 )
 @click.option(
-    "--metric",
-    help="The best answers by this metric, such as exact-match (within the budget, if any).",
+    "--spend",
+    is_flag=True,
+    help="Take what spends most of the budget, not what answers best within it.",
 )
+@click.option("--metric", help="Judge answers by this metric, such as exact-match.")
 @click.option(
     "--grid", "grids", multiple=True, metavar="NAME=V,V,...", help="Values to try. Repeatable."
 )
@@ -75,6 +78,7 @@ def command(
     out: Path,
     budget: float | None,
     unit: Any,
+    spend: bool,
     metric: str | None,
     grids: tuple[str, ...],
     split: str,
@@ -85,8 +89,9 @@ def command(
 ) -> None:
     """Find thresholds of a policy of ENSEMBLE from questions that are not the test's.
 
-    With --budget the values are chosen that spend it best; otherwise those that answer best. What
-    was tried is stored with the policy. The same command goes on where it was stopped.
+    The values are chosen that answer best, with --budget among those that keep within it, and the
+    cheapest of equally good ones. What was tried is stored with the policy. The same command goes
+    on where it was stopped.
     """
     from multicolm.calibration.tune import tune
     from multicolm.cli.console import visible, work_bar
@@ -110,7 +115,7 @@ def command(
                 out,
                 budget=budget,
                 unit=unit,
-                by_metric=metric is not None,
+                spend=spend,
                 grid=grid or None,
                 split=split,
                 limit=limit,
@@ -184,16 +189,73 @@ def _report(checkpoint: Checkpoint, out: Path, as_json_: bool) -> None:
 
     facts = checkpoint.provenance["tune"]
     if as_json_:
-        shown = {k: facts[k] for k in ("chosen", "measured", "curve", "digest")}
+        names = ("chosen", "measured", "cross_validated", "curve", "digest")
+        shown = {name: facts[name] for name in names if name in facts}
         click.echo(as_json({"out": str(out), "kind": checkpoint.policy.name, **shown}))
         return
-    names = list(facts["curve"][0])
-    rows = []
-    for point in facts["curve"]:
-        is_chosen = all(point[name] == value for name, value in facts["chosen"].items())
-        rows.append([*(f"{point[name]:.6g}" for name in names), "<- chosen" if is_chosen else ""])
-    print_table([*names, ""], rows)
-    params = " ".join(f"{name}={value:.6g}" for name, value in facts["chosen"].items())
+    curve = facts["curve"]
+    click.echo(f"{facts['metric']} on {facts['source']}, {facts['questions']} questions\n")
+    best = sorted(curve, key=lambda point: _order(point, facts))[:_SHOWN]
+    tasks = [name for name in curve[0] if name.startswith("on ")]
+    headings = [*facts["chosen"], facts["metric"], "95 % interval", "assistants", "cost", *tasks]
+    print_table([*headings, ""], [_cells(point, facts, tasks) for point in best])
+    if len(curve) > len(best):
+        path = _as_path(out)
+        click.echo(f"{len(curve) - len(best)} more were tried: multicolm show {path} --json")
+    if "note" in facts:
+        click.echo(f"\n{_caution(facts)}")
+    params = " ".join(f"{name}={value:.4g}" for name, value in facts["chosen"].items())
+    kind = checkpoint.policy.name
+    click.echo(f"{out}: {kind} with {params}; use it with --policy {_as_path(out)}")
+
+
+_SHOWN = 8
+
+
+def _is_chosen(point: Mapping[str, Any], facts: Mapping[str, Any]) -> bool:
+    return all(point[name] == value for name, value in facts["chosen"].items())
+
+
+def _is_beyond(point: Mapping[str, Any], facts: Mapping[str, Any]) -> bool:
+    """Whether a point spends more than the budget."""
+    return "budget" in facts and bool(point[facts["unit"]] > facts["budget"])
+
+
+def _order(point: Mapping[str, Any], facts: Mapping[str, Any]) -> tuple[Any, ...]:
+    """The chosen one first, then the best within the budget, then the best beyond it."""
+    beyond = _is_beyond(point, facts)
+    return not _is_chosen(point, facts), beyond, -point["quality"], point["cost"]
+
+
+def _cells(
+    point: Mapping[str, Any], facts: Mapping[str, Any], tasks: Sequence[str]
+) -> Sequence[str]:
+    remark = "<- chosen" if _is_chosen(point, facts) else ""
+    return [
+        *(f"{point[name]:.4g}" for name in facts["chosen"]),
+        f"{100 * point['quality']:.1f} %",
+        f"{100 * point['low']:.1f} to {100 * point['high']:.1f}",
+        f"{100 * point['share']:.1f} %",
+        f"{point['cost']:.3f}",
+        *(f"{100 * point[task]:.1f} %" for task in tasks),
+        remark or ("beyond the budget" if _is_beyond(point, facts) else ""),
+    ]
+
+
+def _caution(facts: Mapping[str, Any]) -> str:
+    """That the quality of the best of many is optimistic, and what it is without that."""
+    text = (
+        f"{100 * facts['measured']['quality']:.1f} % is optimistic: the best of "
+        f"{len(facts['curve'])} on the questions that chose it."
+    )
+    if elsewhere := facts.get("cross_validated"):
+        low, high = 100 * elsewhere["low"], 100 * elsewhere["high"]
+        quality = 100 * elsewhere["quality"]
+        text += f" Cross-validated: {quality:.1f} % ({low:.1f} to {high:.1f})."
+    return text
+
+
+def _as_path(out: Path) -> str:
+    """As one writes a folder where a name could stand too."""
     text = str(out)
-    path = text if "/" in text else f"./{text}"
-    click.echo(f"{out}: {checkpoint.policy.name} with {params}; use it with --policy {path}")
+    return text if "/" in text else f"./{text}"

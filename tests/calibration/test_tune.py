@@ -104,10 +104,10 @@ def test_without_a_budget_the_best_answers_win_and_the_cheapest_of_equals(tuned,
     ("budget", "threshold"),
     [(0.0, 0.6), (0.2, 0.6), (2 / 9, 0.9), (0.49, 0.9), (0.5, 1.0), (0.99, 1.0), (1.0, 2.0)],
 )
-def test_a_budget_is_spent_as_far_as_it_goes_and_never_more(
+def test_a_budget_is_spent_as_far_as_it_goes_and_never_more_where_that_is_asked_for(
     tuned, budget: float, threshold: float
 ) -> None:
-    checkpoint = tuned(budget=budget)
+    checkpoint = tuned(budget=budget, spend=True)
     assert checkpoint.policy.as_config()["params"] == near({"threshold": threshold})
     assert facts_of(checkpoint)["measured"]["share"] <= budget
     assert facts_of(checkpoint)["budget"] == budget and facts_of(checkpoint)["unit"] == "share"
@@ -119,7 +119,7 @@ def test_a_budget_is_spent_as_far_as_it_goes_and_never_more(
     ("budget", "threshold"), [(1.0, 0.6), (1.2, 0.6), (1.3, 0.9), (1.5, 1.0), (99.0, 2.0)]
 )
 def test_a_budget_may_be_in_cost(tuned, budget: float, threshold: float) -> None:
-    checkpoint = tuned(budget=budget, unit="cost")
+    checkpoint = tuned(budget=budget, unit="cost", spend=True)
     assert facts_of(checkpoint)["chosen"] == near({"threshold": threshold})
     assert facts_of(checkpoint)["measured"]["cost"] <= budget
 
@@ -135,11 +135,10 @@ def test_costs_are_the_ensemble_s(tuned, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize(("budget", "threshold"), [(0.1, 0.6), (0.3, 0.9), (1.0, 0.9)])
-def test_with_the_metric_the_best_within_the_budget_wins(
-    tuned, budget: float, threshold: float
-) -> None:
-    checkpoint = tuned(budget=budget, by_metric=True)
+def test_the_best_answers_within_the_budget_win(tuned, budget: float, threshold: float) -> None:
+    checkpoint = tuned(budget=budget)
     assert facts_of(checkpoint)["chosen"] == near({"threshold": threshold})
+    assert facts_of(checkpoint)["chosen_by"] == "quality"
 
 
 def test_if_nothing_keeps_within_the_budget_a_sentence_says_the_least(tuned, tmp_path) -> None:
@@ -177,7 +176,7 @@ def even_world(make_task) -> tuple[Ensemble, Task]:
 @pytest.mark.parametrize("budget", [0.03, 0.17, 0.44])
 def test_a_budget_between_the_tenths_is_met_more_closely(make_task, tuned, budget: float) -> None:
     ensemble, task = even_world(make_task)
-    checkpoint = tuned(ensemble=ensemble, tasks=[task], budget=budget, batch_size=64)
+    checkpoint = tuned(ensemble=ensemble, tasks=[task], budget=budget, spend=True, batch_size=64)
     shares = column(checkpoint, "share")
     # Of hundredths the right one is found by halving a tenth four times.
     assert facts_of(checkpoint)["measured"]["share"] == budget
@@ -208,7 +207,7 @@ def test_shares_that_do_not_grow_with_the_threshold_are_measured_not_predicted(
     # x x x . | x X X . | Y . | Y <end>, in capitals and brackets what the helper writes
     assert column(checkpoint, "threshold") == near([0.5, 0.6, 1.0, 2.0])
     assert column(checkpoint, "share") == near([0, 0.5, 0.5, 1])
-    # Of those that spend as much, the one with the better answers.
+    # The better answers, at the same share.
     assert facts_of(checkpoint)["chosen"] == near({"threshold": 1.0})
 
 
@@ -234,7 +233,7 @@ def test_a_grid_of_two_params_is_tried_whole(tuned) -> None:
 
 def test_among_those_that_spend_as_much_the_best_answers_win(tuned, make_task) -> None:
     grid = {"alpha": [0.7, 0.95], "beta": [0.5, 1.6]}
-    assert tuned(CosdRulePolicy(), grid=grid, budget=0.2).policy.beta == 1.6
+    assert tuned(CosdRulePolicy(), grid=grid, budget=0.2, spend=True).policy.beta == 1.6
     # `beta` 0 and 0.5 spend the same with the same answers; the first of equals.
     again = tuned(
         CosdRulePolicy(),
@@ -291,6 +290,7 @@ policies._classes.pop("never-scored")  # No other test is to find it.
         (ConfidencePolicy(), {"budget": float("inf"), "unit": "cost"}, InputError, "got inf"),
         (ConfidencePolicy(), {"limit": 0}, InputError, "limit must be 1 or more, got 0"),
         (ConfidencePolicy(), {"seed": 1.5}, InputError, "seed must be a whole number, got 1.5"),
+        (ConfidencePolicy(), {"spend": True}, InputError, "there is none; give one, or leave it"),
         (ConfidencePolicy(), {"tasks": []}, InputError, "no task to tune on"),
         (ConfidencePolicy(), {"grid": {"threshold": []}}, InputError, "'threshold' needs"),
         (ConfidencePolicy(), {"grid": {"threshold": [float("inf")]}}, InputError, "finite"),
@@ -538,7 +538,7 @@ def other(settings: Mapping[str, Any]) -> Any:
     [
         other({"budget": 0.4}),
         other({"budget": 0.3, "unit": "cost"}),
-        other({"budget": 0.3, "by_metric": True}),
+        other({"budget": 0.3, "spend": True}),
         other({"budget": 0.3, "seed": 1}),
         other({"budget": 0.3, "limit": 3}),
         other({"budget": 0.3, "grid": {"threshold": [0.5]}}),

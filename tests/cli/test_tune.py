@@ -84,11 +84,41 @@ def test_a_metric_of_another_name_judges_in_the_tasks_place(run, data: str) -> N
     assert [point["quality"] for point in by_letter["curve"]] == pytest.approx([2 / 3, 1 / 3])
 
 
-def test_the_table_marks_what_was_chosen(run, data: str) -> None:
-    result = run("tune", "tiny", "--policy", "confidence", "--data", data, "--out", "out")
-    [line] = [line for line in result.out.splitlines() if "<- chosen" in line]
-    assert "confidence with threshold=" in result.out and "--policy ./out" in result.out
-    assert line.split()[3] == "1"
+def test_the_table_has_the_best_eight_and_what_was_chosen_first(run, data: str) -> None:
+    values = ",".join(f"0.{number}" for number in range(10, 30))
+    arguments = ("--data", data, "--grid", f"threshold=0.7,2,{values}", "--out", "out")
+    lines = run("tune", "tiny", "--policy", "confidence", *arguments).out.splitlines()
+    assert lines[0] == "exact-match on data (dev), 3 questions"
+    heads = ["threshold", "exact-match", "95", "%", "interval", "assistants", "cost"]
+    assert lines[2].split() == heads
+    rows = [line.split() for line in lines if "%" in line and " to " in line][:8]
+    assert rows[0] == [
+        "0.7",
+        "100.0",
+        "%",
+        "29.2",
+        "to",
+        "100.0",
+        "16.7",
+        "%",
+        "1.167",
+        "<-",
+        "chosen",
+    ]
+    assert [row[1] for row in rows] == ["100.0", *["66.7"] * 7]
+    assert "14 more were tried: multicolm show ./out --json" in lines
+    assert "100.0 % is optimistic: the best of 22 on the questions that chose it." in "\n".join(
+        lines
+    )
+    assert lines[-1] == "out: confidence with threshold=0.7; use it with --policy ./out"
+
+
+def test_what_is_beyond_the_budget_is_marked(run, data: str) -> None:
+    arguments = ("--data", data, "--grid", "threshold=0.1,0.7", "--out", "out", "--budget", "0.1")
+    result = run("tune", "tiny", "--policy", "confidence", *arguments)
+    [first, second] = [line.strip() for line in result.out.splitlines() if " to " in line][:2]
+    assert first.startswith("0.1 ") and first.endswith("<- chosen")
+    assert second.startswith("0.7 ") and second.endswith("beyond the budget")
 
 
 @pytest.mark.parametrize(
