@@ -81,9 +81,10 @@ class GenerationSettings(TypedDict, total=False):
     """How texts are written; ``None`` or absent means the ensemble's own setting.
 
     ``max_new_tokens`` tokens at most. ``temperature`` 0 is greedy; ``top_k`` and ``top_p`` cut the
-    distribution after it. ``stop`` strings end a text and are not part of it. ``schedule`` and
-    ``block_size`` say how models are run and never what is written. ``threads`` is torch's count.
-    ``top_logprobs`` of the likeliest tokens are told with each written one.
+    distribution after it. ``stop`` strings end a text and are not part of it; they may name special
+    tokens. ``schedule`` and ``block_size`` say how models are run and never what is written.
+    ``threads`` is torch's count. ``top_logprobs`` of the likeliest tokens are told with each
+    written one.
     """
 
     max_new_tokens: int | None

@@ -140,7 +140,13 @@ def writing_options(function: F) -> F:
             },
         ),
         ("--seed", {"type": SEED, "help": "Of everything random."}),
-        ("--stop", {"multiple": True, "help": "A text that ends an answer. Repeatable."}),
+        (
+            "--stop",
+            {
+                "multiple": True,
+                "help": "A text that ends an answer, special tokens by name. Repeatable.",
+            },
+        ),
         (
             "--schedule",
             {

@@ -614,7 +614,8 @@ class Router:
             content = self._vocabulary.token_bytes(new.token)
             if row.meter is not None:
                 row.meter.append(content)
-            for text, writer in row.text.push(content, new.writer):
+            special = "" if content else self._vocabulary.name(new.token)
+            for text, writer in row.text.push(content, new.writer, special):
                 yield Piece(row.number, text, self._name(writer))
         for k in self._used:
             row.lengths[k] += self._vocabulary.n_read(k, new.token)

@@ -100,7 +100,7 @@ class TaskConfig(Strict):
         completion: a text that is right from the first token to the last, likewise; or, where many
             are, ``package.module:function`` that gives all of a record's. For the oracle.
         chat: whether the prompt is a message that goes through each model's chat template.
-        stop: texts that end an answer and are not part of it.
+        stop: texts that end an answer and are not part of it; they may name special tokens.
         max_new_tokens: the most tokens of an answer.
         metric: how answers are judged.
         source: the publication it is from.

@@ -14,6 +14,7 @@ from multicolm import Answer, Ensemble, SelectPolicy, Views
 from multicolm.backend.base import Look, Session
 from multicolm.backend.table import TableModel
 from multicolm.errors import ModelError
+from multicolm.tokenizer.literal import LiteralTokenizer
 from multicolm.types import MIXTURE, Piece
 
 TOKENS = ["a", "b", "c", "<x>", "."]
@@ -66,6 +67,27 @@ def test_a_text_ends_at_a_stop_string(policy: str, settings: dict[str, Any]) -> 
         answer = ensemble.generate("a", policy, seed=0, max_new_tokens=9, stop=stop, **settings)[0]
         assert (answer.finish_reason, answer.text) == ("stop", text)
         assert len(answer.trace) == n_tokens  # the stop's tokens are in the trace
+
+
+@pytest.mark.parametrize("settings", schedules())
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_text_ends_at_a_special_token_whose_name_is_a_stop_string(
+    policy: str, settings: dict[str, Any]
+) -> None:
+    turning = {**CYCLE, "c": {"<x>": 1.0}, "<x>": {"a": 1.0}}
+    models = [table("base", turning), table("left", turning)]
+    for one in models:
+        one.tokenizer = LiteralTokenizer(TOKENS, specials=["<x>"], ends=["."])
+    for stop, reason, text in (
+        ("<x>", "stop", "bc"),
+        ("c<x>a", "stop", "b"),
+        (["zz", "<x>ab"], "stop", "bc"),
+        ([], "length", "bcabcab"),
+        ("<", "length", "bcabcab"),  # a part of a name is not in the text
+    ):
+        ensemble = Ensemble(models)
+        answer = ensemble.generate("a", policy, seed=0, max_new_tokens=9, stop=stop, **settings)[0]
+        assert (answer.finish_reason, answer.text) == (reason, text)
 
 
 @pytest.mark.parametrize("settings", schedules())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 from itertools import groupby, pairwise
+from typing import TypeAlias
 
 import pytest
 from hypothesis import given, settings
@@ -12,6 +13,8 @@ from hypothesis import strategies as st
 from multicolm.decoding.text import TextStream
 
 Shown = list[tuple[str, int]]
+Push: TypeAlias = tuple[bytes, int] | tuple[bytes, int, str]
+"""What was written, by whom, and the name of the special token if it was one."""
 
 
 def characters(pieces: Shown) -> Shown:
@@ -19,30 +22,40 @@ def characters(pieces: Shown) -> Shown:
     return [(character, writer) for text, writer in pieces for character in text]
 
 
-def expected(pushes: list[tuple[bytes, int]], stops: list[str]) -> tuple[Shown, bool]:
+def expected(pushes: list[Push], stops: list[str]) -> tuple[Shown, bool]:
     """The whole text, cut before the first stop that is complete; a character's last byte counts.
 
     Read anew after every push: slow, and too simple to be wrong.
     """
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    shown: Shown = []
-    last_writer = next((writer for content, writer in reversed(pushes) if content), 0)
-    for number, (content, writer) in enumerate([*pushes, (b"", last_writer)]):
-        last = number == len(pushes)
-        shown += [(character, writer) for character in decoder.decode(content, final=last)]
-        text = "".join(character for character, _ in shown)
-        places = [text.find(stop) for stop in stops if stop in text]
+    read: list[tuple[str, int, bool]] = []  # characters, their writers, whether they are text
+    within: set[int] = set()  # places inside a name
+    last_writer = next((push[1] for push in reversed(pushes) if push[0] and len(push) == 2), 0)
+    for number, (content, writer, *name) in enumerate([*pushes, (b"", last_writer)]):
+        if name:
+            within |= set(range(len(read) + 1, len(read) + len(name[0])))
+            read += [(character, writer, False) for character in name[0]]
+        else:
+            decoded = decoder.decode(content, final=number == len(pushes))
+            read += [(character, writer, True) for character in decoded]
+        text = "".join(character for character, _, _ in read)
+        places = [
+            at
+            for stop in stops
+            for at in range(len(text))
+            if text.startswith(stop, at) and not within & {at, at + len(stop)}
+        ]
         if places:
-            return shown[: min(places)], True
-    return shown, False
+            return [(c, w) for c, w, shown in read[: min(places)] if shown], True
+    return [(c, w) for c, w, shown in read if shown], False
 
 
-def run(pushes: list[tuple[bytes, int]], stops: list[str]) -> tuple[Shown, bool, list[str]]:
+def run(pushes: list[Push], stops: list[str]) -> tuple[Shown, bool, list[str]]:
     stream = TextStream(stops)
     pieces: Shown = []
     seen: list[str] = []
-    for content, writer in pushes:
-        pieces += stream.push(content, writer)
+    for push in pushes:
+        pieces += stream.push(*push)
         seen.append(stream.text)
         if stream.stopped:
             break
@@ -54,7 +67,10 @@ def run(pushes: list[tuple[bytes, int]], stops: list[str]) -> tuple[Shown, bool,
 
 LETTERS = st.text("ab.\né😀", max_size=12)
 PUSHES = st.lists(
-    st.tuples(st.one_of(st.binary(max_size=4), LETTERS.map(str.encode)), st.integers(0, 2)),
+    st.one_of(
+        st.tuples(st.one_of(st.binary(max_size=4), LETTERS.map(str.encode)), st.integers(0, 2)),
+        st.tuples(st.just(b""), st.integers(0, 2), st.sampled_from(["a.", "b", "\n"])),
+    ),
     max_size=12,
 )
 STOPS = st.lists(st.text("ab.\né", min_size=1, max_size=4), max_size=3)
@@ -63,7 +79,7 @@ STOPS = st.lists(st.text("ab.\né", min_size=1, max_size=4), max_size=3)
 @settings(max_examples=300, deadline=None)
 @given(pushes=PUSHES, stops=STOPS)
 def test_pieces_join_to_the_text_cut_at_the_first_stop_with_the_right_writers(
-    pushes: list[tuple[bytes, int]], stops: list[str]
+    pushes: list[Push], stops: list[str]
 ) -> None:
     pieces, stopped, _ = run(pushes, stops)
     assert (characters(pieces), stopped) == expected(pushes, stops)
@@ -85,9 +101,7 @@ def test_valid_text_in_any_pieces_shows_whole_characters_only(
 
 @settings(max_examples=200, deadline=None)
 @given(pushes=PUSHES, stops=STOPS)
-def test_what_is_shown_is_never_taken_back(
-    pushes: list[tuple[bytes, int]], stops: list[str]
-) -> None:
+def test_what_is_shown_is_never_taken_back(pushes: list[Push], stops: list[str]) -> None:
     _, _, seen = run(pushes, stops)
     for early, late in pairwise(seen):
         assert late.startswith(early)
@@ -95,13 +109,13 @@ def test_what_is_shown_is_never_taken_back(
 
 @given(pushes=PUSHES)
 def test_without_stops_nothing_but_a_broken_character_is_held_back(
-    pushes: list[tuple[bytes, int]],
+    pushes: list[Push],
 ) -> None:
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     stream = TextStream()
-    for content, writer in pushes:
-        decoded = decoder.decode(content)
-        assert "".join(text for text, _ in stream.push(content, writer)) == decoded
+    for push in pushes:
+        decoded = decoder.decode(push[0])
+        assert "".join(text for text, _ in stream.push(*push)) == decoded
 
 
 @pytest.mark.parametrize(
@@ -133,11 +147,22 @@ def test_without_stops_nothing_but_a_broken_character_is_held_back(
         ([(b"a\xff", 0), (b"b", 1)], [], [("a\ufffd", 0), ("b", 1)], False),
         ([(b"a", 0), (b"\xf0\x9f", 1)], [], [("a", 0), ("\ufffd", 1)], False),
         ([], ["x"], [], False),
+        # A special token by its name, alone and with what stands around it.
+        ([(b"a", 0), (b"", 0, "<e>"), (b"b", 0)], ["<e>"], [("a", 0)], True),
+        ([(b"a\n", 0), (b"", 1, "<e>"), (b"b", 0)], ["\n<e>b"], [("a", 0)], True),
+        # The same as text; and no part of a name.
+        ([(b"a<e", 0), (b">b", 1)], ["<e>"], [("a", 0)], True),
+        (
+            [(b"a", 0), (b"", 0, "<e>"), (b"b", 0)],
+            [">", "<", "e", ">b"],
+            [("a", 0), ("b", 0)],
+            False,
+        ),
+        # What looked like a stop and was none: the text comes, the name does not.
+        ([(b"a\n", 0), (b"", 1, "<e>"), (b"c", 0)], ["\n<e>b"], [("a\n", 0), ("c", 0)], False),
     ],
 )
-def test_examples(
-    pushes: list[tuple[bytes, int]], stops: list[str], pieces: Shown, stopped: bool
-) -> None:
+def test_examples(pushes: list[Push], stops: list[str], pieces: Shown, stopped: bool) -> None:
     got, was_stopped, _ = run(pushes, stops)
     assert characters(got) == characters(pieces)
     assert was_stopped is stopped
