@@ -194,7 +194,7 @@ class Model(ABC):
     def open(self, n_rows: int) -> Session:
         """A session of ``n_rows`` empty rows."""
 
-    def next_byte_logprobs(self, prefix: bytes) -> Float[Tensor, "257"]:
+    def next_byte_logprobs(self, prefix: str | bytes) -> Float[Tensor, "257"]:
         """What the model expects after a text, byte by byte, under the exact byte bridge.
 
         Marginal over all tokens that spell the text, as :mod:`multicolm.tokenizer.cover` defines
@@ -202,21 +202,22 @@ class Model(ABC):
         first token of the text's own encoding is taken for certain: nothing predicts it.
 
         Args:
-            prefix: the text; it may end within a character.
+            prefix: the text; as bytes it may end within a character.
 
         Returns:
             Natural logs for the 256 bytes and, the last one, for the end of the text.
 
         Raises:
-            InputError: if nothing stands before the first prediction, or the model cannot write
-                the text.
+            InputError: if nothing stands before the first prediction, the model cannot write the
+                text, or it is neither text nor bytes.
             VocabularyError: if the bridge does not cover the tokenizer.
         """
-        logprobs: Float[Tensor, "257"] = self._read(prefix).next_byte_logprobs([0])[0]
+        session = self._read(_as_bytes(prefix, "the prefix"))
+        logprobs: Float[Tensor, "257"] = session.next_byte_logprobs([0])[0]
         return logprobs
 
-    def span_logprob(self, prefix: bytes, span: bytes) -> float:
-        """How likely the model finds some bytes after a text, in nats.
+    def span_logprob(self, prefix: str | bytes, span: str | bytes) -> float:
+        """How likely the model finds some text or bytes after a text, in nats.
 
         Args:
             prefix: the text, as in :meth:`next_byte_logprobs`.
@@ -226,6 +227,7 @@ class Model(ABC):
             InputError: as :meth:`next_byte_logprobs`.
             VocabularyError: if the bridge does not cover the tokenizer.
         """
+        prefix, span = _as_bytes(prefix, "the prefix"), _as_bytes(span, "the span")
         session = self._read(prefix)
         before = session.logprob(0)
         if before == float("-inf"):
@@ -248,6 +250,24 @@ class Model(ABC):
             )
         session.feed([0], [prefix[len(taken) :]])
         return session
+
+
+def _as_bytes(text: str | bytes, what: str) -> bytes:
+    """A text in UTF-8, or bytes as they are.
+
+    Raises:
+        InputError: if it is neither, or no Unicode.
+    """
+    if isinstance(text, bytes | bytearray):
+        return bytes(text)
+    if not isinstance(text, str):
+        raise InputError(f"{what} is a {type(text).__name__}; allowed are text and bytes.")
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"{what} is not valid Unicode at character {error.start}; read it as UTF-8 first."
+        ) from error
 
 
 def _characters(content: bytes) -> str:

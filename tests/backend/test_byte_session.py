@@ -165,6 +165,10 @@ def test_a_model_says_what_follows_a_text_of_its_own() -> None:
     half = "你".encode()[:2]
     assert float(model.next_byte_logprobs(b"a" + half).exp().sum()) == pytest.approx(1)
     assert model.span_logprob(TEXT, b"") == 0
+    assert torch.equal(model.next_byte_logprobs(TEXT.decode()), logprobs), "text as its bytes"
+    assert model.span_logprob(TEXT.decode(), "é") == model.span_logprob(TEXT, "é".encode())
+    with pytest.raises(InputError, match=r"^the span is not valid Unicode at character 1; read"):
+        model.span_logprob(TEXT, "a\ud800")
     with pytest.raises(InputError, match="model 'math-own' needs a token to begin with"):
         model.next_byte_logprobs(b"")
 
