@@ -10,7 +10,7 @@ from multicolm.errors import InputError
 from multicolm.tokenizer.vocabulary import Vocabulary
 from multicolm.types import Message, Prompt
 
-__all__ = ["check_prompt", "encode_prompt", "prompt_ids"]
+__all__ = ["check_prompt", "check_unicode", "encode_prompt", "prompt_ids"]
 
 
 def prompt_ids(
@@ -67,7 +67,12 @@ def _check_ids(ids: Sequence[int], where: str, size: int) -> None:
             )
 
 
-def _check_unicode(text: str, where: str) -> None:
+def check_unicode(text: str, where: str) -> None:
+    """Refuse what has no bytes.
+
+    Raises:
+        InputError: beginning with ``where``.
+    """
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -86,7 +91,7 @@ def check_prompt(prompt: Any, where: str) -> None:
     if isinstance(prompt, str):
         if not prompt:
             raise InputError(f"{where} is empty; write at least a word.")
-        _check_unicode(prompt, where)
+        check_unicode(prompt, where)
         return
     if isinstance(prompt, Mapping | bytes | bytearray) or not isinstance(prompt, Sequence):
         raise InputError(
@@ -104,7 +109,7 @@ def check_prompt(prompt: Any, where: str) -> None:
             raise InputError(
                 f'{where}: {message!r} is no message; one is {{"role": "user", "content": "..."}}.'
             )
-        _check_unicode(message["content"], where)
+        check_unicode(message["content"], where)
 
 
 def encode_prompt(prompt: Prompt, k: int, model: Model, vocabulary: Vocabulary) -> list[int]:

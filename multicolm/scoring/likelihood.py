@@ -41,7 +41,7 @@ from multicolm.policy.base import Policy, VerifyPolicy
 from multicolm.scoring.passages import Passage, PassageReader
 from multicolm.scoring.places import Places, ToldPositions
 from multicolm.scoring.reading import Text, read_all, refuse_partial
-from multicolm.scoring.spans import Spans, spans_of, to_base_tokens
+from multicolm.scoring.spans import Spans, to_base_tokens
 from multicolm.tokenizer.bridged import BridgedVocabulary
 from multicolm.views import View, Views
 
@@ -244,7 +244,7 @@ class LikelihoodReader(PassageReader):
     # --- one batch -------------------------------------------------------------------------------
 
     def _likelihoods(self, batch: Sequence[Passage], kind: Kind) -> list[Likelihood]:
-        texts = [self._outcomes(passage.ids) for passage in batch]
+        texts = [self._outcomes(passage) for passage in batch]
         if self._in_bytes:
             seen = {k: self._read_bytes(k, batch, texts) for k in self._used}
         else:
@@ -269,12 +269,9 @@ class LikelihoodReader(PassageReader):
         n_misses = place.per_text(misses).tolist()
         return [Likelihood(a, b == 0) for a, b in zip(sums, n_misses, strict=True)]
 
-    def _outcomes(self, ids: Sequence[int]) -> list[int]:
+    def _outcomes(self, passage: Passage) -> list[int]:
         """What is predicted, one after another: tokens, or bytes."""
-        if not self._in_bytes:
-            return list(ids)
-        vocabulary = self._ensemble.vocabulary
-        return list(b"".join(vocabulary.token_bytes(token) for token in ids))
+        return list(b"".join(self._contents(passage)) if self._in_bytes else passage.ids)
 
     def _rows(self, batch: Sequence[Passage]) -> list[Row]:
         """The texts as a policy is told about them."""
@@ -333,9 +330,8 @@ class LikelihoodReader(PassageReader):
         # What several models write together is read by each as it comes, token by token.
         writer = k if self._policy.acts == "select" else len(self._models)
         own = [list(passage.ids) for passage in batch]
-        is_other = self._is_other(k) and self._policy.acts == "select"
-        if is_other and isinstance(vocabulary, BridgedVocabulary):
-            spans = [spans_of(vocabulary, k, passage.ids, None) for passage in batch]
+        if self._is_other(k) and self._policy.acts == "select":
+            spans = [self._spans(k, passage) for passage in batch]
             own = [list(text.own) for text in spans]
         texts = [
             Text(passage.prompt_ids[k], ids, [writer] * len(ids))
@@ -367,7 +363,7 @@ class LikelihoodReader(PassageReader):
         """What a model gives to every base token, summed over all ways to spell the text."""
         found = []
         for passage in batch:
-            contents = [self._ensemble.vocabulary.token_bytes(token) for token in passage.ids]
+            contents = self._contents(passage)
             ends = list(accumulate(map(len, contents)))
             prompt = passage.prompt_ids[k]
             found.append(span_logprobs(self._models[k], prompt, b"".join(contents), ends).float())

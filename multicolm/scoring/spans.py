@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
 
+from multicolm.tokenizer.base import TokenizerAdapter
 from multicolm.tokenizer.bridged import BridgedVocabulary
+from multicolm.tokenizer.incremental import IncrementalEncoder
 
-__all__ = ["Spans", "spans_of", "to_base_tokens"]
+__all__ = ["Spans", "Spelled", "opening_of", "spans_of", "spelled", "to_base_tokens"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +34,71 @@ class Spans:
     first: Sequence[int]
 
 
+@dataclass(frozen=True, slots=True)
+class Spelled:
+    """A text in a tokenizer's tokens.
+
+    Attributes:
+        ids: the tokens.
+        contents: what of the text each of them stands for; together the text. Where the tokenizer
+            changes a text (:meth:`TokenizerAdapter.covers_text`), that is not what the token
+            decodes to.
+    """
+
+    ids: Sequence[int]
+    contents: Sequence[bytes]
+
+
+def spelled(tokenizer: TokenizerAdapter, content: bytes, *, at_start: bool = False) -> Spelled:
+    """A text as a tokenizer spells it.
+
+    Args:
+        tokenizer: of one model.
+        content: the text.
+        at_start: whether nothing stands before it, so that it is encoded as texts begin; what the
+            tokenizer puts in front is left off.
+
+    Raises:
+        InputError: if the tokenizer has no token for something in the text.
+    """
+    encoder = IncrementalEncoder(tokenizer)
+    encoder.append(content)
+    ids = opening_of(tokenizer, content.decode()) if at_start else encoder.ids
+    ends = encoder.ends if ids == encoder.ids else _opening_ends(tokenizer, content, ids)
+    # What has no token at the end of a text is the last one's.
+    ends = [*(min(end, len(content)) for end in ends[:-1]), len(content)] if ends else []
+    return Spelled(list(ids), [content[a:b] for a, b in pairwise([0, *ends])])
+
+
+def _opening_ends(tokenizer: TokenizerAdapter, content: bytes, ids: Sequence[int]) -> list[int]:
+    """Where tokens end, in bytes, that hold spaces which the tokenizer has put into a text."""
+    encoder = IncrementalEncoder(tokenizer)
+    encoder.append(b" " + content)
+    if ids == encoder.ids:
+        return [max(0, end - 1) for end in encoder.ends]
+    ends, at = [], 0
+    for token in ids:
+        piece = tokenizer.token_bytes(token)
+        is_put_in = piece[:1] == b" " and content.startswith(piece[1:], at)
+        at += len(piece) - (is_put_in and not content.startswith(piece, at))
+        ends.append(at)
+    return ends
+
+
+def opening_of(tokenizer: TokenizerAdapter, text: str) -> list[int]:
+    """Tokens of a text that nothing stands before, without what the tokenizer puts in front."""
+    front, ids = tokenizer.encode(""), tokenizer.encode(text)
+    return ids[len(front) :] if ids[: len(front)] == front else ids
+
+
 def spans_of(
-    vocabulary: BridgedVocabulary, model: int, ids: Sequence[int], end: int | None
+    vocabulary: BridgedVocabulary,
+    model: int,
+    ids: Sequence[int],
+    end: int | None,
+    contents: Sequence[bytes] | None = None,
+    *,
+    at_start: bool = False,
 ) -> Spans:
     """How a model of another vocabulary than the base model's reads a text.
 
@@ -42,23 +107,25 @@ def spans_of(
         model: its index.
         ids: the text, in the base model's tokens.
         end: the token that stands for the end of a text, if that counts.
+        contents: what each of these tokens stands for, where that may not be what it decodes to;
+            nothing for the end of the text.
+        at_start: whether nothing stands before the text.
     """
-    contents = [vocabulary.token_bytes(token) for token in ids]
-    encoder = vocabulary.encoder(model)
-    encoder.append(b"".join(contents))
-    own = vocabulary.ids_of(model, encoder.ids)
-    own_starts = [0, *encoder.ends][: len(own)]
+    if contents is None:
+        contents = [vocabulary.token_bytes(token) for token in ids]
+    own = spelled(vocabulary.tokenizer(model), b"".join(contents), at_start=at_start)
+    own_ids = vocabulary.ids_of(model, own.ids)
+    own_starts = [0, *accumulate(map(len, own.contents))]
     if ids and ids[-1] == end:
-        own.append(min(vocabulary.end_ids(model), default=end))
-        own_starts.append(encoder.n_bytes)
-    number = {start: i for i, start in reversed(list(enumerate(own_starts)))}
+        own_ids.append(min(vocabulary.end_ids(model), default=end))
+    number = {start: i for i, start in reversed(list(enumerate(own_starts[: len(own_ids)])))}
     starts = [0, *accumulate(map(len, contents))][: len(ids)]
     first = [number.get(start, -1) for start in starts]
     # A token without bytes begins where the next one does; only the first of them is a place.
     for i, (start, before) in enumerate(zip(starts[1:], starts, strict=False), start=1):
         if start == before and first[i] == first[i - 1]:
             first[i] = -1
-    return Spans(own, first)
+    return Spans(own_ids, first)
 
 
 def to_base_tokens(columns: Mapping[str, Tensor], spans: Sequence[Spans]) -> dict[str, Tensor]:

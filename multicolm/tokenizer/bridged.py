@@ -212,6 +212,10 @@ class BridgedVocabulary(Vocabulary):
         """The union's ids of a model's own tokens."""
         return self._union[model][torch.tensor(own, dtype=torch.long)].tolist()
 
+    def tokenizer(self, model: int) -> TokenizerAdapter:
+        """The adapter of a model's tokenizer."""
+        return self._tokenizers[model]
+
     def encoder(self, model: int) -> IncrementalEncoder:
         """Turns bytes into a model's own tokens as they come."""
         return IncrementalEncoder(self._tokenizers[model])
