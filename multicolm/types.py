@@ -35,6 +35,7 @@ __all__ = [
     "FinishReason",
     "GenerationSettings",
     "Message",
+    "OwnTokens",
     "Piece",
     "Pooling",
     "Prompt",
@@ -98,13 +99,29 @@ class GenerationSettings(TypedDict, total=False):
     top_logprobs: int | None
 
 
-Prompt: TypeAlias = str | Sequence[Message] | Sequence[int]
-"""Text, a chat, or token ids of the shared vocabulary."""
+@dataclass(frozen=True, slots=True)
+class OwnTokens:
+    """A prompt that was made into tokens before, for each model in its own way.
+
+    Attributes:
+        ids: per model, what it reads, in its own tokens; nothing for models that are not in use.
+    """
+
+    ids: tuple[tuple[int, ...], ...]
+
+
+Prompt: TypeAlias = str | Sequence[Message] | Sequence[int] | OwnTokens
+"""Text, a chat, token ids of the shared vocabulary, or every model's own."""
 
 
 def finite(value: float | None, otherwise: float | None = None) -> float | None:
     """A number that JSON can hold: the number itself, or what stands for one that it cannot."""
     return value if value is not None and math.isfinite(value) else otherwise
+
+
+def _plain(prompt: Prompt) -> object:
+    """A prompt as JSON has it."""
+    return prompt.ids if isinstance(prompt, OwnTokens) else prompt
 
 
 def prompt_digest(prompt: Prompt) -> str:
@@ -113,7 +130,7 @@ def prompt_digest(prompt: Prompt) -> str:
     Checkpoints keep those of the prompts they were made from, so that nobody judges a policy on
     questions it has seen.
     """
-    text = prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True)
+    text = prompt if isinstance(prompt, str) else json.dumps(_plain(prompt), sort_keys=True)
     return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:16]
 
 
@@ -270,7 +287,7 @@ class Answer:
             token |= {key: finite(token[key]) for key in ("logprob", "score")}
             token["alternatives"] = list(token["alternatives"])
         return {
-            "prompt": self.prompt,
+            "prompt": _plain(self.prompt),
             "text": self.text,
             "finish_reason": self.finish_reason,
             "policy": self.policy,

@@ -173,8 +173,9 @@ def _print_text(stream: Stream, ensemble: Ensemble, prompts: Sequence[Prompt], t
 
 def _heading(number: int, n_prompts: int, prompt: Prompt) -> str:
     from multicolm.cli.console import visible
+    from multicolm.types import OwnTokens
 
-    last = prompt if isinstance(prompt, str) else prompt[-1]
+    last = prompt if isinstance(prompt, str | OwnTokens) else prompt[-1]
     shown = last["content"] if isinstance(last, dict) else str(last)
     shown = visible(" ".join(shown.split()))
     return f"[{number}/{n_prompts}] {shown if len(shown) <= 70 else shown[:67] + '...'}"

@@ -8,7 +8,7 @@ from typing import Any, cast
 from multicolm.backend.base import Model
 from multicolm.errors import InputError
 from multicolm.tokenizer.vocabulary import Vocabulary
-from multicolm.types import Message, Prompt
+from multicolm.types import Message, OwnTokens, Prompt
 
 __all__ = ["check_prompt", "check_unicode", "encode_prompt", "prompt_ids"]
 
@@ -23,8 +23,8 @@ def prompt_ids(
     """What each model reads before the text, in its own tokens; nothing for models not in use.
 
     Args:
-        prompt: text, a chat, or token ids of the shared vocabulary. A chat goes through each
-            model's own template.
+        prompt: text, a chat, token ids of the shared vocabulary, or every model's own. A chat goes
+            through each model's own template.
         number: its place among the prompts, for messages.
         models: the ensemble's models.
         vocabulary: what they share.
@@ -36,7 +36,9 @@ def prompt_ids(
     """
     where = f"prompt {number + 1}"
     check_prompt(prompt, where)
-    if _is_ids(prompt):
+    if isinstance(prompt, OwnTokens):
+        _check_own(prompt, where, models)
+    elif _is_ids(prompt):
         _check_ids(cast("Sequence[int]", prompt), where, vocabulary.size)
     ids: list[list[int]] = []
     for k, model in enumerate(models):
@@ -67,6 +69,21 @@ def _check_ids(ids: Sequence[int], where: str, size: int) -> None:
             )
 
 
+def _check_own(prompt: OwnTokens, where: str, models: Sequence[Model]) -> None:
+    if len(prompt.ids) != len(models):
+        raise InputError(
+            f"{where} holds tokens for {len(prompt.ids)} models, and the ensemble has "
+            f"{len(models)}; give a list for each, an empty one for models that are not in use."
+        )
+    for model, ids in zip(models, prompt.ids, strict=True):
+        for token_id in ids:
+            if not 0 <= token_id < model.tokenizer.n_tokens:
+                raise InputError(
+                    f"{where} holds token id {token_id} for model '{model.name}', whose tokens are "
+                    f"0 to {model.tokenizer.n_tokens - 1}."
+                )
+
+
 def check_unicode(text: str, where: str) -> None:
     """Refuse what has no bytes.
 
@@ -93,6 +110,8 @@ def check_prompt(prompt: Any, where: str) -> None:
             raise InputError(f"{where} is empty; write at least a word.")
         check_unicode(prompt, where)
         return
+    if isinstance(prompt, OwnTokens):
+        return
     if isinstance(prompt, Mapping | bytes | bytearray) or not isinstance(prompt, Sequence):
         raise InputError(
             f"{where} is a {type(prompt).__name__}; allowed are a text, a chat (a list of "
@@ -118,6 +137,8 @@ def encode_prompt(prompt: Prompt, k: int, model: Model, vocabulary: Vocabulary) 
     Raises:
         InputError: if it is a chat and the model has no template, or the template refuses it.
     """
+    if isinstance(prompt, OwnTokens):
+        return list(prompt.ids[k])
     if isinstance(prompt, str):
         return model.tokenizer.encode(prompt)
     if _is_ids(prompt):

@@ -121,7 +121,7 @@ class Router:
         # What is written together is read by everybody as it comes, and has no seams.
         self._is_bridged = several and policy.acts == "select"
         self._has_seams = several and (policy.acts == "select" or policy.seams)
-        self._counts_bytes = several or isinstance(vocabulary, Outcomes)
+        self._counts_bytes = not vocabulary.is_shared or isinstance(vocabulary, Outcomes)
         self.finished: deque[Row] = deque()
         self._coming: deque[Row] = deque()
         self._active: list[Row] = []

@@ -11,6 +11,8 @@ answers for that model's folder, but for these:
 - A continuation is encoded by itself, as it is while a text is written; ``hf`` encodes context and
   continuation in one go and cuts them apart. The tokens differ only where one would lie across
   the seam.
+- Names of special tokens are these tokens in a context, as with ``hf``, and text where they are
+  scored; ``hf`` takes them for tokens there, too.
 - White space at the end of a context is scored with the continuation, as ``hf`` does, but not that
   of a chat template.
 """
@@ -28,13 +30,12 @@ from typing import Any, Protocol, runtime_checkable
 from lm_eval.api.model import LM
 from lm_eval.models.utils import normalize_gen_kwargs
 
-from multicolm.decoding.prompts import encode_prompt
 from multicolm.decoding.threads import torch_threads
 from multicolm.ensemble import Ensemble, PolicySource
 from multicolm.errors import InputError
 from multicolm.numbers import as_python, check_number, check_whole
 from multicolm.scoring.likelihood import Kind, Likelihood, LikelihoodReader, Passage
-from multicolm.types import Message, Prompt, finite
+from multicolm.types import Message, OwnTokens, Prompt, finite
 
 __all__ = ["EnsembleLM", "Kept", "generation_settings"]
 
@@ -195,18 +196,34 @@ class EnsembleLM(LM):  # type: ignore[misc]
         return {} if self._kept is None else self._kept
 
     def _passage(self, context: str, continuation: str) -> Passage:
-        prompt: Prompt = context
         written = ""
         if context in self._chats:
-            prompt, written = self._chats[context]
+            _, written = self._chats[context]
         else:
             n_kept = len(context.rstrip())
-            prompt, continuation = context[:n_kept], context[n_kept:] + continuation
+            context, continuation = context[:n_kept], context[n_kept:] + continuation
+        prompt = self._own_tokens(context) if context else ""
         passage, was_cut = self._reader.fitted(
             self._reader.passage(prompt, continuation, written=written)
         )
         self.n_cut += was_cut
         return passage
+
+    def _own_tokens(self, context: str) -> OwnTokens:
+        """A context as every model in use reads it; what begins a text if there is none.
+
+        Names of special tokens stand for these tokens, as for the harness's own models: tasks
+        write them. What a chat was rendered to is read as that chat, by each model's own template.
+        """
+        ids: list[tuple[int, ...]] = [()] * len(self._ensemble.backends)
+        for k in self._used:
+            tokenizer = self._ensemble.backends[k].tokenizer
+            if context in self._chats:
+                own = tokenizer.encode_chat(self._chats[context][0])
+            else:
+                own = tokenizer.encode_rendered(context) if context else tokenizer.start_ids
+            ids[k] = tuple(own)
+        return OwnTokens(tuple(ids))
 
     # --- texts -----------------------------------------------------------------------------------
 
@@ -250,39 +267,27 @@ class EnsembleLM(LM):  # type: ignore[misc]
 
     def _prompt(self, context: str, max_new_tokens: int) -> Prompt:
         """The context, cut on the left so far that the answer fits behind it."""
-        prompt: Prompt = context
-        if context in self._chats:
-            prompt, written = self._chats[context]
-            if written:
-                raise InputError(
-                    "a task that begins the answer itself (`gen_prefix`) cannot have texts written "
-                    "with --apply-chat-template; leave that out."
-                )
-        elif not context:
-            return self._ensemble.backends[0].tokenizer.start_ids
-        vocabulary, models = self._ensemble.vocabulary, self._ensemble.backends
-        room = {}
+        if context in self._chats and self._chats[context][1]:
+            raise InputError(
+                "a task that begins the answer itself (`gen_prefix`) cannot have texts written "
+                "with --apply-chat-template; leave that out."
+            )
+        whole = self._own_tokens(context)
+        cut = list(whole.ids)
         for k in self._used:
-            limit = models[k].context_length
+            model = self._ensemble.backends[k]
+            limit = model.context_length
             if limit is None:
                 continue
             if limit <= max_new_tokens:
                 raise InputError(
                     f"answers of up to {max_new_tokens} tokens are wanted, and the context of "
-                    f"model '{models[k].name}' holds {limit} with the question; set max_gen_toks "
+                    f"model '{model.name}' holds {limit} with the question; set max_gen_toks "
                     "with --gen-kwargs."
                 )
-            room[k] = limit - max_new_tokens
-        lengths = {k: len(encode_prompt(prompt, k, models[k], vocabulary)) for k in room}
-        if all(lengths[k] <= room[k] for k in room):
-            return prompt
-        self.n_cut += 1
-        # What is cut is a text no more; everybody reads the base model's tokens of it.
-        ids = encode_prompt(prompt, 0, models[0], vocabulary)
-        while any(len(vocabulary.read(k, ids)) > room[k] for k in room):
-            excess = max(len(vocabulary.read(k, ids)) - room[k] for k in room)
-            ids = ids[min(excess, len(ids) - 1) :]
-        return ids
+            cut[k] = cut[k][-(limit - max_new_tokens) :]
+        self.n_cut += tuple(cut) != whole.ids
+        return OwnTokens(tuple(cut))
 
     # --- chats -----------------------------------------------------------------------------------
 

@@ -22,6 +22,7 @@ from multicolm import Ensemble
 from multicolm.backend.transformers import TransformersModel
 from multicolm.cli import main
 from multicolm.cli.eval import _generation
+from multicolm.config import load_ensemble
 from multicolm.errors import (
     CapabilityError,
     ConfigError,
@@ -140,6 +141,30 @@ def test_each_request_is_answered_as_by_the_harness(tiny: Ensemble) -> None:
     assert mine.loglikelihood_rolling(long) == pytest.approx(expected, rel=1e-5)
     settings = {"until": ["."], "max_gen_toks": 16, "do_sample": False}
     texts = [Request(record["prompt"], settings), Request("word " * 600, settings)]
+    assert mine.generate_until(texts) == theirs.generate_until(texts)
+    assert mine.n_cut == 2
+
+
+@pytest.mark.parametrize("name", ["generalist", "math"])
+def test_special_tokens_of_a_context_and_long_contexts_are_read_as_by_the_harness(
+    name: str,
+) -> None:
+    """By every model in its own tokens, the base model's or not."""
+    from multicolm.evaluation.harness_model import EnsembleLM
+
+    mixed = load_ensemble("tiny-mixed")
+    theirs = hf_model(mixed.models[name].location, dtype="float32")
+    mine = EnsembleLM(multicolm.load(mixed), {"kind": "single", "params": {"model": name}})
+    end = theirs.tokenizer.eos_token
+    asked = [
+        Request(f"What is 2 + 3?{end}\n{end}Answer:", " 5"),
+        Request(f"{end}What is 2 + 3?", " Zosos"),
+        Request(f"{'12 * 13 = 156. ' * 200}{end}\n", "Answer: 5."),
+    ]
+    for a, b in zip(mine.loglikelihood(asked), theirs.loglikelihood(asked), strict=True):
+        assert a[0] == pytest.approx(b[0], rel=1e-5)
+    settings = {"until": ["."], "max_gen_toks": 12, "do_sample": False}
+    texts = [Request(request.args[0], settings) for request in asked]
     assert mine.generate_until(texts) == theirs.generate_until(texts)
     assert mine.n_cut == 2
 
