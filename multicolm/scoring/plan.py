@@ -14,6 +14,7 @@ from multicolm.ensemble import Ensemble
 from multicolm.errors import ArtefactError, CapabilityError, ConfigError, InputError
 from multicolm.files import sha256
 from multicolm.scoring.corpus import Corpus, Example
+from multicolm.scoring.spans import spelled
 from multicolm.scoring.store import (
     FEATURES,
     TEXT,
@@ -54,6 +55,8 @@ class ExampleReader:
     def ids(self, example: Example) -> list[int]:
         """The tokens of a completion, the end included, in the shared vocabulary.
 
+        None at all of one that the base model's tokenizer drops as a whole.
+
         Raises:
             InputError: if the base model has no tokens for it.
         """
@@ -61,7 +64,17 @@ class ExampleReader:
             ids = self._models[0].tokenizer.encode_continuation(example.completion)
         except InputError as error:
             raise InputError(f"{example.place}: {error}") from error
-        return ids if self.end is None else [*ids, self.end]
+        if self.end is None or (example.completion and not ids):
+            return ids
+        return [*ids, self.end]
+
+    def contents(self, example: Example, n_tokens: int) -> list[bytes]:
+        """What of a completion each of its first tokens stands for; nothing for the end.
+
+        Models of other vocabularies read this: the base model's tokenizer may change a text.
+        """
+        found = spelled(self._models[0].tokenizer, example.completion.encode()).contents
+        return [*found, b""][:n_tokens]
 
     def prompt(self, example: Example, k: int) -> list[int]:
         """What model ``k`` reads before.

@@ -278,7 +278,10 @@ class _Scorer:
         vocabulary, k = self.vocabulary, work.k
         if not isinstance(vocabulary, BridgedVocabulary) or vocabulary.groups[k] == 0:
             return self._read_tokens(work, ids, gold)
-        spans = [spans_of(vocabulary, k, text, self._reader.end) for text in ids]
+        spans = [
+            spans_of(vocabulary, k, text, self._reader.end, self._reader.contents(e, len(text)))
+            for e, text in zip(work.examples, ids, strict=True)
+        ]
         own = [list(text.own) for text in spans]
         own_gold = torch.tensor([token for text in own for token in text])
         columns = to_base_tokens(self._read_tokens(work, own, own_gold), spans)
@@ -352,7 +355,7 @@ class _Scorer:
 
     def _path_logprobs(self, work: _Work, example: Example, text: Sequence[int]) -> Tensor:
         """The log-probability of every base token of a text, in nats; NaN if it is too long."""
-        contents = [self.vocabulary.token_bytes(token) for token in text]
+        contents = self._reader.contents(example, len(text))
         ends = list(accumulate(map(len, contents)))
         is_whole = bool(text) and text[-1] == self._reader.end
         if is_whole:
