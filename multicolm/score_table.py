@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -18,12 +18,13 @@ from torch import Tensor
 from multicolm.errors import ArtefactError
 from multicolm.views import ModelNames
 
-__all__ = ["ScoreBlocks", "ScoreTable"]
+__all__ = ["ScoreBlocks", "ScoreTable", "held_out_texts"]
 
 _LEAST_QUALITY = 0.01
 """What a roll-out that failed counts as in a likelihood: one failure is no proof."""
 
 
+@runtime_checkable
 class ScoreBlocks(Protocol):
     """Scores that can be read block by block, any number of times: in memory or on disk.
 
@@ -230,7 +231,18 @@ class ScoreTable:
             seed: of the choice.
         """
         texts = torch.unique(self.example)
-        n_held_out = min(len(texts) - 1, round(held_out * len(texts)))
-        order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed))
-        mask = torch.isin(self.example, texts[order[:n_held_out]])
+        mask = torch.isin(self.example, held_out_texts(texts, held_out, seed))
         return self.rows(~mask), self.rows(mask)
+
+
+def held_out_texts(texts: Int[Tensor, "texts"], held_out: float, seed: int) -> Int[Tensor, "held"]:
+    """Which texts are held out, chosen by ``seed`` alone; one at least is left to learn from.
+
+    Args:
+        texts: their numbers, ascending.
+        held_out: part of them, 0 up to (not including) 1.
+        seed: of the choice.
+    """
+    n_held_out = min(len(texts) - 1, round(held_out * len(texts)))
+    order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed))
+    return texts[order[:n_held_out]]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -10,21 +9,20 @@ from jaxtyping import Bool, Float
 from pydantic import Field
 from torch import Tensor
 
-from multicolm.errors import TrainingError
-from multicolm.learning.loop import Stage
-from multicolm.learning.losses import class_weights, weak_labels
+from multicolm.learning.losses import cross_entropy, weak_labels
 from multicolm.learning.networks import NetworkKind
+from multicolm.learning.problem import Features, Stage
 from multicolm.learning.reliability import reliability
 from multicolm.learning.router import (
     NetworkSettings,
     Shape,
-    cross_entropy,
+    balanced_weights,
     fit_stages,
-    raw_scores,
+    network_scores,
     usable_parts,
 )
 from multicolm.learning.training import Training
-from multicolm.score_table import ScoreTable
+from multicolm.score_table import ScoreBlocks, ScoreTable
 
 __all__ = ["ClassifierSettings", "fit_classifier", "threshold_for_recall"]
 
@@ -41,14 +39,12 @@ class ClassifierSettings(NetworkSettings):
     network: NetworkKind = "mlp"
     dropout: float = Field(default=0.1, ge=0, lt=1)
     epochs: int = Field(default=30, ge=1)
-    lr: float = Field(default=1e-3, gt=0)
-    l2: float = Field(default=5e-4, ge=0)
     recall: float = Field(default=0.95, ge=0, le=1)
 
 
 def fit_classifier(
-    table: ScoreTable,
-    features: Callable[[ScoreTable], Tensor],
+    table: ScoreBlocks,
+    features: Features,
     ways: Literal["models", "binary"],
     training: Training,
 ) -> tuple[dict[str, Tensor], float | None]:
@@ -71,34 +67,30 @@ def fit_classifier(
         TrainingError: if there is nothing to learn from, or training diverges.
     """
     settings = training.settings(ClassifierSettings)
-    judgeable = table.rows(table.correct.any(-1))
-    if not len(judgeable):
-        raise TrainingError(
-            "there is nothing to learn from: at no position of this score table is the first "
-            "choice of any model the token that stands there."
-        )
-    learnt, judged = usable_parts(judgeable, settings)
+    parts = usable_parts(
+        table,
+        settings,
+        lambda part: part.right.any(-1),
+        "at no position of this score table is the first choice of any model the token that stands "
+        "there.",
+    )
 
     def labels_of(part: ScoreTable) -> Tensor:
         labels = weak_labels(part)
         return labels if ways == "models" else _two_ways(labels)
 
-    labels, beheld = labels_of(learnt), labels_of(judged)
-    weights = class_weights(labels, settings.balance)
+    weights = balanced_weights(parts.learnt, labels_of, settings.balance)
 
-    def loss(scores: Tensor, which: Tensor) -> Tensor:
-        return cross_entropy(scores, labels[which], weights)
+    def losses(scores: Tensor, part: ScoreTable) -> Tensor:
+        return cross_entropy(scores, labels_of(part), weights)
 
-    def judge(scores: Tensor, part: ScoreTable) -> Tensor:
-        return -(beheld * weights * scores.log_softmax(-1)).sum(-1)
-
-    shape = Shape(settings.network, learnt.n_models - 1 if ways == "models" else 1)
-    stages = [Stage("classification", settings.epochs, loss)]
-    tensors = fit_stages(learnt, judged, features, shape, settings, stages, judge, training)
-    if not len(judged):
+    shape = Shape(settings.network, len(table.models) - 1 if ways == "models" else 1)
+    stages = [Stage("classification", settings.epochs, losses)]
+    tensors = fit_stages(parts, features, shape, settings, stages, losses, training)
+    if not len(parts.judged):
         return tensors, None
-    handed = 1 - raw_scores(tensors, features(judged)).softmax(-1)[:, 0]
-    wanted = beheld[:, 0] < 0.5
+    handed = 1 - network_scores(tensors, parts.judged, features).softmax(-1)[:, 0]
+    wanted = labels_of(parts.judged.scores_only())[:, 0] < 0.5
     threshold = threshold_for_recall(handed, wanted, settings.recall) if settings.recall else None
     at = 0.5 if threshold is None else threshold
     training.report |= {

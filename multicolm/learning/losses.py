@@ -8,7 +8,14 @@ from torch import Tensor
 
 from multicolm.score_table import ScoreTable
 
-__all__ = ["class_weights", "marginal_loss", "responsibilities", "usable", "weak_labels"]
+__all__ = [
+    "class_weights",
+    "cross_entropy",
+    "marginal_loss",
+    "responsibilities",
+    "usable",
+    "weak_labels",
+]
 
 
 def marginal_loss(
@@ -54,12 +61,12 @@ def usable(table: ScoreTable) -> Bool[Tensor, "positions"]:
     nobody can write it, no choice of a writer makes a difference.
     """
     known = table.known[:, 0] & (table.known.sum(-1) > 1)
-    possible = (table.gold_logprobs > float("-inf")) & table.known
+    possible = (table.writer_logprobs > float("-inf")) & table.known
     return known & possible.any(-1)
 
 
 def weak_labels(table: ScoreTable) -> Float[Tensor, "positions models"]:
-    """Who should write, judged by who would have written the right token.
+    """Who should write, judged by who is right (:attr:`multicolm.score_table.ScoreTable.right`).
 
     The base model wherever it is right; else the assistants that are, in equal parts; the base
     model where nobody is.
@@ -67,7 +74,7 @@ def weak_labels(table: ScoreTable) -> Float[Tensor, "positions models"]:
     Source:
         Co-LLM, arXiv 2403.03870, section 3.2, labels of kind (a), for any number of models.
     """
-    correct = table.correct.float()
+    correct = table.right.float()
     assistants = correct.clone()
     assistants[:, 0] = 0
     handed = (correct[:, 0] == 0) & (assistants.sum(-1) > 0)
@@ -76,10 +83,22 @@ def weak_labels(table: ScoreTable) -> Float[Tensor, "positions models"]:
     return torch.where(handed[:, None], assistants / assistants.sum(-1, keepdim=True), labels)
 
 
-def class_weights(labels: Float[Tensor, "positions models"], cap: float) -> Float[Tensor, "models"]:
+def cross_entropy(
+    scores: Float[Tensor, "positions models"],
+    labels: Float[Tensor, "positions models"],
+    weights: Float[Tensor, "models"],
+) -> Float[Tensor, "positions"]:
+    """Weighted cross-entropy of each position against soft labels, in nats."""
+    return -(labels * weights * scores.log_softmax(-1)).sum(-1)
+
+
+def class_weights(counts: Float[Tensor, "models"], cap: float) -> Float[Tensor, "models"]:
     """Weights that make rare classes count as much as common ones, at most ``cap`` times.
 
     The most common class weighs 1; a class that never comes weighs ``cap``, to no effect.
+
+    Args:
+        counts: sum of the labels of each class.
+        cap: 1 or more.
     """
-    counts = labels.sum(0)
     return (counts.max() / counts.clamp_min(1e-9)).clamp(1.0, max(1.0, cap))

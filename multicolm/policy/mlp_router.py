@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from multicolm.learning.training import Training
-    from multicolm.score_table import ScoreTable
+    from multicolm.score_table import ScoreBlocks, ScoreTable
 
 __all__ = ["MlpRouterPolicy"]
 
@@ -62,6 +62,9 @@ class MlpRouterPolicy(SelectPolicy):
     ways: Literal["models", "binary"] = "models"
     threshold: float = Field(default=0.5, ge=-1, le=1)
     made_for: dict[str, str] | None = None
+
+    streams: ClassVar[bool] = True
+    """``fit`` takes a table that is on disk, and reads it block by block."""
 
     assistants: ClassVar[When] = "deferred"
     certain: ClassVar[bool] = True
@@ -177,7 +180,7 @@ class MlpRouterPolicy(SelectPolicy):
             writers = best_assistant(views, sureness)
         return writers * handed
 
-    def fit(self, table: ScoreTable, training: Training | None = None) -> MlpRouterPolicy:
+    def fit(self, table: ScoreBlocks, training: Training | None = None) -> MlpRouterPolicy:
         """The same policy with a network that was trained on a score table with its features.
 
         Args:

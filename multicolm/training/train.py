@@ -12,7 +12,7 @@ from multicolm.errors import CapabilityError, ConfigError
 from multicolm.files import locked
 from multicolm.learning.training import Training
 from multicolm.policy.base import Policy
-from multicolm.scoring.store import load_table, read_index
+from multicolm.scoring.store import StoredTable, load_table, read_index
 from multicolm.training.checkpoint import Checkpoint, finished_checkpoint
 from multicolm.training.provenance import check_identities, training_key, training_provenance
 
@@ -40,7 +40,9 @@ def train(
     Args:
         policy: of a kind that has a method ``fit(table)``, with the params it begins with. If
             ``fit`` has a parameter ``training`` too, it is given a
-            :class:`multicolm.learning.training.Training`.
+            :class:`multicolm.learning.training.Training`. If its class says ``streams = True``,
+            the table is a :class:`multicolm.scoring.store.StoredTable`, which is read block by
+            block, so that memory does not grow with it.
         scores: folder that ``multicolm score`` wrote.
         out: folder of the checkpoint.
         models: name -> identity of the ensemble's models in their order, the base model first; all
@@ -79,7 +81,9 @@ def train(
         if finished is not None:
             shutil.rmtree(folder / ".training", ignore_errors=True)
             return finished
-        table = load_table(scores, names)
+        # Policies that read block by block get a table on disk; the others all of it in memory.
+        streams = getattr(policy, "streams", False)
+        table = StoredTable(scores, names) if streams else load_table(scores, names)
         # A folder for each key, so that no training goes on from the state of another.
         training = Training(options or {}, folder / ".training" / key, on_progress, save_every)
         wants_training = "training" in inspect.signature(fit).parameters

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from itertools import pairwise
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from multicolm import Ensemble
 from multicolm.artefacts import Weights
 from multicolm.errors import ArtefactError, CapabilityError, ConfigError
 from multicolm.policy.co_llm import CoLlmPolicy
+from multicolm.policy.resolve import resolve_policy
 from multicolm.testing import check_policy, check_routing
 from multicolm.views import ModelNames, View, Views
 
@@ -35,21 +37,50 @@ def at(scores: list[list[float]], **settings) -> tuple[CoLlmPolicy, torch.Tensor
     return CoLlmPolicy(head=identity, **settings), torch.tensor(scores)
 
 
-def views(hidden: torch.Tensor, logits=None, uniform=None) -> Views:
+def views(hidden: torch.Tensor, logits=None, uniform=None, costs=None) -> Views:
     n, n_models = len(hidden), hidden.shape[1] + 1
     logits = torch.zeros(n_models, n, 4) if logits is None else logits
     shown = {k: View(logits[k], hidden if k == 0 else None) for k in range(n_models)}
     names = ModelNames(["base", *(f"a{k}" for k in range(1, n_models))])
     context = {} if uniform is None else {"uniform": lambda: torch.tensor(uniform)}
-    return Views(names, shown, n_positions=n, context=context)
+    return Views(names, shown, n_positions=n, context=context, costs=costs)
 
 
 SCORES = [[-1.0, -2.0], [2.0, 1.0], [0.1, 0.3], [-0.1, -0.05]]
 """pi: (.665 .245 .090), (.090 .665 .245), (.290 .320 .391), (.350 .317 .333)"""
 
 
-def test_argmax_lets_the_likeliest_model_write() -> None:
+def test_by_default_the_base_is_decided_against_all_assistants_together() -> None:
     policy, hidden = at(SCORES)
+    assert policy.select(views(hidden)).tolist() == [0, 1, 2, 2]
+    assert policy.deferral is not None and "threshold" in policy.tunable
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 5, 10])
+def test_assistants_that_can_do_the_same_do_not_share_the_vote(k: int) -> None:
+    """Jointly likely with 0.71; by argmax each of three has less than the base model's 0.29."""
+    scores = [[math.log(0.71 / 0.29 / k)] * k]
+    policy, hidden = at(scores)
+    assert policy.select(views(hidden)).tolist() == [1]
+    shared, hidden = at(scores, decode="argmax")
+    assert shared.select(views(hidden)).tolist() == [1 if k < 3 else 0]
+
+
+def test_a_checkpoint_of_0_1_keeps_the_way_of_decoding_that_it_names(tmp_path) -> None:
+    Weights({"0.weight": torch.eye(2), "0.bias": torch.zeros(2)}).save(
+        tmp_path / "head.safetensors"
+    )
+    (tmp_path / "policy.yaml").write_text(
+        "summary: Old.\nkind: co-llm\n"
+        "params: {head: head.safetensors, decode: argmax, threshold: 0.5, made_for: null}\n"
+    )
+    policy = resolve_policy(tmp_path)
+    assert isinstance(policy, CoLlmPolicy) and policy.decode == "argmax"
+    assert policy.select(views(torch.tensor(SCORES))).tolist() == [0, 1, 2, 0]
+
+
+def test_argmax_lets_the_likeliest_model_write() -> None:
+    policy, hidden = at(SCORES, decode="argmax")
     assert policy.select(views(hidden)).tolist() == [0, 1, 2, 0]
     assert policy.defers(views(hidden)).tolist() == [False, True, True, False]
     pi = [[1, math.exp(a), math.exp(b)] for a, b in SCORES]
@@ -92,6 +123,56 @@ def test_mixture_is_log_sum_pi_p() -> None:
     torch.testing.assert_close(mixed.double().exp(), expected, atol=1e-6, rtol=1e-5)
     assert mixed[3, 1] == float("-inf") and not mixed.isnan().any()
     torch.testing.assert_close(mixed.exp().sum(-1), torch.ones(4))
+
+
+# --- cost ----------------------------------------------------------------------------------------
+
+WEIGHTS = [0.0, 0.003, 0.03, 0.1, 0.2, 0.4, 0.8, 1.5, 3.0, 10.0]
+
+
+@pytest.mark.parametrize("settings", [{}, {"threshold": 0.2}, {"decode": "argmax"}])
+def test_at_every_position_a_greater_cost_weight_chooses_no_dearer_writer(settings) -> None:
+    """So that one head gives a whole frontier, from the likeliest writers to the base alone."""
+    g = torch.Generator().manual_seed(0)
+    scores = (torch.randn(500, 4, generator=g) * 2).tolist()
+    costs = torch.tensor([7.0, 1.0, 4.0, 20.0, 0.5])  # the base model's is paid anyway
+    spent = []
+    for weight in WEIGHTS:
+        policy, hidden = at(scores, cost_weight=weight, **settings)
+        seen = views(hidden, costs=costs.tolist())
+        writers = policy.select(seen)
+        assert torch.equal(policy.defers(seen), writers > 0)
+        spent.append(torch.where(writers > 0, costs[writers], torch.zeros(500)))
+    assert all((less <= more).all() for more, less in pairwise(spent))
+    assert len({float(s.sum()) for s in spent}) > 6 and spent[-1].sum() < spent[0].sum() / 20
+
+
+def test_a_cost_weighs_as_worked_out_by_hand() -> None:
+    """pi = 0.2, 0.5, 0.3; costs 2 and 1. The odds of handing over are 4 at no price."""
+    scores = [[math.log(2.5), math.log(1.5)]]
+    costs = [1.0, 2.0, 1.0]
+    for weight, writer, odds in (
+        (0.0, 1, 4.0),
+        (0.3, 1, 4 * math.exp(-0.6)),  # log 0.5 - 0.6 is more than log 0.3 - 0.3
+        (1.0, 2, 4 * 0.3 / 0.5 * math.exp(-1)),
+        (2.0, 2, 4 * 0.3 / 0.5 * math.exp(-2)),
+    ):
+        policy, hidden = at(scores, cost_weight=weight)
+        seen = views(hidden, costs=costs)
+        assert float(policy.score(seen)) == pytest.approx(odds / (1 + odds), rel=1e-5)
+        assert policy.select(seen).tolist() == [writer if odds > 1 else 0]
+
+
+@pytest.mark.parametrize("threshold", [-1, 1])
+def test_limits_of_the_threshold_hold_at_any_price(threshold) -> None:
+    policy, hidden = at(SCORES, threshold=threshold, cost_weight=50.0)
+    assert (policy.select(views(hidden)) > 0).all() == (threshold == -1)
+
+
+@pytest.mark.parametrize("decode", ["sample", "mixture"])
+def test_a_cost_where_nothing_is_decided_by_pi_is_refused(decode) -> None:
+    with pytest.raises(ConfigError, match=f"cost_weight: .* decode is {decode}"):
+        CoLlmPolicy(decode=decode, cost_weight=0.1)
 
 
 # --- limits --------------------------------------------------------------------------------------
@@ -248,7 +329,8 @@ def test_the_trace_holds_the_probability_of_handing_over() -> None:
     for token in answer.trace:
         pi = pi_after(trio.backends[0], policy, context)
         assert token.score == pytest.approx(1 - pi[0], abs=1e-5)
-        assert token.model == trio.models[max(range(3), key=lambda k: pi[k])]
+        best = max((1, 2), key=lambda k: pi[k])
+        assert token.model == trio.models[best if 1 - pi[0] > 0.5 else 0]
         context.append(token.id)
 
 

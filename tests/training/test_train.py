@@ -37,8 +37,9 @@ from multicolm.training.train import train
 from multicolm.types import prompt_digest
 
 NAMES = ("base", "left", "right")
-SHORT = {"epochs": 4, "weak_epochs": 2, "batch_size": 64, "held_out": 0.2}
-SLOWER = {**SHORT, "network": "mlp", "width": 16, "dropout": 0.2, "seeds": [0, 1]}
+SHORT = {"epochs": 4, "weak_epochs": 2, "held_out": 0.2}
+STEPS = {**SHORT, "batch_size": 64, "lr": 0.01, "l2": 0.0}
+SLOWER = {**STEPS, "network": "mlp", "width": 16, "dropout": 0.2, "seeds": [0, 1]}
 IDENTITIES = {"base": "table:0", "left": "table:1", "right": "table:2"}
 
 
@@ -256,7 +257,7 @@ def test_a_training_that_was_killed_again_and_again_ends_with_the_same_bytes(
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])
 def test_a_full_disk_leaves_nothing_half_written(tmp_path, scores, monkeypatch, call) -> None:
-    train(CoLlmPolicy(), scores, tmp_path / "whole", options=SHORT)
+    train(CoLlmPolicy(), scores, tmp_path / "whole", options=STEPS)
     whole, real = contents(tmp_path / "whole"), getattr(os, call)
     for nth in (1, 3, 7, 8, 9, 11, 12):  # 7 states, then 5 files
         calls = 0
@@ -272,10 +273,10 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path, scores, monkeypatch, 
         with monkeypatch.context() as patch:
             patch.setattr(os, call, full)
             with pytest.raises(OSError, match="No space left"):
-                train(CoLlmPolicy(), scores, out, options=SHORT, save_every=0.0)
+                train(CoLlmPolicy(), scores, out, options=STEPS, save_every=0.0)
         assert not (out / "policy.yaml").exists()
         assert not list(out.rglob("*.part"))
-        train(CoLlmPolicy(), scores, out, options=SHORT)
+        train(CoLlmPolicy(), scores, out, options=STEPS)
         assert contents(out) == whole
 
 

@@ -61,8 +61,11 @@ class Router:
 
 def _trained_alone(job: Job, learnt: ScoreTable) -> dict[str, Tensor]:
     """A head for the base model as it was, which never sees the texts that are held out."""
+    options: dict[str, Any] = {"network": job.settings.network}
+    if job.settings.network != "linear":  # a linear head has no random numbers
+        options["seeds"] = (job.settings.seed,)
     training = Training(
-        {"network": job.settings.network, "seeds": (job.settings.seed,)},
+        options,
         job.scratch / "head" if job.accelerator.is_main_process else None,
         job.on_progress,
         job.save_every,

@@ -1,0 +1,334 @@
+"""Trains a linear head by L-BFGS with a ridge penalty: nothing to set, whatever width and data.
+
+The objective is the mean loss plus l2 / 2 times the squared norm of the weights for standardised
+features (the bias is free). It is minimised over the whole table, which is read once for each
+evaluation, for one l2 after the other, from strong to weak; what is kept is the iterate with the
+least loss on held-out texts. A step size is found by line search, so there is no learning rate.
+
+The marginal likelihood is not convex. Where a strong penalty keeps pi from telling positions apart,
+its optimum can have pi_k = 0, whose gradient is zero too: whoever goes on from there stays there.
+Each l2 therefore begins at the optimum of the convex stages before (weak labels) at that same l2.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn, optim
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
+
+from multicolm.errors import TrainingError
+from multicolm.learning.networks import router_scores
+from multicolm.learning.problem import Fitted, Problem, Stage
+from multicolm.learning.snapshots import Snapshots
+
+__all__ = ["PATH", "fit_linear"]
+
+PATH = tuple(10.0 ** (1 - k) for k in range(9))
+"""Penalties to try, 10 to 1e-7; then two around the best one, half a power of ten away."""
+
+_STRONG = 100
+_WEAK = 0.1
+"""Times features per position: no stronger penalty is tried, and every weaker one must be worth it.
+
+With standardised features and weights of about 1 over the root of their number, features per
+position is where the penalty of a weight and what the data say of it are of about one size.
+"""
+
+_GAIN = 1e-3
+"""Nats that a weaker penalty must gain; the second that does not is the last one."""
+
+_SMALL = 1e-4
+"""Of the objective: an iteration that gains less, twice in a row, ends a stage."""
+
+
+def fit_linear(
+    network: nn.Module,
+    problem: Problem,
+    stages: Sequence[Stage],
+    penalties: Sequence[float] | None,
+    patience: int,
+    save_every: float,
+    snapshots: Snapshots,
+    on_progress: Callable[[float, float, str], None],
+) -> Fitted:
+    """Minimise the last stage's loss, from the optimum of those before.
+
+    A training that was stopped goes on after its last state and ends with the same bytes.
+
+    Args:
+        network: linear, with the weights that it begins with; trained in place.
+        problem: what it learns from.
+        stages: ``epochs`` are the most iterations for each penalty; one takes a pass or two.
+        penalties: l2 to try, in this order; the path from 10 to 1e-7 if not given.
+        patience: iterations without a better held-out loss that end a penalty; 0 never does.
+        save_every: seconds between two states; 0 keeps every state.
+        snapshots: keeps the state.
+        on_progress: told after each iteration.
+
+    Raises:
+        TrainingError: if the loss is no number.
+    """
+    path = _Path(network, problem, [s for s in stages if s.epochs], penalties, patience)
+    state = snapshots.load()
+    if state is not None:
+        path.resume(*state)
+    saved_at = time.monotonic()
+    while path.step():
+        if time.monotonic() - saved_at >= save_every:
+            snapshots.save(*path.state())
+            saved_at = time.monotonic()
+        on_progress(*path.progress())
+    on_progress(path.progress()[1], path.progress()[1], "done")
+    return path.fitted
+
+
+@dataclass
+class _Course:
+    """Where a training is.
+
+    Attributes:
+        left: penalties to come, the first of them at work.
+        found: per finished penalty, the least loss; the summary of each is in ``fitted.search``.
+        refined: whether penalties around the best one have been added.
+        stage: at work.
+        iteration: of it that comes next, from 0.
+        waited: iterations without a better loss for this penalty.
+        small: iterations in a row that gained next to nothing.
+        objective: after the last iteration.
+        best: of this penalty: its least loss.
+        best_epoch: the iteration that it is of, from 1.
+        history: of this penalty.
+        loss: mean loss over the table without the penalty, at the last evaluation.
+    """
+
+    left: list[float]
+    found: list[tuple[float, float]] = field(default_factory=list)
+    refined: bool = False
+    stage: int = 0
+    iteration: int = 0
+    waited: int = 0
+    small: int = 0
+    objective: float | None = None
+    best: float | None = None
+    best_epoch: int = 0
+    history: list[dict[str, Any]] = field(default_factory=list)
+    loss: float = math.inf
+
+
+class _Path:
+    """One penalty after the other."""
+
+    def __init__(
+        self,
+        network: nn.Module,
+        problem: Problem,
+        stages: list[Stage],
+        penalties: Sequence[float] | None,
+        patience: int,
+    ) -> None:
+        self._network = network.to(problem.device)
+        self._problem = problem
+        self._stages = stages
+        self._patience = patience
+        self._weight, self._bias = network.parameters()
+        self._searches = penalties is None
+        self._n = len(problem.parts.learnt)
+        self._ratio = self._weight.shape[1] / self._n
+        tried = [l2 for l2 in PATH if l2 <= _STRONG * self._ratio] or [PATH[-1]]
+        self.course = _Course(list(tried if penalties is None else penalties))
+        self._planned = len(self.course.left) + (2 if self._searches else 0)
+        self.fitted = Fitted(0, {})
+        self._start = self._now()  # where the guiding stages of the next penalty begin
+        self._optimizer = self._fresh_optimizer()
+        self._last: tuple[Tensor, Tensor, list[Tensor], float] | None = None
+
+    def _now(self) -> Tensor:
+        return parameters_to_vector(self._network.parameters()).detach().clone()
+
+    def _fresh_optimizer(self) -> optim.LBFGS:
+        return optim.LBFGS(
+            self._network.parameters(),
+            max_iter=1,
+            max_eval=25,
+            history_size=10,
+            line_search_fn="strong_wolfe",
+        )
+
+    def step(self) -> bool:
+        """One iteration; false if there is nothing left to do."""
+        course = self.course
+        if not course.left:
+            return False
+        stage = self._stages[course.stage]
+        before = course.objective
+        self._optimizer.step(self._evaluate)  # type: ignore[no-untyped-call]
+        after = float(self._evaluate())
+        if not math.isfinite(after):
+            raise TrainingError(
+                f"the loss is {after:.3g} in iteration {course.iteration + 1} of '{stage.name}'; "
+                "train with the option solver=adamw and a low lr."
+            )
+        course.iteration += 1
+        little = before is not None and before - after < _SMALL * abs(after)
+        course.small = course.small + 1 if little else 0
+        course.objective = after
+        last = course.stage == len(self._stages) - 1
+        judged = self._judge() if last else None
+        course.history.append({"stage": stage.name, "loss": course.loss, "held_out": judged})
+        # The first steps are rough: L-BFGS knows nothing of the curvature yet.
+        settled = course.iteration >= 2 * self._patience > 0
+        tired = last and settled and course.waited >= self._patience
+        if course.small >= 2 or course.iteration == stage.epochs or tired:
+            self._end_stage("held-out loss" if tired else "converged")
+        return bool(course.left)
+
+    def _evaluate(self) -> Tensor:
+        """The objective and its gradients, over the whole table."""
+        at = self._now()
+        if self._last is not None and torch.equal(self._last[0], at):
+            _, objective, gradients, self.course.loss = self._last
+            for parameter, gradient in zip(self._network.parameters(), gradients, strict=True):
+                parameter.grad = gradient.clone()
+            return objective
+        losses = self._stages[self.course.stage].losses
+        self._optimizer.zero_grad()
+        total = 0.0
+        with torch.enable_grad():
+            for inputs, part in self._problem.batches(self._problem.parts.learnt):
+                scores = router_scores(self._network, inputs)
+                loss = losses(scores, part).sum() / self._n
+                loss.backward()  # type: ignore[no-untyped-call]
+                total += float(loss.detach())
+            penalty = self.course.left[0] / 2 * self._weight.square().sum()
+            penalty.backward()  # type: ignore[no-untyped-call]
+        objective = (penalty.detach() + total).cpu()
+        gradients = [p.grad.clone() for p in self._network.parameters() if p.grad is not None]
+        self._last = (at, objective, gradients, total)
+        self.course.loss = total
+        return objective
+
+    def _judge(self) -> float:
+        """The held-out loss of the present weights, which are kept if they are the best."""
+        course, fitted = self.course, self.fitted
+        judged = course.loss
+        if len(self._problem.parts.judged):
+            judged = self._problem.held_out_losses([self._network])[0]
+        course.waited += 1
+        if course.best is None or judged < course.best:
+            course.best, course.best_epoch, course.waited = judged, course.iteration, 0
+        if judged < fitted.loss:
+            fitted.loss, fitted.epoch = judged, course.iteration
+            fitted.settings = {"l2": course.left[0]}
+            fitted.tensors = {
+                name: tensor.detach().clone() for name, tensor in self._network.state_dict().items()
+            }
+        return judged
+
+    def _end_stage(self, why: str) -> None:
+        course, fitted = self.course, self.fitted
+        cut = course.iteration == self._stages[course.stage].epochs
+        self._optimizer, self._last = self._fresh_optimizer(), None
+        course.iteration = course.waited = course.small = 0
+        course.objective = None
+        course.stage += 1
+        if course.stage == len(self._stages) - 1:
+            self._start = self._now()
+        if course.stage < len(self._stages):
+            return
+        l2 = course.left.pop(0)
+        best = math.inf if course.best is None else course.best
+        stopped = "epochs" if cut and course.best_epoch == self._stages[-1].epochs else why
+        fitted.search.append(
+            {"l2": l2, "loss_nats": best, "epoch": course.best_epoch, "stopped": stopped}
+        )
+        if fitted.settings.get("l2") == l2:
+            fitted.stopped, fitted.history = stopped, course.history
+        course.found.append((l2, best))
+        course.stage, course.best, course.best_epoch, course.history = 0, None, 0, []
+        self._choose_next()
+        if len(self._stages) > 1:
+            vector_to_parameters(self._start, self._network.parameters())
+
+    def _choose_next(self) -> None:
+        """Stop the path where weaker penalties are worse; then try two around the best one."""
+        course = self.course
+        if not self._searches:
+            return
+        losses = [loss for _, loss in course.found]
+        weak = [l2 <= _WEAK * self._ratio for l2, _ in course.found]
+        idle = [
+            weak[k] and losses[k] > min(losses[:k], default=math.inf) - _GAIN
+            for k in range(len(losses))
+        ]
+        if not course.refined and (not course.left or sum(idle) >= 2):
+            best = min(course.found, key=lambda pair: pair[1])[0]
+            course.left, course.refined = [best * 10**0.5, best / 10**0.5], True
+
+    def progress(self) -> tuple[float, float, str]:
+        """How much is done, of how much, and what is being done."""
+        course = self.course
+        planned = self._planned
+        total = planned * sum(stage.epochs for stage in self._stages)
+        begun = sum(stage.epochs for stage in self._stages[: course.stage]) + course.iteration
+        n_finished = (
+            planned - len(course.left) - (2 if self._searches and not course.refined else 0)
+        )
+        name = self._stages[min(course.stage, len(self._stages) - 1)].name
+        what = f"l2 {course.left[0]:.3g}: {name}" if course.left else "done"
+        return n_finished * (total // max(1, planned)) + begun, total, what
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """All that it takes to go on from here."""
+        kept = self._optimizer.state_dict()["state"].get(0, {})
+        tensors, numbers = _flat(kept)
+        tensors |= {"now": self._now(), "start": self._start}
+        tensors |= {f"best.{name}": tensor for name, tensor in self.fitted.tensors.items()}
+        facts = {"lbfgs": numbers, "course": asdict(self.course), "best": self.fitted.facts()}
+        return tensors, facts
+
+    def resume(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+        """Go on after a state."""
+        self.course = _Course(**facts["course"])
+        self.fitted = Fitted.restored("best.", tensors, facts["best"])
+        self._start = tensors["start"].to(self._problem.device)
+        now = tensors["now"].to(self._problem.device)
+        vector_to_parameters(now.clone(), self._network.parameters())
+        kept = _unflat(tensors, facts["lbfgs"])
+        if kept:
+            whole = self._optimizer.state_dict()
+            self._optimizer.load_state_dict({**whole, "state": {0: kept}})
+
+
+def _flat(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The state of an L-BFGS optimizer: its tensors by name, and the rest for JSON."""
+    tensors: dict[str, Tensor] = {}
+    rest: dict[str, Any] = {}
+    for name, value in state.items():
+        if isinstance(value, Tensor):
+            tensors[f"lbfgs.{name}"] = value
+        elif name == "al":
+            continue  # Room that every iteration fills anew.
+        elif isinstance(value, list):
+            rest[name] = len(value)
+            tensors |= {f"lbfgs.{name}.{n}": item for n, item in enumerate(value)}
+        else:
+            rest[name] = value
+    return tensors, rest
+
+
+def _unflat(tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> dict[str, Any]:
+    """The reverse of :func:`_flat`."""
+    state: dict[str, Any] = {}
+    for name, value in rest.items():
+        listed = name in ("old_dirs", "old_stps", "ro")
+        state[name] = [tensors[f"lbfgs.{name}.{n}"] for n in range(value)] if listed else value
+    for name, tensor in tensors.items():
+        if name.startswith("lbfgs.") and name.count(".") == 1:
+            state[name.removeprefix("lbfgs.")] = tensor
+    return state
