@@ -19,6 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from multicolm.backend.base import Model
+from multicolm.backend.checked import open_session
 from multicolm.errors import CapabilityError, InputError, ModelError
 from multicolm.tokenizer.canonical import canonical
 from multicolm.tokenizer.cover import Cover, Frontier, Node, SortedBytes, log_sum
@@ -86,7 +87,7 @@ class _Lanes:
         self.asked: dict[Node, set[tuple[int, int]]] = {}
         self._model = model
         self._n_lanes = n_lanes
-        self._session = model.open(n_rows * n_lanes)
+        self._session = open_session(model, n_rows * n_lanes)
         self._held: list[list[int]] = [[] for _ in range(n_rows * n_lanes)]
         self._ids = torch.from_numpy(self.paths.ids)
         self._ends = torch.tensor(sorted(model.tokenizer.end_ids), dtype=torch.long)

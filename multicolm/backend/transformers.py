@@ -24,6 +24,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from multicolm.backend.base import Model, Session
+from multicolm.backend.checked import refuse_no_numbers
 from multicolm.backend.sessions import GrowingSession, RowSession, UncachedSession
 from multicolm.config import ModelConfig
 from multicolm.errors import CapabilityError, ModelError
@@ -227,10 +228,15 @@ def is_right(model: TransformersModel, way: Way) -> bool:
         whole = UncachedSession(model, 3).feed([0, 1, 2], [a, b, c[:7]], [2, 2, 1]).logits
     except _REFUSALS:
         return False
-    got = torch.cat([ragged[:3], even[1:], ragged[3:], even[:1]]).float()
-    want = torch.cat([whole, whole[1:2]]).float()
+    # Or no way would be found right, and the model be served in the slowest one.
+    refuse_no_numbers(model, whole)
+    n_tokens = model.tokenizer.n_tokens
+    got = torch.cat([ragged[:3], even[1:], ragged[3:], even[:1]])[:, :n_tokens].float()
+    want = torch.cat([whole, whole[1:2]])[:, :n_tokens].float()
     half = model.dtype in (torch.float16, torch.bfloat16)
-    error = (got - want).abs().max() / want.abs().max().clamp_min(1e-6)
+    # Some models rule tokens out by -inf.
+    differences = torch.where(got == want, 0.0, (got - want).abs())
+    error = differences.max() / want[want.isfinite()].abs().max().clamp_min(1e-6)
     return bool(error <= (_PROBE_TOLERANCE_HALF if half else _PROBE_TOLERANCE))
 
 

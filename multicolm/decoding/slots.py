@@ -6,6 +6,7 @@ from bisect import insort
 from collections.abc import Sequence
 
 from multicolm.backend.base import Model, Session
+from multicolm.backend.checked import open_session
 
 __all__ = ["Slots"]
 
@@ -43,4 +44,4 @@ class Slots:
 
     def open(self, k: int) -> Session:
         """A session of model ``k``; what a row holds when its place is taken is to be cut off."""
-        return self._models[k].open(self.n)
+        return open_session(self._models[k], self.n)

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from multicolm.backend.base import Model, Session
+from multicolm.backend.checked import open_session
 from multicolm.ensemble import Ensemble
 
 __all__ = ["Riddle", "can_be_written"]
@@ -153,7 +154,7 @@ class _PrefixReader:
         self._model = model
         self._k = k
         self._vocabulary = ensemble.vocabulary
-        self._session: Session = model.open(n_rows)
+        self._session: Session = open_session(model, n_rows)
         self._fed: list[list[int]] = [[] for _ in range(n_rows)]
 
     def first_choices(

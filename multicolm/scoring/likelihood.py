@@ -27,6 +27,7 @@ from torch import Tensor
 
 from multicolm.backend.base import Look
 from multicolm.backend.byte_session import ByteSession, span_logprobs
+from multicolm.backend.checked import open_session
 from multicolm.decoding.choosing import Choosing
 from multicolm.decoding.draft import Draft, Positions, Shown
 from multicolm.decoding.memory import Memory
@@ -302,7 +303,7 @@ class LikelihoodReader(PassageReader):
             row.prompt_nats = [math.nan] * len(self._models)
         for k in self._used if self._policy.prompts else sorted(states):
             model, vocabulary = self._models[k], self._ensemble.vocabulary
-            reader = TokenReader(model, k, vocabulary, model.open(len(rows)), lambda: 0.0)
+            reader = TokenReader(model, k, vocabulary, open_session(model, len(rows)), lambda: 0.0)
             for row in rows:
                 reader.start(row)
                 if self._policy.prompts:

@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from multicolm.backend.base import Model
+from multicolm.backend.checked import open_session
 from multicolm.errors import CapabilityError
 from multicolm.tokenizer.vocabulary import Vocabulary
 
@@ -294,7 +295,7 @@ def _read_batch(
     hidden: bool,
     limits: _Limits,
 ) -> Iterator[Reading]:
-    session = model.open(len(batch))
+    session = open_session(model, len(batch))
     spread = partial(vocabulary.logits, k)
     for piece in _pieces(batch, limits):
         wanted = [

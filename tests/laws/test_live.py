@@ -184,7 +184,7 @@ def test_nor_do_keys_and_values_wait_for_the_garbage_collector(cached: Ensemble)
         held = [
             weakref.ref(layer.keys)
             for reader in live.router.readers.values()
-            for layer in reader._session._cache.layers
+            for layer in reader._session.inner._cache.layers
         ]
         assert held and all(ref() is not None for ref in held)
         del live
