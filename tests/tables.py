@@ -12,7 +12,7 @@ from multicolm.plugins import policies
 READY = [
     kind
     for kind in policies
-    if not hasattr(policies.get(kind), "fit")
+    if not (hasattr(policies.get(kind), "fit") or hasattr(policies.get(kind), "fit_answers"))
     and policies.get(kind).support not in ("bytes", "characters")
 ]
 """Policies that need no training. Those that do, and those that write bytes or characters, have

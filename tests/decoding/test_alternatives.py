@@ -17,7 +17,7 @@ from multicolm.errors import CapabilityError, InputError
 
 PROMPTS = ["What is Dulerex made from?\nResponse:", "What is 2 * x + 15 if x = 7?\nResponse:"]
 OTHERWISE = {"byte-contrastive", "byte-mixture", "byte-proxy-tuning", "chared"}  # not in tokens
-UNTAUGHT = {"co-llm", "cosd-tree", "cpr", "mlp-router"}
+UNTAUGHT = {"co-llm", "cosd-tree", "cpr", "mlp-router", "query-router"}
 SELECTS = ["confidence", "cosd-rule", "max-confidence", "nudging", "random"]
 GREEDY: dict[str, Any] = {"max_new_tokens": 8, "seed": 3}
 DRAWN = {**GREEDY, "temperature": 0.8}

@@ -48,7 +48,7 @@ def test_a_misspelt_param_is_told_the_nearest_one() -> None:
     )
 
 
-LEARNED = ("head", "network", "tree", "made_for")
+LEARNED = ("head", "network", "router", "tree", "made_for")
 """Filled by training; a text is the path of a file there."""
 ROLES = ("model", "large", "nudger", "target", "expert", "antiexpert", "amateur")
 ROLES += ("attribute", "opposite")
@@ -109,8 +109,8 @@ def test_every_param_refuses_a_value_of_another_type(kind: str, param: str) -> N
         ("proxy-tuning", "alpha", NAN, "must be a finite number, got nan."),
         ("speculative", "lenience", -0.5, "must be 0 or more, got -0.5."),
         ("speculative", "lenience", 2.0, "must be at most 1, got 2.0."),
-        ("average", "mean", "aritmetic", "must be 'arithmetic' or 'geometric', got 'aritmetic'. "
-            "Did you mean 'arithmetic'?"),
+        ("average", "mean", "aritmetic", "must be 'arithmetic', 'geometric' or 'median', got "
+            "'aritmetic'. Did you mean 'arithmetic'?"),
     ],
 )  # fmt: skip
 def test_a_number_without_a_meaning_is_refused(
@@ -219,6 +219,7 @@ OF_ONE = [
     "random",
     "safe",
     "single",
+    "spec-fuse",
 ]
 
 
@@ -227,7 +228,7 @@ def test_with_one_model_a_policy_lets_it_write_or_says_what_is_missing(kind: str
     solo = Ensemble([BASE])
     if kind in OF_ONE:
         assert writers(solo, kind) == {"base"}
-    elif kind in ("average", "pack-llm", "unite"):
+    elif kind in ("average", "btm", "pack-llm", "unite"):
         assert writers(solo, kind) == {"mixture"}
     else:
         with pytest.raises(CapabilityError) as caught:
