@@ -118,6 +118,7 @@ policies: Registry[object] = Registry(
         "cosd-tree": "multicolm.policy.cosd_tree:CosdTreePolicy",
         "cpr": "multicolm.policy.cpr:CprPolicy",
         "entropy": "multicolm.policy.threshold:EntropyPolicy",
+        "fusion-route": "multicolm.policy.fusion_route:FusionRoutePolicy",
         "gac": "multicolm.policy.gac:GacPolicy",
         "gedi": "multicolm.policy.gedi:GediPolicy",
         "margin": "multicolm.policy.threshold:MarginPolicy",

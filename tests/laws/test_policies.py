@@ -25,7 +25,7 @@ def test_every_registered_policy_keeps_the_laws(kind: str, seed: int) -> None:
 
 def test_the_policies_that_learn_are_tested_where_they_are_trained() -> None:
     learned = [kind for kind in policies if hasattr(policies.get(kind), "fit")]
-    assert learned == ["co-llm", "cosd-tree", "cpr", "mlp-router"]
+    assert learned == ["co-llm", "cosd-tree", "cpr", "fusion-route", "mlp-router"]
     for kind in learned:
         with pytest.raises(CapabilityError, match="has not learned anything yet; train one with"):
             check_policy(policies.get(kind)())
