@@ -113,3 +113,8 @@ def test_what_has_axes_stays_what_it_is() -> None:
         assert found is value or isinstance(value, dict)
     assert as_python({"k": (np.float32(0.5), [torch.tensor(2)])}) == {"k": (0.5, [2])}
     assert operator.index(as_python(np.int64(2**62))) == 2**62
+
+
+def test_more_threads_than_any_machine_has_are_refused() -> None:
+    with pytest.raises(InputError, match=r"threads: must be at most 1024, got 1000000000\."):
+        written(threads=10**9)

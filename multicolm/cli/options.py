@@ -158,7 +158,7 @@ def writing_options(function: F) -> F:
             "--block-size",
             {"type": Whole(1), "help": "Tokens that the base model drafts at a time."},
         ),
-        ("--threads", {"type": Whole(1, 1 << 16), "help": "torch threads."}),
+        ("--threads", {"type": Whole(1, 1025), "help": "torch threads."}),
     ]
     names = [name.removeprefix("--").replace("-", "_") for name, _ in options]
 

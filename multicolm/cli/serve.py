@@ -41,14 +41,14 @@ _KEY_VARIABLE = "MULTICOLM_API_KEY"
 )
 @click.option(
     "--max-concurrent",
-    type=Whole(1),
+    type=Whole(1, 1 << 16),
     default=16,
     show_default=True,
     help="Texts that are written at a time.",
 )
 @click.option(
     "--max-waiting",
-    type=Whole(0),
+    type=Whole(0, 1 << 24),
     default=64,
     show_default=True,
     help="More of them that may wait; then 429.",

@@ -46,7 +46,7 @@ class GenerationConfig(Strict):
     ] = ()
     schedule: Literal["stepwise", "block"] | None = None
     block_size: int = Field(default=8, ge=1)
-    threads: int | None = Field(default=None, ge=1)
+    threads: int | None = Field(default=None, ge=1, le=1024)
     top_logprobs: int = Field(default=0, ge=0)
 
     def updated(self, settings: Mapping[str, Any]) -> GenerationConfig:

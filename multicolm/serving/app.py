@@ -29,7 +29,14 @@ from multicolm.errors import (
 )
 from multicolm.numbers import check_number, check_whole
 from multicolm.policy.base import Policy
-from multicolm.serving.asked import MOST_ALTERNATIVES, ChatAsked, CompletionAsked, Refusal, read
+from multicolm.serving.asked import (
+    MOST_ALTERNATIVES,
+    ChatAsked,
+    CompletionAsked,
+    Refusal,
+    read,
+    schema_of,
+)
 from multicolm.serving.engine import Begun, Ended, Engine, Event, Failed, Grown, Order, Ticket
 from multicolm.serving.menu import DEFAULT, Choice, Menu, NotServedError
 from multicolm.serving.metrics import Metrics
@@ -138,17 +145,39 @@ def create_app(
         choice = menu.choose(name)
         return JSONResponse(_model(menu, engine, choice.name, created) | {"id": name})
 
-    @app.post("/v1/completions")
+    @app.post("/v1/completions", **_documented(CompletionAsked))
     async def completions(request: Request) -> Response:
         asked = read(await desk.body(request), CompletionAsked)
         return await desk.answer(request, asked, "completion")
 
-    @app.post("/v1/chat/completions")
+    @app.post("/v1/chat/completions", **_documented(ChatAsked))
     async def chat(request: Request) -> Response:
         asked = read(await desk.body(request), ChatAsked)
         return await desk.answer(request, asked, "chat")
 
     return app
+
+
+def _documented(asked: type[CompletionAsked] | type[ChatAsked]) -> dict[str, Any]:
+    """What the OpenAPI document says of a route, whose body FastAPI does not read itself."""
+    content = {"application/json": {"schema": schema_of(asked)}}
+    errors = {
+        400: "something in the request cannot be served; the message names the field",
+        401: "the key is missing or wrong",
+        404: "there is no such model",
+        408: "the body was too long in coming",
+        413: "the body is too long",
+        415: "the body is no JSON",
+        421: "the server has another name",
+        429: "there is no place; see Retry-After",
+        500: "a model or a policy has failed",
+        502: "a server that runs a model has failed",
+        503: "the server is shutting down",
+    }
+    return {
+        "openapi_extra": {"requestBody": {"required": True, "content": content}},
+        "responses": {status: {"description": words} for status, words in errors.items()},
+    }
 
 
 def _model(menu: Menu, engine: Engine, name: str, created: int) -> dict[str, Any]:

@@ -22,6 +22,7 @@ __all__ = [
     "Refusal",
     "StreamOptions",
     "read",
+    "schema_of",
 ]
 
 _MOST_TEXTS = 128
@@ -137,8 +138,8 @@ class _Asked(Strict):
     n: int = Field(default=1, ge=1, le=_MOST_TEXTS)
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
     stop: str | list[str] | None = None
-    temperature: float | None = None
-    top_p: float | None = None
+    temperature: float | None = Field(default=None, ge=0)
+    top_p: float | None = Field(default=None, gt=0, le=1)
     top_k: int | None = Field(default=None, ge=-1)  # -1 and 0: all tokens
     max_tokens: int | None = None
     multicolm: Extension = Field(default_factory=Extension)
@@ -289,6 +290,33 @@ class _Field:
 def _same(value: object, neutral: object) -> bool:
     # In Python True is 1 and 0 is False; in JSON they are not.
     return value == neutral and isinstance(value, bool) == isinstance(neutral, bool)
+
+
+def schema_of(asked: type[CompletionAsked] | type[ChatAsked]) -> dict[str, Any]:
+    """What a body may hold, as JSON Schema for an OpenAPI document; nothing refers elsewhere.
+
+    Fields that change nothing are in it, those that are not served with the values that are taken.
+    """
+    schema = asked.model_json_schema(ref_template="{model}")
+    parts = schema.pop("$defs", {})
+
+    def whole(value: Any) -> Any:
+        if isinstance(value, dict):
+            if "$ref" in value:
+                return whole(parts[value["$ref"]])
+            # A docstring here is for those who read the code.
+            return {k: whole(v) for k, v in value.items() if k not in ("title", "description")}
+        return [whole(part) for part in value] if isinstance(value, list) else value
+
+    found: dict[str, Any] = whole(schema)
+    fields: dict[str, Any] = found["properties"]
+    fields |= {name: {} for name in sorted(_HARMLESS)}
+    fields |= {name: {"enum": [*taken, None]} for name, (taken, _) in _REFUSED.items()}
+    if "messages" in fields:
+        turn = fields["messages"]["items"]["properties"]
+        turn |= {name: {} for name in sorted(_HARMLESS_IN_TURNS)}
+        turn |= {name: {"enum": [said, None]} for name, said in _NOTHING_IN_TURNS.items()}
+    return found
 
 
 def read(body: bytes, schema: type[A]) -> A:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -38,6 +39,9 @@ class NotServedError(UnknownNameError):
     def __init__(self, message: str, param: str) -> None:
         super().__init__(message)
         self.param = param
+
+
+_NUMBER = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
 
 
 @dataclass(frozen=True)
@@ -180,10 +184,8 @@ class Menu:
         name, at, number = rest.removeprefix(":").partition("@")
         if not at:
             return name or None, None
-        try:
-            threshold = float(number)
-        except ValueError:
-            threshold = math.nan
+        # As JSON and everybody else writes numbers; Python also takes `1_000`, blanks and `٣`.
+        threshold = float(number) if _NUMBER.fullmatch(number) else math.nan
         if not math.isfinite(threshold):
             raise InputError(f"model '{model}': behind '@' stands a number, got '{number}'.")
         return name or None, threshold

@@ -57,8 +57,8 @@ class Settings:
         if self.api_key is not None:
             check_key(self.api_key, "api_key", "give None to let anybody ask")
         check_whole("port", self.port, least=0, below=65536)
-        check_whole("max_concurrent", self.max_concurrent, least=1)
-        check_whole("max_waiting", self.max_waiting, least=0)
+        check_whole("max_concurrent", self.max_concurrent, least=1, below=1 << 16)
+        check_whole("max_waiting", self.max_waiting, least=0, below=1 << 24)
         check_number("grace", self.grace, least=0, most=86_400)
 
 

@@ -108,7 +108,15 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
         "images, audio and files are not served",
     ),
     (COMPLETIONS, {"model": "tiny:cosd-rule@0.3"}, "no threshold of deferral"),
-    (COMPLETIONS, {"model": "tiny:confidence@nan"}, "behind '@' stands a number"),
+    *(
+        (COMPLETIONS, {"model": f"tiny:confidence@{number}"}, "behind '@' stands a number")
+        for number in ("nan", "inf", "1_000", "٣", " 0.3 ", "0x1", "1e", "", "1e999", "+-1")
+    ),
+    (
+        COMPLETIONS,
+        {"multicolm": {"policy": "confidence", "params": {"threshold": 7}}},
+        "threshold: must be at most 2, got 7",
+    ),
     (COMPLETIONS, {"multicolm": {"polcy": "x"}}, "Did you mean 'policy'?"),
     (
         COMPLETIONS,
@@ -184,6 +192,40 @@ def test_what_asks_for_nothing_changes_nothing(name: str, value: Any, schema: An
     asked = read(json.dumps({**plain, name: value}).encode(), schema)
     assert asked.settings(own, 64) == read(json.dumps(plain).encode(), schema).settings(own, 64)
     assert (asked.prompts(), asked.n) == (["a"] if schema is CompletionAsked else [[turn]], 1)
+
+
+def test_a_number_after_the_at_sign_is_written_as_in_json(server: Server) -> None:
+    for number in ("0.3", ".3", "3e-1", "+0.30", "1", "1."):
+        choice = server.menu.choose(f"tiny:confidence@{number}")
+        assert choice.params["threshold"] == float(number)
+
+
+def test_weights_whose_sum_is_infinite_are_served(server: Server) -> None:
+    extension = {"policy": "average", "params": {"weights": [1e308] * 3}}
+    body = {"model": "tiny", "prompt": "a", "max_tokens": 1, "multicolm": extension}
+    assert ask(server, COMPLETIONS, body).status == 200
+
+
+@pytest.mark.parametrize("route", [COMPLETIONS, CHAT])
+def test_the_openapi_document_describes_the_bodies_that_are_taken(
+    server: Server, route: str
+) -> None:
+    document = ask(server, "/openapi.json").json
+    described = document["paths"][route]["post"]
+    assert {"200", "400", "401", "429", "500", "503"} <= set(described["responses"])
+    assert described["requestBody"]["required"]
+    body = described["requestBody"]["content"]["application/json"]["schema"]
+    assert "$ref" not in json.dumps(body) and body["additionalProperties"] is False
+    asked: Any = ChatAsked if route == CHAT else CompletionAsked
+    plain: dict[str, Any] = {"model": "tiny"}
+    plain |= (
+        {"messages": [{"role": "user", "content": "a"}]} if asked is ChatAsked else {"prompt": "a"}
+    )
+    assert set(plain) == set(body["required"])
+    for name, schema in body["properties"].items():
+        for value in schema.get("enum", [{"any": 1}] if not schema else []):
+            assert read(json.dumps(plain | {name: value}).encode(), asked).model == "tiny"
+    assert set(asked.model_fields) <= set(body["properties"])
 
 
 def test_top_k_that_is_off_is_off_where_the_ensemble_has_one() -> None:
