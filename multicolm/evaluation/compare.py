@@ -260,6 +260,7 @@ def _results(measured: Sequence[Measured], ensemble: Ensemble, seed: int) -> Ite
     """Every row with its intervals, and beside the best model alone."""
     alone = [row for row in measured if row.plan.kind == "model"]
     best = max(alone, key=lambda row: row.quality, default=None)
+    bounds = [row.qualities for row in measured if row.plan.name == QUESTION_ORACLE]
     for row in measured:
         low, high = mean_interval(row.qualities, seed=seed)
         plan = row.plan
@@ -274,6 +275,11 @@ def _results(measured: Sequence[Measured], ensemble: Ensemble, seed: int) -> Ite
             of=plan.of,
             point=plan.point,
             **_gain(row, best, seed),
+            p_question_oracle=(
+                paired_test(row.qualities, bounds[0], seed)
+                if bounds and plan.kind == "policy"
+                else None
+            ),
             **_work(row, ensemble),
         )
 

@@ -82,11 +82,11 @@ def _may_be_chance(row: RowResult) -> bool:
 
 def _certainty(comparison: Comparison, top: RowResult, n_policies: int) -> str:
     """Metric and split, the interval of the headline's difference, and its p-value."""
-    measured = f"{comparison.metric} on the {comparison.split} split"
+    measured = f"Metric: {comparison.metric}, {comparison.split} split"
     if top.gain_low is None or top.gain_high is None or top.p_value is None:
-        return f"{measured[0].upper()}{measured[1:]}."
+        return f"{measured}."
     text = (
-        f"{measured[0].upper()}{measured[1:]}; 95 % interval of the difference "
+        f"{measured}; 95 % interval of the difference "
         f"{points(top.gain_low)} to {points(top.gain_high)} points, {p_value(top.p_value)}"
     )
     if n_policies == 1:
@@ -145,12 +145,20 @@ def routing_verdict(comparison: Comparison) -> str:
     if bound is None or tokens is None:
         return ""
     if tokens.quality > bound.quality:
-        return "On these questions routing tokens beats any routing of whole questions."
+        # The best of several policies, so its p-value is corrected for being picked.
+        n_policies = sum(row.kind == "policy" for row in comparison.rows)
+        p = tokens.p_question_oracle
+        if p is not None and n_policies * p <= _LEVEL:
+            return "Here routing tokens beats any routing of whole questions."
+        return (
+            "Whether routing tokens beats any routing of whole questions stays open: the "
+            "difference may be chance."
+        )
     if questions is None:
         return "Whether routing tokens helps over routing questions stays open."
     if tokens.quality > questions.quality:
-        return "Routing tokens is ahead, but a better router of questions could do as well."
-    return "Routing tokens does not help over routing questions here."
+        return "Here routing tokens is ahead, but a better router of questions could do as well."
+    return "Here routing tokens does no better than routing questions."
 
 
 def _routing(comparison: Comparison) -> str:

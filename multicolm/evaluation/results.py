@@ -81,6 +81,8 @@ class RowResult:
             one; ``None`` for that model's own row.
         p_holm: the same, corrected by Holm's method for all policies of the comparison; ``None``
             for rows of other kinds.
+        p_question_oracle: of such a test of a policy against the per-question oracle, uncorrected;
+            ``None`` for rows of other kinds, and without that oracle.
         n_cut_off: answers that ended at ``max_new_tokens``; ``None`` for an oracle.
         n_shared: answers that more than one model wrote at; 0 for a policy that routes whole
             questions, ``None`` where these were not counted.
@@ -110,6 +112,7 @@ class RowResult:
     gain_high: float | None = None
     p_value: float | None = None
     p_holm: float | None = None
+    p_question_oracle: float | None = None
     n_cut_off: int | None = None
     n_shared: int | None = None
     uses: tuple[ModelUse, ...] = ()

@@ -84,6 +84,7 @@ def _row(
         gain_high=None if best else gain + 0.09,
         p_value=None if best else p_value,
         p_holm=min(1.0, 3 * p_value) if kind == "policy" else None,
+        p_question_oracle=p_value / 2 if kind == "policy" else None,
         n_cut_off=None if kind == "oracle" else 3 * (name == "cosd-rule"),
         n_shared=None if kind == "oracle" else N_QUESTIONS * (kind != "model"),
         uses=uses,

@@ -202,9 +202,9 @@ def test_the_comparison_says_what_it_found_and_how_sure_it_is(duo, make_task, tm
     assert comparison.findings[0] == (
         "rule: 75 %, 50 points more than base_ alone (25 %), which may be chance. 4 questions."
     )
-    assert comparison.findings[-1].endswith(
-        "On these questions routing tokens beats any routing of whole questions."
-    )
+    # The third question is the one that no model alone can answer.
+    assert comparison.findings[-1].endswith("stays open: the difference may be chance.")
+    assert [row.p_question_oracle for row in comparison.rows if row.kind == "policy"] == [1.0]
     assert comparison.binary and comparison.intervals.startswith("Clopper-Pearson")
     assert "warm-up" in comparison.timing
 

@@ -127,7 +127,7 @@ def test_results_of_0_1_are_read_and_reported_again(tmp_path: Path) -> None:
         del data[name]
     data["rows"] = [row for row in data["rows"] if row["name"] != "per-question oracle"]
     for row in data["rows"]:
-        for name in ("p_holm", "n_cut_off", "n_shared"):
+        for name in ("p_holm", "p_question_oracle", "n_cut_off", "n_shared"):
             del row[name]
     old = Comparison.from_json(json.loads(json.dumps(data)))
     write_report(old, fake_traces(), tmp_path)
