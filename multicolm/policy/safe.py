@@ -73,8 +73,10 @@ class SafePolicy(AveragePolicy):
         if not bool(is_mixed.any()):
             return views.base.logprobs
         mixed = super().mix(views)
-        if self.mean != "geometric":
-            mixed = self._sharpened(views, mixed)
+        smooth = is_mixed & (mixed.max(-1).values.exp() < _SMOOTH)
+        if self.mean != "geometric" and bool(smooth.any()):
+            rows = smooth.nonzero()[:, 0]
+            mixed = mixed.index_copy(0, rows, self._sharpened(views, mixed[rows], rows))
         return torch.where(is_mixed[:, None], mixed, views.base.logprobs)
 
     def _is_mixed(self, views: Views) -> Bool[Tensor, "positions"]:
@@ -90,27 +92,27 @@ class SafePolicy(AveragePolicy):
         return is_mixed
 
     def _sharpened(
-        self, views: Views, mixed: Float[Tensor, "positions vocab"]
-    ) -> Float[Tensor, "positions vocab"]:
-        """The mixture, its probability gathered in few tokens where it is smooth."""
+        self, views: Views, mixed: Float[Tensor, "rows vocab"], rows: Int[Tensor, "rows"]
+    ) -> Float[Tensor, "rows vocab"]:
+        """The mixture at some positions, its probability gathered in few tokens."""
         import torch
 
-        rows = (mixed.max(-1).values.exp() < _SMOOTH).nonzero()[:, 0]
-        if not len(rows):
-            return mixed
-        probs = mixed[rows].exp()
-        n = min(int(1 / self.sharpen), probs.shape[-1])  # no more tokens can have that much
-        top, ids = probs.topk(n)
+        probs = mixed.exp()
+        # No more tokens than that can have so much.
+        top, ids = probs.topk(min(int(1 / self.sharpen), probs.shape[-1]))
         attracts = top > self.sharpen
-        attracts &= views.base.logprobs[rows].gather(-1, ids) > float("-inf")
-        within = torch.stack([views.extends(ids[:, i]).gather(-1, ids) for i in range(n)], dim=1)
+        attracts &= views.base.logprobs[rows[:, None], ids] > float("-inf")
+        n = int(attracts.long().cumsum(-1).argmax(-1).max()) + 1  # behind these none attracts
+        ids, attracts = ids[:, :n], attracts[:, :n]
+        extends = [views.extends(ids[:, i]) for i in range(n)]
+        within = torch.stack([longer.gather(-1, ids) for longer in extends], dim=1)
         # Of two that spell the same, the likelier one counts as the shorter.
         shorter = within & ~(within.mT & torch.ones(n, n, dtype=torch.bool).tril().to(ids.device))
         attracts &= ~(shorter & attracts[:, :, None]).any(1)
         sharp = probs
-        for i in range(n):
-            gathered = views.extends(ids[:, i]) & attracts[:, i, None]
+        for i, longer in enumerate(extends):
+            gathered = longer & attracts[:, i, None]
             total = (probs * gathered).sum(-1, keepdim=True)
             moved = sharp.masked_fill(gathered, 0.0).scatter(-1, ids[:, i, None], total)
             sharp = torch.where(attracts[:, i, None], moved, sharp)
-        return mixed.index_copy(0, rows, sharp.log())
+        return sharp.log()
