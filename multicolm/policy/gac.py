@@ -32,8 +32,9 @@ class GacPolicy(AveragePolicy):
             more; the default asks all models everywhere.
 
     Source:
-        GaC, arXiv 2406.12585 (EMNLP 2024), section 3, and its thresholded form. Published for
-        greedy decoding; a model that spells a likely word in two tokens gives it less there than
+        GaC, arXiv 2406.12585 (EMNLP 2024), section 3, and its thresholded form, which others run
+        with 0.5 (SAFE, arXiv 2510.15346, section 4.1). Published for greedy decoding, and with the
+        arithmetic mean; a model that spells a likely word in two tokens gives it less there than
         it means, which `byte-mixture` does not.
     """
 
