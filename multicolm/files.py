@@ -10,7 +10,7 @@ from pathlib import Path
 
 from multicolm.errors import InputError
 
-__all__ = ["locked", "sha256", "write_whole"]
+__all__ = ["leads_out", "links_out", "locked", "sha256", "write_whole"]
 
 
 def write_whole(path: Path, content: bytes | str) -> None:
@@ -34,6 +34,26 @@ def write_whole(path: Path, content: bytes | str) -> None:
         with contextlib.suppress(OSError):
             part.unlink()
         raise
+
+
+def leads_out(path: Path, folder: Path) -> bool:
+    """Whether a path leads out of a folder, by ``..``, from the root, or by a symbolic link.
+
+    In the cache of the Hub's library every file is a link into the store of its repository; that
+    counts as inside.
+    """
+    home, found = folder.resolve(), path.resolve()
+    homes = [home]
+    if home.parent.name == "snapshots":
+        homes.append(home.parent.parent / "blobs")
+    return not any(found.is_relative_to(each) for each in homes)
+
+
+def links_out(folder: Path) -> Iterator[Path]:
+    """The symbolic links in a folder that lead out of it."""
+    for path in sorted(folder.rglob("*")):
+        if path.is_symlink() and leads_out(path, folder):
+            yield path
 
 
 def sha256(path: Path) -> str:

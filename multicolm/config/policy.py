@@ -24,6 +24,7 @@ from multicolm.config.policy_code import (
 )
 from multicolm.config.wording import Place, Problem, Strict, check, problems_of, show, unknown_key
 from multicolm.errors import ConfigError, MulticolmError, UnknownNameError, unknown
+from multicolm.files import leads_out
 from multicolm.numbers import as_python
 from multicolm.plugins import policies
 from multicolm.views import Role
@@ -99,9 +100,30 @@ def load_policy(source: str | Path, base_dir: Path) -> PolicyConfig:
             return PolicyConfig(kind=source)
         if not path.exists():
             raise UnknownNameError(unknown("policy", source, policy_names()))
-    if path.is_dir():
-        path = path / "policy.yaml"
-    return parse_policy(read_text(path, "a policy file"), path)
+    if not path.is_dir():
+        return parse_policy(read_text(path, "a policy file"), path)
+    config = parse_policy(read_text(path / "policy.yaml", "a policy file"), path / "policy.yaml")
+    _refuse_outside(config, path)
+    return config
+
+
+def _refuse_outside(config: PolicyConfig, folder: Path) -> None:
+    """A folder with a policy is handed on as a whole: what it names lies inside it.
+
+    Raises:
+        ConfigError: naming the param.
+    """
+    kind = config.kind
+    names = sorted(file_params(policy_class(kind)))
+    files = {f"params.{name}": config.params.get(name) for name in names}
+    if is_code(kind):
+        files["kind"] = str(split_address(kind)[0])
+    for place, value in files.items():
+        if isinstance(value, str) and leads_out(Path(value), folder):
+            raise ConfigError(
+                f"{folder / 'policy.yaml'}: {place}: {value} leads out of the folder; keep what a "
+                "policy has learned in the folder of its policy.yaml."
+            )
 
 
 def parse_policy(text: str, origin: str | Path) -> PolicyConfig:

@@ -20,7 +20,7 @@ from multicolm.artefacts import Artefact
 from multicolm.config import EnsembleConfig, ModelConfig, load_ensemble
 from multicolm.ensemble import Ensemble, load
 from multicolm.errors import ArtefactError, ConfigError
-from multicolm.files import sha256, write_whole
+from multicolm.files import leads_out, links_out, sha256, write_whole
 from multicolm.hub.cards import ensemble_card, scores_card
 from multicolm.hub.transfer import FILES, folder_of, upload, upload_saved
 from multicolm.policy.base import Policy
@@ -152,6 +152,7 @@ class SharedEnsemble:
         folder = folder_of(source, revision=revision, token=token)
         config = load_ensemble(folder / "ensemble.yaml")
         _refuse_unsafe(config, str(folder / "ensemble.yaml"))
+        _refuse_outside(config, folder)
         return cls(config)
 
     def _model(self, name: str, model: ModelConfig, folder: Path) -> dict[str, Any]:
@@ -166,6 +167,8 @@ class SharedEnsemble:
         if resolved.adapter is not None:
             source = Path(resolved.adapter)
             settings["adapter"] = self._taken(name, source, folder, f"models/{name}-adapter")
+        if model.chat_template is not None and not self._with_models:
+            _refuse_template(model.chat_template, f"model '{name}'", self.config.base_dir)
         if resolved.chat_template is not None:
             settings["chat_template"] = f"./templates/{name}.jinja"
             write_whole(folder / "templates" / f"{name}.jinja", resolved.chat_template)
@@ -177,8 +180,8 @@ class SharedEnsemble:
         Raises:
             ConfigError: if it lies elsewhere and was not asked for.
         """
-        home = self.config.base_dir.resolve()
-        if not self._with_models and not source.resolve().is_relative_to(home):
+        home = self.config.base_dir
+        if not self._with_models and leads_out(source, home):
             raise ConfigError(
                 f"model '{name}' lies in {source}, where nobody else has it; push it to the Hub "
                 "and name it by its id, or let its files go along (--with-models)."
@@ -190,6 +193,11 @@ class SharedEnsemble:
             return f"./{place}/{source.name}"
         for pattern in FILES:
             for file in source.glob(pattern):
+                if not self._with_models and leads_out(file, home):
+                    raise ConfigError(
+                        f"model '{name}': {file} is a link that leads out of {home}; put the file "
+                        "itself in its place, or let such files go along (--with-models)."
+                    )
                 target = folder / place / file.name
                 target.parent.mkdir(parents=True, exist_ok=True)
                 if target.resolve() != file.resolve():
@@ -204,6 +212,13 @@ class SharedEnsemble:
         if not learned:
             given = self.config.policy
             return {"kind": given.kind, **({"params": dict(given.params)} if given.params else {})}
+        home = self.config.base_dir
+        for value in learned if not self._with_models else ():
+            if value.path is not None and leads_out(value.path, home):
+                raise ConfigError(
+                    f"policy: what it has learned lies in {value.path}, and not in {home}; copy "
+                    "its folder there, or let files from elsewhere go along (--with-models)."
+                )
         _checkpoint_of(policy, learned[0]).save_pretrained(folder / "policy")
         return "./policy"
 
@@ -231,6 +246,52 @@ def _refuse_unsafe(config: EnsembleConfig, origin: str) -> None:
                     "this setting, for it would act on the machine of whoever takes it; leave it "
                     "out, and let them set it themselves."
                 )
+
+
+def _refuse_template(given: str, where: str, home: Path) -> None:
+    """Refuse a chat template that is a file outside of a folder.
+
+    Raises:
+        ConfigError: beginning with ``where``.
+    """
+    if not given.endswith(".jinja") or "{" in given or given in catalog.names("chat_templates"):
+        return
+    path = home / Path(given).expanduser()
+    if leads_out(path, home):
+        raise ConfigError(
+            f"{where}: its chat template {path} does not lie in {home}; copy it there, or let "
+            "files from elsewhere go along (--with-models)."
+        )
+
+
+def _refuse_outside(config: EnsembleConfig, folder: Path) -> None:
+    """Refuse an ensemble of somebody else's that names files of this machine outside its folder.
+
+    Raises:
+        ConfigError: naming the model and the setting, or the file.
+    """
+    origin = folder / "ensemble.yaml"
+    for link in links_out(folder):
+        raise ConfigError(f"{link} is a link that leads out of {folder}, which nothing may.")
+    for name, model in config.models.items():
+        resolved, known = model.resolved, catalog.names("models")
+        places = {
+            "model": resolved.location if resolved.is_local and model.model not in known else None,
+            "adapter": resolved.adapter,
+            "tokenizer": resolved.tokenizer if model.tokenizer not in known else None,
+        }
+        for setting, place in places.items():
+            if place is not None and Path(place).is_absolute() and leads_out(Path(place), folder):
+                raise ConfigError(
+                    f"{origin}: models.{name}.{setting}: {place} leads out of the folder; all that "
+                    "a shared ensemble names lies in it, or on the Hub."
+                )
+        if model.chat_template is not None:
+            _refuse_template(model.chat_template, f"{origin}: models.{name}", folder)
+    for value in config.policy.params.values():
+        path = Path(value) if isinstance(value, str) else getattr(value, "path", None)
+        if path is not None and path.is_absolute() and leads_out(path, folder):
+            raise ConfigError(f"{origin}: policy: {path} leads out of the folder.")
 
 
 class SharedScores:
@@ -279,6 +340,8 @@ class SharedScores:
         """
         for name in self._names():
             path = self.folder / name
+            if leads_out(path, self.folder):
+                raise ArtefactError(f"{path} is a link that leads out of {self.folder}.")
             if not path.is_file() or sha256(path) != self.index.files.get(name):
                 raise ArtefactError(
                     f"{path} is missing or has changed since it was written; fetch or score the "

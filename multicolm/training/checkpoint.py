@@ -21,7 +21,7 @@ from huggingface_hub import ModelHubMixin
 from multicolm.artefacts import Artefact
 from multicolm.config.policy_code import code_of
 from multicolm.errors import ArtefactError
-from multicolm.files import write_whole
+from multicolm.files import links_out, write_whole
 from multicolm.hub.transfer import download, hub_errors
 from multicolm.plugins import policies
 from multicolm.policy.base import Policy
@@ -163,6 +163,10 @@ class Checkpoint(
     def _from_pretrained(cls, *, model_id: str, **_: Any) -> Checkpoint:
         """A checkpoint from a folder, which :meth:`from_pretrained` has fetched if need be."""
         folder = Path(model_id)
+        for link in links_out(folder):
+            raise ArtefactError(
+                f"{link} is a link that leads out of {folder}; put the file itself in its place."
+            )
         policy = resolve_policy(folder)
         config = yaml.safe_load((folder / "policy.yaml").read_text(encoding="utf-8"))
         summary, tasks = config.get("summary", ""), config.get("tasks")

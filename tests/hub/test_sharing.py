@@ -19,11 +19,13 @@ import multicolm
 from multicolm.artefacts import Weights
 from multicolm.cli import main
 from multicolm.config import load_ensemble
-from multicolm.errors import ArtefactError, ConfigError, HubError, InputError
+from multicolm.errors import ArtefactError, ConfigError, HubError, InputError, MulticolmError
 from multicolm.evaluation.report import write_report
+from multicolm.files import leads_out, links_out
 from multicolm.hub.kinds import kind_of, pull, push
 from multicolm.hub.saved import SharedEnsemble, SharedScores
 from multicolm.policy.co_llm import CoLlmPolicy
+from multicolm.policy.resolve import resolve_policy
 from multicolm.scoring.corpus import open_corpus
 from multicolm.scoring.score import score
 from multicolm.scoring.store import load_table
@@ -470,3 +472,115 @@ def test_what_is_pulled_is_recognised_by_its_files(scores: Path, tmp_path: Path)
     router().save_pretrained(tmp_path / "router")
     assert kind_of(tmp_path / "router") == "router"
     assert kind_of(table_ensemble(tmp_path / "home")) == "ensemble"
+
+
+# --- nothing reaches outside ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def private(tmp_path: Path) -> Path:
+    """Files beside the shared folders, which are nobody's business."""
+    folder = tmp_path / "private"
+    folder.mkdir()
+    (folder / "secret.jinja").write_text("{{ messages[0]['content'] }} s3cret")
+    router().save_pretrained(folder / "router")
+    table_ensemble(folder / "models")
+    return folder
+
+
+def shared_ensemble(folder: Path, **model: Any) -> Path:
+    """An ensemble's folder with something in its first model's settings."""
+    folder.mkdir()
+    data = {"base_model": "p", "models": {"p": {"model": "tiny-facts", **model}}}
+    (folder / "ensemble.yaml").write_text(yaml.safe_dump(data))
+    return folder
+
+
+OUTSIDE: list[dict[str, Any]] = [
+    {"chat_template": "../private/secret.jinja"},
+    {"chat_template": "PRIVATE/secret.jinja"},
+    {"chat_template": "./link.jinja"},
+    {"backend": "table", "model": "../private/models/p.yaml"},
+    {"backend": "table", "model": "PRIVATE/models/p.yaml"},
+]
+
+
+@pytest.mark.parametrize("settings", OUTSIDE, ids=lambda each: "-".join(each.values())[:40])
+def test_an_ensemble_that_names_files_outside_its_folder_is_neither_taken_nor_given(
+    settings: dict[str, Any], hub: Hub, private: Path, tmp_path: Path
+) -> None:
+    given = {k: v.replace("PRIVATE", str(private)) for k, v in settings.items()}
+    folder = shared_ensemble(tmp_path / "evil", **given)
+    if "link" in str(settings):
+        (folder / "link.jinja").symlink_to("../private/secret.jinja")
+    with pytest.raises(
+        ConfigError, match=r"leads? out of|does not lie in|where nobody else has it"
+    ):
+        push(folder, "org/evil")
+    assert hub.files == {}
+    with pytest.raises(ConfigError, match=r"leads? out of|does not lie in"):
+        SharedEnsemble.from_pretrained(folder)
+    if "link" not in str(settings):  # the Hub has no links
+        hub.files["models/org/evil"] = contents(folder)
+        with pytest.raises(ConfigError, match=r"kept as ensemble\.yaml\.refused\."):
+            pull("org/evil", tmp_path / "got")
+        assert not (tmp_path / "got" / "ensemble.yaml").exists()
+
+
+@pytest.mark.parametrize("head", ["../private/router/head.safetensors", "ABSOLUTE", "link"])
+def test_a_policy_that_names_files_outside_its_folder_is_neither_taken_nor_given(
+    head: str, hub: Hub, private: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "evil"
+    router().save_pretrained(folder)
+    theirs = private / "router" / "head.safetensors"
+    (folder / "head.safetensors").unlink()
+    if head == "link":
+        (folder / "head.safetensors").symlink_to(theirs)
+    else:
+        file = folder / "policy.yaml"
+        named = str(theirs) if head == "ABSOLUTE" else head
+        file.write_text(file.read_text().replace("head: head.safetensors", f"head: {named}"))
+    for take in (
+        lambda: push(folder, "org/evil"),
+        lambda: Checkpoint.from_pretrained(folder),
+        lambda: resolve_policy(folder),
+    ):
+        with pytest.raises(MulticolmError, match="leads out of"):
+            take()
+    assert hub.files == {}
+    if head != "link":
+        hub.files["models/org/evil"] = contents(folder)
+        with pytest.raises(ConfigError, match="leads out of"):
+            pull("org/evil", tmp_path / "got")
+
+
+def test_what_an_ensemble_names_elsewhere_goes_along_if_asked_for(
+    private: Path, tmp_path: Path
+) -> None:
+    folder = shared_ensemble(tmp_path / "mine", chat_template="../private/secret.jinja")
+    SharedEnsemble(folder, with_models=True).save_pretrained(tmp_path / "saved")
+    assert "s3cret" in (tmp_path / "saved" / "templates" / "p.jinja").read_text()
+
+
+def test_a_score_table_with_a_link_out_of_it_is_not_shared(scores: Path, tmp_path: Path) -> None:
+    [file, *_] = sorted((scores / "text").iterdir())
+    moved = tmp_path / "elsewhere.safetensors"
+    file.rename(moved)
+    file.symlink_to(moved)
+    with pytest.raises(ArtefactError, match="is a link that leads out of"):
+        SharedScores(scores).check()
+
+
+def test_files_of_the_hubs_cache_are_links_that_count_as_inside(tmp_path: Path) -> None:
+    snapshot = tmp_path / "models--org--x" / "snapshots" / "abc"
+    blobs = tmp_path / "models--org--x" / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    (blobs / "b1").write_text("x")
+    (tmp_path / "other").write_text("y")
+    (snapshot / "a.txt").symlink_to("../../blobs/b1")
+    (snapshot / "evil.txt").symlink_to("../../../other")
+    assert list(links_out(snapshot)) == [snapshot / "evil.txt"]
+    assert leads_out(snapshot / ".." / ".." / ".." / "other", snapshot)
+    assert not leads_out(snapshot / "a.txt", snapshot)
