@@ -564,7 +564,10 @@ class Views:
         return self._starts_word.to(ids.device)[ids]
 
     def extends(self, ids: Int[Tensor, "n"]) -> Bool[Tensor, "n vocab"]:
-        """Per given token, which tokens of the vocabulary begin with its text, itself included."""
+        """Per given token, which tokens of the vocabulary begin with its text, itself included.
+
+        A special token and one of white space alone are extended by themselves alone.
+        """
         if self._extends is None:
             raise PolicyError("these views were made without a vocabulary.")
         return self._extends(ids)

@@ -40,7 +40,9 @@ class SafePolicy(AveragePolicy):
         SAFE, arXiv 2510.15346 (ICLR 2026), sections 3.2 and 3.3, with the published 0.5 and 0.1.
         There all models weigh the same, decoding is greedy, and the best model is the base model.
         Where two tokens that attract probability begin alike, here the shorter one gets all of it,
-        so that a distribution is left to sample from; the likeliest token is the same.
+        so that a distribution is left to sample from; the likeliest token is the same. A token of
+        white space alone attracts nothing here: words that begin with a space have nothing else
+        in common.
     """
 
     threshold: Annotated[float, Field(ge=0, le=1)] = 0.5

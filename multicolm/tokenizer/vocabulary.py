@@ -144,7 +144,8 @@ class Vocabulary(ABC):
     def extends(self, ids: Int[Tensor, "n"]) -> Bool[Tensor, "n vocab"]:
         """Per given token, which tokens begin with its text; itself is one of them.
 
-        A special token is extended by itself alone.
+        A special token and one of white space alone, which is no part of a word, are extended by
+        themselves alone.
         """
         first, last = (bound.to(ids.device) for bound in self._extensions)
         return (first >= first[ids, None]) & (first <= last[ids, None])
@@ -167,6 +168,8 @@ class Vocabulary(ABC):
             last[place] = len(ordered) - 1
         place_of = {text: place for place, text in enumerate(ordered)}
         own = [place_of.get(text, len(ordered) + token) for token, text in enumerate(texts)]
+        for text, place in place_of.items():
+            last[place] = place if text.isspace() else last[place]
         ends = [last[place] if place < len(ordered) else place for place in own]
         return torch.tensor(own), torch.tensor(ends)
 

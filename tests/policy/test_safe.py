@@ -182,7 +182,7 @@ def test_only_tokens_of_the_base_model_attract_probability() -> None:
 
 
 def test_a_token_is_extended_by_those_that_begin_with_its_text() -> None:
-    one = TableModel("one", ["b", "ab", "a", "abc", "ba", "."], {"": {".": 1.0}}, ["."])
+    one = TableModel("one", ["b", "ab", "a", "abc", "ba", " ", " b", "."], {"": {".": 1.0}}, ["."])
     tokens = ["abcd", "b", "c", "<stop>"]
     other = TableModel("other", tokens, {"": {"<stop>": 1.0}}, ["<stop>"])
     vocabulary = Ensemble([one, other]).vocabulary
@@ -191,6 +191,7 @@ def test_a_token_is_extended_by_those_that_begin_with_its_text() -> None:
     extends = vocabulary.extends(torch.arange(vocabulary.size))
     for token, text in enumerate(texts):
         wanted = [
-            i == token or (bool(text) and longer.startswith(text)) for i, longer in enumerate(texts)
+            i == token or (bool(text.strip()) and longer.startswith(text))
+            for i, longer in enumerate(texts)
         ]
         assert extends[token].tolist() == wanted
