@@ -33,6 +33,7 @@ from multicolm.tokenizer.bridges import Pair, pairs
 from multicolm.tokenizer.byte_vocabulary import ByteVocabulary
 from multicolm.tokenizer.canonical import covers
 from multicolm.tokenizer.character_vocabulary import CharacterVocabulary
+from multicolm.tokenizer.chats import not_special_here
 from multicolm.tokenizer.shared import SharedVocabulary
 from multicolm.tokenizer.vocabulary import Vocabulary
 from multicolm.types import (
@@ -125,6 +126,8 @@ class Ensemble:
             policy, ModelNames(config.names), [_Shown(c.signals) for c in classes.values()]
         )
         models = [cls_.from_config(name, config.models[name]) for name, cls_ in classes.items()]
+        for model in models:
+            _warn_of_template(model, config.models[model.name].chat_template_text)
         return cls(
             models,
             policy=config.policy,
@@ -371,6 +374,19 @@ class Ensemble:
                     "selects one model per token, such as cosd-rule, one that mixes bytes, such as "
                     "byte-mixture, or models of one family."
                 )
+
+
+def _warn_of_template(model: Model, template: str | None) -> None:
+    """Say where the template of an ensemble file writes special tokens that a model has not."""
+    if template is None or not (names := not_special_here(model.tokenizer, template)):
+        return
+    warnings.warn(
+        f"models.{model.name}: its `chat_template` writes {' and '.join(names)}, which its "
+        "tokenizer does not have as tokens, so that the model reads them as text; give the "
+        "template that it was trained with, or `chat_template: plain`.",
+        MulticolmWarning,
+        stacklevel=4,
+    )
 
 
 class _How(TypedDict):

@@ -237,7 +237,26 @@ generation: {max_new_tokens: true, stop: [3, ""], top_p: 2, schedule: blok, temp
         ),
         (
             "models: [1, 2\n",
-            "duo.yaml:2:1: not readable as YAML: expected ',' or ']', but got '<stream end>'.",
+            "duo.yaml:1:9: not readable as YAML: what begins here does not end: expected ',' or "
+            "']', but got '<stream end>'.",
+        ),
+        (
+            "models: {a: 1\npolicy: single\n",
+            "duo.yaml:1:9: not readable as YAML: what begins here does not end: expected ',' or "
+            "'}', but got ':'.",
+        ),
+        (
+            'summary: "x\npolicy: single\n',
+            "duo.yaml:1:10: not readable as YAML: what begins here does not end: found unexpected "
+            "end of stream.",
+        ),
+        (
+            "models:\n  a\n    model: tiny-facts\n",
+            "duo.yaml:2:3: not readable as YAML: 'a' lacks a colon.",
+        ),
+        (
+            "models: {a: 1 b: 2}\n",
+            "duo.yaml:1:16: not readable as YAML: expected ',' or '}', but got ':'.",
         ),
         (
             "a: b: c\n",
@@ -515,6 +534,15 @@ models:
     assert "generation" in str(config.models["c"].chat_template_text)
 
 
+def test_a_gguf_file_is_told_its_backend(tmp_path: Path) -> None:
+    (tmp_path / "m.gguf").write_bytes(b"GGUF")
+    text = "base_model: a\nmodels:\n  a: {model: ./m.gguf}\n"
+    assert complaint(text, tmp_path / "duo.yaml") == (
+        f"{tmp_path}/duo.yaml:3:14: models.a.model: './m.gguf' is a GGUF file; add `backend: "
+        "llama-cpp`, which loads these."
+    )
+
+
 def test_an_adapter_starts_from_the_folder_of_the_file(tmp_path: Path) -> None:
     (tmp_path / "lora").mkdir()
     (tmp_path / "lora" / "adapter_config.json").write_text("{}")
@@ -715,7 +743,7 @@ def test_a_policy_is_validated_too(tmp_path: Path) -> None:
         "Did you mean 'threshold'? Allowed: threshold."
     ]
     [error] = validate("entrpy").errors
-    assert error.startswith("unknown ensemble or policy 'entrpy'. Did you mean 'entropy'?")
+    assert error.startswith("unknown ensemble, policy or task 'entrpy'. Did you mean 'entropy'?")
 
 
 def test_a_model_of_the_registry_needs_one_place() -> None:

@@ -128,6 +128,13 @@ def main(args: Sequence[str] | None = None) -> int:
             place = f": {error.filename}" if error.filename else ""
             code = _complain(f"Error: {reason[:1].lower()}{reason[1:]}{place}.", 1)
         _forget_output()
+    except Exception as error:
+        from multicolm.cli.own_code import sentence_of
+
+        sentence = None if state["debug"] else sentence_of(error)
+        if sentence is None:
+            raise
+        code = _complain(f"Error: {sentence} (--debug shows more.)", 1)
     return code
 
 

@@ -93,7 +93,7 @@ def command(
     Ctrl-D or /quit ends. With --json, every line of standard input is one message, and every
     answer one line.
     """
-    loaded, chosen = load(ensemble, policy, pairs)
+    loaded, chosen = load(ensemble, policy, pairs, chats=True)
     talk = _Talk(loaded, chosen, settings, trace)
     if as_json_:
         _answer_lines(talk)

@@ -33,7 +33,8 @@ def read_prompts(source: str) -> list[Any]:
     """The prompts of a file, or of standard input for ``-``.
 
     One prompt per line, blank lines skipped; where the first line is a JSON object with a
-    ``prompt``, every line must be one. There a prompt may also be a chat or a list of token ids.
+    ``prompt`` or ``messages``, every line must be one. There a prompt may also be a chat or a list
+    of token ids; of ``messages`` a last one of the assistant is left off, for it is to be written.
 
     Raises:
         InputError: if it cannot be read, is not UTF-8, holds no prompt, or a line is not right.
@@ -60,13 +61,22 @@ def _json_prompt(line: str) -> Any:
         value = json.loads(line)
     except ValueError:
         return None
-    return value.get("prompt") if isinstance(value, dict) else None
+    if not isinstance(value, dict):
+        return None
+    messages = value.get("messages")
+    if not isinstance(messages, list) or "prompt" in value:
+        return value.get("prompt")
+    last = messages[-1] if messages else None
+    is_answered = isinstance(last, dict) and last.get("role") == "assistant"
+    return messages[:-1] if is_answered else messages
 
 
 def _checked(line: str, place: str) -> Any:
     prompt = _json_prompt(line)
     if prompt is None:
-        raise InputError(f'{place}: must be a JSON object with a "prompt", got {line[:40]!r}.')
+        raise InputError(
+            f'{place}: must be a JSON object with a "prompt" or "messages", got {line[:40]!r}.'
+        )
     return prompt
 
 
@@ -116,7 +126,8 @@ def command(
             [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
             for prompt in asked
         ]
-    loaded, chosen = load(ensemble, policy, pairs)
+    chats = any(isinstance(p, list) and p and isinstance(p[0], dict) for p in asked)
+    loaded, chosen = load(ensemble, policy, pairs, chats=chats)
     stream = loaded.stream(
         asked, chosen, batch_size=batch_size, top_logprobs=top_logprobs, **settings
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING
 
 import click
@@ -20,15 +21,13 @@ __all__ = ["command"]
 @json_option
 @click.pass_context
 def command(ctx: click.Context, sources: tuple[str, ...], loads: bool, as_json_: bool) -> None:
-    """Check ensembles and policies without loading a model.
+    """Check ensembles, policies and tasks without loading a model.
 
     What was checked is printed. Nothing is fetched, so models of the Hub are not looked up. With
     --load an ensemble is loaded: what the servers of its models can do is printed, and how each two
     of them hand over to each other.
     """
-    from multicolm.config import validate
-
-    reports = [validate(source) for source in sources]
+    reports = [_checked(source) for source in sources]
     for report in reports if loads else ():
         if report.kind == "ensemble" and not report.errors:
             _load(report)
@@ -48,16 +47,41 @@ def command(ctx: click.Context, sources: tuple[str, ...], loads: bool, as_json_:
         ctx.exit(2)
 
 
+def _checked(source: str) -> Report:
+    """What is known of a source without loading anything."""
+    from multicolm.config import Report, validate
+    from multicolm.config.validation import is_task
+    from multicolm.errors import MulticolmError
+
+    if not is_task(source):
+        return validate(source)
+    from multicolm.evaluation.task import load_task
+
+    report = Report(source, "task")
+    try:
+        task = load_task(source)
+        splits = ", ".join(task.config.data)
+        report.checked.append(f"task {task.name}: fields, metric {task.config.metric.kind}")
+        report.checked.append(f"data: {splits}; not read")
+    except MulticolmError as error:
+        report.errors.extend(str(error).split("\n"))
+    return report
+
+
 def _load(report: Report) -> None:
     """Add what is known of an ensemble once it is loaded."""
     import multicolm
-    from multicolm.errors import MulticolmError
+    from multicolm.errors import MulticolmError, MulticolmWarning
 
     try:
-        ensemble = multicolm.load(report.source)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", MulticolmWarning)
+            ensemble = multicolm.load(report.source)
     except MulticolmError as error:
         report.errors.extend(str(error).split("\n"))
         return
+    said = (w.message for w in caught if issubclass(w.category, MulticolmWarning))
+    report.warnings.extend(map(str, said))
     report.checked.append(f"loaded {len(ensemble.models)} models")
     report.checked.extend(
         f"model {m.name}: {line}" for m in ensemble.backends for line in m.abilities

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from multicolm import catalog
 from multicolm.config.document import read_text
 from multicolm.errors import ConfigError, UnknownNameError, unknown
 
-__all__ = ["chat_template_text"]
+__all__ = ["chat_template_text", "lacks_chat_template"]
 
 _FORMS = "allowed are {names}, a .jinja file, or jinja text that uses `messages`"
 
@@ -38,6 +39,18 @@ def chat_template_text(given: str, base_dir: Path) -> str:
         raise UnknownNameError(f"{unknown('chat template', shown, known)} A{forms[1:]}.")
     _check(given, "", forms)
     return given
+
+
+def lacks_chat_template(folder: Path) -> bool:
+    """Whether a folder holds a tokenizer without a chat template; false where that is not known."""
+    places = ("chat_template.jinja", "chat_template.json", "chat_templates")
+    if any((folder / place).exists() for place in places):
+        return False
+    try:
+        facts = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False  # loading it will say what is wrong
+    return isinstance(facts, dict) and not facts.get("chat_template")
 
 
 def _check(text: str, where: str, forms: str) -> None:

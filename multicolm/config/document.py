@@ -52,9 +52,8 @@ class Document:
                 raise ConfigError(f"{origin}: the file is empty.")
             document.data = document._value(node, (), loader)
         except yaml.MarkedYAMLError as error:
-            mark = error.problem_mark or error.context_mark
-            where = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
-            raise ConfigError(f"{origin}{where}: not readable as YAML: {error.problem}.") from error
+            where, problem = _place_of(error, text)
+            raise ConfigError(f"{origin}{where}: not readable as YAML: {problem}.") from error
         except yaml.YAMLError as error:
             reason = " ".join(str(error).split())
             raise ConfigError(f"{origin}: not readable as YAML: {reason}.") from error
@@ -151,6 +150,28 @@ _SCALARS = {f"tag:yaml.org,2002:{kind}" for kind in ("str", "int", "float", "boo
     # Read as a date, so that the complaint can say "put it in quotes".
     "tag:yaml.org,2002:timestamp",
 }
+
+
+def _place_of(error: yaml.MarkedYAMLError, text: str) -> tuple[str, str]:
+    """Where a mistake is, as ``:line:column``, and what it is.
+
+    A parser notices what is not closed, or lacks a colon, in a line behind it.
+    """
+    mark, begin, problem = error.problem_mark, error.context_mark, str(error.problem)
+    if mark is None:
+        return "", problem
+    if begin is not None and begin.line < mark.line and "block" not in str(error.context):
+        problem = f"what begins here does not end: {problem}"
+        return f":{begin.line + 1}:{begin.column + 1}", problem
+    lines = text.splitlines()[: mark.line]
+    is_first = ":" not in "".join(text.splitlines()[mark.line : mark.line + 1])[: mark.column]
+    if problem == "mapping values are not allowed here" and is_first and lines:
+        number = max((i for i, line in enumerate(lines) if line.strip()), default=0)
+        line = lines[number]
+        if ":" not in line:
+            column = len(line) - len(line.lstrip())
+            return f":{number + 1}:{column + 1}", f"'{line.strip()[:40]}' lacks a colon"
+    return f":{mark.line + 1}:{mark.column + 1}", problem
 
 
 def _mark(node: yaml.Node) -> Mark:

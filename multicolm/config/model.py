@@ -331,6 +331,8 @@ def _locate(config: ModelConfig, base_dir: Path) -> dict[str, Any]:
         return {"location": entry.repository, "revision": revision, "is_local": False}
     if config.backend != "transformers" and (base_dir / name).is_file():
         return {"location": str((base_dir / name).resolve()), "revision": None, "is_local": True}
+    if config.backend == "transformers" and name.endswith(".gguf"):
+        raise ConfigError(f"'{name}' is a GGUF file; add `backend: llama-cpp`, which loads these.")
     elsewhere = {"location": name, "revision": config.revision, "is_local": False}
     if _written_as_path(name) or (base_dir / name).exists():
         folder = _folder(name, base_dir, "config.json")

@@ -16,7 +16,7 @@ from multicolm.config.policy_code import policy_class
 from multicolm.errors import ConfigError, MulticolmError, UnknownNameError, unknown
 from multicolm.views import ModelNames
 
-__all__ = ["Report", "validate"]
+__all__ = ["Report", "is_task", "validate"]
 
 
 @dataclass
@@ -25,14 +25,14 @@ class Report:
 
     Attributes:
         source: what was asked about.
-        kind: whether it is an ensemble or a policy; ``None`` if it could not be read.
+        kind: whether it is an ensemble, a policy or a task; ``None`` if it could not be read.
         checked: what was looked at and found right.
         warnings: what is allowed and unwise.
         errors: what is wrong.
     """
 
     source: str
-    kind: Literal["ensemble", "policy"] | None = None
+    kind: Literal["ensemble", "policy", "task"] | None = None
     checked: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
@@ -62,6 +62,21 @@ def validate(source: str) -> Report:
     return report
 
 
+def is_task(source: str) -> bool:
+    """Whether a source is a task: a name of the catalogue, or a YAML file of one."""
+    path = Path(source).expanduser()
+    others = {*catalog.names("ensembles"), *catalog.names("policies")}
+    if source in others or path.is_dir() or not path.exists():
+        return source in catalog.names("tasks") and source not in others
+    try:
+        data = Document.parse(read_text(path, "a task file"), source).data
+    except MulticolmError:
+        return False
+    return (
+        not {"models", "kind"} & data.keys() and len({"data", "gold", "metric"} & data.keys()) > 1
+    )
+
+
 def _kind(source: str) -> Literal["ensemble", "policy"]:
     ensembles, presets = catalog.names("ensembles"), catalog.names("policies")
     if source in ensembles:
@@ -73,7 +88,8 @@ def _kind(source: str) -> Literal["ensemble", "policy"]:
         has_policy = (path / "policy.yaml").is_file()
         return "policy" if has_policy and not (path / "ensemble.yaml").is_file() else "ensemble"
     if not path.exists() and not source.endswith((".yaml", ".yml")) and "/" not in source:
-        raise UnknownNameError(unknown("ensemble or policy", source, [*ensembles, *presets]))
+        known = [*ensembles, *presets, *catalog.names("tasks")]
+        raise UnknownNameError(unknown("ensemble, policy or task", source, known))
     data = Document.parse(read_text(path, "an ensemble or a policy file"), source).data
     return "policy" if "kind" in data and "models" not in data else "ensemble"
 

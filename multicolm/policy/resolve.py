@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
@@ -49,6 +50,8 @@ def resolve_policy(
     if isinstance(source, str) and ".py:" in source:
         cls = _from_file(source, base_dir or Path.cwd())
         return _build(cls, dict(params or {}), source)
+    if isinstance(source, str | Path) and str(source).endswith(".py"):
+        raise _without_class(str(source), (base_dir or Path.cwd()) / source)
     if isinstance(source, Mapping):
         config = _from_mapping(source)
     elif isinstance(source, PolicyConfig):
@@ -83,6 +86,19 @@ def _from_file(source: str, base_dir: Path) -> type[Policy]:
     if not path.is_file():
         raise ConfigError(f"policy {source}: there is no file {path}.")
     return _checked(source, name, run_named_file(path))
+
+
+def _without_class(source: str, path: Path) -> ConfigError:
+    """What to say of a file of policies of which none is named."""
+    try:
+        parsed = ast.parse(path.read_bytes())
+    except OSError as error:
+        return ConfigError(f"policy {source}: cannot be read: {error.strerror}.")
+    except (SyntaxError, ValueError) as error:
+        return ConfigError(f"policy {source}: not readable as Python: {error}.")
+    names = [node.name for node in parsed.body if isinstance(node, ast.ClassDef)]
+    held = f"it holds {', '.join(names)}" if names else "it holds none"
+    return ConfigError(f"policy {source}: name the class, {source}:Class; {held}.")
 
 
 def _checked(source: str, name: str, module: ModuleType) -> type[Policy]:

@@ -248,7 +248,8 @@ class _Gate:
         scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
         if scheme.lower() == b"bearer" and secrets.compare_digest(key.strip(), self._key):
             return None
-        message = "this server wants its key; send it as 'Authorization: Bearer KEY'."
+        what = "missing" if scheme.lower() != b"bearer" or not key.strip() else "invalid"
+        message = f"{what} API key; send it as 'Authorization: Bearer KEY'."
         return JSONResponse(
             failure(message, "invalid_request_error", code="invalid_api_key"),
             status_code=401,

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Literal
 
+import torch
+
 from multicolm.tokenizer.base import TokenizerAdapter
 from multicolm.tokenizer.bridged import BridgedVocabulary
 from multicolm.tokenizer.vocabulary import Vocabulary
@@ -28,7 +30,8 @@ class Pair:
         bridge: between them.
         shared: part of the other's tokens of text that the first one has too, by their bytes.
         same_split: whether both cut a text into the same pieces before they make tokens of it.
-        specials: special tokens of the other that are the same event for the first.
+        specials: special tokens of the other that are the same event for the first, by name; an
+            end of a text that is called otherwise by each, as ``one = other``.
         reason: why it is not the exact bridge, if that was asked for.
     """
 
@@ -86,8 +89,7 @@ def _pair(vocabulary: Vocabulary, tokenizers: Sequence[TokenizerAdapter], i: int
         bridge = "shared"
     elif isinstance(vocabulary, BridgedVocabulary) and vocabulary.is_exact(k):
         bridge = "exact"
-    ends = vocabulary.end_ids(i) & vocabulary.end_ids(k)
-    specials += [n for end in sorted(ends) if (n := vocabulary.name(end)) not in specials]
+    specials += [n for n in _ends_in_common(vocabulary, tokenizers, i, k) if n not in specials]
     return Pair(
         vocabulary.models[i],
         vocabulary.models[k],
@@ -97,3 +99,15 @@ def _pair(vocabulary: Vocabulary, tokenizers: Sequence[TokenizerAdapter], i: int
         tuple(specials),
         refusal if bridge == "boundary" else "",
     )
+
+
+def _ends_in_common(
+    vocabulary: Vocabulary, tokenizers: Sequence[TokenizerAdapter], i: int, k: int
+) -> list[str]:
+    """Ends of a text that are one event for two models, by the name that each has for it."""
+    names = []
+    for end in sorted(vocabulary.end_ids(i) & vocabulary.end_ids(k)):
+        own = [int(vocabulary.own_ids(m, torch.tensor([end]))) for m in (i, k)]
+        mine, theirs = (tokenizers[m].special_name(t) for m, t in zip((i, k), own, strict=True))
+        names.append(f"{mine} = {theirs}" if mine != theirs else str(mine))
+    return names

@@ -11,9 +11,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, cast
 
 from multicolm.errors import InputError
+from multicolm.tokenizer.base import TokenizerAdapter
 from multicolm.types import Message
 
-__all__ = ["hidden_in", "no_template", "rendered", "replaced", "strings_of"]
+__all__ = ["hidden_in", "no_template", "not_special_here", "rendered", "replaced", "strings_of"]
+
+# How the special tokens that templates write are called; tags such as <tool_call> often are text.
+_NAMES = re.compile(r"<\|[^|<>\s]+\|>|</?s>|<(?:bos|eos|unk|pad)>|<(?:start|end)_of_\w+>")
 
 
 def strings_of(messages: Iterable[Any]) -> list[str]:
@@ -93,6 +97,13 @@ def rendered(
             f"the chat template of model '{name}' {reason}. Mend it, or set another one with "
             "`chat_template:` in the ensemble file."
         ) from error
+
+
+def not_special_here(tokenizer: TokenizerAdapter, template: str) -> list[str]:
+    """Names in a template that look like special tokens, and are text for a tokenizer."""
+    n_front = len(tokenizer.encode(""))
+    names = dict.fromkeys(_NAMES.findall(template))
+    return [name for name in names if len(tokenizer.encode_rendered(name)) - n_front > 1]
 
 
 def no_template(name: str, others: Iterable[str] = ()) -> InputError:

@@ -117,6 +117,79 @@ def test_chat_puts_each_prompt_through_every_template(run, loaded) -> None:
     assert blocks.startswith(f"[1/2] {question}\n")
 
 
+def test_chats_of_a_corpus_are_answered_without_the_answer_that_they_hold(
+    run, loaded, tmp_path
+) -> None:
+    question = {"role": "user", "content": "What is Dulerex made from?"}
+    answered = {"messages": [question, {"role": "assistant", "content": "No."}]}
+    file = tmp_path / "d.jsonl"
+    lines = [answered, {"messages": [question]}, {"prompt": [question]}]
+    file.write_text("\n".join(map(json.dumps, lines)))
+    texts = [
+        json.loads(x)
+        for x in run("generate", "tiny", "--from", str(file), "--json").out.split("\n")[:-1]
+    ]
+    assert [text["prompt"] for text in texts] == [[question]] * 3
+    assert len({text["text"] for text in texts}) == 1
+
+
+def test_a_model_without_a_template_is_named_before_anything_is_loaded(
+    run, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.setattr(multicolm, "load", lambda source: pytest.fail("it was loaded"))
+    model = tmp_path / "m"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    (model / "tokenizer_config.json").write_text("{}")
+    file = tmp_path / "e.yaml"
+    file.write_text("base_model: a\nmodels:\n  a: {model: tiny-math}\n  b: {model: ./m}\n")
+    both = ("--policy", "max-confidence")
+    for result in (
+        run("generate", str(file), "Hi", "--chat", *both),
+        run("chat", str(file), *both),
+    ):
+        assert result.code == 2 and result.err == (
+            "Error: model 'b' has no chat template; give a plain text prompt, or set "
+            "`chat_template:` for it in the ensemble file: `chatml` or `plain`, jinja text that "
+            "uses `messages`, or a .jinja file.\n"
+        )
+    with pytest.raises(pytest.fail.Exception, match="it was loaded"):
+        run("generate", str(file), "Hi", "--chat")  # model b is not in use
+
+
+def test_an_error_in_ones_own_policy_is_one_line(run, loaded, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(
+        "from multicolm.policy import SelectPolicy\n"
+        "class Mine(SelectPolicy):\n"
+        "    base_signals = {'logprobs'}\n"
+        "    def select(self, views):\n"
+        "        return views.base.entropy > 1\n"
+        "class Other(SelectPolicy):\n"
+        "    def select(self, views):\n"
+        "        return {}['a']\n"
+    )
+    asked = ("generate", "tiny", DULEREX, "--policy")
+    result = run(*asked, "mine.py:Mine")
+    assert (result.code, result.out) == (1, "")
+    assert result.err == (
+        "Error: mine.py:5, Mine.select: View has no 'entropy'; did you mean 'entropy_nats'? "
+        "(--debug shows more.)\n"
+    )
+    assert "mine.py:8, Other.select: KeyError: 'a'" in run(*asked, "mine.py:Other").err
+    with pytest.raises(AttributeError):
+        run("--debug", *asked, "mine.py:Mine")
+    said = run(*asked, "mine.py").err
+    assert said == "Error: policy mine.py: name the class, mine.py:Class; it holds Mine, Other.\n"
+
+
+def test_an_error_that_is_ours_keeps_its_traceback(run, loaded, monkeypatch) -> None:
+    monkeypatch.setattr(loaded, "stream", lambda *_, **__: {}["a"])
+    monkeypatch.setattr("multicolm.cli.own_code._is_own", lambda code: False)
+    with pytest.raises(KeyError):
+        run("generate", "tiny", DULEREX)
+
+
 def test_a_trace_in_a_file_names_the_writers(run, loaded) -> None:
     result = run("generate", "tiny", DULEREX, "--trace")
     stream = loaded.stream([DULEREX])
@@ -166,13 +239,17 @@ def test_prompts_come_from_a_file_or_from_standard_input(run, loaded, tmp_path) 
         (
             "p.jsonl",
             b'{"prompt": "a"}\n{"promt": "b"}\n',
-            'FILE:2: must be a JSON object with a "prompt", got \'{"promt": "b"}\'.',
+            'FILE:2: must be a JSON object with a "prompt" or "messages", got \'{"promt": "b"}\'.',
         ),
-        ("p.jsonl", b"a\n", "FILE:1: must be a JSON object with a \"prompt\", got 'a'."),
+        (
+            "p.jsonl",
+            b"a\n",
+            'FILE:1: must be a JSON object with a "prompt" or "messages", got \'a\'.',
+        ),
         (
             "p.txt",
             b'{"prompt": "a"}\nb\n',
-            "FILE:2: must be a JSON object with a \"prompt\", got 'b'.",
+            'FILE:2: must be a JSON object with a "prompt" or "messages", got \'b\'.',
         ),
     ],
 )

@@ -158,7 +158,7 @@ def test_a_server_with_a_key_is_asked_with_it(browser: Browser) -> None:
     gate.open.set()
     with running(gate.ensemble(), "duo", api_key="secret", grace=0.0) as server:
         page = browser.open(server.address)
-        until(lambda: "wants its key" in page.text("#status"))
+        until(lambda: "missing API key" in page.text("#status"))
         page.value(
             "document.getElementById('key').value = 'secret';"
             "document.getElementById('key').dispatchEvent(new Event('change'))"
