@@ -20,7 +20,7 @@ $MULTICOLM score tiny-mixed "$DATA" --hidden --out "$OUT/scores"
 $MULTICOLM train tiny-mixed "$OUT/scores" --policy co-llm --out "$OUT/co-llm"
 $MULTICOLM train tiny-mixed "$OUT/scores" --policy mlp-router --out "$OUT/mlp-router"
 
-# The learned policies beside rules, each model alone, lotteries and the oracle.
+# The learned policies beside rules, each model alone, random baselines and the oracles.
 $MULTICOLM compare tiny-mixed --task "$TASK" $LIMIT --sweep 0 --out "$OUT/comparison" --policies \
 "$OUT/co-llm,$OUT/mlp-router,cosd-rule,confidence,max-confidence"
 

@@ -27,7 +27,7 @@ $MULTICOLM tune "$ENSEMBLE" --policy cosd-rule --task "$TASK" $LIMIT --out "$OUT
 $MULTICOLM tune "$ENSEMBLE" --policy "$OUT/co-llm" --set decode=threshold --budget 0.15 \
     --task "$TASK" $LIMIT --out "$OUT/co-llm-15"
 
-# All of them beside rules as they come, each model alone, lotteries and the oracle.
+# All of them beside rules as they come, each model alone, random baselines and the oracles.
 $MULTICOLM compare "$ENSEMBLE" --task "$TASK" $LIMIT --sweep 3 --out "$OUT/comparison" --policies \
 "$OUT/co-llm,$OUT/co-llm-15,$OUT/mlp-router,$OUT/cosd-tree,$OUT/cosd-rule,\
 confidence,max-confidence,average"

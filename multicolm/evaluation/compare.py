@@ -301,7 +301,10 @@ def _gain(row: Measured, best: Measured | None, seed: int) -> dict[str, Any]:
         "gain": row.quality - best.quality,
         "gain_low": low,
         "gain_high": high,
-        "p_value": paired_test(row.qualities, best.qualities, seed),
+        # An oracle is never worse, so there is nothing to test.
+        "p_value": None
+        if row.plan.kind == "oracle"
+        else paired_test(row.qualities, best.qualities, seed),
     }
 
 

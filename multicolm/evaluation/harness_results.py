@@ -113,6 +113,17 @@ class HarnessResults:
             columns.setdefault(figure.column, []).append(figure)
         yield from columns.values()
 
+    @property
+    def on_errors(self) -> str:
+        """What stands after ±, and what it does not say."""
+        text = "After ±, the standard error."
+        if any(figure.stderr == 0 for figure in self.figures):
+            text += (
+                " It is 0 where all answers are judged alike, which is no certainty: 24 right "
+                "answers to 24 questions leave a 95 % interval of 85.7 to 100 %."
+            )
+        return text
+
     def facts(self) -> list[tuple[str, str]]:
         """How it was measured: pairs of a name and a value."""
         return [
@@ -130,7 +141,7 @@ class HarnessResults:
             by_task.setdefault(column[0].task, []).append(column)
         for task, columns in by_task.items():
             parts += [f"## {markup(task)}", _table(columns)]
-        parts.append("Bold: the best of its column. After ±, the standard error.")
+        parts.append(f"Bold: the best of its column. {self.on_errors}")
         parts += [f"- {markup(text)}" for text in self.warnings]
         parts.append("## How it was measured")
         parts.append("\n".join(f"- {markup(k)}: {markup(v)}" for k, v in self.facts() if v))

@@ -78,7 +78,7 @@ class RowResult:
         gain_low: lower end of its 95 % interval, of paired questions.
         gain_high: its upper end.
         p_value: of a paired two-sided test against the best model alone, as if it were the only
-            one; ``None`` for that model's own row.
+            one; ``None`` for that model's own row and for oracles, which are never worse.
         p_holm: the same, corrected by Holm's method for all policies of the comparison; ``None``
             for rows of other kinds.
         p_question_oracle: of such a test of a policy against the per-question oracle, uncorrected;

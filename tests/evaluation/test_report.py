@@ -15,6 +15,8 @@ import pytest
 from fake_results import fake_comparison, fake_traces
 
 from multicolm.errors import ArtefactError
+from multicolm.evaluation.harness_results import HarnessFigure, HarnessResults
+from multicolm.evaluation.page import as_page
 from multicolm.evaluation.report import MissingPlotWarning, write_report
 from multicolm.evaluation.results import Comparison, read_comparison, read_traces
 from multicolm.evaluation.table import as_markdown, best
@@ -172,3 +174,15 @@ def test_the_best_value_of_a_column_is_bold_and_the_oracle_is_not_in_the_running
     for oracle in ("oracle", "per-question oracle"):
         [line] = [line for line in text.splitlines() if line.startswith(f"| {oracle}")]
         assert "**" not in line
+
+
+def test_a_standard_error_of_zero_is_not_left_for_certainty() -> None:
+    figure = HarnessFigure(
+        *("facts", "model", {}, "", "arc", "1", 24, 0, "acc", "none", 1.0, 0.0, True, 1.0, 0),
+    )
+    results = HarnessResults("tiny", ("facts",), ("",), {}, {}, "", (figure,))
+    page = as_page(fake_comparison(), [], results)
+    for text in (results.as_markdown(), page):
+        assert "is 0 where all answers are judged alike, which is no certainty" in text
+    usual = replace(results, figures=(replace(figure, value=0.5, stderr=0.1),))
+    assert usual.on_errors == "After ±, the standard error."

@@ -337,8 +337,8 @@ def _harness(results: HarnessResults) -> str:
     return (
         '<section aria-labelledby="harness-title" id="harness">'
         '<h2 id="harness-title" tabindex="-1">Tasks of the lm-evaluation-harness</h2>'
-        '<p class="hint">Marked figures are the best of their task and metric; ± is the standard '
-        "error.</p>"
+        '<p class="hint">Marked figures are the best of their task and metric. '
+        f"{_text(results.on_errors)}</p>"
         '<div class="scroll" role="region" aria-labelledby="harness-title" tabindex="0">'
         f'<table class="small"><thead><tr>{heads}</tr></thead><tbody>{"".join(rows)}</tbody>'
         f'</table></div>{notes}<dl class="facts">{facts_}</dl></section>'
