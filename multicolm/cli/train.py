@@ -118,6 +118,8 @@ def command(
         return
     if facts["report"]:
         print_table([report_title(facts["report"]), ""], report_lines(facts["report"]))
+        if "note" in facts["report"]:
+            click.echo(facts["report"]["note"], err=True)
     if train_base is None:
         use = f"use it with --policy {_as_path(out)}"
     else:

@@ -32,12 +32,12 @@ class Positions:
 
     Attributes:
         source: the table, in memory or on disk.
-        chosen: per block of the table, which of its positions they are.
+        chosen: per block of the table a mask, which of its positions they are.
         device: where what is read is put.
     """
 
     source: ScoreBlocks
-    chosen: Sequence[Bool[Tensor, "block"]]
+    chosen: Sequence[Tensor]
     device: torch.device
 
     def __len__(self) -> int:

@@ -11,7 +11,11 @@ from multicolm.training.report import report_title
 
 __all__ = ["card"]
 
-_SERIES = ("history", "calibration")
+_NO_PAIRS = ("history", "calibration", "search", "note")
+_CALIBRATION = (
+    "Calibration: the predicted probability of handing over, and how often an assistant was the "
+    "one that was right"
+)
 
 
 def card(config: Mapping[str, Any], provenance: Mapping[str, Any]) -> str:
@@ -73,12 +77,15 @@ def _section(title: str, facts: Mapping[str, Any]) -> str:
     text = f"## {title}\n\n" + _pairs(named)
     if facts.get("options"):
         text += "\nOptions:\n\n" + _pairs(facts["options"])
-    report = {k: v for k, v in facts.get("report", {}).items() if k not in _SERIES}
+    report = {k: v for k, v in facts.get("report", {}).items() if k not in _NO_PAIRS}
     if report:
         text += f"\n{report_title(report).capitalize()} (nats per token, parts of 1):\n\n"
         text += _pairs(report)
+    note = facts.get("report", {}).get("note")
+    if note:
+        text += f"\n{note}\n"
     calibration = facts.get("report", {}).get("calibration")
-    for what, rows in (("Calibration", calibration), ("The curve", facts.get("curve"))):
+    for what, rows in ((_CALIBRATION, calibration), ("The curve", facts.get("curve"))):
         if rows:
             names = list(rows[0])
             shown = [[_show(row[name]) for name in names] for row in rows]

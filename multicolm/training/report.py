@@ -18,9 +18,14 @@ def report_title(report: Mapping[str, Any]) -> str:
 
 
 def report_lines(report: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """What a training reports, as pairs to print; numbers in nats per token and parts of 1."""
+    """What a training reports, as pairs to print; numbers in nats per token and parts of 1.
+
+    Its ``note`` is no pair: it is said beside them.
+    """
     shown = []
     for name, value in report.items():
+        if name == "note":
+            continue
         if isinstance(value, Mapping):
             parts = [f"{k} {_number(v)}" for k, v in value.items()]
             shown.append((name.replace("_", " "), ", ".join(parts)))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from learning_worlds import Stop, hidden, stopping, world
 from safetensors.torch import save
 
 from multicolm.errors import ConfigError, TrainingError
@@ -16,40 +17,6 @@ from multicolm.learning.networks import from_tensors
 from multicolm.learning.router import fit_marginal, raw_scores
 from multicolm.learning.training import Training
 from multicolm.score_table import ScoreTable
-from multicolm.views import ModelNames
-
-
-def world(n_models: int = 3, n: int = 300, seed: int = 0, noise: float = 0.3) -> ScoreTable:
-    """Positions whose hidden state says which model is right, four to a text."""
-    g = torch.Generator().manual_seed(seed)
-    right = torch.randint(n_models, (n,), generator=g)
-    logprobs = torch.full((n, n_models), -4.0)
-    logprobs[range(n), right] = -0.1
-    top1 = torch.full((n, n_models), 6)
-    top1[range(n), right] = 5
-    hidden = torch.randn(n, 6, generator=g) * noise
-    hidden[range(n), right] += 1.0
-    zeros = torch.zeros(n, n_models)
-    return ScoreTable(
-        models=ModelNames([f"m{k}" for k in range(n_models)]),
-        gold_ids=torch.full((n,), 5),
-        gold_logprobs=logprobs,
-        known=torch.ones(n, n_models).bool(),
-        top1_ids=top1,
-        top1_logprobs=zeros,
-        entropies=zeros,
-        margins=zeros,
-        example=torch.arange(n) // 4,
-        place=torch.arange(n) % 4,
-        base={"hidden": hidden},
-        identities=tuple(f"id{k}" for k in range(n_models)),
-        digest="d",
-    )
-
-
-def hidden(part: ScoreTable) -> torch.Tensor:
-    return part.feature("hidden")
-
 
 SHORT = {"epochs": 4, "weak_epochs": 2, "batch_size": 64}
 KINDS = {
@@ -90,22 +57,6 @@ def test_training_draws_nothing_from_the_callers_random_numbers() -> None:
 def test_other_seeds_give_other_networks() -> None:
     a, b = (marginal(world(), Training({**KINDS["mlp"], "seeds": (s,)})) for s in (0, 1))
     assert a != b
-
-
-class Stop(Exception):
-    pass
-
-
-def stopping(after: int):
-    calls = 0
-
-    def stop(done: float, total: float, label: str) -> None:
-        nonlocal calls
-        calls += 1
-        if calls == after:
-            raise Stop
-
-    return stop
 
 
 @pytest.mark.parametrize("name", KINDS)

@@ -404,6 +404,7 @@ def test_a_divergence_leaves_no_checkpoint(tmp_path, scores) -> None:
 
 def test_the_report_is_shown_as_pairs_without_the_history() -> None:
     report = {"loss_nats": 0.123456, "share": {"a": 0.5, "b": 0.25}, "history": [{"x": 1}], "n": 3}
+    report["note"] = "6 held-out tokens."  # said beside the table
     assert report_lines(report) == [
         ("loss nats", "0.1235"),
         ("share", "a 0.5, b 0.25"),
