@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from pathlib import Path
+
 import torch
 
+from multicolm.files import sha256
 from multicolm.score_table import ScoreTable
+from multicolm.scoring.store import PER_MODEL, TEXT, Index, ScoredModel, Shard, TableFiles
 from multicolm.views import ModelNames
 
 
@@ -54,3 +59,31 @@ def stopping(after: int):
             raise Stop
 
     return stop
+
+
+def write_table(folder: Path, shards: Iterable[ScoreTable]) -> Path:
+    """A finished score table with hidden states on disk, as ``multicolm score`` writes it."""
+    firsts: list[Shard] = []
+    files: dict[str, str] = {}
+    for number, table in enumerate(shards):
+        n_examples = len(torch.unique(table.example))
+        start = sum(shard.n_examples for shard in firsts)
+        firsts.append(Shard(start, n_examples, len(table)))
+        models = tuple(
+            ScoredModel(name, name, "float32", 1.0, ("hidden",) if k == 0 else ())
+            for k, name in enumerate(table.models)
+        )
+        n = sum(shard.n_positions for shard in firsts)
+        index = Index("test", "made", "d", start, 0, n, False, 0, models, tuple(firsts), files)
+        stored = TableFiles(folder, index)
+        text = {name: getattr(table, name) for name in ("gold_ids", "example", "place")}
+        text |= {"prompt_digests": torch.arange(n_examples), "prompt_ids": torch.zeros(0).long()}
+        stored.write(TEXT, number, text | {"prompt_lengths": torch.zeros(n_examples).long()})
+        for k, name in enumerate(table.models):
+            columns = {column: getattr(table, column)[:, k] for column in PER_MODEL}
+            stored.write(name, number, columns | (dict(table.base) if k == 0 else {}))
+        for part in (TEXT, *table.models):
+            path = stored.path(part, number)
+            files[f"{part}/{path.name}"] = sha256(path)
+    (folder / "index.json").write_text(index.as_json(), encoding="utf-8")
+    return folder

@@ -47,14 +47,13 @@ def test_the_optimum_is_that_of_scipy() -> None:
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e4])
 def test_the_scale_and_the_place_of_features_make_no_difference(scale) -> None:
-    table = world(3, 300)
+    table = world(3, 300, noise=1.0)
     moved = replace(table, base={"hidden": table.base["hidden"] * scale + 5 * scale})
     reports = []
     for each in (table, moved):
-        training = Training()
+        training = Training({"l2": 0.03})
         fit_marginal(each, hidden, training)
         reports.append(training.report)
-    assert reports[0]["l2"] == reports[1]["l2"]
     assert reports[0]["nll_nats"] == pytest.approx(reports[1]["nll_nats"], abs=2e-3)
 
 
@@ -94,12 +93,12 @@ def table_of(right, seen, logprobs) -> ScoreTable:
 
 def test_a_wide_head_on_few_positions_is_far_better_than_uniform_by_defaults() -> None:
     """A rate that was found at width 96 gave 0.80 here, which is worse than uniform."""
-    fresh = wide(2000, 1024, 1)
-    head = fit_marginal(wide(3000, 1024, 0), hidden, Training())
+    fresh = wide(2000, 512, 1)
+    head = fit_marginal(wide(2000, 512, 0), hidden, Training())
     scores = raw_scores(head, hidden(fresh))
     nll = float(marginal_loss(scores, fresh.gold_logprobs, fresh.known).mean())
     uniform = marginal_loss(torch.zeros_like(scores), fresh.gold_logprobs, fresh.known).mean()
-    assert float(uniform) > 0.72 and nll < 0.58
+    assert nll < float(uniform) - 0.12
 
 
 @pytest.mark.parametrize("k", [1, 2, 3, 5, 10])
