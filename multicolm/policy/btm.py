@@ -46,6 +46,7 @@ class BtmPolicy(WeightedPolicy):
     prompt: bool = True
 
     likelihoods: ClassVar[bool] = True
+    partial: ClassVar[str] = "tokens outside a server's top k count with probability 0"
     support: ClassVar[Support] = "union"
 
     def __post_init__(self) -> None:

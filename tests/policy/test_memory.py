@@ -10,6 +10,7 @@ import torch
 from score_worlds import HiddenTable
 from tables import random_table
 
+import multicolm
 from multicolm import Ensemble, MixPolicy, NewTokens, SegmentPolicy, Segments, SelectPolicy, Views
 from multicolm.backend.table import TableModel
 from multicolm.errors import CapabilityError, PolicyError, UnknownNameError
@@ -132,6 +133,33 @@ def test_only_the_model_that_was_chosen_for_a_text_is_run() -> None:
                 assert answer.usage[name].forwards == n_alone
             assert (n_alone > 0) == (name == writer)
     assert chosen == set(TRIO.models)
+
+
+@pytest.mark.parametrize("bridge", ["boundary", "auto"])
+def test_a_model_of_another_vocabulary_that_is_chosen_once_writes_as_if_alone(bridge: Any) -> None:
+    base = HiddenTable(random_table("base", 1, ("a", "b", "c", " ", "d", " d", "e", ".")))
+    left = random_table("left", 2, ("a", "b", "c", " ", "d", "e", "ab", "bc", "<stop>"))
+    pair = Ensemble([base, left], bridge=bridge)
+    prompts = ["a", "ab", "cab", "ad", "ce"]
+    writers = set()
+    for answer in pair.generate(prompts, ChoosesOnce(), max_new_tokens=8):
+        [writer] = {token.model for token in answer.trace}
+        writers.add(writer)
+        single = {"kind": "single", "params": {"model": writer}}
+        [alone] = pair.generate([answer.prompt], single, max_new_tokens=8)
+        assert answer.text == alone.text
+        assert (answer.usage["left"].forwards > 0) == (writer == "left")
+    assert writers == {"base", "left"}
+    check_routing(pair, prompts[:3], ChoosesOnce(), max_new_tokens=6)
+
+
+def test_prompt_states_are_known_under_the_exact_bridge() -> None:
+    """A model that is followed by bytes otherwise is followed by tokens, as for hidden states."""
+    ensemble = multicolm.load("tiny-mixed-exact")
+    [answer] = ensemble.generate(["What does Zosos treat?"], ChoosesOnce(), max_new_tokens=3)
+    [writer] = {token.model for token in answer.trace}
+    ran = {name for name, usage in answer.usage.items() if usage.forwards}
+    assert ran == {writer, "generalist"}
 
 
 def test_a_choice_without_the_base_model_never_runs_it() -> None:

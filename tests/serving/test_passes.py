@@ -32,6 +32,22 @@ from multicolm.live import Live
 from multicolm.serving.passes import SharedSlots
 
 
+class OncePerText(SelectPolicy):
+    """The base model's hidden state of the prompt names the model that writes the text."""
+
+    name = "once-per-text"
+
+    def prompt_states(self, models: Any) -> Any:
+        return {0: frozenset({"last", "mean"})}
+
+    def initial_state(self, views: Views) -> torch.Tensor:
+        sure = views.prompt_hidden("base", "mean").sum(-1) + views.prompt_hidden().sum(-1) > 0
+        return sure.long()[:, None]
+
+    def select(self, views: Views) -> torch.Tensor:
+        return views.state[:, 0]
+
+
 class ByState(SelectPolicy):
     """Looks at the base model's last hidden state."""
 
@@ -41,6 +57,9 @@ class ByState(SelectPolicy):
 
     def select(self, views: Views) -> torch.Tensor:
         return (views.base.hidden.sum(-1) > 0).long()
+
+
+TOP_1 = {"kind": "btm", "params": {"top_k": 1}}
 
 
 def together(slots: SharedSlots, lives: Sequence[Live]) -> None:
@@ -53,11 +72,14 @@ def together(slots: SharedSlots, lives: Sequence[Live]) -> None:
         (tables, PROMPTS, ["confidence", "average", "cosd-rule", "speculative", "single"]),
         (tables, PROMPTS, ["max-confidence", "nudging", "bild", "proxy-tuning", "random"]),
         (tables, PROMPTS, ["cool-fusion", "contrastive", "unite", "confidence", "mod"]),
+        (tables, PROMPTS, ["btm", TOP_1, "spec-fuse", "confidence"]),
+        (mixed, MIXED_PROMPTS, ["btm", TOP_1, "spec-fuse", "confidence"]),
         (mixed, MIXED_PROMPTS, ["confidence", "cosd-rule", "cool-fusion", "nudging"]),
         (mixed, MIXED_PROMPTS, ["byte-mixture", "chared", "unite", "max-confidence"]),
         (cached, LONG_PROMPTS[:5], ["confidence", "average", "speculative", ByState()]),
+        (cached, LONG_PROMPTS[:5], ["btm", TOP_1, OncePerText(), "confidence"]),
     ],
-    ids=["looks", "lazy", "words", "mixed", "bytes", "cached"],
+    ids=["looks", "lazy", "words", "text", "text-mixed", "mixed", "bytes", "cached", "text-cached"],
 )
 @pytest.mark.parametrize("schedule", ["stepwise", "block"])
 def test_texts_of_other_policies_change_nothing(

@@ -13,7 +13,7 @@ import torch
 from fake_vllm import TEXT_ONLY, FakeVllm, Manners
 from remote_worlds import PROMPTS, ensemble, local, remote
 
-from multicolm import Ensemble, VerifyPolicy
+from multicolm import Ensemble, SelectPolicy, VerifyPolicy
 from multicolm.backend.byte_session import ByteSession
 from multicolm.decoding.sampling import Sampling
 from multicolm.errors import CapabilityError, MulticolmWarning, PolicyError
@@ -135,6 +135,34 @@ def test_average_says_how_it_treats_what_is_unknown_and_does_so(serve: Serve) ->
         assert token.id == int(mixed.argmax())
         assert token.logprob == pytest.approx(math.log(mixed.max() / mixed.sum()), abs=1e-4)
         ids = [*ids, token.id]
+
+
+class Scores(SelectPolicy):
+    """Notes how unlikely the models find the text; the base model writes."""
+
+    base_signals: ClassVar[Any] = {"top1"}
+    assistant_signals: ClassVar[Any] = {"top1"}
+    likelihoods: ClassVar[bool] = True
+    seen: ClassVar[list[list[float]]] = []
+
+    def select(self, views: Views) -> torch.Tensor:
+        self.seen.extend(views.text_nll.tolist())
+        return torch.zeros(views.n_positions, dtype=torch.long)
+
+
+def test_a_server_is_asked_by_name_for_tokens_of_the_text_that_it_did_not_return(
+    serve: Serve,
+) -> None:
+    found = []
+    for facts in (remote(serve("facts", Manners(max_logprobs=2))), local("facts")):
+        Scores.seen.clear()
+        ensemble(facts).generate(PROMPTS[0], Scores(), max_new_tokens=8, schedule="stepwise")
+        found.append(torch.tensor(Scores.seen))
+    assert found[0].shape == (8, 2) and bool((found[1][1:] > 0).all())
+    assert torch.allclose(found[0], found[1], atol=1e-3)
+    silent = remote(serve("facts", Manners(max_logprobs=20, tells_given=False)))
+    with pytest.raises(CapabilityError, match="needs given of model 'facts'"):
+        ensemble(silent).generate(PROMPTS[0], Scores())
 
 
 class Greedy(VerifyPolicy):
