@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from multicolm.errors import InputError
+from multicolm.errors import ArtefactError, InputError
 
-__all__ = ["leads_out", "links_out", "locked", "sha256", "write_whole"]
+__all__ = ["leads_out", "links_out", "locked", "read_json", "sha256", "write_whole"]
 
 
 def write_whole(path: Path, content: bytes | str) -> None:
@@ -30,10 +32,29 @@ def write_whole(path: Path, content: bytes | str) -> None:
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(part, path)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             part.unlink()
+        # A disk that is full does not say which file it had no room for.
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)
         raise
+
+
+def read_json(path: Path) -> Any:
+    """What a file of JSON holds.
+
+    Raises:
+        ArtefactError: if it cannot be read, is no JSON, or is nested too deeply.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise ArtefactError(f"{path} is damaged (nested too deeply).") from error
+    except OSError as error:
+        raise ArtefactError(f"{path} cannot be read ({error.strerror}).") from error
+    except ValueError as error:
+        raise ArtefactError(f"{path} is damaged ({error}).") from error
 
 
 def leads_out(path: Path, folder: Path) -> bool:

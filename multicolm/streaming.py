@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 
@@ -38,6 +39,8 @@ class Stream(Iterator[Piece]):
     def __init__(self, run: Run, pieces: Generator[Piece, None, None]) -> None:
         self._run = run
         self._pieces = pieces
+        # Of a stream that is read in part too, before the interpreter takes modules apart.
+        weakref.finalize(self, pieces.close)
 
     def __iter__(self) -> Stream:
         return self

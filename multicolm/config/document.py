@@ -6,6 +6,7 @@ Files hold plain values only: no tags, no aliases, no key twice. Every complaint
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ import yaml
 from multicolm.config.wording import Place, Problem, show
 from multicolm.errors import ConfigError, UnknownNameError
 
-__all__ = ["Document", "read_text"]
+__all__ = ["Document", "check_length", "read_text"]
 
 Mark: TypeAlias = tuple[int, int]
 """Line and column, both from 1."""
@@ -176,6 +177,25 @@ def _place_of(error: yaml.MarkedYAMLError, text: str) -> tuple[str, str]:
 
 def _mark(node: yaml.Node) -> Mark:
     return node.start_mark.line + 1, node.start_mark.column + 1
+
+
+def check_length(path: Path, noun: str) -> None:
+    """Refuse a path that no file system takes; asking one would raise its own error.
+
+    Args:
+        path: as it is to be looked up.
+        noun: what it should be, such as ``"an ensemble file"``.
+
+    Raises:
+        ConfigError: if it, or one of its parts, is too long.
+    """
+    parts = [len(os.fsencode(part)) for part in path.parts]
+    if sum(parts) + len(parts) > 4095 or max(parts, default=0) > 255:
+        text = str(path)
+        raise ConfigError(
+            f"{text[:60]}...: a path of {len(text)} characters is longer than files' are; "
+            f"expected {noun}."
+        )
 
 
 def read_text(path: Path, noun: str) -> str:

@@ -11,7 +11,7 @@ from typing import Literal
 from pydantic import Field, PrivateAttr, model_validator
 
 from multicolm import catalog
-from multicolm.config.document import Document, read_text
+from multicolm.config.document import Document, check_length, read_text
 from multicolm.config.generation import GenerationConfig
 from multicolm.config.model import ModelConfig
 from multicolm.config.policy import (
@@ -105,6 +105,7 @@ def load_ensemble(source: str | Path) -> EnsembleConfig:
     if isinstance(source, str) and source in known:
         return parse_ensemble(catalog.read("ensembles", source), catalog.path("ensembles", source))
     path = Path(source).expanduser()
+    check_length(path, "an ensemble file")
     if isinstance(source, str) and not is_path(source) and not path.exists():
         raise UnknownNameError(
             f"{unknown('ensemble', source, known)} A file's name ends in .yaml; a folder needs an "

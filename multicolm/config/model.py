@@ -12,7 +12,7 @@ from pydantic import Field, PrivateAttr, model_validator
 
 from multicolm import catalog
 from multicolm.config.chat_template import chat_template_text
-from multicolm.config.document import Document
+from multicolm.config.document import Document, check_length
 from multicolm.config.wording import Problem, Strict, check
 from multicolm.errors import ConfigError, UnknownNameError, unknown
 
@@ -229,17 +229,20 @@ class ModelConfig(Strict):
         problems: list[Problem] = []
         found: dict[str, Any] = {"adapter": None, "chat_template": None}
         try:
+            check_length(base_dir / self.model, "a model")
             found |= _locate(self, base_dir)
         except ConfigError as error:
             unknown_name = isinstance(error, UnknownNameError)
             problems.append(Problem(("model",), str(error), unknown_name=unknown_name))
         try:
             if self.adapter is not None:
+                check_length(base_dir / self.adapter, "an adapter")
                 found["adapter"] = _folder(self.adapter, base_dir, "adapter_config.json")
         except ConfigError as error:
             problems.append(Problem(("adapter",), str(error)))
         try:
             if self.tokenizer is not None:
+                check_length(base_dir / self.tokenizer, "a tokenizer")
                 found["tokenizer"] = _tokenizer(self.tokenizer, base_dir)
         except ConfigError as error:
             problems.append(Problem(("tokenizer",), str(error)))

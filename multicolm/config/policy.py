@@ -14,7 +14,7 @@ from pydantic.errors import PydanticUndefinedAnnotation
 
 from multicolm import catalog
 from multicolm.artefacts import Artefact
-from multicolm.config.document import Document, read_text
+from multicolm.config.document import Document, check_length, read_text
 from multicolm.config.policy_code import (
     CodeFile,
     is_code,
@@ -44,6 +44,9 @@ __all__ = [
     "policy_problems",
     "with_paths",
 ]
+
+
+_LONGEST_FILE = 1 << 18  # characters; reading YAML takes seconds per megabyte
 
 
 class PolicyConfig(Strict):
@@ -77,7 +80,7 @@ class PolicyFile(Strict):
     code: str = ""
     params: dict[str, Any] = Field(default_factory=dict)
     source: str = ""
-    tasks: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    tasks: dict[str, dict[str, Any]] = Field(default_factory=dict, max_length=1000)
 
 
 def load_policy(source: str | Path, base_dir: Path) -> PolicyConfig:
@@ -95,6 +98,7 @@ def load_policy(source: str | Path, base_dir: Path) -> PolicyConfig:
     if isinstance(source, str) and source in catalog.names("policies"):
         return parse_policy(catalog.read("policies", source), catalog.path("policies", source))
     path = base_dir / Path(source).expanduser()
+    check_length(path, "a policy file")
     if isinstance(source, str) and not is_path(source):
         if source in policies:
             return PolicyConfig(kind=source)
@@ -164,6 +168,11 @@ def load_policy_file(name: str) -> PolicyFile:
 
 
 def _parse_file(text: str, origin: str) -> PolicyFile:
+    if len(text) > _LONGEST_FILE:
+        raise ConfigError(
+            f"{origin}: holds {len(text)} characters, and a policy file at most {_LONGEST_FILE}; "
+            "what a policy has learned lies in a file of its own."
+        )
     document = Document.parse(text, origin)
     file, problems = check(PolicyFile, document.data)
     if file is not None:

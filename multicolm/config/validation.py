@@ -139,7 +139,7 @@ def _check_model(model: ModelConfig) -> str:
     folder = Path(where.location)
     try:
         json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{folder / 'config.json'} is not readable as JSON: {error}.") from error
     _check_weights(folder, "*", model.allow_pickled_weights)
     names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")

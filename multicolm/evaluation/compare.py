@@ -12,7 +12,6 @@ run before, nothing is computed again.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -45,6 +44,7 @@ from multicolm.evaluation.results import (
 from multicolm.evaluation.statistics import holm, mean_interval, paired_interval, paired_test
 from multicolm.evaluation.task import Question, Task, load_task
 from multicolm.evaluation.team import Team
+from multicolm.files import read_json
 from multicolm.numbers import check_seed, check_whole
 from multicolm.policy.base import Policy
 from multicolm.policy.resolve import resolve_policy
@@ -395,10 +395,7 @@ def _provenance(folder: Path | None) -> Mapping[str, Any]:
     path = None if folder is None else folder / "provenance.json"
     if path is None or not path.is_file():
         return {}
-    try:
-        origin = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise ArtefactError(f"{path} cannot be read: {error}.") from error
+    origin = read_json(path)
     if not isinstance(origin, Mapping):
         raise ArtefactError(f"{path} is damaged; it must hold an object.")
     return origin

@@ -195,7 +195,7 @@ def read_harness_results(folder: Path) -> HarnessResults | None:
         return None
     try:
         return HarnessResults.from_json(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise ArtefactError(
             f"{path} is damaged ({error}); delete it, and run the same `multicolm eval` once more: "
             "what was finished is kept."

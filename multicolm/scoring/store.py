@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -161,6 +162,16 @@ class Index:
         index = TypeAdapter(cls).validate_python(data)
         if not index.models or not index.shards:
             raise ValueError("no models or no shards")
+        for model in index.models:
+            # The name is that of a folder, too.
+            if model.name in ("", ".", "..", TEXT) or set(model.name) & set("/\\\0"):
+                raise ValueError(f"a model cannot be called {model.name[:40]!r}")
+            if not 0 <= model.cost < math.inf:
+                raise ValueError(f"the cost of model '{model.name}' is {model.cost}")
+        counts = [n for s in index.shards for n in (s.first, s.n_examples, s.n_positions)]
+        counts += [index.n_examples, index.n_skipped, index.n_positions, index.top_k]
+        if min(counts) < 0:
+            raise ValueError("a count is negative")
         return index
 
 

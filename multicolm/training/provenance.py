@@ -11,6 +11,7 @@ from typing import Any
 import multicolm
 from multicolm.artefacts import Artefact
 from multicolm.errors import ArtefactError
+from multicolm.files import read_json
 from multicolm.policy.base import Policy
 from multicolm.scoring.store import load_prompt_digests, read_index
 
@@ -30,10 +31,7 @@ def read_provenance(folder: str | Path) -> dict[str, Any]:
     path = Path(folder) / "provenance.json"
     if not path.is_file():
         return {}
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ArtefactError(f"{path} is damaged ({error}).") from error
+    data = read_json(path)
     if not isinstance(data, dict):
         raise ArtefactError(f"{path} is damaged (no mapping).")
     return data
