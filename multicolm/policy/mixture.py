@@ -80,7 +80,8 @@ class AveragePolicy(WeightedPolicy):
             the geometric median of the distributions, the point with the least weighted sum of
             distances to them, which models that are wrong cannot move far as long as they weigh
             less than half; of two models of equal weight it is the arithmetic mean, and a model of
-            more than half of the weight is the median itself.
+            more than half of the weight is the median itself. It is meant for models that know the
+            same: of experts for different things it follows the majority, which does not know.
 
     Source:
         Linear and log-linear opinion pools (Genest and Zidek 1986); per token in speculative
