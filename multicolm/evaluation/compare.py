@@ -146,7 +146,7 @@ def compare(
     warnings = _contamination(named, digest, questions)
     per_token = oracle and all(question.completions for question in questions)
     if oracle and not per_token:
-        warnings.append(f"Task '{task.name}' has no gold completions, so there is no oracle row.")
+        warnings.append(f"Task '{task.name}' has no gold completions, hence no oracle of tokens.")
     folder = Path(out)
     header = run.header("compare", split, digest)
     run.warm_up = [plan for plan in plans if plan.kind == "model"]

@@ -164,7 +164,7 @@ def test_without_gold_completions_there_is_no_oracle_and_a_sentence(
     comparison = compare(duo, [RULE], make_task(PLAIN), out=tmp_path / "out")
     assert "oracle" not in {row.name for row in comparison.rows}
     assert comparison.warnings == (
-        "Task 'task' has no gold completions, so there is no oracle row.",
+        "Task 'task' has no gold completions, hence no oracle of tokens.",
     )
 
 
