@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
-from multicolm.learning.losses import cross_entropy, weak_labels
-from multicolm.learning.networks import NetworkKind
+from multicolm.learning.networks import NetworkKind, shifted
+from multicolm.learning.positions import Positions
 from multicolm.learning.problem import Features, Stage
 from multicolm.learning.reliability import reliability
 from multicolm.learning.router import (
     NetworkSettings,
     Shape,
-    balanced_weights,
     fit_stages,
     network_scores,
     usable_parts,
@@ -24,7 +23,14 @@ from multicolm.learning.router import (
 from multicolm.learning.training import Training
 from multicolm.score_table import ScoreBlocks, ScoreTable
 
-__all__ = ["ClassifierSettings", "fit_classifier", "threshold_for_recall"]
+__all__ = [
+    "ClassifierSettings",
+    "fit_classifier",
+    "threshold_for_recall",
+    "threshold_for_right_tokens",
+]
+
+Ways: TypeAlias = Literal["each", "binary"]
 
 
 class ClassifierSettings(NetworkSettings):
@@ -32,36 +38,37 @@ class ClassifierSettings(NetworkSettings):
 
     Attributes:
         network: ``mlp`` is about CITER's, ``residual`` R2R's, which takes many times as long.
-        recall: the part of the tokens that should be handed over, on held-out texts, that the
-            threshold has to find; 0 leaves the threshold as it is.
+        balance: how many times more a rare hand-over may weigh than a common token while it is
+            learned. The probabilities are corrected for that.
+        recall: the part of the tokens to be handed over, on held-out texts, that the threshold has
+            to find, as in R2R; 0, or no held-out text, leaves the threshold as it is. If not given,
+            the threshold is that of :func:`threshold_for_right_tokens`.
     """
 
     network: NetworkKind = "mlp"
     dropout: float = Field(default=0.1, ge=0, lt=1)
-    epochs: int = Field(default=30, ge=1)
-    recall: float = Field(default=0.95, ge=0, le=1)
+    balance: float = Field(default=1.0, ge=1)
+    recall: float | None = Field(default=None, ge=0, le=1)
 
 
 def fit_classifier(
-    table: ScoreBlocks,
-    features: Features,
-    ways: Literal["models", "binary"],
-    training: Training,
+    table: ScoreBlocks, features: Features, ways: Ways, training: Training
 ) -> tuple[dict[str, Tensor], float | None]:
-    """Train a classifier on the positions where some model's first choice is right.
+    """Train a classifier on the positions where some model is right.
 
-    Positions where nobody is right are left out: which writer is less wrong there takes the rest
-    of the text to say, as R2R and CITER do with roll-outs.
+    One output per assistant learns how likely it is right where the base model is not: several can
+    be at once, so they are no classes of which one is true. Positions where nobody is right are
+    left out: which writer is less wrong there takes the rest of the text to say.
 
     Args:
         table: of frozen models.
         features: what the classifier sees of each position.
-        ways: ``models`` has one class per model, ``binary`` only tells whether to hand over.
+        ways: ``each`` has one output per assistant, ``binary`` one for all of them together.
         training: options, see :class:`ClassifierSettings`.
 
     Returns:
         Tensors of a network for raw features, and the threshold on the probability of handing
-        over that reaches the wanted recall; ``None`` if none is wanted or nothing is held out.
+        over; ``None`` if it is to stay as it is.
 
     Raises:
         TrainingError: if there is nothing to learn from, or training diverges.
@@ -74,31 +81,82 @@ def fit_classifier(
         "at no position of this score table is the first choice of any model the token that stands "
         "there.",
     )
-
-    def labels_of(part: ScoreTable) -> Tensor:
-        labels = weak_labels(part)
-        return labels if ways == "models" else _two_ways(labels)
-
-    weights = balanced_weights(parts.learnt, labels_of, settings.balance)
+    odds = _prior_odds(parts.learnt, ways)
+    weights = (1 / odds).clamp(1.0, settings.balance)
+    # Training begins at the base rate, not at one half: of a rare hand-over the first epochs would
+    # teach nothing else.
+    prior = (odds * weights).log()
 
     def losses(scores: Tensor, part: ScoreTable) -> Tensor:
-        return cross_entropy(scores, labels_of(part), weights)
+        wanted = _rescues(part, ways).to(scores)
+        return nn.functional.binary_cross_entropy_with_logits(
+            scores[:, 1:] + prior, wanted, pos_weight=weights, reduction="none"
+        ).sum(-1)
 
-    shape = Shape(settings.network, len(table.models) - 1 if ways == "models" else 1)
+    shape = Shape(settings.network, len(weights))
     stages = [Stage("classification", settings.epochs, losses)]
     tensors = fit_stages(parts, features, shape, settings, stages, losses, training)
-    if not len(parts.judged):
-        return tensors, None
-    handed = 1 - network_scores(tensors, parts.judged, features).softmax(-1)[:, 0]
-    wanted = labels_of(parts.judged.scores_only())[:, 0] < 0.5
-    threshold = threshold_for_recall(handed, wanted, settings.recall) if settings.recall else None
+    tensors = shifted(tensors, odds.log().cpu())  # without the weights, which only taught
+    log_odds = network_scores(tensors, parts.measured, features)[:, 1:]
+    part = parts.measured.scores_only()
+    handed, chosen = torch.sigmoid(log_odds.amax(-1)), _chosen(log_odds, part, ways)
+    recall = settings.recall if len(parts.judged) or settings.recall is None else 0.0
+    threshold = _threshold(handed, chosen, part, recall)
     at = 0.5 if threshold is None else threshold
-    training.report |= {
-        "right_ways": float(((handed > at) == wanted).float().mean()),
-        "share_handed_over": float((handed > at).float().mean()),
-        "share_to_hand_over": float(wanted.float().mean()),
-    } | reliability(handed, wanted.float())
+    training.report |= _report(handed, chosen, part, at)
     return tensors, threshold
+
+
+def _rescues(part: ScoreTable, ways: Ways) -> Bool[Tensor, "positions outputs"]:
+    """Where an assistant, or any of them, is right and the base model is not."""
+    rescues = part.right[:, 1:] & ~part.right[:, :1]
+    return rescues if ways == "each" else rescues.any(-1, keepdim=True)
+
+
+def _prior_odds(positions: Positions, ways: Ways) -> Float[Tensor, "outputs"]:
+    """By output, of how many positions to one an assistant is right and the base model not."""
+    counts = torch.zeros(1, device=positions.device)
+    for part in positions.in_order(features=False):
+        counts = counts + _rescues(part, ways).sum(0)
+    return (counts + 0.5) / (len(positions) - counts + 0.5)
+
+
+def _chosen(log_odds: Tensor, part: ScoreTable, ways: Ways) -> Int[Tensor, "positions"]:
+    """The assistant that would write: the likeliest one, or the surest."""
+    if ways == "each":
+        return log_odds.argmax(-1) + 1
+    sureness = part.top1_logprobs[:, 1:].masked_fill(~part.known[:, 1:], float("-inf"))
+    return sureness.argmax(-1) + 1
+
+
+def _threshold(
+    handed: Tensor, chosen: Tensor, part: ScoreTable, recall: float | None
+) -> float | None:
+    if recall is None:
+        is_right = part.right.gather(1, chosen[:, None])[:, 0]
+        return threshold_for_right_tokens(part.right[:, 0], is_right)
+    if not recall:
+        return None
+    return threshold_for_recall(handed, ~part.right[:, 0], recall)
+
+
+def threshold_for_right_tokens(
+    base_right: Bool[Tensor, "positions"], assistant_right: Bool[Tensor, "positions"]
+) -> float:
+    """The threshold on the probability of handing over with which most tokens are right.
+
+    With p the probability that the assistant is right where the base model is not, handing over
+    gains p and loses (1 - p) h, where h is how often that assistant is wrong where the base model
+    is right. It pays where p > h / (1 + h). All hand-overs of a text have to come true, so a part
+    of them that is to be found would be a part of the texts to the power of their number.
+
+    Args:
+        base_right: whether the base model is right.
+        assistant_right: whether the assistant is that would write there.
+    """
+    harm = (~assistant_right & base_right).sum() + 1
+    harm_rate = float(harm / (base_right.sum() + 2))
+    return harm_rate / (1 + harm_rate)
 
 
 def threshold_for_recall(
@@ -120,6 +178,14 @@ def threshold_for_recall(
     return 0.01
 
 
-def _two_ways(labels: Float[Tensor, "positions models"]) -> Float[Tensor, "positions ways"]:
-    """The base model, or anybody else."""
-    return torch.stack([labels[:, 0], 1 - labels[:, 0]], dim=-1)
+def _report(handed: Tensor, chosen: Tensor, part: ScoreTable, threshold: float) -> dict[str, Any]:
+    """What comes of the decisions, where some model is right."""
+    base, assistant = part.right[:, 0], part.right.gather(1, chosen[:, None])[:, 0]
+    goes = handed > threshold
+    return {
+        "right_tokens": float(torch.where(goes, assistant, base).float().mean()),
+        "right_tokens_base": float(base.float().mean()),
+        "threshold": threshold,
+        "share_handed_over": float(goes.float().mean()),
+        "share_to_hand_over": float((~base).float().mean()),
+    } | reliability(handed, (assistant & ~base).float())

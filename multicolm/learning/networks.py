@@ -24,6 +24,7 @@ __all__ = [
     "joined",
     "router_scores",
     "shape_of",
+    "shifted",
     "standardisation",
 ]
 
@@ -146,8 +147,18 @@ def from_tensors(tensors: Mapping[str, Tensor], origin: object = "the network") 
 
 
 def _last_bias(tensors: Mapping[str, Tensor]) -> Tensor:
+    return tensors[_last_bias_name(tensors)]
+
+
+def _last_bias_name(tensors: Mapping[str, Tensor]) -> str:
     names = [name for name in tensors if name.count(".") == 1 and name.endswith("bias")]
-    return tensors[max(names, key=lambda name: int(name.split(".")[0]))]
+    return max(names, key=lambda name: int(name.split(".")[0]))
+
+
+def shifted(tensors: Mapping[str, Tensor], by: Float[Tensor, "outputs"]) -> dict[str, Tensor]:
+    """The tensors of a network whose outputs are greater by so much."""
+    name = _last_bias_name(tensors)
+    return {**tensors, name: tensors[name] + by}
 
 
 def shape_of(network: nn.Sequential) -> tuple[int, int]:

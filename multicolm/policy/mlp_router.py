@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from jaxtyping import Bool, Float, Int
-from pydantic import Field
+from pydantic import Field, NonNegativeFloat
 
 from multicolm.artefacts import Weights
 from multicolm.errors import ArtefactError, CapabilityError
@@ -45,22 +45,30 @@ class MlpRouterPolicy(SelectPolicy):
         features: what the network sees of the base model: its last ``hidden`` state, its ``topk``
             log-probabilities, the input ``embedding`` of its most likely token.
         top_k: how many log-probabilities ``topk`` is.
-        ways: ``models`` has a probability for each model, and the likeliest assistant writes;
-            ``binary`` has one for handing over, and the surest assistant writes.
-        threshold: on the probability of handing over, below 0 (always) to 1 (never).
+        ways: ``each`` has a probability for each assistant, that it is right where the base model
+            is not, and the likeliest writes; ``binary`` has one for handing over, and the surest
+            assistant writes; ``models``, of checkpoints of 0.1, has a distribution over the models,
+            and the likeliest assistant writes. :meth:`fit` learns ``each`` in its place.
+        threshold: on the probability of handing over, below 0 (always) to 1 (never); :meth:`fit`
+            finds the one of the most right tokens.
+        cost_weight: lambda, nats per unit of an assistant's cost
+            (:attr:`multicolm.Views.costs`), which is taken off the log-odds of handing over to it.
+            Under ``binary`` all assistants that are run to find the surest count.
         made_for: the models it was trained with, by name, and what they are; the base model first.
 
     Source:
         CITER, arXiv 2502.01976 (``features: [hidden]``, ``network: mlp``), and R2R, arXiv
         2505.21600 (all three features, a residual network). Theirs are for one assistant and
-        learn from roll-outs besides; ours from who would have written the right token.
+        learn from roll-outs besides; ours from who would have written the right token. R2R's
+        threshold is the option ``recall=0.95``.
     """
 
     network: Weights | None = None
     features: tuple[Feature, ...] = Field(default=("hidden",), min_length=1)
     top_k: int = Field(default=100, ge=1)
-    ways: Literal["models", "binary"] = "models"
+    ways: Literal["each", "models", "binary"] = "each"
     threshold: float = Field(default=0.5, ge=-1, le=1)
+    cost_weight: NonNegativeFloat = 0.0
     made_for: dict[str, str] | None = None
 
     streams: ClassVar[bool] = True
@@ -88,9 +96,10 @@ class MlpRouterPolicy(SelectPolicy):
         if self.ways == "binary" and n_outputs != 1:
             raise CapabilityError(
                 f"this '{self.name}' network has probabilities for {n_outputs + 1} models, and "
-                "`ways: binary` wants one for handing over; set ways to models."
+                "`ways: binary` wants one for handing over; set ways to each, or to models if it "
+                "was trained so."
             )
-        n_models = n_outputs + 1 if self.ways == "models" else len(self.made_for or models)
+        n_models = len(self.made_for or models) if self.ways == "binary" else n_outputs + 1
         if n_models != len(models):
             raise CapabilityError(
                 f"this '{self.name}' policy was made for {n_models} models, and this ensemble has "
@@ -134,7 +143,8 @@ class MlpRouterPolicy(SelectPolicy):
 
         return shape_of(self._net)
 
-    def _probs(self, views: Views) -> Float[Tensor, "positions ways"]:
+    def _scores(self, views: Views) -> Float[Tensor, "positions ways"]:
+        """Of the network, in nats; the base model's are 0."""
         from multicolm.learning.networks import joined, router_scores
 
         seen = joined([self._feature(name, views.base) for name in self.features])
@@ -147,7 +157,22 @@ class MlpRouterPolicy(SelectPolicy):
             )
         if seen.device.type != "cpu":
             net = net.to(seen.device)  # moves in place, so only the first time
-        return router_scores(net, seen).softmax(-1)
+        return router_scores(net, seen)
+
+    def _decision(self, views: Views) -> tuple[Tensor, Tensor]:
+        """The probability of handing over, less where assistants cost, and to whom."""
+        import torch
+
+        from multicolm.learning.decision import hand_over
+
+        scores = self._scores(views)
+        if self.ways == "models":
+            return hand_over(scores.log_softmax(-1), views.costs, self.cost_weight)
+        prices = self.cost_weight * views.costs[1:].to(scores)
+        # Of one output for several assistants: whoever is run to be compared is paid.
+        prices = prices if scores.shape[1] == len(views.models) else prices.sum()[None]
+        best, which = (scores[:, 1:] - prices).max(-1)
+        return torch.sigmoid(best), which + 1
 
     def _feature(self, name: Feature, view: View) -> Float[Tensor, "positions width"]:
         if name == "hidden":
@@ -155,13 +180,14 @@ class MlpRouterPolicy(SelectPolicy):
         return view.top1_embeddings if name == "embedding" else view.topk_logprobs(self.top_k)
 
     def model_probs(self, views: Views) -> Float[Tensor, "positions models"] | None:
-        """The network's, where it has one for each model."""
-        probs = self._probs(views)
-        return probs if probs.shape[1] == len(views.models) else None
+        """The network's, where it is a distribution over the models."""
+        scores = self._scores(views)
+        is_one = self.ways == "models" or len(views.models) == 2
+        return scores.softmax(-1) if is_one else None
 
     def score(self, views: Views) -> Float[Tensor, "positions"]:
-        """The probability of handing over."""
-        return 1 - self._probs(views)[:, 0]
+        """The probability of handing over, less where assistants cost."""
+        return self._decision(views)[0]
 
     def defers(self, views: Views) -> Bool[Tensor, "positions"]:
         """Where that exceeds the threshold."""
@@ -171,14 +197,11 @@ class MlpRouterPolicy(SelectPolicy):
         """The likeliest assistant, or the surest one."""
         import torch
 
-        probs = self._probs(views)
-        handed = 1 - probs[:, 0] > self.threshold
-        if self.ways == "models" or len(views.models) == 2:
-            writers = probs[:, 1:].argmax(-1) + 1
-        else:
+        score, writers = self._decision(views)
+        if self.ways == "binary" and len(views.models) > 2:
             sureness = torch.stack([views[k].top1_logprobs for k in views.assistants])
             writers = best_assistant(views, sureness)
-        return writers * handed
+        return writers * (score > self.threshold)
 
     def fit(self, table: ScoreBlocks, training: Training | None = None) -> MlpRouterPolicy:
         """The same policy with a network that was trained on a score table with its features.
@@ -199,9 +222,11 @@ class MlpRouterPolicy(SelectPolicy):
         def features(part: ScoreTable) -> Tensor:
             return joined([self._scored(name, part) for name in self.features])
 
-        tensors, threshold = fit_classifier(table, features, self.ways, training or Training())
+        ways: Literal["each", "binary"] = "binary" if self.ways == "binary" else "each"
+        tensors, threshold = fit_classifier(table, features, ways, training or Training())
         return replace(
             self,
+            ways=ways,
             network=Weights(tensors),
             threshold=self.threshold if threshold is None else threshold,
             made_for=dict(zip(table.models, table.identities, strict=True)),

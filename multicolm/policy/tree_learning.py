@@ -23,6 +23,9 @@ __all__ = ["Examples", "examples", "learn_tree", "tree_report"]
 class Examples:
     """Positions at which an assistant and the base model differ and one of the two is right.
 
+    As the corpus says, or roll-outs where the table has some
+    (:attr:`multicolm.score_table.ScoreTable.right`).
+
     Attributes:
         names: of the columns of ``features``.
         assistants: the names of all assistants.
@@ -57,8 +60,8 @@ def examples(
         if "agreement" in names:  # while a text is written, it is known of every model
             which &= table.known.all(1)
         which &= table.top1_ids[:, k] != table.top1_ids[:, 0]
-        which &= table.correct[:, k] | table.correct[:, 0]
-        right.append(table.correct[which, k])
+        which &= table.right[:, k] ^ table.right[:, 0]
+        right.append(table.right[which, k])
         who += [k - 1] * len(right[-1])
         columns = [number(name, k)[which] for name in names]
         seen.append(torch.stack(columns, -1) if columns else torch.zeros(len(right[-1]), 0))

@@ -232,7 +232,7 @@ def test_one_model_leaves_nothing_to_choose() -> None:
     with pytest.raises(TrainingError, match="has one model, so there is no choice to learn"):
         fit_marginal(world(1), hidden, Training())
     with pytest.raises(TrainingError, match="has one model, so there is no choice to learn"):
-        fit_classifier(world(1), hidden, "models", Training())
+        fit_classifier(world(1), hidden, "each", Training())
 
 
 def test_positions_that_teach_nothing_are_no_training() -> None:
@@ -242,7 +242,7 @@ def test_positions_that_teach_nothing_are_no_training() -> None:
         fit_marginal(table, hidden, Training())
     nobody = replace(world(), top1_ids=torch.full((300, 3), 6))
     with pytest.raises(TrainingError, match=r"nothing to learn from: at no position .* any model"):
-        fit_classifier(nobody, hidden, "models", Training())
+        fit_classifier(nobody, hidden, "each", Training())
 
 
 @pytest.mark.parametrize(
@@ -278,21 +278,23 @@ def test_seeds_as_a_yaml_list_are_taken() -> None:
 # --- classification ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("ways", ["models", "binary"])
+@pytest.mark.parametrize("ways", ["each", "binary"])
 def test_a_classifier_learns_who_is_right(ways) -> None:
     training = Training({"network": "mlp", "epochs": 20, "width": 16, "held_out": 0.2, "lr": 0.01})
     table = world(3, 800)
     tensors, threshold = fit_classifier(table, hidden, ways, training)
     fresh = world(3, 800, seed=7)
-    pi = raw_scores(tensors, hidden(fresh)).softmax(-1)
-    assert pi.shape[1] == (3 if ways == "models" else 2)
+    scores = raw_scores(tensors, hidden(fresh))[:, 1:]
+    assert scores.shape[1] == (2 if ways == "each" else 1)
     wanted = ~fresh.correct[:, 0]
     assert threshold is not None
-    assert float(((1 - pi[:, 0] > threshold)[wanted]).float().mean()) > 0.9
-    assert training.report["right_ways"] > 0.9
+    handed = scores.amax(-1).sigmoid() > threshold
+    assert float(handed[wanted].float().mean()) > 0.9
     assert training.report["share_to_hand_over"] == pytest.approx(2 / 3, abs=0.1)
-    if ways == "models":
-        assert float(fresh.correct.gather(1, pi.argmax(-1)[:, None]).float().mean()) > 0.95
+    if ways == "each":
+        writers = (scores.argmax(-1) + 1) * handed
+        assert float(fresh.correct.gather(1, writers[:, None]).float().mean()) > 0.95
+        assert training.report["right_tokens"] > 0.9 > training.report["right_tokens_base"]
 
 
 def test_the_threshold_reaches_the_recall_on_the_held_out_texts() -> None:
@@ -301,17 +303,17 @@ def test_the_threshold_reaches_the_recall_on_the_held_out_texts() -> None:
     wanted, found = ~judged.correct[:, 0], []
     for recall in (0.3, 0.9, 0.99):
         training = Training({"network": "linear", "epochs": 5, "held_out": 0.3, "recall": recall})
-        tensors, threshold = fit_classifier(table, hidden, "models", training)
-        handed = 1 - raw_scores(tensors, hidden(judged)).softmax(-1)[:, 0]
+        tensors, threshold = fit_classifier(table, hidden, "each", training)
+        handed = raw_scores(tensors, hidden(judged))[:, 1].sigmoid()
         assert float((handed[wanted] > threshold).float().mean()) >= recall
         found.append(threshold)
     assert found[0] >= found[1] >= found[2] and found[0] > found[2]
 
 
-@pytest.mark.parametrize("options", [{"recall": 0.0}, {"held_out": 0.0}])
-def test_without_a_recall_or_held_out_texts_there_is_no_new_threshold(options) -> None:
+@pytest.mark.parametrize("options", [{"recall": 0.0}, {"held_out": 0.0, "recall": 0.9}])
+def test_a_recall_of_0_or_without_held_out_texts_leaves_the_threshold(options) -> None:
     training = Training({"network": "linear", "epochs": 2, **options})
-    tensors, threshold = fit_classifier(world(), hidden, "models", training)
+    tensors, threshold = fit_classifier(world(), hidden, "each", training)
     assert threshold is None and from_tensors(tensors)
 
 
@@ -330,8 +332,8 @@ def test_positions_where_nobody_is_right_change_nothing_for_a_classifier() -> No
         base={"hidden": torch.cat([table.base["hidden"], nobody.base["hidden"]])},
     )
     options = {"network": "linear", "epochs": 3}
-    one = fit_classifier(table, hidden, "models", Training(options))
-    two = fit_classifier(both, hidden, "models", Training(options))
+    one = fit_classifier(table, hidden, "each", Training(options))
+    two = fit_classifier(both, hidden, "each", Training(options))
     assert save(one[0]) == save(two[0]) and one[1] == two[1]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,8 +14,10 @@ from tiny_models import PROMPTS, model
 from multicolm import Ensemble
 from multicolm.artefacts import Weights
 from multicolm.errors import ArtefactError, CapabilityError, ConfigError
+from multicolm.learning.classifier import threshold_for_right_tokens
 from multicolm.learning.training import Training
 from multicolm.policy.mlp_router import MlpRouterPolicy
+from multicolm.score_table import ScoreTable
 from multicolm.scoring.corpus import open_corpus
 from multicolm.scoring.score import score
 from multicolm.scoring.store import load_table
@@ -44,14 +47,14 @@ def passing(scores: list[list[float]], **settings):
     return MlpRouterPolicy(network=weights, **settings), torch.tensor(scores)
 
 
-def views(hidden: torch.Tensor, n_models: int, top1=()) -> Views:
+def views(hidden: torch.Tensor, n_models: int, top1=(), costs=None) -> Views:
     n = len(hidden)
     shown = {0: View(torch.zeros(n, 4), hidden)}
     for k, prob in enumerate(top1, start=1):
         rest = math.log((1 - prob) / 3)
         shown[k] = View(torch.tensor([[math.log(prob), rest, rest, rest]] * n))
     names = ModelNames([f"m{k}" for k in range(n_models)])
-    return Views(names, shown, n_positions=n)
+    return Views(names, shown, n_positions=n, costs=costs)
 
 
 SCORES = [[-1.0, -2.0], [2.0, 1.0], [0.1, 0.3], [-0.1, -0.05]]
@@ -61,14 +64,59 @@ SCORES = [[-1.0, -2.0], [2.0, 1.0], [0.1, 0.3], [-0.1, -0.05]]
     ("threshold", "writers"),
     [(0.0, [1, 1, 2, 2]), (0.5, [0, 1, 2, 2]), (0.7, [0, 1, 2, 0]), (1.0, [0, 0, 0, 0])],
 )
-def test_the_likeliest_assistant_writes_above_the_threshold(threshold, writers) -> None:
-    policy, hidden = passing(SCORES, threshold=threshold)
+def test_of_a_distribution_the_likeliest_assistant_writes_above_the_threshold(
+    threshold, writers
+) -> None:
+    policy, hidden = passing(SCORES, threshold=threshold, ways="models")
     shown = views(hidden, 3)
     assert policy.select(shown).tolist() == writers
     assert policy.defers(shown).tolist() == [w > 0 for w in writers]
     pi = torch.tensor([[0.0, *row] for row in SCORES]).softmax(-1)
     torch.testing.assert_close(policy.model_probs(shown), pi)
     torch.testing.assert_close(policy.score(shown), 1 - pi[:, 0])
+
+
+@pytest.mark.parametrize(
+    ("threshold", "writers"),
+    [(0.0, [1, 1, 2, 2]), (0.5, [0, 1, 2, 0]), (0.7, [0, 1, 0, 0]), (1.0, [0, 0, 0, 0])],
+)
+def test_the_assistant_most_likely_to_be_right_writes_above_the_threshold(
+    threshold, writers
+) -> None:
+    policy, hidden = passing(SCORES, threshold=threshold)
+    shown = views(hidden, 3)
+    assert policy.ways == "each"
+    assert policy.select(shown).tolist() == writers
+    assert policy.defers(shown).tolist() == [w > 0 for w in writers]
+    torch.testing.assert_close(policy.score(shown), torch.tensor(SCORES).amax(-1).sigmoid())
+    assert policy.model_probs(shown) is None, "several may be right at once"
+
+
+def test_for_one_assistant_both_ways_are_the_same() -> None:
+    each, hidden = passing([[1.0], [-0.5]], threshold=0.4)
+    models, _ = passing([[1.0], [-0.5]], threshold=0.4, ways="models")
+    shown = views(hidden, 2)
+    assert torch.equal(each.select(shown), models.select(shown))
+    torch.testing.assert_close(each.score(shown), models.score(shown))
+    torch.testing.assert_close(each.model_probs(shown), models.model_probs(shown))
+
+
+@pytest.mark.parametrize("ways", ["each", "models"])
+def test_costs_choose_the_cheaper_assistant_and_then_the_base_model(ways) -> None:
+    policy, hidden = passing([[1.0, 2.0]], ways=ways)
+    shown = views(hidden, 3, costs=[1.0, 1.0, 4.0])
+    writers = {
+        weight: int(replace(policy, cost_weight=weight).select(shown))
+        for weight in (0.0, 0.3, 0.4, 5.0)
+    }
+    assert writers == {0.0: 2, 0.3: 2, 0.4: 1, 5.0: 0}
+
+
+def test_of_one_output_all_that_are_run_to_be_compared_are_paid() -> None:
+    policy, hidden = passing([[2.0]], ways="binary", cost_weight=0.5)
+    cheap, dear = (views(hidden, 3, (0.5, 0.9), costs=[9.0, 1.0, c]) for c in (1.0, 4.0))
+    torch.testing.assert_close(policy.score(cheap), torch.tensor([1.0]).sigmoid())
+    assert (int(policy.select(cheap)), int(policy.select(dear))) == (2, 0)
 
 
 def test_binary_hands_over_to_the_surest_assistant() -> None:
@@ -117,7 +165,7 @@ def test_more_log_probabilities_than_tokens_are_very_small_numbers_in_both_world
 # --- laws ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("ways", ["models", "binary"])
+@pytest.mark.parametrize("ways", ["each", "models", "binary"])
 @pytest.mark.parametrize("threshold", [0.0, 0.3, 0.7, 1.0])
 def test_the_policy_keeps_the_laws(ways, threshold) -> None:
     n_outputs = 1 if ways == "binary" else 2
@@ -128,11 +176,11 @@ def test_the_policy_keeps_the_laws(ways, threshold) -> None:
     )
 
 
-@pytest.mark.parametrize("ways", ["models", "binary"])
+@pytest.mark.parametrize("ways", ["each", "binary"])
 def test_schedules_and_batches_change_no_token(ways) -> None:
     trio = Ensemble([model("llama", "base"), model("llama", "left", 1), model("llama", "right", 2)])
     policy = MlpRouterPolicy(
-        network=linear(32 + 8 + 32, 2 if ways == "models" else 1, seed=7, scale=0.2),
+        network=linear(32 + 8 + 32, 2 if ways == "each" else 1, seed=7, scale=0.2),
         features=("hidden", "topk", "embedding"),
         top_k=8,
         ways=ways,
@@ -261,9 +309,10 @@ def test_features_that_a_model_does_not_show_are_refused_by_name() -> None:
     [
         ({"features": []}, "must hold 1 or more, got 0"),
         ({"features": ["hiden"]}, "Did you mean 'hidden'?"),
-        ({"ways": "two"}, "must be 'models' or 'binary'"),
+        ({"ways": "two"}, "must be 'each', 'models' or 'binary'"),
         ({"threshold": 2}, "must be at most 1, got 2"),
         ({"top_k": 0}, "must be 1 or more, got 0"),
+        ({"cost_weight": -1}, "must be 0 or more, got -1"),
         ({"netwrk": "x"}, "Did you mean 'network'?"),
     ],
 )
@@ -282,7 +331,7 @@ def scored(tmp_path, ensemble, features, top_k=5):
     return load_table(tmp_path / "out")
 
 
-@pytest.mark.parametrize("ways", ["models", "binary"])
+@pytest.mark.parametrize("ways", ["each", "models", "binary"])
 def test_what_was_learned_is_used_by_the_ensemble_it_was_learned_for(tmp_path, ways) -> None:
     ensemble = trio()
     table = scored(tmp_path, ensemble, ["hidden", "topk"])
@@ -291,7 +340,9 @@ def test_what_was_learned_is_used_by_the_ensemble_it_was_learned_for(tmp_path, w
     policy = blank.fit(table, training)
     assert blank.network is None, "it is another policy"
     assert policy.made_for == MADE_FOR and policy.top_k == 3
-    assert policy.threshold != 0.5 and "right_ways" in training.report
+    assert policy.ways == ("binary" if ways == "binary" else "each")
+    assert policy.threshold != 0.5 and policy.threshold == training.report["threshold"]
+    assert 0 <= training.report["right_tokens_base"] <= training.report["right_tokens"] + 0.2
     check_routing(ensemble, ["a", "b c"], policy, max_new_tokens=6)
     assert refusal(trio(seeds=(0, 1, 9)), policy)
 
@@ -302,3 +353,77 @@ def test_a_table_without_a_feature_says_how_to_get_it(tmp_path) -> None:
         MlpRouterPolicy().fit(table)
     with pytest.raises(ArtefactError, match=r"holds 5 log-probabilities .* wants 100; set top_k"):
         MlpRouterPolicy(features=("topk",)).fit(table)
+
+
+def worlds(right: torch.Tensor, hidden: torch.Tensor) -> ScoreTable:
+    """A score table in which these models are right; whoever is not writes a token of its own."""
+    n, m = right.shape
+    top1 = torch.where(right, 0, 1 + torch.arange(m))
+    zeros = torch.zeros(n, m)
+    return ScoreTable(
+        models=ModelNames([f"m{k}" for k in range(m)]),
+        gold_ids=torch.zeros(n, dtype=torch.long),
+        gold_logprobs=torch.where(right, 0.9, 0.05).log(),
+        known=torch.ones(n, m, dtype=torch.bool),
+        top1_ids=top1,
+        top1_logprobs=zeros + math.log(0.9),
+        entropies=zeros,
+        margins=zeros,
+        example=torch.arange(n) // 20,
+        place=torch.arange(n) % 20,
+        base={"hidden": hidden},
+        identities=("",) * m,
+    )
+
+
+FAST = {"network": "linear"}
+
+
+def test_assistants_that_can_do_the_same_do_not_share_the_vote() -> None:
+    """One assistant alone is right in 40 %, the two others together in 60 %: one of the two."""
+    g = torch.Generator().manual_seed(0)
+    alone = torch.rand(2000, generator=g) < 0.4
+    right = torch.stack([torch.zeros_like(alone), alone, ~alone, ~alone], -1)
+    policy = MlpRouterPolicy().fit(worlds(right, torch.randn(2000, 3, generator=g)), Training(FAST))
+    shown = views(torch.randn(50, 3, generator=g), 4)
+    assert set(policy.select(shown).tolist()) <= {2, 3}
+
+
+@pytest.mark.parametrize("balance", [1.0, 8.0])
+def test_a_rare_hand_over_is_found_where_it_is_and_nowhere_else(balance: float) -> None:
+    """One position in 500. Weights only teach: the decision is as if there were none."""
+    g = torch.Generator().manual_seed(1)
+    rare = torch.rand(8000, generator=g) < 0.002
+    hidden = torch.randn(8000, 4, generator=g) + 4 * rare[:, None]
+    training = Training({**FAST, "balance": balance})
+    policy = MlpRouterPolicy().fit(worlds(torch.stack([~rare, rare], -1), hidden), training)
+    handed = policy.select(views(hidden, 2)) > 0
+    assert int((handed & rare).sum()) >= 0.9 * int(rare.sum())
+    assert int((handed & ~rare).sum()) <= 2
+    probs = policy.score(views(hidden, 2))
+    assert float(probs.mean()) == pytest.approx(float(rare.float().mean()), rel=0.35)
+
+
+def test_the_threshold_is_the_one_of_the_most_right_tokens() -> None:
+    """Where no feature tells positions apart the choice is between all and nothing."""
+    base = torch.tensor([True] * 60 + [False] * 40)
+    for n_harmed, pays in ((60, False), (45, False), (30, True), (0, True)):
+        assistant = torch.tensor([False] * n_harmed + [True] * (100 - n_harmed))
+        rescued = 0.4
+        assert (rescued > threshold_for_right_tokens(base, assistant)) == pays, n_harmed
+        assert (float(assistant.float().mean()) > float(base.float().mean())) == pays
+
+
+def test_a_recall_may_be_asked_for_as_in_r2r() -> None:
+    g = torch.Generator().manual_seed(2)
+    wanted = torch.rand(3000, generator=g) < 0.3
+    hidden = torch.randn(3000, 2, generator=g) + wanted[:, None]
+    table = worlds(torch.stack([~wanted, wanted], -1), hidden)
+    shares = []
+    for recall in (0.5, 0.95):
+        training = Training({**FAST, "recall": recall})
+        MlpRouterPolicy().fit(table, training)
+        shares.append(training.report["share_handed_over"])
+    assert shares[0] < 0.3 < shares[1]
+    kept = MlpRouterPolicy(threshold=0.25).fit(table, Training({**FAST, "recall": 0}))
+    assert kept.threshold == 0.25
