@@ -301,7 +301,8 @@ class Policy:
         """Which models may write the rest of each text; all that it :meth:`uses` by default.
 
         Asked once per text, after :meth:`initial_state`, with the same views and ``views.state``.
-        The others are not run for this text, and their contexts do not limit it.
+        The others are not run for this text, and their contexts do not limit it. Not for a
+        :class:`SegmentPolicy`, whose models all propose.
         """
         raise NotImplementedError(f"{type(self).__name__} uses the same models for every text")
 

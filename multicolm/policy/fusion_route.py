@@ -40,7 +40,8 @@ class FusionRoutePolicy(MixPolicy):
     Attributes:
         head: what was learned, W and its bias; nothing yet if not given.
         complement: how much the base model's log-probabilities count; 1 as published, 0 leaves the
-            named assistant alone.
+            named assistant alone. Where the assistants know facts and not the form of an answer,
+            more than 1 may be right: tune it.
         made_for: the models it was trained with, by name, and what they are; the base model first.
 
     Source:
@@ -57,7 +58,7 @@ class FusionRoutePolicy(MixPolicy):
     base_signals: ClassVar[set[Signal]] = {"hidden", "logprobs"}
     assistant_signals: ClassVar[set[Signal]] = {"logprobs"}
     streams: ClassVar[bool] = True
-    tunable: ClassVar[dict[str, Sequence[float]]] = {"complement": (0.0, 0.1, 0.25, 0.5, 1.0)}
+    tunable: ClassVar[dict[str, Sequence[float]]] = {"complement": (0.25, 0.5, 1.0, 2.0, 4.0)}
 
     def needs(self, models: ModelNames) -> Needs:
         """The base model always, an assistant where it is named.

@@ -333,6 +333,15 @@ def test_a_memory_that_breaks_a_law_is_caught(kind: Any, law: str) -> None:
         check_policy(kind())
 
 
+def test_segments_are_proposed_by_all_models_or_refused() -> None:
+    class Some(Learns):
+        def text_uses(self, views: Views) -> torch.Tensor:
+            return torch.ones(views.n_positions, len(views.models), dtype=torch.bool)
+
+    with pytest.raises(CapabilityError, match="rates what all models that it uses propose"):
+        TRIO.generate(["a"], Some(), max_new_tokens=2)
+
+
 def test_prompt_states_are_refused_where_a_model_shows_none_or_is_not_used() -> None:
     with pytest.raises(CapabilityError, match="needs hidden of model 'base'"):
         Ensemble(PLAIN).generate(["a"], ChoosesOnce(), max_new_tokens=2)
