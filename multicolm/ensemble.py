@@ -343,7 +343,7 @@ class Ensemble:
         if isinstance(policy, SegmentPolicy) and (policy.narrows or policy.names_models):
             raise CapabilityError(
                 f"policy '{policy.name}' rates what all models that it uses propose, and defines "
-                "text_uses() or models_at(), which say that some do not; leave them out with uses()."
+                "text_uses() or models_at(), by which some do not; leave models out with uses()."
             )
         reads = policy.prompts or policy.likelihoods or bool(policy.prompt_states(self.models))
         if policy.support in ("bytes", "characters") and reads:
