@@ -151,6 +151,18 @@ class Live:
                 f"to the tokens that these come to; top_logprobs must be 0, got {n}."
             )
 
+    def resume(self, row: Row, written: Sequence[tuple[int, int]]) -> None:
+        """Let a text that is not begun go on behind tokens that stand already.
+
+        They count as written, towards the longest text and in what it holds; if they end it, it is
+        finished and must not be added.
+
+        Args:
+            row: of :meth:`row`; the policy writes tokens.
+            written: tokens of the ensemble's vocabulary, and the index of each one's writer.
+        """
+        self.router.resume(row, [Written(token, writer, 0.0, None) for token, writer in written])
+
     def add(self, row: Row) -> None:
         """Let a text be written as soon as there is a slot for it."""
         self.router.add(row)

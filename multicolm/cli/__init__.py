@@ -26,6 +26,7 @@ _VERBS = {
     "chat": "Talk with an ensemble.",
     "serve": "Serve an ensemble over HTTP, as OpenAI's interface does.",
     "score": "Let every model read texts, and keep what it gives to each token.",
+    "rollout": "Label a score table by what becomes of the texts.",
     "compare": "Compare policies with each other and with every model alone.",
     "eval": "Judge policies by tasks of the lm-evaluation-harness.",
     "train": "Train a policy on a score table.",

@@ -170,6 +170,15 @@ class Router:
         """Let a new row wait until it is written."""
         self._coming.append(row)
 
+    def resume(self, row: Row, written: Sequence[Written]) -> None:
+        """Put tokens into a row that is not added yet, as if they had been written in it."""
+        for new in written:
+            row.write(new)
+            for _ in self._show(row):
+                pass
+            if row.finish_reason is not None:
+                return
+
     def cancel(self, row: Row) -> None:
         """Write no further in a row; its slot is free at once. A row that is done stays done."""
         if row in self._coming:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from pydantic import TypeAdapter
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -355,6 +355,23 @@ def read_rollouts(files: TableFiles) -> Rollouts:
     return Rollouts(shard, row, {name.removeprefix("quality/"): t for name, t in tensors.items()})
 
 
+@dataclass(frozen=True)
+class ShardColumns:
+    """What a shard holds of tokens, for each token of the base model.
+
+    Attributes:
+        text: ``gold_ids``, ``example`` and ``place``, as in a score table.
+        top1_ids: every model's most likely token; negative where the base model has none such.
+        known: whether a model could score the position.
+        begins: whether a position of the table begins there; everywhere with one vocabulary.
+    """
+
+    text: Mapping[str, Tensor]
+    top1_ids: Int[Tensor, "tokens models"]
+    known: Bool[Tensor, "tokens models"]
+    begins: Bool[Tensor, "tokens"]
+
+
 class StoredTable:
     """A score table on disk, read block by block; memory does not grow with the corpus.
 
@@ -437,6 +454,23 @@ class StoredTable:
                 self._opened = number, self._shard(number)
             yield self._opened[1].rows(slice(start, start + size))
         self._opened = None
+
+    def shards(self) -> Iterator[ShardColumns]:
+        """What the shards hold of tokens, one after another."""
+        for number in range(len(self._lengths)):
+            yield self.shard(number)
+
+    def shard(self, number: int) -> ShardColumns:
+        """What one shard holds of tokens, as it lies in the files."""
+        text = self._files.map(TEXT, number)
+        scores = [self._files.map(name, number) for name in self.models]
+        opens = self._opens(number)
+        return ShardColumns(
+            text,
+            torch.stack([score["top1_ids"] for score in scores], dim=1).long(),
+            torch.stack([score["known"] for score in scores], dim=1).bool(),
+            torch.ones(len(text["place"]), dtype=torch.bool) if opens is None else opens,
+        )
 
     def load(self) -> ScoreTable:
         """All of it, in memory."""
