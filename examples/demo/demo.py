@@ -24,7 +24,9 @@ from rich.text import Text
 
 import multicolm
 from multicolm import Answer, Ensemble, Policy, catalog
+from multicolm.calibration.queries import train_on_answers
 from multicolm.cli.console import Screen
+from multicolm.evaluation.task import load_task
 from multicolm.scoring.corpus import open_corpus
 from multicolm.scoring.score import score
 from multicolm.scoring.store import load_table
@@ -37,6 +39,8 @@ PARAMS: dict[str, dict[str, Any]] = {
     "contrastive": {"expert": "facts"},
     "proxy-tuning": {"expert": "facts", "antiexpert": "math"},
     "speculative": {"target": "facts"},
+    "speculative-cascade": {"target": "facts"},
+    "gedi": {"attribute": "facts", "opposite": "math"},
 }
 # Chosen so that one of the rules, at least, answers them. The table is of a random sample.
 SHOWN = (
@@ -84,8 +88,14 @@ def learn(console: Console, ensemble: Ensemble, names: Sequence[str]) -> dict[st
         score(ensemble, corpus, Path(folder), features=["hidden"])
         table = load_table(folder)
     n_read = time.perf_counter() - start
-    with console.status("training"):
+    with console.status("training"), tempfile.TemporaryDirectory() as folder:
         trained = {name: policy.fit(table) for name, policy in learners.items()}
+        for name, policy in policies.items():
+            if hasattr(policy, "fit_answers"):  # from what every model alone answers
+                asked, out = load_task("tiny-world"), Path(folder) / name
+                checkpoint = train_on_answers(ensemble, policy, asked, out, limit=24)
+                ensemble.check(checkpoint.policy)  # reads it before the folder is gone
+                trained[name] = checkpoint.policy
     n_trained = time.perf_counter() - start - n_read
     console.print(
         f"Learned on 1200 training questions, read once by each model ({n_read:.0f} s): "
