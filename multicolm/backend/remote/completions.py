@@ -8,7 +8,8 @@ to come back: as ``token_id:7``, as vLLM writes them when it is asked to
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -24,7 +25,11 @@ Scoring = Literal["prompt_logprobs", "echo"]
 """By which parameter a server tells the probabilities of a prompt's own tokens."""
 
 _PREFIX = "token_id:"
+_DIGITS = re.compile(r"[0-9]{1,10}")
 _LEAST = -9999.0  # what a server writes for -inf, which JSON cannot hold
+_MOST_TOKENS = 1 << 22  # of any vocabulary, by far
+_ROUNDING = 0.05  # nats above 0, of servers that compute in half precision
+_MOST_MASS = 1.05
 
 
 class Unreadable(Exception):
@@ -52,9 +57,12 @@ class Likeliest:
 
     def spread(self, width: int) -> Float[Tensor, "vocab"]:
         """Over a vocabulary; -inf for the other tokens, and without those beyond it."""
-        row = torch.full((max(width, 1 + max(self.ids, default=0)),), float("-inf"))
-        row[torch.tensor(self.ids, dtype=torch.long)] = torch.tensor(self.logprobs)
-        return row[:width]
+        row = torch.full((width,), float("-inf"))
+        known = [(i, p) for i, p in zip(self.ids, self.logprobs, strict=True) if i < width]
+        row[torch.tensor([i for i, _ in known], dtype=torch.long)] = torch.tensor(
+            [p for _, p in known]
+        )
+        return row
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +153,9 @@ def _choices(answer: Mapping[str, Any], n_prompts: int) -> list[Mapping[str, Any
         raise Unreadable("a choice is no JSON object")
     if n_prompts == 1:
         return choices
-    if {choice.get("index") for choice in choices} != set(range(n_prompts)):
+    numbers = [choice.get("index") for choice in choices]
+    whole = all(type(number) is int for number in numbers)
+    if not whole or sorted(numbers) != list(range(n_prompts)):
         raise Unreadable(f"the choices are not numbered from 0 to {n_prompts - 1}")
     return sorted(choices, key=lambda choice: int(choice["index"]))
 
@@ -156,8 +166,10 @@ def _read(choice: Mapping[str, Any], n_echoed: int) -> Completion:
         raise Unreadable("a choice has no text")
     tokens, rows = top_rows(choice.get("logprobs"))
     prompt_rows: list[Likeliest | None] = list(rows[:n_echoed])
-    if choice.get("prompt_logprobs"):
-        prompt_rows = [_scored(entry) for entry in choice["prompt_logprobs"]]
+    if scored := choice.get("prompt_logprobs"):
+        if not isinstance(scored, list):
+            raise Unreadable("`prompt_logprobs` is no list")
+        prompt_rows = [_scored(entry) for entry in scored]
     written = [row for row in rows[n_echoed:] if row is not None]
     ended = choice.get("finish_reason") == "stop"
     return Completion(text, ended, tokens[n_echoed:], written, prompt_rows)
@@ -187,16 +199,18 @@ def top_rows(given: Any) -> tuple[list[int], list[Likeliest | None]]:
 def _entries(entries: list[Any]) -> tuple[list[int], list[Likeliest | None]]:
     """Tokens and what they could have been, where each is an object that may have an ``id``."""
     try:
-        tokens = [int(entry["id"]) for entry in entries]
-        tops = [{int(other["id"]): other for other in entry["top_logprobs"]} for entry in entries]
-    except (KeyError, TypeError, ValueError):
+        ids = [entry["id"] for entry in entries]
+        others = [[(other["id"], other) for other in entry["top_logprobs"]] for entry in entries]
+    except (KeyError, TypeError):
         return [], []
-    try:
-        rows = [
-            Likeliest(list(top), [_log(float(o["logprob"])) for o in top.values()]) for top in tops
-        ]
-    except (KeyError, TypeError, ValueError) as error:
-        raise Unreadable("an entry of `top_logprobs` has no number") from error
+    named = [token for top in others for token, _ in top]
+    if not all(type(token) is int for token in (*ids, *named)):
+        return [], []
+    tokens = [_id(token) for token in ids]
+    tops = [{_id(token): other for token, other in top} for top in others]
+    if not all(isinstance(o.get("logprob"), int | float) for top in tops for o in top.values()):
+        raise Unreadable("an entry of `top_logprobs` has no number")
+    rows = [_row(top, (other["logprob"] for other in top.values())) for top in tops]
     # A token with more bytes than its own comes behind others that were left out.
     whole = [
         entry.get("bytes") == top.get(token, entry).get("bytes")
@@ -206,33 +220,61 @@ def _entries(entries: list[Any]) -> tuple[list[int], list[Likeliest | None]]:
     return tokens[:n], list(rows[:n])
 
 
-def _id(name: str) -> int:
-    try:
-        return int(name.removeprefix(_PREFIX))
-    except ValueError as error:
-        raise Unreadable(f"'{name[:40]}' is no token id") from error
+def _id(given: Any) -> int:
+    """A token's id: a number, or a text of digits, with or without what vLLM puts in front.
+
+    Raises:
+        Unreadable: if it is none, or beyond every vocabulary: rows are as long as ids are large.
+    """
+    token_id = given
+    if isinstance(given, str):
+        digits = given.removeprefix(_PREFIX)
+        # As a text of any length: Python reads no number of more than some thousand digits.
+        token_id = int(digits) if _DIGITS.fullmatch(digits) else None
+    if type(token_id) is not int or not 0 <= token_id < _MOST_TOKENS:
+        raise Unreadable(f"{str(given)[:40]!r} is no token id")
+    return token_id
+
+
+def _row(ids: Iterable[Any], logprobs: Iterable[Any]) -> Likeliest:
+    """Tokens and their log-probabilities, as a distribution can have them.
+
+    Raises:
+        Unreadable: if an id or a number is impossible, or they sum to more than 1.
+    """
+    row = Likeliest([_id(token) for token in ids], [_log(number) for number in logprobs])
+    if sum(map(math.exp, row.logprobs)) > _MOST_MASS:
+        raise Unreadable("log-probabilities whose probabilities sum to more than 1")
+    return row
 
 
 def _top(top: Any) -> Likeliest | None:
     if top is None:
         return None
-    if not isinstance(top, dict) or not all(isinstance(p, int | float) for p in top.values()):
+    if not isinstance(top, dict):
         raise Unreadable("an entry of `top_logprobs` is no mapping from tokens to numbers")
-    return Likeliest([_id(name) for name in top], [_log(p) for p in top.values()])
+    return _row(top, top.values())
 
 
 def _scored(entry: Any) -> Likeliest | None:
     """An entry of ``prompt_logprobs``: from an id to what is known of it."""
     if entry is None:
         return None
-    try:
-        logprobs = [_log(known["logprob"]) for known in entry.values()]
-        return Likeliest([int(token_id) for token_id in entry], logprobs)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise Unreadable("an entry of `prompt_logprobs` is of another form") from error
+    if not isinstance(entry, dict) or not all(isinstance(k, dict) for k in entry.values()):
+        raise Unreadable("an entry of `prompt_logprobs` is of another form")
+    return _row(entry, (known.get("logprob") for known in entry.values()))
 
 
-def _log(number: float) -> float:
-    if math.isnan(number):
+def _log(given: Any) -> float:
+    """A log-probability in nats.
+
+    Raises:
+        Unreadable: if it is none: no number, NaN, or above 0 by more than rounding.
+    """
+    if isinstance(given, bool) or not isinstance(given, int | float):
+        raise Unreadable(f"{str(given)[:40]!r} is no log-probability")
+    if isinstance(given, float) and math.isnan(given):
         raise Unreadable("a log-probability is NaN")
-    return float("-inf") if number <= _LEAST else float(number)
+    if given > _ROUNDING:
+        raise Unreadable(f"{str(given)[:40]} is no log-probability: it is above 0")
+    return float("-inf") if given <= _LEAST else float(given)

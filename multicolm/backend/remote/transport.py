@@ -280,15 +280,15 @@ def _retry_after(headers: Mapping[str, str]) -> float | None:
     given = headers.get("retry-after")
     if given is None:
         return None
-    if given.strip().isdecimal():
+    if given.strip().isascii() and given.strip().isdecimal():
         return float(given)
     try:
         then = parsedate_to_datetime(given)
-    except ValueError:
+        if then.tzinfo is None:
+            then = then.replace(tzinfo=timezone.utc)
+        return max(0.0, (then - datetime.now(timezone.utc)).total_seconds())
+    except (ArithmeticError, TypeError, ValueError):  # no date, or one that is beyond all others
         return None
-    if then.tzinfo is None:
-        then = then.replace(tzinfo=timezone.utc)
-    return max(0.0, (then - datetime.now(timezone.utc)).total_seconds())
 
 
 def _message(content: bytes) -> str:

@@ -17,7 +17,7 @@ from fake_vllm import FakeVllm, Manners
 from remote_worlds import PROMPTS, ensemble, impatient, local, remote
 
 from multicolm import Ensemble
-from multicolm.backend.remote.transport import Server
+from multicolm.backend.remote.transport import Server, _retry_after
 from multicolm.errors import ServerError
 
 Serve = Callable[..., FakeVllm]
@@ -71,6 +71,88 @@ def test_what_does_not_pass_is_one_sentence(serve: Serve, fault: Any, reason: st
     # The session is as before, so the same may be asked when the server is well again.
     assert session.lengths == [0]
     assert int(session.feed([0], [IDS], [1]).logits.argmax()) == look(local("facts"))
+
+
+def changed(answer: dict[str, Any], **choice: Any) -> dict[str, Any]:
+    """An answer with something else in each of its choices."""
+    for each in answer["choices"]:
+        each |= choice
+    return answer
+
+
+def with_top(answer: dict[str, Any], tops: dict[str, Any]) -> dict[str, Any]:
+    """An answer that tells these log-probabilities of each token."""
+    for each in answer["choices"]:
+        n = len(each["logprobs"]["tokens"])
+        each["logprobs"]["top_logprobs"] = [tops] * n
+    return answer
+
+
+HUGE = int("9" * 400)
+IMPOSSIBLE: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    "negative id": lambda a: with_top(a, {"token_id:-5": -0.1}),
+    "id of 400 digits": lambda a: with_top(a, {f"token_id:{HUGE}": -0.1}),
+    "id 2^63": lambda a: with_top(a, {f"token_id:{2**63}": -0.1}),
+    "id that would fill the memory": lambda a: with_top(a, {"token_id:100000000": -0.1}),
+    "id with an underscore": lambda a: with_top(a, {"token_id:1_0": -0.1}),
+    "minus 400 digits, twice": lambda a: with_top(a, {"token_id:5": 1, "token_id:6": -HUGE}),
+    "true": lambda a: with_top(a, {"token_id:5": True}),
+    "+50": lambda a: with_top(a, {"token_id:5": 50.0}),
+    "infinity": lambda a: with_top(a, {"token_id:5": float("inf")}),
+    "400 digits": lambda a: with_top(a, {"token_id:5": HUGE}),
+    "more than 1": lambda a: with_top(a, {f"token_id:{i}": -0.1 for i in range(4)}),
+    "a text": lambda a: with_top(a, {"token_id:5": "-0.1"}),
+    "a list for rows": lambda a: with_top(a, [1]),  # type: ignore[arg-type]
+    "prompt_logprobs: 5": lambda a: changed(a, prompt_logprobs=5),
+    "prompt_logprobs: [5]": lambda a: changed(a, prompt_logprobs=[5]),
+    "prompt_logprobs of 1e999": lambda a: changed(
+        a, prompt_logprobs=[{"1": {"logprob": float("inf")}}]
+    ),
+    "no text": lambda a: changed(a, text=[]),
+    "logprobs: 3": lambda a: changed(a, logprobs=3),
+    "choices: 3": lambda a: {**a, "choices": 3},
+}
+
+
+@pytest.mark.parametrize("what", IMPOSSIBLE)
+def test_an_answer_that_no_model_can_give_is_an_error_that_names_the_server(
+    serve: Serve, what: str
+) -> None:
+    fake = serve()
+    session = remote(fake, logprobs=5).open(1)
+    sound = fake.complete
+    fake.complete = lambda body: IMPOSSIBLE[what](sound(body))  # type: ignore[method-assign]
+    with pytest.raises(ServerError) as caught:
+        session.feed([0], [IDS], [1])
+    assert str(caught.value).startswith(f"server {fake.url} of model 'facts': POST /v1/completions")
+    assert len(str(caught.value)) < 600
+
+
+def test_choices_are_numbered_by_numbers(serve: Serve) -> None:
+    fake = serve()
+    session = remote(fake, logprobs=5).open(2)
+    sound = fake.complete
+    for index in ([0], "0", True, 1e999, HUGE, None):
+        fake.complete = lambda body, index=index: changed(  # type: ignore[misc]
+            sound(body), index=index
+        )
+        with pytest.raises(ServerError, match="the choices are not numbered from 0 to 1"):
+            session.feed([0, 1], [IDS, IDS[:3]], [1, 1])
+
+
+@pytest.mark.parametrize(
+    "date",
+    [
+        "Fri, 31 Dec 9999 23:59:59 -2359",
+        "Mon, 01 Jan 2024 00:00:00 +99999999999",
+        "Mon, 01 Jan 0001 00:00:00 +2359",
+        "٣",
+        "",
+    ],
+)
+def test_a_date_beyond_all_dates_is_no_time_to_wait(date: str) -> None:
+    pause = _retry_after({"retry-after": date})
+    assert pause is None or pause >= 0
 
 
 def test_the_pause_is_the_one_that_the_server_asks_for(serve: Serve) -> None:
