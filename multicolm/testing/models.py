@@ -25,7 +25,8 @@ def check_tokenizer(tokenizer: TokenizerAdapter, texts: Sequence[str] = _TEXTS) 
     """An adapter turns text into tokens and back without loss.
 
     Laws: ``decode(encode_continuation(text))`` is the text's bytes; decoding in pieces equals
-    decoding at once; special tokens have no bytes; end tokens exist.
+    decoding at once; a prompt does not end as texts end; special tokens have no bytes; end tokens
+    exist.
 
     Args:
         tokenizer: what to check.
@@ -44,6 +45,12 @@ def check_tokenizer(tokenizer: TokenizerAdapter, texts: Sequence[str] = _TEXTS) 
         half = len(ids) // 2
         if tokenizer.decode(ids[:half]) + tokenizer.decode(ids[half:]) != tokenizer.decode(ids):
             raise LawBroken("decoding in pieces equals decoding at once", f"for {text!r}.")
+        ends = tokenizer.end_ids.intersection(tokenizer.encode(text)[-1:])
+        if ends:
+            raise LawBroken(
+                "a prompt does not end as texts end",
+                f"{text!r} is followed by {tokenizer.special_name(min(ends))!r}.",
+            )
     for token_id in range(tokenizer.n_tokens):
         if tokenizer.special_name(token_id) is not None and tokenizer.token_bytes(token_id):
             raise LawBroken(

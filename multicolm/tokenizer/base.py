@@ -61,6 +61,11 @@ class TokenizerAdapter(ABC):
                 ids += self.encode_continuation(part) if ids else self.encode(part)[len(start) :]
         return ids if start and ids[: len(start)] == start else [*start, *ids]
 
+    def special_in(self, text: str) -> str | None:
+        """The first name of a special token that a text holds; ``None`` if it holds none."""
+        found = self._special_pattern.search(text)
+        return None if found is None else found.group()
+
     @cached_property
     def _special_ids(self) -> dict[str, int]:
         """Special tokens by name."""

@@ -132,6 +132,17 @@ class LetsSpecialsOut(LiteralTokenizer):
         return self.piece(token_id).encode()
 
 
+class EndsPrompts(LiteralTokenizer):
+    def __init__(self, tokens: Sequence[str], specials: Sequence[str] = ()) -> None:
+        super().__init__(tokens, specials, ends=specials)
+
+    def encode(self, text: str) -> list[int]:
+        return [*super().encode(text), *self.end_ids]
+
+    def encode_continuation(self, text: str) -> list[int]:
+        return super().encode(text)
+
+
 class EndsNowhere(LiteralTokenizer):
     end_ids = frozenset({99})
 
@@ -146,6 +157,7 @@ class EndsNowhere(LiteralTokenizer):
         (DropsBytes, "is the text"),
         (CountsPieces, "decoding in pieces"),
         (LetsSpecialsOut, "specials|special tokens"),
+        (EndsPrompts, "does not end as texts end"),
         (EndsNowhere, "end tokens exist"),
     ],
 )

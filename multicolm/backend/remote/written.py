@@ -7,6 +7,7 @@ written by their names, and what comes back is cut into tokens here.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
 
 from multicolm.backend.remote.completions import Completion
 from multicolm.errors import CapabilityError, ServerError
@@ -54,21 +55,34 @@ class Writing:
         What the tokenizer puts in front of every text is left to the server.
 
         Raises:
-            CapabilityError: if it takes characters only, and the text ends within one.
+            CapabilityError: if it takes characters only, and the text ends within one, or holds
+                the name of a special token, which the server would take for the token.
         """
         if self._takes_ids:
             return ids
         rest = ids[len(self._start) :] if list(ids[: len(self._start)]) == self._start else ids
-        names = ((self._tokenizer.special_name(i), i) for i in rest)
-        parts = (self._tokenizer.token_bytes(i) if n is None else n.encode() for n, i in names)
+        parts: list[str] = []
+        for name, run in groupby(rest, self._tokenizer.special_name):
+            tokens = list(run)
+            parts.append(self._text(tokens) if name is None else name * len(tokens))
+        return "".join(parts)
+
+    def _text(self, ids: Sequence[int]) -> str:
+        """Tokens of text as the server takes them."""
+        way = f"model '{self._name}' cannot go on here: its server {self._server} takes no token"
         try:
-            return b"".join(parts).decode()
+            text = self._tokenizer.decode(ids).decode()
         except UnicodeDecodeError as error:
             raise CapabilityError(
-                f"model '{self._name}' cannot go on here: its server {self._server} takes no token "
-                "ids, and the text ends within a character. Use a policy that hands over between "
-                "words, or a server that takes token ids."
+                f"{way} ids, and the text ends within a character. Use a policy that hands over "
+                "between words, or a server that takes token ids."
             ) from error
+        if name := self._tokenizer.special_in(text):
+            raise CapabilityError(
+                f"{way} ids, and would read '{name}', which is text here, as that special token. "
+                "Leave it out, or use a server that takes token ids."
+            )
+        return text
 
     def tokens(self, answer: Completion, n_asked: int) -> list[int]:
         """What the server wrote, as tokens; at least one.
