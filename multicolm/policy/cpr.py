@@ -19,8 +19,10 @@ from multicolm.types import Signal, Tensor
 from multicolm.views import ModelNames, Views
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from multicolm.learning.training import Training
-    from multicolm.score_table import ScoreTable
+    from multicolm.score_table import ScoreBlocks
 
 __all__ = ["CprPolicy"]
 
@@ -29,9 +31,9 @@ __all__ = ["CprPolicy"]
 class CprPolicy(MixPolicy):
     """The base model, an expert, or a blend of the two, by a router's smoothed probability.
 
-    A network on the base model's hidden state gives pi, the probability of each model, which is
-    smoothed over the text: ``m_t = momentum m_(t-1) + (1 - momentum) pi_t``, where m_0 is the base
-    model's. Lambda is the smoothed probability of handing over, the expert the likeliest assistant:
+    A network on the base model's hidden state gives p_t, the probability that an assistant is right
+    where the base model is not, which is smoothed over the text: ``m_t = momentum m_(t-1) + (1 -
+    momentum) p_t`` with ``m_0 = 0``. Lambda is m_t of the likeliest assistant, which is the expert:
 
         lambda < low              the base model writes, and no other model is run
         low <= lambda <= high     ``(1 - lambda) p_base + lambda p_expert``
@@ -49,9 +51,9 @@ class CprPolicy(MixPolicy):
 
     Source:
         CPR, arXiv 2608.30158, section 3.3, with its settings; for more than one assistant by the
-        likeliest. The network is that of `mlp-router`, with the labels of section 3.2 (who is
-        right where the base model is not); the paper's also sees the mean hidden state of the
-        question, and balances classes by the root of their ratio.
+        likeliest. The network is that of `mlp-router`, with the labels of section 3.2; the paper's
+        also sees the mean hidden state of the question, and balances classes by the root of their
+        ratio.
     """
 
     network: Weights | None = None
@@ -67,6 +69,8 @@ class CprPolicy(MixPolicy):
     }
     base_signals: ClassVar[set[Signal]] = {"hidden", "logprobs"}
     assistant_signals: ClassVar[set[Signal]] = {"logprobs"}
+    streams: ClassVar[bool] = True
+    """``fit`` takes a table that is on disk, and reads it block by block."""
 
     def __post_init__(self) -> None:
         """The blend lies between the two thresholds."""
@@ -98,27 +102,39 @@ class CprPolicy(MixPolicy):
         """
         self._router.check_models(models)
 
-    def initial_state(self, views: Views) -> Float[Tensor, "positions models"]:
-        """The smoothed probabilities before the first token: the base model's is 1."""
+    @property
+    def table_features(self) -> dict[str, int]:
+        """Hidden states."""
+        return self._router.table_features
+
+    def initial_state(self, views: Views) -> Float[Tensor, "positions assistants"]:
+        """The smoothed probabilities before the first token: none."""
         import torch
 
-        state = torch.zeros(views.n_positions, len(views.models))
-        state[:, 0] = 1
-        return state
+        return torch.zeros(views.n_positions, len(views.models) - 1)
 
-    def update(self, views: Views, written: NewTokens) -> Float[Tensor, "positions models"]:
+    def update(self, views: Views, written: NewTokens) -> Float[Tensor, "positions assistants"]:
         """The smoothed probabilities at the token."""
         return self._smoothed(views)
 
-    def _smoothed(self, views: Views) -> Float[Tensor, "positions models"]:
-        probs = self._router.model_probs(views)
-        assert probs is not None, "needs() refuses a network without a probability for each model"
+    @cached_property
+    def _net(self) -> nn.Sequential:
+        from multicolm.learning.networks import from_tensors
+
+        assert self.network is not None, "needs() refuses an untrained policy"
+        return from_tensors(self.network.content, self.network.path or "the network")
+
+    def _smoothed(self, views: Views) -> Float[Tensor, "positions assistants"]:
+        from multicolm.learning.networks import router_scores
+
+        hidden = views.base.hidden.float()
+        probs = router_scores(self._net.to(hidden.device), hidden)[:, 1:].sigmoid()
         return self.momentum * views.state.to(probs) + (1 - self.momentum) * probs
 
     def _dispatch(self, views: Views) -> tuple[Tensor, Tensor]:
         """Lambda, and the index of the expert, per position."""
-        smoothed = self._smoothed(views)
-        return 1 - smoothed[:, 0], smoothed[:, 1:].argmax(-1) + 1
+        share, which = self._smoothed(views).max(-1)
+        return share, which + 1
 
     def score(self, views: Views) -> Float[Tensor, "positions"]:
         """The smoothed probability of handing over."""
@@ -152,7 +168,7 @@ class CprPolicy(MixPolicy):
             mixed = torch.where(((expert == k) & (share >= self.low))[:, None], handed, mixed)
         return mixed
 
-    def fit(self, table: ScoreTable, training: Training | None = None) -> CprPolicy:
+    def fit(self, table: ScoreBlocks, training: Training | None = None) -> CprPolicy:
         """The same policy with a network that was trained on a score table with hidden states.
 
         Args:

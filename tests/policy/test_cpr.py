@@ -37,18 +37,16 @@ def by_hand(trio: Ensemble, policy: CprPolicy, answer: Answer) -> list[tuple[str
     base, *experts = trio.backends
     assert isinstance(base, HiddenTable)
     ids = base.tokenizer.encode(answer.prompt)
-    smoothed = [1.0, 0.0, 0.0]
+    smoothed = [0.0, 0.0]
     told = []
     for token in answer.trace:
         scores = base.hidden_after(ids) @ policy.network["0.weight"].T + policy.network["0.bias"]
-        exps = [1.0, *scores.exp().tolist()]
-        pi = [x / sum(exps) for x in exps]
         smoothed = [
             policy.momentum * m + (1 - policy.momentum) * p
-            for m, p in zip(smoothed, pi, strict=True)
+            for m, p in zip(smoothed, scores.sigmoid().tolist(), strict=True)
         ]
-        share = 1 - smoothed[0]
-        expert = 1 if smoothed[1] >= smoothed[2] else 2
+        share = max(smoothed)
+        expert = 1 if smoothed[0] >= smoothed[1] else 2
         own = [model.logits_after(ids).exp().tolist() for model in (base, *experts)]
         if share < policy.low:
             writer, probs = trio.models[0], own[0]
@@ -65,7 +63,7 @@ def by_hand(trio: Ensemble, policy: CprPolicy, answer: Answer) -> list[tuple[str
 @pytest.mark.parametrize("momentum", [0.0, 0.3, 0.5])
 def test_base_model_expert_and_blend_write_where_the_equations_say(momentum: float) -> None:
     trio = tables("base", "left", "right", hidden=True)
-    policy = CprPolicy(network=network(WIDTH, 2), momentum=momentum)
+    policy = CprPolicy(network=network(WIDTH, 2, scale=3.0), momentum=momentum)
     answers = trio.generate(TEXTS, policy, max_new_tokens=12, temperature=1.0, seed=1)
     writers: set[str] = set()
     for answer in answers:
