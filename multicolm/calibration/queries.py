@@ -16,10 +16,10 @@ from torch import Tensor
 import multicolm
 from multicolm.artefacts import Artefact
 from multicolm.decoding.prompts import encode_prompt
-from multicolm.decoding.reader import TokenReader
 from multicolm.decoding.row import Row
 from multicolm.decoding.sampling import Sampling
 from multicolm.decoding.text import TextStream
+from multicolm.decoding.token_reader import TokenReader
 from multicolm.ensemble import Ensemble
 from multicolm.errors import CapabilityError, InputError
 from multicolm.evaluation.answering import Answering, Plan, Progress

@@ -28,12 +28,13 @@ from multicolm.decoding.choosing import Choosing
 from multicolm.decoding.draft import Draft, Positions, Shown
 from multicolm.decoding.drafter import Drafter
 from multicolm.decoding.memory import Memory
-from multicolm.decoding.reader import Reader, TokenReader
+from multicolm.decoding.reader import Reader
 from multicolm.decoding.row import Row, Written
 from multicolm.decoding.sampling import Noise
 from multicolm.decoding.segments import SegmentWriter
 from multicolm.decoding.settle import PolicyDesk, Verdict
 from multicolm.decoding.slots import Slots
+from multicolm.decoding.token_reader import TokenReader
 from multicolm.policy.base import Policy, SegmentPolicy
 from multicolm.tokenizer.bridged import BridgedVocabulary
 from multicolm.tokenizer.byte_vocabulary import ByteVocabulary

@@ -31,11 +31,11 @@ from multicolm.backend.checked import open_session
 from multicolm.decoding.choosing import Choosing
 from multicolm.decoding.draft import Draft, Positions, Shown
 from multicolm.decoding.memory import Memory
-from multicolm.decoding.reader import TokenReader
 from multicolm.decoding.row import Row
 from multicolm.decoding.sampling import Noise, Sampling, row_key
 from multicolm.decoding.settle import PolicyDesk, Verdict
 from multicolm.decoding.text import TextStream
+from multicolm.decoding.token_reader import TokenReader
 from multicolm.ensemble import Ensemble
 from multicolm.errors import CapabilityError, InputError, ModelError, PolicyError
 from multicolm.policy.base import Policy, VerifyPolicy

@@ -203,7 +203,7 @@ def test_the_context_of_a_model_that_is_not_chosen_does_not_end_a_text() -> None
 def test_the_hidden_state_of_a_prompt_is_that_of_its_last_token_or_the_mean(
     monkeypatch: pytest.MonkeyPatch, at_once: int
 ) -> None:
-    monkeypatch.setattr("multicolm.decoding.reader._MAX_LOGITS", at_once * 7)
+    monkeypatch.setattr("multicolm.decoding.own_tokens._MAX_LOGITS", at_once * 7)
     seen: dict[str, torch.Tensor] = {}
 
     class Watches(SelectPolicy):

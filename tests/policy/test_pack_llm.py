@@ -107,7 +107,7 @@ def test_a_long_prompt_is_scored_in_parts_that_fit_into_memory(
     [whole] = Ensemble(twins()).generate([prompt], policy(0.5), max_new_tokens=6)
     most, n_passes = max(shown), len(shown)
     shown.clear()
-    monkeypatch.setattr("multicolm.decoding.reader._MAX_LOGITS", 3 * len(BASE))
+    monkeypatch.setattr("multicolm.decoding.own_tokens._MAX_LOGITS", 3 * len(BASE))
     [parts] = Ensemble(twins()).generate([prompt], policy(0.5), max_new_tokens=6)
     assert max(shown) == 3 * len(BASE) < most and len(shown) > n_passes
     assert [t.id for t in parts.trace] == [t.id for t in whole.trace]

@@ -110,7 +110,7 @@ def test_the_laws_of_the_loop_hold(kind: Any) -> None:
 def test_the_text_is_as_unlikely_as_the_product_over_its_tokens(
     schedule: Any, at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("multicolm.decoding.reader._MAX_LOGITS", at_once * 7)
+    monkeypatch.setattr("multicolm.decoding.own_tokens._MAX_LOGITS", at_once * 7)
     [answer] = TRIO.generate(["ab"], Posterior(), schedule=schedule, max_new_tokens=9, block_size=4)
     text: list[int] = []
     for token in answer.trace:
@@ -127,7 +127,7 @@ def test_the_text_is_as_unlikely_as_the_product_over_its_tokens(
 def test_a_model_that_was_not_asked_for_long_scores_what_it_missed(
     at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("multicolm.decoding.reader._MAX_LOGITS", at_once * 7)
+    monkeypatch.setattr("multicolm.decoding.own_tokens._MAX_LOGITS", at_once * 7)
     seen: list[tuple[int, list[float]]] = []
 
     class Seldom(SurestSoFar):

@@ -12,8 +12,8 @@ import pytest
 from serving_worlds import SECONDS, Gate
 
 from multicolm.config import GenerationConfig
-from multicolm.decoding.reader import TokenReader
 from multicolm.decoding.row import Row
+from multicolm.decoding.token_reader import TokenReader
 from multicolm.errors import BusyError, ClosedError, InputError
 from multicolm.live import Live
 from multicolm.serving.engine import (

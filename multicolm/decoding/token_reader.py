@@ -1,0 +1,226 @@
+"""A model of tokens following the texts of all rows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from multicolm.backend.base import Look
+from multicolm.decoding.own_tokens import Last, OwnTokens
+from multicolm.decoding.row import Row
+
+__all__ = ["TokenReader"]
+
+
+class TokenReader(OwnTokens):
+    """A model of tokens.
+
+    It reads lazily: a model that was not asked for a while catches up in one pass when it is.
+    """
+
+    def is_settled(self, row: Row) -> bool:
+        """Whether the model can go on behind what is written, whatever else might follow there."""
+        self._follow(row, len(row.written))
+        return self._followers[row.slot].is_settled
+
+    def can_go_on(
+        self, row: Row, places: Sequence[int], token: int, writer: int
+    ) -> dict[int, bool | None]:
+        """Where the model could go on writing, if the text goes on as foreseen.
+
+        It can at a place where none of its own tokens would lie across it. Whether that is so
+        depends on the token that follows the place if nobody else goes on there.
+
+        Args:
+            row: the text, and behind it what is foreseen.
+            places: ascending.
+            token: foreseen at the last place.
+            writer: of that token.
+
+        Returns:
+            Per place whether it can; ``None`` where that cannot be told together with the places
+            before, from there on.
+        """
+        follower = self._followers[row.slot]
+        self._follow(row, places[0])
+        flags: dict[int, bool | None] = {}
+        for place in range(places[0], places[-1] + 1):
+            known = place < len(row.ids)
+            new = (row.ids[place], row.writer(place)) if known else (token, writer)
+            if follower.n_tokens == place:
+                follower.extend([new[0]], [new[1]])
+            if place in places:
+                flags[place] = follower.reach(place) is not None
+        # A place may be open as far as one token behind it tells, and lie within an own token once
+        # more is known: it is decided again when it is the first.
+        for place in places:
+            if flags[place] and follower.reach(place) is None:
+                if place == places[0]:
+                    follower.cut(place + 1)
+                    later = places[1:]
+                else:
+                    later = [p for p in places if p >= place]
+                return flags | dict.fromkeys(later, None)
+        return flags
+
+    def look(
+        self,
+        rows: Sequence[Row],
+        places: Sequence[Sequence[int]],
+        *,
+        hidden: bool = False,
+    ) -> Look:
+        """What the model predicts at some places of each row.
+
+        Args:
+            rows: distinct rows.
+            places: per row, ascending places at which it can go on; place ``i`` is before token
+                ``i`` of the text.
+            hidden: whether hidden states are wanted.
+
+        Returns:
+            Predictions over the ensemble's vocabulary, row after row, by ascending place.
+        """
+        order = sorted(range(len(rows)), key=lambda i: rows[i].slot)
+        slots, fed, reached, firsts, remembered = [], [], [], [], {}
+        for i in order:
+            slot = rows[i].slot
+            self._follow(rows[i], places[i][-1])
+            reach = [self._reach(slot, place) for place in places[i]]
+            self._forget(slot)
+            known = self._last.get(slot)
+            if known is not None and reach == [known.n_own] and known.shows(hidden):
+                remembered[i] = known
+                continue
+            first = self._first_to_score(rows[i], reach[0]) if self._scores else reach[0]
+            # The prediction at the end of a text that was cut has to be made once more.
+            if self._session.lengths[slot] >= first:
+                self._session.truncate(slot, first - 1)
+            slots.append(slot)
+            fed.append(self._followers[slot].own[self._session.lengths[slot] : reach[-1]])
+            reached.append(reach)
+            firsts.append(first)
+        asked = [i for i in order if i not in remembered]
+        look = None
+        if asked:
+            look = self._feed([rows[i] for i in asked], slots, fed, reached, firsts, hidden)
+        return _arrange(look, len(rows), asked, reached, remembered)
+
+    def _feed(
+        self,
+        rows: Sequence[Row],
+        slots: Sequence[int],
+        fed: Sequence[Sequence[int]],
+        reached: Sequence[Sequence[int]],
+        firsts: Sequence[int],
+        hidden: bool,
+    ) -> Look:
+        """Run the model, and remember what it shows at the last place of each row."""
+        n_last = [r[-1] - first + 1 for r, first in zip(reached, firsts, strict=True)]
+        look = self._run(rows, fed, n_last, hidden=hidden)
+        if self._scores:
+            for row, first, logits in zip(
+                rows, firsts, torch.split(look.logits, n_last), strict=True
+            ):
+                self._tally(row, first, logits)
+            n_early = [reach[0] - first for reach, first in zip(reached, firsts, strict=True)]
+            look = _without_early(look, n_last, n_early)
+            n_last = [n - early for n, early in zip(n_last, n_early, strict=True)]
+        look = replace(look, logits=self._vocabulary.logits(self._index, look.logits))
+        if not self._vocabulary.is_shared:
+            line = -1
+            for slot, reach, n in zip(slots, reached, n_last, strict=True):
+                line += n
+                states = None if look.hidden is None else look.hidden[line]
+                self._last[slot] = Last(reach[-1], look.logits[line], states)
+        else:
+            for slot in slots:
+                self._last.pop(slot, None)
+        return look
+
+    def text_nll(self, row: Row, place: int) -> float:
+        """How unlikely the model finds the text before a place that it was just looked at at."""
+        tally = self._tallies[row.slot]
+        reach = self._followers[row.slot].reach(place)
+        return math.nan if reach is None else tally.nats[reach - tally.n_prompt]
+
+    def _first_to_score(self, row: Row, reach: int) -> int:
+        """After how many own tokens the model has to be looked at first, to score the text.
+
+        A long text that it has not read yet is scored in parts whose logits fit into memory.
+        """
+        tally = self._tallies[row.slot]
+        if tally.pending is not None and tally.pending[0] == tally.end < reach:
+            self._tally(row, tally.end, tally.pending[1][None])
+        n_at_once = self._n_at_once
+        own = self._followers[row.slot].own
+        while reach - tally.end > n_at_once:
+            first, end = tally.end, tally.end + n_at_once
+            self._session.truncate(row.slot, min(self._session.lengths[row.slot], first - 1))
+            fed = own[self._session.lengths[row.slot] : end - 1]
+            self._tally(row, first, self._run([row], [fed], [n_at_once]).logits)
+        return min(reach, tally.end)
+
+    def _tally(self, row: Row, first: int, logits: Float[Tensor, "looks own_vocab"]) -> None:
+        """Score own tokens of a text with what is shown after ``first`` of them and on."""
+        own, tally = self._followers[row.slot].own, self._tallies[row.slot]
+        tally.pending = (first + len(logits) - 1, logits[-1])
+        gold = own[first : first + len(logits)]
+        if not gold:
+            return
+        shown = logits[: len(gold), : self._model.tokenizer.n_tokens].float()
+        partial = self._model.n_likeliest is not None
+        logprobs = shown if partial else shown.log_softmax(-1)
+        chosen = logprobs.gather(-1, torch.tensor(gold, device=shown.device)[:, None])[:, 0].cpu()
+        for i, (token, value) in enumerate(zip(gold, chosen.tolist(), strict=True)):
+            if partial and not math.isfinite(value):
+                value = float(self._told([row], [first + i], [[token]])[0])
+            tally.add(first + i, value)
+
+
+def _without_early(look: Look, n_shown: Sequence[int], n_early: Sequence[int]) -> Look:
+    """A look without the first few lines of each row."""
+    if not any(n_early):
+        return look
+    kept: list[int] = []
+    line = 0
+    for n, early in zip(n_shown, n_early, strict=True):
+        kept += range(line + early, line + n)
+        line += n
+    index = torch.tensor(kept, device=look.logits.device)
+    hidden = None if look.hidden is None else look.hidden[index]
+    return replace(look, logits=look.logits[index], hidden=hidden)
+
+
+def _arrange(
+    look: Look | None,
+    n_rows: int,
+    asked: Sequence[int],
+    reached: Sequence[Sequence[int]],
+    remembered: Mapping[int, Last],
+) -> Look:
+    """From the session's order, token by token, to the caller's order, place by place."""
+    lines: dict[int, list[int]] = {}
+    first = 0
+    for i, reach in zip(asked, reached, strict=True):
+        lines[i] = [first + own - reach[0] for own in reach]
+        first += reach[-1] - reach[0] + 1
+    for number, i in enumerate(remembered):
+        lines[i] = [first + number]
+    index = [line for i in range(n_rows) for line in lines[i]]
+    if look is not None and index == list(range(first)):
+        return look
+    logits = [] if look is None else [look.logits]
+    states = [] if look is None or look.hidden is None else [look.hidden]
+    for last in remembered.values():
+        logits.append(last.logits[None])
+        if last.hidden is not None and (look is None or look.hidden is not None):
+            states.append(last.hidden[None])
+    chosen = torch.tensor(index, device=logits[0].device)
+    hidden = torch.cat(states)[chosen] if states else None
+    return Look(torch.cat(logits)[chosen], hidden, 0 if look is None else look.n_passes)
