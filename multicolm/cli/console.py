@@ -185,18 +185,23 @@ class MinuteLog:
         self._every = every
         self._clock = clock
         self._begun = self._written = clock()
+        self._before = 0.0
 
     def __call__(self, done: float, total: float, label: str) -> None:
         """How much is done, of how much, and what is being worked at."""
         now = self._clock()
-        if now - self._written < self._every or not done:
+        if done < self._before:  # The next one of several pieces of work.
+            self._begun = now
+        self._before = done
+        if now - self._written < self._every or not done or now == self._begun:
             return
         self._written = now
         rate = done / (now - self._begun)
         left = (total - done) / rate
+        ahead = f"{left / 60:,.0f} min" if left >= 60 else f"{left:.0f} s"
         self._write(
-            f"{label}: {done:,.0f} of {total:,.0f} {self._unit}, {rate:,.1f} {self._unit}/s, "
-            f"{left / 60:,.0f} min left"
+            f"{label}: {done:,.0f} of {total:,.0f} {self._unit}, {rate:,.3g} {self._unit}/s, "
+            f"{ahead} left"
         )
 
 

@@ -40,6 +40,7 @@ __all__ = [
     "TableFiles",
     "load_prompt_digests",
     "load_table",
+    "n_rollouts",
     "read_index",
     "read_rollouts",
 ]
@@ -353,6 +354,18 @@ def read_rollouts(files: TableFiles) -> Rollouts:
     if sha256(path) != files.index.files.get(ROLLOUTS):
         raise ArtefactError(f"{path} has changed since it was written; {again}.")
     return Rollouts(shard, row, {name.removeprefix("quality/"): t for name, t in tensors.items()})
+
+
+def n_rollouts(folder: str | Path) -> int:
+    """How many positions of a score table were judged by roll-outs.
+
+    Raises:
+        ArtefactError: if the table or its roll-outs are missing or damaged.
+    """
+    index = read_index(folder)
+    if ROLLOUTS not in index.files:
+        return 0
+    return len(read_rollouts(TableFiles(Path(folder), index)).shard)
 
 
 @dataclass(frozen=True)

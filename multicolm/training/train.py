@@ -12,7 +12,7 @@ from multicolm.errors import CapabilityError, ConfigError
 from multicolm.files import locked
 from multicolm.learning.training import Training
 from multicolm.policy.base import Policy
-from multicolm.scoring.store import StoredTable, load_table, read_index
+from multicolm.scoring.store import StoredTable, load_table, n_rollouts, read_index
 from multicolm.training.checkpoint import Checkpoint, finished_checkpoint
 from multicolm.training.provenance import check_identities, training_key, training_provenance
 
@@ -93,6 +93,8 @@ def train(
                 f"`training`; got {', '.join(options)}."
             )
         fitted = cast("Policy", fit(table, training) if wants_training else fit(table))
+        if labelled := n_rollouts(scores):
+            training.report["positions_judged_by_rollouts"] = labelled
         provenance = training_provenance(
             scores,
             dict(zip(table.models, table.identities, strict=True)),

@@ -80,12 +80,16 @@ def test_a_dry_run_says_what_would_be_finished_and_loads_nothing(run, world, mon
     assert load_table(world["scores"]).rollouts is None
 
 
-def test_a_checkpoint_trained_on_labels_is_another_than_without(run, world, tmp_path) -> None:
+def test_a_checkpoint_says_that_it_learned_from_labels(run, world, tmp_path) -> None:
     train = ("train", world["ensemble"], world["scores"], "--policy", "cosd-tree")
     first = run(*train, "--out", str(tmp_path / "one"))
+    assert first.code == 0 and "rollouts" not in first.out
     assert run("rollout", world["ensemble"], world["scores"], "--task", world["task"]).code == 0
-    second = run(*train, "--out", str(tmp_path / "one"))
-    assert first.code == 0 and second.code == 1 and "holds another checkpoint" in second.err
+    again = run(*train, "--out", str(tmp_path / "one"))
+    assert again.code == 1 and "holds another checkpoint" in again.err
+    second = run(*train, "--out", str(tmp_path / "two"))
+    assert "positions judged by rollouts" in second.out and second.code == 0
+    assert "judged" in (tmp_path / "two/README.md").read_text()
 
 
 @pytest.mark.parametrize(

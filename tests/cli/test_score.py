@@ -217,9 +217,14 @@ def test_in_a_file_progress_is_a_line_a_minute() -> None:
         now = float(second)
         log(10 * second, 6000, "scoring with base")
     assert lines == [
-        f"scoring with base: {n} of 6,000 tokens, 10.0 tokens/s, {left} min left"
+        f"scoring with base: {n} of 6,000 tokens, 10 tokens/s, {left} min left"
         for n, left in (("600", 9), ("1,200", 8), ("1,800", 7))
     ]
+    lines.clear()
+    for second in range(200, 270):  # the next piece of work begins anew
+        now = float(second)
+        log(0.5 * (second - 200), 60, "the next")
+    assert lines == ["the next: 20 of 60 tokens, 0.5 tokens/s, 1 min left"]
 
 
 def test_without_the_end_and_with_features_the_embedded_models_are_scored(
