@@ -76,9 +76,8 @@ class CosdTreePolicy(SelectPolicy):
     An assistant is a candidate where its most likely token differs from the base model's and the
     tree says ``replace``. With q the leaf's probability that the assistant is right, the candidate
     with the greatest ``log(q / (1 - q)) - cost_weight * cost`` writes, of equal ones the surest;
-    without one, the base model. Assistants are run only where the base model's own numbers leave a
-    way to ``replace``, and those that the tree never lets replace are not run at all; both change
-    nothing but the cost.
+    without one, the base model. An assistant is run only where the base model's own numbers leave
+    it a way to ``replace``, which changes nothing but the cost.
 
     Attributes:
         tree: what was learned; nothing yet if not given.
@@ -172,6 +171,10 @@ class CosdTreePolicy(SelectPolicy):
 
     def defers(self, views: Views) -> Bool[Tensor, "positions"]:
         """Where some assistant could replace the base model's token, by the latter's numbers."""
+        return self.models_at(views).any(-1)
+
+    def models_at(self, views: Views) -> Bool[Tensor, "positions models"]:
+        """Which assistants could replace it; all where one could, if the tree asks who agrees."""
         import torch
 
         tree, names = self._learned, self._assistants(views.models)
@@ -183,16 +186,20 @@ class CosdTreePolicy(SelectPolicy):
         if "position" in tree.used:
             known["position"] = views.place.float()
         device, prices = views.base.top1_ids.device, self._prices(views).tolist()
+        shape = views.n_positions, len(views.models)
+        reached = torch.zeros(shape, dtype=torch.bool, device=device)
         # Assistants that the tree does not tell apart, and that cost the same, are one question.
-        alike = {
-            (tuple(names[k - 1] in group for group in tree.groups), prices[k]): names[k - 1]
-            for k in sorted(self.uses(views.models) - {0})
-        }
-        reached = torch.zeros(views.n_positions, dtype=torch.bool, device=device)
-        for (_, price), name in alike.items():
-            reached |= tree.may_replace(
-                known, views.n_positions, device, assistant=name, least=price
-            )
+        found: dict[object, Tensor] = {}
+        for k in sorted(self.uses(views.models) - {0}):
+            name = names[k - 1]
+            alike = tuple(name in group for group in tree.groups), prices[k]
+            if alike not in found:
+                found[alike] = tree.may_replace(
+                    known, views.n_positions, device, assistant=name, least=prices[k]
+                )
+            reached[:, k] = found[alike]
+        if "agreement" in tree.used:
+            reached[:, 1:] = reached.any(-1, keepdim=True)
         return reached
 
     def _prices(self, views: Views) -> Float[Tensor, "models"]:

@@ -8,6 +8,7 @@ import random
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, get_args
 
@@ -646,6 +647,17 @@ class TestSelecting:
         asks_all = Tree(AssistantSplit(("left",), KEEP, Split("agreement", 0.5, KEEP, REPLACE)))
         assert CosdTreePolicy(tree=asks_all).uses(trio.models) == {0, 1, 2}
 
+    def test_each_assistant_is_run_only_where_the_tree_may_let_it_replace(self) -> None:
+        trio = Ensemble([BASE, LEFT, RIGHT])
+        unsure = Split("p_draft", 0.35, REPLACE, KEEP)
+        tree = Tree(AssistantSplit(("left",), unsure, Split("p_draft", 0.6, REPLACE, KEEP)))
+        answers = trio.generate(PROMPTS, CosdTreePolicy(tree=tree), max_new_tokens=16, seed=0)
+        forwards = {
+            name: sum(answer.usage[name].forwards for answer in answers) for name in trio.models
+        }
+        assert 0 < forwards["left"] < forwards["right"] < forwards["base"]
+        assert written(trio, CosdTreePolicy(tree=tree)) == written(trio, AlwaysLooking(tree=tree))
+
     def test_assistants_are_known_by_their_place_where_the_ensemble_calls_them_otherwise(
         self,
     ) -> None:
@@ -851,6 +863,14 @@ class TestLearning:
         assert policy.tree is not None
         # The first two are left; neither question nor majority tells them apart.
         assert policy.tree.content == Leaf(False, 0.5, samples=2, assistant_right=1)
+
+    def test_roll_outs_say_who_is_right_where_there_are_some(self) -> None:
+        """The corpus says the base model; the texts that follow say the assistant, or both."""
+        scores = table([[1, 2]] * 12, [1] * 12, [[0.5, 0.5]] * 12)
+        rollouts = torch.tensor([[0.0, 1.0]] * 6 + [[1.0, 1.0]] * 4 + [[torch.nan, torch.nan]] * 2)
+        policy = CosdTreePolicy().fit(replace(scores, rollouts=rollouts))
+        # Six for the assistant and two, without roll-outs, for the base model.
+        assert policy.tree is not None and policy.tree.content == Leaf(True, 7 / 10, 8, 6)
 
     def test_agreement_is_learned_where_every_model_is_known(self) -> None:
         top1, gold = [[1, 2, 2]] * 4, [2] * 4
