@@ -64,7 +64,7 @@ class CoLlmPolicy(SelectPolicy, MixPolicy):
     head: Weights | None = None
     decode: Literal["argmax", "threshold", "sample", "mixture"] = "threshold"
     threshold: float = Field(default=0.5, ge=-1, le=1)
-    cost_weight: float = Field(default=0.0, ge=0)
+    cost_weight: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     made_for: dict[str, str] | None = None
 
     streams: ClassVar[bool] = True

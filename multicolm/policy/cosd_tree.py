@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from jaxtyping import Bool, Float, Int
-from pydantic import Field, NonNegativeFloat
+from pydantic import Field
 
 from multicolm.config.wording import Strict
 from multicolm.errors import CapabilityError, TrainingError
@@ -105,7 +105,7 @@ class CosdTreePolicy(SelectPolicy):
     max_depth: int = Field(default=3, ge=1, le=MAX_DEPTH)
     min_samples_leaf: int = Field(default=5, ge=1)
     balance: bool = True
-    cost_weight: NonNegativeFloat = 0.0
+    cost_weight: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     made_for: dict[str, str] | None = None
 
     assistants: ClassVar[When] = "deferred"

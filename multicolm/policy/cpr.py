@@ -44,14 +44,16 @@ class CprPolicy(MixPolicy):
         momentum: how much of the past is kept; 0 is none.
         low: probability; at 1 the base model writes alone.
         high: probability, at least ``low``; equal to it, nothing is blended.
+        cost_weight: nats per unit of an assistant's cost (:attr:`multicolm.Views.costs`), taken off
+            the log-odds of its p_t.
         made_for: the models it was trained with, by name, and what they are; the base model first.
 
     Raises:
         ConfigError: if ``low`` is greater than ``high``.
 
     Source:
-        CPR, arXiv 2608.30158, section 3.3, with its settings; for more than one assistant by the
-        likeliest. The network is that of `mlp-router`, with the labels of section 3.2; the paper's
+        CPR, arXiv 2608.30158, section 3.3, with its settings; more than one assistant, and
+        costs, are ours. The network is that of `mlp-router`, with the labels of section 3.2; the paper's
         also sees the mean hidden state of the question, and balances classes by the root of their
         ratio.
     """
@@ -60,6 +62,7 @@ class CprPolicy(MixPolicy):
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.5
     low: Annotated[float, Field(ge=0, le=1)] = 0.35
     high: Annotated[float, Field(ge=0, le=1)] = 0.65
+    cost_weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     made_for: dict[str, str] | None = None
 
     tunable: ClassVar[dict[str, Sequence[float]]] = {
@@ -128,7 +131,8 @@ class CprPolicy(MixPolicy):
         from multicolm.learning.networks import router_scores
 
         hidden = views.base.hidden.float()
-        probs = router_scores(self._net.to(hidden.device), hidden)[:, 1:].sigmoid()
+        log_odds = router_scores(self._net.to(hidden.device), hidden)[:, 1:]
+        probs = (log_odds - self.cost_weight * views.costs[1:].to(log_odds)).sigmoid()
         return self.momentum * views.state.to(probs) + (1 - self.momentum) * probs
 
     def _dispatch(self, views: Views) -> tuple[Tensor, Tensor]:

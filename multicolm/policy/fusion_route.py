@@ -42,6 +42,8 @@ class FusionRoutePolicy(MixPolicy):
         complement: how much the base model's log-probabilities count; 1 as published, 0 leaves the
             named assistant alone. Where the assistants know facts and not the form of an answer,
             more than 1 may be right: tune it.
+        cost_weight: nats per unit of an assistant's cost (:attr:`multicolm.Views.costs`), taken off
+            its score; it decides which assistant is named, not whether one is.
         made_for: the models it was trained with, by name, and what they are; the base model first.
 
     Source:
@@ -53,6 +55,7 @@ class FusionRoutePolicy(MixPolicy):
 
     head: Weights | None = None
     complement: float = Field(default=1.0, ge=0, allow_inf_nan=False)
+    cost_weight: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     made_for: dict[str, str] | None = None
 
     base_signals: ClassVar[set[Signal]] = {"hidden", "logprobs"}
@@ -109,8 +112,8 @@ class FusionRoutePolicy(MixPolicy):
         network = self._network
         if hidden.device.type != "cpu":
             network = network.to(hidden.device)  # moves in place, so only the first time
-        weights: Float[Tensor, "positions experts"] = network(hidden).softmax(-1)
-        return weights
+        scores: Float[Tensor, "positions experts"] = network(hidden)
+        return (scores - self.cost_weight * views.costs[1:].to(scores)).softmax(-1)
 
     def models_at(self, views: Views) -> Bool[Tensor, "positions models"]:
         """The assistant with the greatest weight, the first of equal ones."""

@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from jaxtyping import Bool, Float, Int
-from pydantic import Field, NonNegativeFloat
+from pydantic import Field
 
 from multicolm.artefacts import Weights
 from multicolm.errors import ArtefactError, CapabilityError
@@ -68,7 +68,7 @@ class MlpRouterPolicy(SelectPolicy):
     top_k: int = Field(default=100, ge=1)
     ways: Literal["each", "models", "binary"] = "each"
     threshold: float = Field(default=0.5, ge=-1, le=1)
-    cost_weight: NonNegativeFloat = 0.0
+    cost_weight: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     made_for: dict[str, str] | None = None
 
     streams: ClassVar[bool] = True

@@ -104,7 +104,7 @@ class SafePolicy(AveragePolicy):
         top, ids = probs.topk(min(int(1 / self.sharpen), probs.shape[-1]))
         attracts = top > self.sharpen
         attracts &= views.base.logprobs[rows[:, None], ids] > float("-inf")
-        n = int(attracts.long().cumsum(-1).argmax(-1).max()) + 1  # behind these none attracts
+        n = int(attracts.long().cumsum(-1).argmax(-1).max()) + 1  # after these none attracts
         ids, attracts = ids[:, :n], attracts[:, :n]
         extends = [views.extends(ids[:, i]) for i in range(n)]
         within = torch.stack([longer.gather(-1, ids) for longer in extends], dim=1)

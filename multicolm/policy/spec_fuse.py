@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from jaxtyping import Float, Int
-from pydantic import NonNegativeFloat, PositiveInt
+from pydantic import Field, PositiveInt
 
 from multicolm.policy.base import SegmentPolicy, Segments, register_policy
 from multicolm.types import Tensor
@@ -29,8 +29,9 @@ class SpecFusePolicy(SegmentPolicy):
     equal. Where all models draft the same it is written, nobody scores it, and no round is counted.
 
     Attributes:
-        shortest: tokens of a draft behind which it ends with the word.
-        longest: behind which it may end within a word, as it must where a script has no spaces.
+        shortest: tokens of a draft after which it ends with the word.
+        longest: tokens after which it may end within a word, as it must where a script has no
+            spaces.
         learning_rate: 0 leaves all models the same vote (SpecFuse as first published).
 
     Source:
@@ -42,7 +43,7 @@ class SpecFusePolicy(SegmentPolicy):
 
     shortest: PositiveInt = 10
     longest: PositiveInt = 26
-    learning_rate: NonNegativeFloat = 1.0
+    learning_rate: float = Field(default=1.0, ge=0, allow_inf_nan=False)
 
     def initial_state(self, views: Views) -> Float[Tensor, "positions width"]:
         """Logarithm of each model's weight, by its place among those in use; then the round."""

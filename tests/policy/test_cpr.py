@@ -41,6 +41,7 @@ def by_hand(trio: Ensemble, policy: CprPolicy, answer: Answer) -> list[tuple[str
     told = []
     for token in answer.trace:
         scores = base.hidden_after(ids) @ policy.network["0.weight"].T + policy.network["0.bias"]
+        scores = scores - policy.cost_weight * torch.tensor(trio.costs[1:])
         smoothed = [
             policy.momentum * m + (1 - policy.momentum) * p
             for m, p in zip(smoothed, scores.sigmoid().tolist(), strict=True)
@@ -60,10 +61,13 @@ def by_hand(trio: Ensemble, policy: CprPolicy, answer: Answer) -> list[tuple[str
     return told
 
 
-@pytest.mark.parametrize("momentum", [0.0, 0.3, 0.5])
-def test_base_model_expert_and_blend_write_where_the_equations_say(momentum: float) -> None:
+@pytest.mark.parametrize(("momentum", "cost_weight"), [(0.0, 0.0), (0.3, 0.1), (0.5, 0.0)])
+def test_base_model_expert_and_blend_write_where_the_equations_say(
+    momentum: float, cost_weight: float
+) -> None:
     trio = tables("base", "left", "right", hidden=True)
-    policy = CprPolicy(network=network(WIDTH, 2, scale=3.0), momentum=momentum)
+    weights = network(WIDTH, 2, scale=3.0)
+    policy = CprPolicy(network=weights, momentum=momentum, cost_weight=cost_weight)
     answers = trio.generate(TEXTS, policy, max_new_tokens=12, temperature=1.0, seed=1)
     writers: set[str] = set()
     for answer in answers:
@@ -114,6 +118,15 @@ def test_at_the_ends_it_is_the_base_model_and_the_experts() -> None:
     assert all(token.model == "base" for answer in never for token in answer.trace)
     always = trio.generate(TEXTS, CprPolicy(network=weights, low=0.0, high=0.0), max_new_tokens=8)
     assert not any(token.model == "base" for answer in always for token in answer.trace)
+
+
+def test_with_a_price_on_cost_that_nothing_is_worth_the_base_model_writes_alone() -> None:
+    trio = tables("base", "left", "right", hidden=True)
+    policy = CprPolicy(network=network(WIDTH, 2), low=0.1, high=0.1, cost_weight=1e9)
+    answers = trio.generate(TEXTS, policy, max_new_tokens=8)
+    alone = trio.generate(TEXTS, "single", max_new_tokens=8)
+    assert [a.text for a in answers] == [a.text for a in alone]
+    assert all(a.usage["left"].forwards + a.usage["right"].forwards == 0 for a in answers)
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.5])

@@ -22,7 +22,7 @@ from multicolm.policy.resolve import resolve_policy
 from multicolm.score_table import ScoreTable
 from multicolm.testing import check_policy, check_routing
 from multicolm.training.checkpoint import Checkpoint
-from multicolm.views import ModelNames
+from multicolm.views import ModelNames, View, Views
 
 WIDTH = len(TOKENS) + 1
 PROMPTS = ["a", "b c", " c", "df", " cab", " ea"]
@@ -97,6 +97,15 @@ def test_without_the_complement_the_named_assistant_writes_alone(named: int) -> 
     texts = [a.text for a in TRIO.generate(PROMPTS, policy, max_new_tokens=8)]
     single = {"kind": "single", "params": {"model": named}}
     assert texts == [a.text for a in TRIO.generate(PROMPTS, single, max_new_tokens=8)]
+
+
+def test_a_cheaper_assistant_is_named_where_the_dear_one_is_not_worth_its_cost() -> None:
+    base = View(torch.zeros(2, 4), torch.zeros(2, WIDTH), signals=frozenset({"hidden"}))
+    seen = Views(ModelNames(["a", "b", "c"]), {0: base}, n_positions=2, costs=[1.0, 5.0, 1.0])
+    for cost_weight, named in [(0.0, 1), (0.2, 1), (0.3, 2), (1e9, 2)]:
+        policy = FusionRoutePolicy(head=always(2, 1), cost_weight=cost_weight)
+        assert policy.models_at(seen)[:, named].all()
+        assert policy.score(seen).isfinite().all()
 
 
 def test_identical_models_are_one_of_them() -> None:

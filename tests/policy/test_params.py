@@ -34,6 +34,14 @@ def refusal(kind: Any, **params: Any) -> str:
     return f"{type(caught.value).__name__}: {caught.value}"
 
 
+@pytest.mark.parametrize(
+    "kind", ["co-llm", "cosd-tree", "cpr", "fusion-route", "mlp-router", "query-router"]
+)
+def test_a_price_on_cost_is_a_finite_number(kind: str) -> None:
+    for wrong in (INF, NAN, -1.0):
+        assert f"ConfigError: {kind}: cost_weight: must be" in refusal(kind, cost_weight=wrong)
+
+
 @pytest.mark.parametrize("kind", list(policies))
 def test_every_policy_refuses_a_param_that_it_does_not_have(kind: str) -> None:
     assert refusal(kind, tempo=1).startswith(
