@@ -52,8 +52,8 @@ class CprPolicy(MixPolicy):
         ConfigError: if ``low`` is greater than ``high``.
 
     Source:
-        CPR, arXiv 2608.30158, section 3.3, with its settings; more than one assistant, and
-        costs, are ours. The network is that of `mlp-router`, with the labels of section 3.2; the paper's
+        CPR, arXiv 2608.30158, section 3.3, with its settings; more than one assistant, and costs,
+        are ours. The network is that of `mlp-router`, with the labels of section 3.2; the paper's
         also sees the mean hidden state of the question, and balances classes by the root of their
         ratio.
     """
