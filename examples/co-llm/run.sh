@@ -24,7 +24,7 @@ $MULTICOLM train "$ENSEMBLE" "$OUT/scores" --policy mlp-router --out "$OUT/mlp-r
 
 # A rule at its best, and a learned threshold for a budget: assistants may write 15 % of the tokens.
 $MULTICOLM tune "$ENSEMBLE" --policy cosd-rule --task "$TASK" $LIMIT --out "$OUT/cosd-rule"
-$MULTICOLM tune "$ENSEMBLE" --policy "$OUT/co-llm" --set decode=threshold --budget 0.15 \
+$MULTICOLM tune "$ENSEMBLE" --policy "$OUT/co-llm" --budget 0.15 \
     --task "$TASK" $LIMIT --out "$OUT/co-llm-15"
 
 # All of them beside rules as they come, each model alone, random baselines and the oracles.

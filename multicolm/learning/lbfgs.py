@@ -2,8 +2,12 @@
 
 The objective is the mean loss plus l2 / 2 times the squared norm of the weights for standardised
 features (the bias is free). It is minimised over the whole table, which is read once for each
-evaluation, for one l2 after the other, from strong to weak; what is kept is the iterate with the
-least loss on held-out texts. A step size is found by line search, so there is no learning rate.
+evaluation. A step size is found by line search, so there is no learning rate. What is kept is the
+iterate with the least loss on held-out texts.
+
+The penalty is found on held-out texts, too: first the one that suits the number of features and of
+positions, then weaker and stronger ones. Another one is taken only if it is better by more than the
+standard error of the difference, so that few held-out texts choose nothing by chance.
 
 The marginal likelihood is not convex. Where a strong penalty keeps pi from telling positions apart,
 its optimum can have pi_k = 0, whose gradient is zero too: whoever goes on from there stays there.
@@ -27,31 +31,35 @@ from multicolm.learning.networks import router_scores
 from multicolm.learning.problem import Fitted, Problem, Stage
 from multicolm.learning.snapshots import Snapshots
 
-__all__ = ["PATH", "fit_linear"]
-
-PATH = tuple(10.0 ** (1 - k) for k in range(9))
-"""Penalties to try, 10 to 1e-7; then two around the best one, half a power of ten away."""
-
-_STRONG = 100
-_WEAK = 0.1
-"""Times features per position: no stronger penalty is tried, and every weaker one must be worth it.
-
-With standardised features and weights of about 1 over the root of their number, features per
-position is where the penalty of a weight and what the data say of it are of about one size.
-"""
+__all__ = ["fit_linear", "usual_penalty"]
 
 _GAIN = 1e-3
-"""Nats that a weaker penalty must gain; the second that does not is the last one."""
+"""Nats that a weaker or stronger penalty must gain; the second that does not is the last one."""
+
+_PLANNED = 10
+"""Penalties that a search usually tries, for its progress."""
+
+_RANGE = 1e-9, 1e4
+"""Of penalties: beyond them nothing changes any more."""
 
 _SMALL = 1e-4
 """Of the objective: an iteration that gains less, twice in a row, ends a stage."""
+
+
+def usual_penalty(n_features: int, n_positions: int) -> float:
+    """The penalty that suits a table: 0.1 times features per position.
+
+    It is that of a Gaussian prior on the weights whose variance is 10 over their number, so that
+    scores of standardised, independent features have a variance of 10.
+    """
+    return 0.1 * n_features / n_positions
 
 
 def fit_linear(
     network: nn.Module,
     problem: Problem,
     stages: Sequence[Stage],
-    penalties: Sequence[float] | None,
+    penalty: float | None,
     patience: int,
     save_every: float,
     snapshots: Snapshots,
@@ -65,7 +73,7 @@ def fit_linear(
         network: linear, with the weights that it begins with; trained in place.
         problem: what it learns from.
         stages: ``epochs`` are the most iterations for each penalty; one takes a pass or two.
-        penalties: l2 to try, in this order; the path from 10 to 1e-7 if not given.
+        penalty: l2; found on held-out texts if not given, :func:`usual_penalty` if there are none.
         patience: iterations without a better held-out loss that end a penalty; 0 never does.
         save_every: seconds between two states; 0 keeps every state.
         snapshots: keeps the state.
@@ -74,7 +82,7 @@ def fit_linear(
     Raises:
         TrainingError: if the loss is no number.
     """
-    path = _Path(network, problem, [s for s in stages if s.epochs], penalties, patience)
+    path = _Path(network, problem, [s for s in stages if s.epochs], penalty, patience)
     state = snapshots.load()
     if state is not None:
         path.resume(*state)
@@ -94,8 +102,9 @@ class _Course:
 
     Attributes:
         left: penalties to come, the first of them at work.
-        found: per finished penalty, the least loss; the summary of each is in ``fitted.search``.
-        refined: whether penalties around the best one have been added.
+        phase: which penalties are tried: the ``weaker`` ones, then ``stronger`` ones, then those
+            ``near`` the one that was kept.
+        idle: penalties of this phase that gained next to nothing.
         stage: at work.
         iteration: of it that comes next, from 0.
         waited: iterations without a better loss for this penalty.
@@ -108,8 +117,8 @@ class _Course:
     """
 
     left: list[float]
-    found: list[tuple[float, float]] = field(default_factory=list)
-    refined: bool = False
+    phase: str = "weaker"
+    idle: int = 0
     stage: int = 0
     iteration: int = 0
     waited: int = 0
@@ -129,7 +138,7 @@ class _Path:
         network: nn.Module,
         problem: Problem,
         stages: list[Stage],
-        penalties: Sequence[float] | None,
+        penalty: float | None,
         patience: int,
     ) -> None:
         self._network = network.to(problem.device)
@@ -137,12 +146,11 @@ class _Path:
         self._stages = stages
         self._patience = patience
         self._weight, self._bias = network.parameters()
-        self._searches = penalties is None
         self._n = len(problem.parts.learnt)
-        self._ratio = self._weight.shape[1] / self._n
-        tried = [l2 for l2 in PATH if l2 <= _STRONG * self._ratio] or [PATH[-1]]
-        self.course = _Course(list(tried if penalties is None else penalties))
-        self._planned = len(self.course.left) + (2 if self._searches else 0)
+        self._searches = penalty is None and len(problem.parts.judged) > 0
+        usual = usual_penalty(self._weight.shape[1], self._n)
+        self.course = _Course([usual if penalty is None else penalty])
+        self._by_text = torch.zeros(0)  # the kept iterate's held-out losses
         self.fitted = Fitted(0, {})
         self._start = self._now()  # where the guiding stages of the next penalty begin
         self._optimizer = self._fresh_optimizer()
@@ -216,19 +224,32 @@ class _Path:
     def _judge(self) -> float:
         """The held-out loss of the present weights, which are kept if they are the best."""
         course, fitted = self.course, self.fitted
-        judged = course.loss
+        judged, by_text = course.loss, torch.zeros(0)
         if len(self._problem.parts.judged):
-            judged = self._problem.held_out_losses([self._network])[0]
+            by_text = self._problem.held_out_by_text(self._network)
+            judged = float(by_text.sum()) / len(self._problem.parts.judged)
         course.waited += 1
         if course.best is None or judged < course.best:
             course.best, course.best_epoch, course.waited = judged, course.iteration, 0
-        if judged < fitted.loss:
+        if self._is_better(judged, by_text):
             fitted.loss, fitted.epoch = judged, course.iteration
             fitted.settings = {"l2": course.left[0]}
             fitted.tensors = {
                 name: tensor.detach().clone() for name, tensor in self._network.state_dict().items()
             }
+            self._by_text = by_text
         return judged
+
+    def _is_better(self, loss: float, by_text: Tensor) -> bool:
+        """Than what is kept; of another penalty, by more than a standard error over texts."""
+        fitted = self.fitted
+        if not fitted.tensors or fitted.settings["l2"] == self.course.left[0]:
+            return loss < fitted.loss
+        gain = self._by_text - by_text
+        if len(gain) < 2:
+            return False
+        error = float(gain.std()) * math.sqrt(len(gain))
+        return float(gain.sum()) > error
 
     def _end_stage(self, why: str) -> None:
         course, fitted = self.course, self.fitted
@@ -249,45 +270,45 @@ class _Path:
         )
         if fitted.settings.get("l2") == l2:
             fitted.stopped, fitted.history = stopped, course.history
-        course.found.append((l2, best))
         course.stage, course.best, course.best_epoch, course.history = 0, None, 0, []
-        self._choose_next()
+        self._choose_next(l2)
         if len(self._stages) > 1:
             vector_to_parameters(self._start, self._network.parameters())
 
-    def _choose_next(self) -> None:
-        """Stop the path where weaker penalties are worse; then try two around the best one."""
-        course = self.course
-        if not self._searches:
+    def _choose_next(self, l2: float) -> None:
+        """The penalty to try after one that is finished."""
+        course, search = self.course, self.fitted.search
+        if not self._searches or course.phase == "near":
             return
-        losses = [loss for _, loss in course.found]
-        weak = [l2 <= _WEAK * self._ratio for l2, _ in course.found]
-        idle = [
-            weak[k] and losses[k] > min(losses[:k], default=math.inf) - _GAIN
-            for k in range(len(losses))
-        ]
-        if not course.refined and (not course.left or sum(idle) >= 2):
-            best = min(course.found, key=lambda pair: pair[1])[0]
-            course.left, course.refined = [best * 10**0.5, best / 10**0.5], True
+        before = [tried["loss_nats"] for tried in search[:-1]]
+        if before and search[-1]["loss_nats"] > min(before) - _GAIN:
+            course.idle += 1
+        following = l2 / 10 if course.phase == "weaker" else l2 * 10
+        if course.idle < 2 and _RANGE[0] <= following <= _RANGE[1]:
+            course.left = [following]
+        elif course.phase == "weaker":
+            course.phase, course.idle = "stronger", 0
+            course.left = [search[0]["l2"] * 10]
+        else:
+            kept = self.fitted.settings["l2"]
+            course.phase, course.left = "near", [kept * 10**0.5, kept / 10**0.5]
 
     def progress(self) -> tuple[float, float, str]:
         """How much is done, of how much, and what is being done."""
         course = self.course
-        planned = self._planned
-        total = planned * sum(stage.epochs for stage in self._stages)
+        each = sum(stage.epochs for stage in self._stages)
+        total = each * (_PLANNED if self._searches else 1)
+        n_finished = len(self.fitted.search)
         begun = sum(stage.epochs for stage in self._stages[: course.stage]) + course.iteration
-        n_finished = (
-            planned - len(course.left) - (2 if self._searches and not course.refined else 0)
-        )
         name = self._stages[min(course.stage, len(self._stages) - 1)].name
         what = f"l2 {course.left[0]:.3g}: {name}" if course.left else "done"
-        return n_finished * (total // max(1, planned)) + begun, total, what
+        return min(n_finished * each + begun, total), total, what
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """All that it takes to go on from here."""
         kept = self._optimizer.state_dict()["state"].get(0, {})
         tensors, numbers = _flat(kept)
-        tensors |= {"now": self._now(), "start": self._start}
+        tensors |= {"now": self._now(), "start": self._start, "by_text": self._by_text}
         tensors |= {f"best.{name}": tensor for name, tensor in self.fitted.tensors.items()}
         facts = {"lbfgs": numbers, "course": asdict(self.course), "best": self.fitted.facts()}
         return tensors, facts
@@ -296,6 +317,7 @@ class _Path:
         """Go on after a state."""
         self.course = _Course(**facts["course"])
         self.fitted = Fitted.restored("best.", tensors, facts["best"])
+        self._by_text = tensors["by_text"]
         self._start = tensors["start"].to(self._problem.device)
         now = tensors["now"].to(self._problem.device)
         vector_to_parameters(now.clone(), self._network.parameters())

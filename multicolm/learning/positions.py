@@ -17,7 +17,7 @@ from torch import Tensor
 from multicolm.errors import TrainingError
 from multicolm.score_table import ScoreBlocks, ScoreTable, held_out_texts
 
-__all__ = ["Parts", "Positions", "device_named", "divide"]
+__all__ = ["Parts", "Positions", "device_named", "divide", "scores_in_memory"]
 
 _BLOCK = 2048
 """Positions that are read in one go: a few texts."""
@@ -140,6 +140,11 @@ def divide(
         judged.append(mask & away)
     place = device or torch.device("cpu")
     return Parts(Positions(table, learnt, place), Positions(table, judged, place))
+
+
+def scores_in_memory(table: ScoreBlocks) -> ScoreTable:
+    """All of a table but the base model's features."""
+    return _joined([replace(block, base={}) for block in table.blocks(_BLOCK)])
 
 
 def device_named(name: str | None) -> torch.device:

@@ -110,6 +110,25 @@ class Problem:
                 totals[k] += float(self.judge(scores, part).sum())
         return [total / n for total in totals]
 
+    @torch.no_grad()
+    def held_out_by_text(self, network: nn.Module) -> Float[Tensor, "texts"]:
+        """The sum of :attr:`judge` over each held-out text, in nats."""
+        texts = self._held_out_texts
+        totals = torch.zeros(len(texts), dtype=torch.float64)
+        for inputs, part in self.batches(self.parts.judged):
+            losses = self.judge(router_scores(network.train(False), inputs), part)
+            where = torch.searchsorted(texts, part.example.cpu())
+            totals.index_add_(0, where, losses.cpu().double())
+        return totals
+
+    @cached_property
+    def _held_out_texts(self) -> Tensor:
+        parts = self.parts.judged.in_order(features=False)
+        found: Tensor = torch.unique(
+            torch.cat([torch.unique(part.example).cpu() for part in parts])
+        )
+        return found
+
 
 def standardise(
     positions: Positions, features: Features

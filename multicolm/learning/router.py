@@ -90,8 +90,9 @@ class NetworkSettings(Strict):
         batch_size: positions per step.
         l2: strength of the penalty on the weights for standardised features: l2 / 2 times their
             squared norm for ``lbfgs``, in nats; AdamW's weight decay for ``adamw``. The best on
-            held-out texts if not given: of 10, 1, ... 1e-7 and half steps for ``lbfgs``, of 0.01
-            and 1 for ``adamw``.
+            held-out texts if not given: for ``lbfgs`` 0.1 times features per position, or powers
+            of ten of it and half steps that are better by more than a standard error; for
+            ``adamw`` 0.01 or 1.
         held_out: part of the texts that nothing is learnt from, by which settings and the best
             epoch are chosen.
         patience: epochs without a better held-out loss before a penalty of ``lbfgs`` is finished,
@@ -212,6 +213,8 @@ def fit_marginal(
     features: Features,
     training: Training,
     writers: Writers = _published,
+    *,
+    wanted: Callable[[ScoreTable], Tensor] = usable,
 ) -> dict[str, Tensor]:
     """Train a router by marginal likelihood, after some epochs of weak labels.
 
@@ -220,6 +223,7 @@ def fit_marginal(
         features: what the router sees of each position.
         training: options, see :class:`RouterSettings`; the report gets losses in nats per token.
         writers: how the policy decides, for the report.
+        wanted: which positions count, besides being usable.
 
     Returns:
         Tensors of a network for raw features; see :mod:`multicolm.learning.networks`.
@@ -228,7 +232,7 @@ def fit_marginal(
         TrainingError: if there is nothing to learn from, or the loss is no number.
     """
     settings = training.settings(RouterSettings)
-    parts = usable_parts(table, settings)
+    parts = usable_parts(table, settings, wanted)
     device = parts.learnt.device
     weights = balanced_weights(parts.learnt, weak_labels, settings.balance)
     known_costs = table.costs or (1.0,) * len(table.models)
@@ -341,16 +345,13 @@ def fit_stages(
     snapshots = training.snapshots(*facts, shape, settings)
     searches = len(parts.judged) > 0
     if settings.uses_lbfgs:
-        # Without held-out texts nothing can be chosen: as strong as the data are few.
-        usual = [0.1 * n_features / len(parts.learnt)]
-        penalties = [settings.l2] if settings.l2 is not None else None if searches else usual
         network = make(torch.Generator().manual_seed(0))
         fitted = [
             fit_linear(
                 network,
                 problem,
                 stages,
-                penalties,
+                settings.l2,
                 settings.patience,
                 training.save_every,
                 snapshots,

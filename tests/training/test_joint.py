@@ -333,8 +333,9 @@ def test_the_checkpoint_is_an_ensemble_whose_base_model_learned_what_the_report_
     out = tmp_path / "out"
     checkpoint = trained(home, out, how, kind, options={"lr": 3e-3, "epochs": 4})
     report = report_of(checkpoint)
-    assert report["base_nll_nats"] < report["base_nll_nats_before"] - 0.1
-    if kind == "co-llm":
+    if kind == "single":
+        assert report["base_nll_nats"] < report["base_nll_nats_before"] - 0.1
+    else:  # the base model alone may become worse where assistants write
         assert report["nll_nats"] < report["nll_nats_before"] - 0.1
         assert report["nll_nats"] < report["base_nll_nats"]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from multicolm.errors import TrainingError
 from multicolm.score_table import ScoreTable
 from multicolm.scoring.store import TEXT, TableFiles, read_index
 
-__all__ = ["Batch", "Lessons", "Text", "batches", "lessons", "only_texts"]
+__all__ = ["Batch", "Lessons", "Text", "batches", "lessons", "rows_of"]
 
 
 @dataclass(frozen=True)
@@ -115,9 +115,26 @@ def lessons(scores: str | Path, table: ScoreTable, *, max_length: int, held_out:
     )
 
 
-def only_texts(table: ScoreTable, texts: Sequence[Text]) -> ScoreTable:
-    """The positions of some texts."""
-    return table.rows(torch.cat([text.rows for text in texts]))
+def rows_of(
+    table: ScoreTable, texts: Sequence[Text]
+) -> Callable[[ScoreTable], Bool[Tensor, "positions"]]:
+    """Which positions of a part of the table are of some texts, and count.
+
+    Args:
+        table: all of it.
+        texts: as :func:`lessons` made them.
+    """
+    chosen = torch.zeros(len(table), dtype=torch.bool)
+    chosen[torch.cat([text.rows for text in texts])] = True
+    examples, lengths = torch.unique_consecutive(table.example, return_counts=True)
+    starts = torch.zeros(int(examples.max()) + 1, dtype=torch.long)
+    first = lengths.cumsum(0) - lengths
+    starts[examples] = first - table.place[first]
+
+    def wanted(part: ScoreTable) -> Tensor:
+        return chosen[starts[part.example] + part.place]
+
+    return wanted
 
 
 def _prompts(scores: str | Path) -> list[Tensor]:

@@ -38,7 +38,8 @@ class JointSettings(Strict):
     Attributes:
         lr: peak learning rate of AdamW for the base model; 2e-5 for ``full`` and 1e-4 for ``lora``
             if not given.
-        head_lr: that of the head.
+        head_lr: that of the head; 0.1 divided by the root of the hidden state's width if not
+            given, as a step changes a score by about the rate times that root.
         epochs: passes over the texts, at most.
         batch_size: texts per step, over all processes.
         batch_tokens: the most tokens of one forward pass of one process, padding included; a batch
@@ -65,7 +66,7 @@ class JointSettings(Strict):
     """
 
     lr: float | None = Field(default=None, gt=0)
-    head_lr: float = Field(default=1e-2, gt=0)
+    head_lr: float | None = Field(default=None, gt=0)
     epochs: int = Field(default=2, ge=1)
     batch_size: int = Field(default=128, ge=1)
     batch_tokens: int = Field(default=4096, ge=1)
@@ -132,13 +133,15 @@ class Job:
         """What is of use to this training alone."""
         return self.folder / ".training" / self.key
 
-    @property
-    def schedule(self) -> Schedule:
-        """How the loop goes."""
+    def schedule(self, width: int) -> Schedule:
+        """How the loop goes, for hidden states of a width; 0 without a head."""
         shared = {f.name for f in fields(Schedule)} & set(JointSettings.model_fields)
         given = {name: getattr(self.settings, name) for name in shared}
-        lr = _LR[self.how] if self.settings.lr is None else self.settings.lr
-        return Schedule(**{**given, "lr": lr, "save_every": self.save_every})
+        rates = {
+            "lr": _LR[self.how] if self.settings.lr is None else self.settings.lr,
+            "head_lr": self.settings.head_lr or 0.1 / max(1, width) ** 0.5,
+        }
+        return Schedule(**{**given, **rates, "save_every": self.save_every})
 
 
 def check_policy(policy: Policy, config: EnsembleConfig) -> CoLlmPolicy | SinglePolicy:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,13 +11,17 @@ import torch
 from torch import Tensor
 
 from multicolm.errors import ConfigError
-from multicolm.learning.networks import build, fold, standardisation
+from multicolm.learning.lbfgs import usual_penalty
+from multicolm.learning.networks import build, fold
+from multicolm.learning.positions import divide
+from multicolm.learning.problem import standardise
 from multicolm.learning.router import fit_marginal
 from multicolm.learning.training import Training
 from multicolm.policy.base import ModelFacts
 from multicolm.policy.co_llm import CoLlmPolicy
 from multicolm.score_table import ScoreTable
-from multicolm.training.joint.data import Lessons, only_texts
+from multicolm.scoring.store import StoredTable
+from multicolm.training.joint.data import Lessons, rows_of
 from multicolm.training.joint.job import Job
 from multicolm.training.joint.model import LoraSettings, add_lora
 from multicolm.training.provenance import check_identities
@@ -43,8 +47,9 @@ class Router:
     def first(cls, job: Job, data: Lessons) -> Router:
         """The head to begin with: the policy's own, one trained on the table, or a blank one."""
         assert isinstance(job.policy, CoLlmPolicy)
-        learnt = only_texts(data.table, data.learnt)
-        mean, scale = standardisation(learnt.feature("hidden"))
+        stored = StoredTable(job.scores, job.names)
+        wanted = rows_of(data.table, data.learnt)
+        mean, scale = standardise(divide(stored, wanted, held_out=0.0).learnt, _hidden)
         if job.policy.head is not None:
             names, sizes = data.table.models, [len(mean), *(None for _ in data.table.models[1:])]
             job.policy.needs(names)
@@ -52,25 +57,38 @@ class Router:
             job.policy.check_models([ModelFacts(*facts) for facts in identified])
             return cls(job.policy.head.content, mean, scale)
         if job.settings.init:
-            return cls(_trained_alone(job, learnt), mean, scale)
+            return cls(_trained_alone(job, stored, wanted, len(mean)), mean, scale)
         generator = torch.Generator().manual_seed(job.settings.seed)
         n_outputs = data.table.n_models - 1
         blank = build(job.settings.network, len(mean), n_outputs, generator=generator)
         return cls(fold(blank, mean, scale), mean, scale)
 
 
-def _trained_alone(job: Job, learnt: ScoreTable) -> dict[str, Tensor]:
+def _hidden(part: ScoreTable) -> Tensor:
+    return part.feature("hidden")
+
+
+def _trained_alone(
+    job: Job, stored: StoredTable, wanted: Callable[[ScoreTable], Tensor], width: int
+) -> dict[str, Tensor]:
     """A head for the base model as it was, which never sees the texts that are held out."""
-    options: dict[str, Any] = {"network": job.settings.network}
-    if job.settings.network != "linear":  # a linear head has no random numbers
+    options: dict[str, Any] = {
+        "network": job.settings.network,
+        "device": str(job.accelerator.device),
+    }
+    if job.settings.network != "linear":
         options["seeds"] = (job.settings.seed,)
+    else:
+        # No weaker one, whatever held-out texts say: the hidden states are about to move, and a
+        # head that goes by small differences between them would be sure of itself by accident.
+        options["l2"] = usual_penalty(width, len(divide(stored, wanted, 0.0).learnt))
     training = Training(
         options,
         job.scratch / "head" if job.accelerator.is_main_process else None,
         job.on_progress,
         job.save_every,
     )
-    return fit_marginal(learnt, lambda part: part.feature("hidden"), training)
+    return fit_marginal(stored, _hidden, training, wanted=wanted)
 
 
 @dataclass(frozen=True)

@@ -22,13 +22,14 @@ from multicolm.artefacts import Weights
 from multicolm.config import EnsembleConfig
 from multicolm.files import locked
 from multicolm.learning.networks import fold
+from multicolm.learning.positions import scores_in_memory
 from multicolm.learning.snapshots import Snapshots
 from multicolm.learning.training import Training
 from multicolm.policy.base import Policy
 from multicolm.policy.co_llm import CoLlmPolicy
 from multicolm.policy.fixed import SinglePolicy
 from multicolm.score_table import ScoreTable
-from multicolm.scoring.store import load_table
+from multicolm.scoring.store import StoredTable
 from multicolm.training.checkpoint import Checkpoint, finished_checkpoint
 from multicolm.training.joint.data import Lessons, lessons
 from multicolm.training.joint.job import (
@@ -127,7 +128,7 @@ def _run(job: Job) -> Checkpoint:
     job.scratch.mkdir(parents=True, exist_ok=True)
     data = lessons(
         job.scores,
-        load_table(job.scores, job.names),
+        scores_in_memory(StoredTable(job.scores, job.names)),
         max_length=job.settings.max_length,
         held_out=job.settings.held_out,
     )
@@ -142,7 +143,8 @@ def _run(job: Job) -> Checkpoint:
     )
     # A state is of no use to another training, and its key says which one it is of.
     snapshots = Snapshots(job.scratch, job.key)
-    trainer = Trainer(model, data, job.schedule, job.accelerator, snapshots, job.on_progress)
+    schedule = job.schedule(0 if head is None else len(head.mean))
+    trainer = Trainer(model, data, schedule, job.accelerator, snapshots, job.on_progress)
     course = trainer.run()
     base.restore_dtype()
     report = _report(job, data, trainer, course)
