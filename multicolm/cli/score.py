@@ -158,12 +158,12 @@ def _scored(config: EnsembleConfig, corpus: Corpus, out: Path, **how: Unpack[_Ho
     from multicolm.scoring.store import TableFiles
 
     there, missing = _there(config, corpus, out, **how)
+    rank, n_ranks, wait = processes()
     if not missing:
-        if there.files:
+        if there.files or rank > 0:
             return there
         with locked(out):
             return finish(TableFiles(out, there))
-    rank, n_ranks, wait = processes()
     loaded = _load(on_own_device(_only(config, missing)))
     if how["end_of_text"] and not loaded.vocabulary.end_ids(0):
         # Then the token that stands for the end of a text is one of the others'.
