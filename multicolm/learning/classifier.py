@@ -134,14 +134,16 @@ def _threshold(
 ) -> float | None:
     if recall is None:
         is_right = part.right.gather(1, chosen[:, None])[:, 0]
-        return threshold_for_right_tokens(part.right[:, 0], is_right)
+        return threshold_for_right_tokens(handed, part.right[:, 0], is_right)
     if not recall:
         return None
     return threshold_for_recall(handed, ~part.right[:, 0], recall)
 
 
 def threshold_for_right_tokens(
-    base_right: Bool[Tensor, "positions"], assistant_right: Bool[Tensor, "positions"]
+    handed: Float[Tensor, "positions"],
+    base_right: Bool[Tensor, "positions"],
+    assistant_right: Bool[Tensor, "positions"],
 ) -> float:
     """The threshold on the probability of handing over with which most tokens are right.
 
@@ -151,12 +153,17 @@ def threshold_for_right_tokens(
     of them that is to be found would be a part of the texts to the power of their number.
 
     Args:
+        handed: p. Positions count by p (1 - p) for h, which is wanted where p decides; where the
+            network is sure, the assistants are often wrong and nobody asks them.
         base_right: whether the base model is right.
         assistant_right: whether the assistant is that would write there.
     """
-    harm = (~assistant_right & base_right).sum() + 1
-    harm_rate = float(harm / (base_right.sum() + 2))
-    return harm_rate / (1 + harm_rate)
+    harmed = (base_right & ~assistant_right).double()
+    everywhere = (harmed.sum() + 1) / (base_right.sum() + 2)
+    weights = (handed * (1 - handed)).double()
+    # Of few positions the estimate is that of all of them: it counts as one more.
+    here = ((weights * harmed).sum() + everywhere) / ((weights * base_right).sum() + 1)
+    return float(here / (1 + here))
 
 
 def threshold_for_recall(

@@ -409,8 +409,9 @@ def test_the_threshold_is_the_one_of_the_most_right_tokens() -> None:
     base = torch.tensor([True] * 60 + [False] * 40)
     for n_harmed, pays in ((60, False), (45, False), (30, True), (0, True)):
         assistant = torch.tensor([False] * n_harmed + [True] * (100 - n_harmed))
-        rescued = 0.4
-        assert (rescued > threshold_for_right_tokens(base, assistant)) == pays, n_harmed
+        rescued = torch.full((100,), 0.4)
+        found = threshold_for_right_tokens(rescued, base, assistant)
+        assert (found < 0.4) == pays, n_harmed
         assert (float(assistant.float().mean()) > float(base.float().mean())) == pays
 
 
@@ -427,3 +428,13 @@ def test_a_recall_may_be_asked_for_as_in_r2r() -> None:
     assert shares[0] < 0.3 < shares[1]
     kept = MlpRouterPolicy(threshold=0.25).fit(table, Training({**FAST, "recall": 0}))
     assert kept.threshold == 0.25
+
+
+def test_the_threshold_goes_by_positions_that_the_network_is_undecided_about() -> None:
+    """The assistant is wrong where the network is sure of the base model, and nowhere else."""
+    handed = torch.tensor([1e-4] * 900 + [0.3] * 100)
+    base = torch.tensor([True] * 970 + [False] * 30)
+    assistant = torch.tensor([False] * 900 + [True] * 100)
+    assert threshold_for_right_tokens(handed, base, assistant) < 0.1
+    undecided = torch.full((1000,), 0.3)
+    assert threshold_for_right_tokens(undecided, base, assistant) > 0.45
