@@ -18,9 +18,11 @@ from multicolm.learning.router import fit_marginal, raw_scores
 from multicolm.learning.training import Training
 from multicolm.score_table import ScoreTable
 
-SHORT = {"epochs": 4, "weak_epochs": 2, "batch_size": 64}
+SEARCHING = {"epochs": 4, "weak_epochs": 2, "batch_size": 64}
+SHORT = {**SEARCHING, "lr": 0.01, "l2": 0.0}
 KINDS = {
     "linear": SHORT,
+    "rates and decays": {**SEARCHING, "network": "mlp", "width": 8, "dropout": 0.3},
     "mlp": {**SHORT, "network": "mlp", "width": 8, "dropout": 0.3},
     "residual": {**SHORT, "network": "residual", "width": 8, "dropout": 0.3},
     "seeds": {**SHORT, "network": "mlp", "width": 8, "seeds": (3, 1)},
@@ -136,7 +138,7 @@ def test_states_are_as_rare_as_they_are_wanted(tmp_path) -> None:
 
 @pytest.mark.parametrize("n_models", [2, 3, 5])
 def test_the_writer_is_learned_where_the_hidden_state_tells_it(n_models) -> None:
-    training = Training({"epochs": 20, "batch_size": 64})
+    training = Training({"epochs": 20, "batch_size": 64, "lr": 0.03})
     table = world(n_models, 600)
     tensors = fit_marginal(table, hidden, training)
     fresh = world(n_models, 600, seed=9)
@@ -167,6 +169,21 @@ def test_early_stopping_keeps_the_best_epoch() -> None:
     scores = raw_scores(tensors, hidden(judged))
     mine = float(marginal_loss(scores, judged.gold_logprobs, judged.known).mean())
     assert mine == pytest.approx(held_out[best], rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["rates and decays", "linear"])
+def test_the_candidate_that_is_kept_is_what_it_would_be_alone(name) -> None:
+    """Side by side they share batches and dropout, and nothing else."""
+    options = {k: v for k, v in KINDS[name].items() if k not in ("lr", "l2")}
+    together = Training(options)
+    kept = marginal(world(noise=1.0), together)
+    report = together.report
+    assert len(report["search"]) == 6
+    best = min(tried["loss_nats"] for tried in report["search"])
+    assert report["loss_nats"] == best
+    alone = Training({**options, "lr": report["lr"], "l2": report["l2"]})
+    assert marginal(world(noise=1.0), alone) == kept
+    assert alone.report["history"] == report["history"]
 
 
 def test_no_patience_never_stops() -> None:
