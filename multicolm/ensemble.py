@@ -25,7 +25,14 @@ from multicolm.errors import (
 from multicolm.live import Live
 from multicolm.numbers import as_python, check_seed, check_whole
 from multicolm.plugins import backends
-from multicolm.policy.base import ModelFacts, Policy, Schedule, SegmentPolicy, check_used
+from multicolm.policy.base import (
+    ModelFacts,
+    Policy,
+    Schedule,
+    SegmentPolicy,
+    check_used,
+    checked_prompt_states,
+)
 from multicolm.policy.resolve import resolve_policy
 from multicolm.streaming import Answers, Run, Stream
 from multicolm.tokenizer.bridged import join
@@ -470,7 +477,7 @@ def _check_signals(policy: Policy, models: ModelNames, shown: Sequence[_Shown]) 
         CapabilityError: naming the policy, the model, its server, and the signal.
     """
     needs = policy.needs(models)
-    states = policy.prompt_states(models)
+    states = checked_prompt_states(policy, models)
     sentences = []
     for k, its in enumerate(shown):
         wanted = needs.of(k) | ({"hidden"} if k in states else frozenset())

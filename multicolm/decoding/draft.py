@@ -130,16 +130,20 @@ class Positions:
                 [row.prompt_length for row in self.rows], device=device
             )
         for of in first.prompt_hidden:
-            known[prompt_hidden_key(*of)] = partial(self._prompt_hidden, of)
+            known[prompt_hidden_key(*of)] = partial(self._prompt_hidden, of, device)
         if first.state is not None:
-            known["state"] = self._states
+            known["state"] = partial(self._states, device)
         return known
 
-    def _prompt_hidden(self, of: tuple[int, Pooling]) -> Float[Tensor, "positions hidden"]:
-        return torch.stack([row.prompt_hidden[of] for row in self.rows])
+    def _prompt_hidden(
+        self, of: tuple[int, Pooling], device: torch.device
+    ) -> Float[Tensor, "positions hidden"]:
+        return torch.stack([row.prompt_hidden[of].to(device) for row in self.rows])
 
-    def _states(self) -> Shaped[Tensor, "positions width"]:
-        return torch.stack([row.state for row in self.rows if row.state is not None])
+    def _states(self, device: torch.device) -> Shaped[Tensor, "positions width"]:
+        # Begun where no model was seen, and updated where one was: not on one device.
+        states = [row.state.to(device) for row in self.rows if row.state is not None]
+        return torch.stack(states)
 
     def context(self, device: torch.device) -> dict[str, Callable[[], Tensor]]:
         """How policies are told about what came before each position.

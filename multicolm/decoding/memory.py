@@ -32,6 +32,7 @@ class Memory:
         self._policy = desk.policy
         kind = type(desk.policy)
         self._narrows = desk.policy.narrows
+        self._kept: tuple[int, torch.dtype] | None = None  # width and dtype, the same for all texts
         self.updates = desk.policy.keeps_state and kind.update is not Policy.update
 
     def begin(self, positions: Positions) -> None:
@@ -59,12 +60,13 @@ class Memory:
         decided = sorted(verdict.tokens)
         ran = [tuple(k for k, m in draft.shown.items() if m.knows([i])) for i in decided]
         for which in grouped(decided, ran):
-            written = NewTokens(
-                torch.tensor([verdict.tokens[i] for i in which]),
-                torch.tensor([verdict.writers[i] for i in which]),
-                torch.tensor([verdict.logprobs[i] for i in which]),
-            )
             views = self._desk.views(draft.positions, which, draft.shown)
+            device = views.costs.device
+            written = NewTokens(
+                torch.tensor([verdict.tokens[i] for i in which], device=device),
+                torch.tensor([verdict.writers[i] for i in which], device=device),
+                torch.tensor([verdict.logprobs[i] for i in which], device=device),
+            )
             self._keep(draft.positions.at(which), self._policy.update(views, written), "update")
 
     def feedback(self, positions: Positions, segments: Segments, chosen: Tensor) -> None:
@@ -81,20 +83,19 @@ class Memory:
         states = [row.state for row in rows if row.state is not None]
         return torch.stack(states) if states else None
 
-    def _keep(self, positions: Positions, state: object, method: str) -> None:
+    def _keep(self, positions: Positions, state: Tensor, method: str) -> None:
         rows = positions.rows
-        width = next((len(row.state) for row in rows if row.state is not None), None)
-        if not isinstance(state, Tensor) or state.ndim != 2 or len(state) != len(rows):
-            fits = False
-        else:
-            fits = width is None or state.shape[1] == width
+        fits = isinstance(state, Tensor) and state.ndim == 2 and len(state) == len(rows)
+        if fits and self._kept is not None:
+            fits = (state.shape[1], state.dtype) == self._kept
         if not fits:
-            got = f"shape {list(state.shape)}" if isinstance(state, Tensor) else type(state)
+            width, dtype = self._kept or ("width", "any dtype")
+            got = f"{state.dtype} {list(state.shape)}" if isinstance(state, Tensor) else type(state)
             raise PolicyError(
                 f"policy '{self._policy.name}': {method}() must return a tensor of shape "
-                f"[{len(rows)}, {width or 'width'}], a row per position, and returned {got}."
+                f"[{len(rows)}, {width}] and {dtype}, a row per position, and returned {got}."
             )
-        assert isinstance(state, Tensor)
+        self._kept = state.shape[1], state.dtype
         # A copy: what the policy holds may be written into by its next call.
         for row, line in zip(rows, state.clone(), strict=True):
             row.state = line

@@ -23,14 +23,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass as plain_dataclass
 from dataclasses import fields as dataclass_fields
 from dataclasses import is_dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias, TypeVar, get_args
 
 from jaxtyping import Bool, Float, Int, Shaped
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 from typing_extensions import dataclass_transform
 
-from multicolm.errors import CapabilityError
+from multicolm.errors import CapabilityError, PolicyError
 from multicolm.plugins import policies
 from multicolm.types import Pooling, Signal, Tensor
 from multicolm.views import ModelNames, Views
@@ -62,6 +62,7 @@ __all__ = [
     "VerifyPolicy",
     "When",
     "check_used",
+    "checked_prompt_states",
     "register_policy",
 ]
 
@@ -268,7 +269,8 @@ class Policy:
     def prompt_states(self, models: ModelNames) -> Mapping[int, frozenset[Pooling]]:
         """Which models' hidden states of the prompt it reads, and how pooled; none by default.
 
-        These models read the prompt once, before the first token; see
+        By model index; ``last`` and ``mean`` are how. They read the prompt once, before the first
+        token; see
         :meth:`multicolm.views.Views.prompt_hidden`. They must be among those that it
         :meth:`uses`; one that :meth:`needs` does not name reads the prompt and nothing else
         until it is chosen to write.
@@ -281,7 +283,7 @@ class Policy:
 
         Asked once per text. The views show no model; they show ``prompt_hidden`` and
         ``prompt_nats`` where these are declared, ``greedy``, ``costs``, and in ``uniform`` a
-        random number of the text's own. Any dtype and width, the same for all texts.
+        random number of the text's own. Any dtype and width, the same for all texts and ever after.
         """
         raise NotImplementedError(f"{type(self).__name__} keeps no state")
 
@@ -470,12 +472,35 @@ def check_used(policy: Policy, models: ModelNames) -> None:
 
     Raises:
         CapabilityError: naming both.
+        PolicyError: see :func:`checked_prompt_states`.
     """
     if not policy.uses(models):
         raise CapabilityError(
             f"policy '{policy.name}' uses none of the models of this ensemble "
             f"({', '.join(models)}); add the models that it lets write, such as assistants."
         )
+    checked_prompt_states(policy, models)
+
+
+def checked_prompt_states(policy: Policy, models: ModelNames) -> Mapping[int, frozenset[Pooling]]:
+    """What a policy's :meth:`Policy.prompt_states` says.
+
+    Raises:
+        PolicyError: if it names what is no model of the ensemble, or no way to pool.
+    """
+    states = policy.prompt_states(models)
+    if not isinstance(states, Mapping) or not all(
+        isinstance(k, int)
+        and 0 <= k < len(models)
+        and isinstance(pooling, set | frozenset)
+        and pooling <= set(get_args(Pooling))
+        for k, pooling in states.items()
+    ):
+        raise PolicyError(
+            f"policy '{policy.name}': prompt_states() must return a mapping from a model's index "
+            f"(0 to {len(models) - 1}) to a set of 'last', 'mean' or both, and returned {states!r}."
+        )
+    return states
 
 
 P = TypeVar("P", bound=Policy)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -13,9 +14,12 @@ from tables import random_table
 import multicolm
 from multicolm import Ensemble, MixPolicy, NewTokens, SegmentPolicy, Segments, SelectPolicy, Views
 from multicolm.backend.table import TableModel
+from multicolm.decoding.draft import Positions
+from multicolm.decoding.sampling import Noise
 from multicolm.errors import CapabilityError, PolicyError, UnknownNameError
 from multicolm.scoring.likelihood import LikelihoodReader
 from multicolm.testing import LawBroken, check_policy, check_routing
+from multicolm.views import prompt_hidden_key
 
 PROMPTS = ["a", "ab", " ed", " cfa", "dd", "abba"]
 PLAIN = [random_table(name, seed) for seed, name in enumerate(["base", "left", "right"])]
@@ -267,6 +271,13 @@ class Widens(Undeclared):
         return torch.cat([views.state, views.state], dim=1)
 
 
+class Retypes(Widens):
+    """A batch would turn the whole numbers of other texts into these."""
+
+    def update(self, views: Views, written: NewTokens) -> torch.Tensor:
+        return views.state + 0.5
+
+
 class NobodyWrites(Undeclared):
     def text_uses(self, views: Views) -> torch.Tensor:
         return torch.zeros(views.n_positions, len(views.models), dtype=torch.bool)
@@ -280,6 +291,7 @@ class NobodyWrites(Undeclared):
         (Strays, "chose model"),
         (Flat, "initial_state() must return a tensor of shape [1, width]"),
         (Widens, "update() must return a tensor of shape [1, 1]"),
+        (Retypes, "must return a tensor of shape [1, 1] and torch.int64, a row per position, and"),
         (NobodyWrites, "text_uses() gave a text the models []"),
     ],
 )
@@ -287,6 +299,28 @@ def test_a_policy_that_breaks_the_contract_of_memory_is_stopped(kind: Any, said:
     with pytest.raises(PolicyError) as caught:
         TRIO.generate(["ab"], kind(), max_new_tokens=4)
     assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "wrong", [None, {7: {"last"}}, {"base": {"last"}}, {0: "last"}, {0: ["last"]}, {0: {"max"}}]
+)
+def test_prompt_states_are_of_models_by_index_and_of_known_pooling(wrong: Any) -> None:
+    class Wants(Undeclared):
+        def prompt_states(self, models: Any) -> Any:
+            return wrong
+
+    with pytest.raises(
+        PolicyError, match=r"prompt_states\(\) must return a mapping from a model's"
+    ):
+        TRIO.generate(["ab"], Wants(), max_new_tokens=1)
+
+
+def test_what_is_kept_of_a_text_is_shown_on_the_device_of_the_views() -> None:
+    row: Any = SimpleNamespace(
+        state=torch.zeros(2), prompt_hidden={(0, "last"): torch.zeros(3)}, prompt_nats=()
+    )
+    context = Positions([row], [0], Noise()).text_context(torch.device("meta"))
+    assert context["state"]().is_meta and context[prompt_hidden_key(0, "last")]().is_meta
 
 
 class Counts(SelectPolicy):
