@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -15,7 +14,9 @@ import multicolm
 from multicolm import Ensemble, MixPolicy, NewTokens, SegmentPolicy, Segments, SelectPolicy, Views
 from multicolm.backend.table import TableModel
 from multicolm.decoding.draft import Positions
-from multicolm.decoding.sampling import Noise
+from multicolm.decoding.row import Row
+from multicolm.decoding.sampling import Noise, Sampling
+from multicolm.decoding.text import TextStream
 from multicolm.errors import CapabilityError, PolicyError, UnknownNameError
 from multicolm.scoring.likelihood import LikelihoodReader
 from multicolm.testing import LawBroken, check_policy, check_routing
@@ -316,9 +317,21 @@ def test_prompt_states_are_of_models_by_index_and_of_known_pooling(wrong: Any) -
 
 
 def test_what_is_kept_of_a_text_is_shown_on_the_device_of_the_views() -> None:
-    row: Any = SimpleNamespace(
-        state=torch.zeros(2), prompt_hidden={(0, "last"): torch.zeros(3)}, prompt_nats=()
+    row = Row(
+        number=0,
+        prompt="a",
+        prompt_ids=[[0]],
+        key=0,
+        seed=None,
+        max_new_tokens=1,
+        text=TextStream(()),
+        draft_length=1,
+        sampling=Sampling(),
+        slot=0,
+        models=(0,),
+        state=torch.zeros(2),
     )
+    row.prompt_hidden[0, "last"] = torch.zeros(3)
     context = Positions([row], [0], Noise()).text_context(torch.device("meta"))
     assert context["state"]().is_meta and context[prompt_hidden_key(0, "last")]().is_meta
 
