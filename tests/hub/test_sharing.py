@@ -329,7 +329,7 @@ def test_a_score_table_cannot_name_files_outside_of_it(scores: Path) -> None:
     index = json.loads((scores / "index.json").read_text())
     index["models"][1]["name"] = "../../elsewhere"
     (scores / "index.json").write_text(json.dumps(index))
-    with pytest.raises(ArtefactError, match=r"names a model '\.\./\.\./elsewhere'"):
+    with pytest.raises(ArtefactError, match=r"a model cannot be called '\.\./\.\./elsewhere'"):
         SharedScores(scores)
 
 
