@@ -309,7 +309,8 @@ def _param_problems(cls: type, params: Mapping[str, Any], place: Place) -> list[
         found = problems_of(error, cls, known)
         problems += [dataclasses.replace(p, place=(*place, *p.place)) for p in found]
     except MulticolmError as error:
-        problems.append(Problem(place, str(error)))
+        own = f"{getattr(cls, 'name', cls.__name__)}: "  # the message begins with the place anyway
+        problems.append(Problem(place, str(error).removeprefix(own)))
     except (PydanticUserError, PydanticUndefinedAnnotation):
         pass  # A plain dataclass whose types pydantic does not know: only its names are checked.
     seen = {problem.place for problem in problems}

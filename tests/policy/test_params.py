@@ -42,6 +42,20 @@ def test_a_price_on_cost_is_a_finite_number(kind: str) -> None:
         assert f"ConfigError: {kind}: cost_weight: must be" in refusal(kind, cost_weight=wrong)
 
 
+@pytest.mark.parametrize(
+    ("kind", "params", "said"),
+    [
+        ("speculative-cascade", {"rule": "chow", "alpha": -0.5}, "alpha: must be from 0 to 1"),
+        ("cpr", {"low": 0.9, "high": 0.1}, "low: must be at most high (0.1), got 0.9."),
+        ("co-llm", {"decode": "sample", "cost_weight": 1.0}, "cost_weight: it counts where"),
+    ],
+)
+def test_params_that_do_not_go_together_are_refused_and_the_policy_is_named_once(
+    kind: str, params: dict[str, Any], said: str
+) -> None:
+    assert refusal(kind, **params).startswith(f"ConfigError: {kind}: {said}")
+
+
 @pytest.mark.parametrize("kind", list(policies))
 def test_every_policy_refuses_a_param_that_it_does_not_have(kind: str) -> None:
     assert refusal(kind, tempo=1).startswith(
