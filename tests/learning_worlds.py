@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import os
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+import multicolm
 from multicolm.files import sha256
 from multicolm.score_table import ScoreTable
 from multicolm.scoring.store import PER_MODEL, TEXT, Index, ScoredModel, Shard, TableFiles
@@ -87,3 +92,33 @@ def write_table(folder: Path, shards: Iterable[ScoreTable]) -> Path:
             files[f"{part}/{path.name}"] = sha256(path)
     (folder / "index.json").write_text(index.as_json(), encoding="utf-8")
     return folder
+
+
+PEAK = """
+import resource, sys
+from multicolm.policy.co_llm import CoLlmPolicy
+from multicolm.training.train import train
+train(CoLlmPolicy(), sys.argv[1], sys.argv[2], options=eval(sys.argv[3]))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+def peak(folder: Path, n_shards: int, options: dict[str, object], width: int = 512) -> int:
+    """Bytes that a training takes at most; of a table of 4,000 positions a shard, in bfloat16."""
+
+    def shards() -> Iterator[ScoreTable]:
+        for number in range(n_shards):
+            part = world(n=4000, seed=number)
+            part = replace(part, base={"hidden": torch.randn(4000, width).bfloat16()})
+            part.example.add_(1000 * number)
+            yield part
+
+    write_table(folder / "table", shards())
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK, folder / "table", folder / "out", repr(options)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(multicolm.__file__).parents[1])},
+        check=True,
+    )
+    return int(done.stdout) * 1024

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from learning_worlds import hidden, world, write_table
+from learning_worlds import hidden, peak, world, write_table
 from safetensors.torch import save
 
 from multicolm.learning import positions as module
@@ -108,36 +105,6 @@ def test_features_are_standardised_as_over_the_whole_table(small_blocks) -> None
     expected = whole.std(0, unbiased=False)
     expected[1] = expected[2] = 1.0  # hardly changes beside its size, or not at all
     torch.testing.assert_close(scale.double(), expected, rtol=1e-4, atol=1e-6)
-
-
-PEAK = """
-import resource, sys
-from multicolm.policy.co_llm import CoLlmPolicy
-from multicolm.training.train import train
-train(CoLlmPolicy(), sys.argv[1], sys.argv[2], options=eval(sys.argv[3]))
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-"""
-
-
-def peak(folder: Path, n_shards: int, options: dict[str, object]) -> int:
-    """Bytes that a training takes at most; of a table of 4,000 positions (4 MB) a shard."""
-
-    def shards():
-        for number in range(n_shards):
-            part = world(n=4000, seed=number)
-            part.base["hidden"] = torch.randn(4000, 512).bfloat16()
-            part.example.add_(1000 * number)
-            yield part
-
-    write_table(folder / "table", shards())
-    done = subprocess.run(
-        [sys.executable, "-c", PEAK, folder / "table", folder / "out", repr(options)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(Path(module.__file__).parents[2])},
-        check=True,
-    )
-    return int(done.stdout) * 1024
 
 
 @pytest.mark.slow
