@@ -212,7 +212,7 @@ _LAYER = re.compile(r"\.(?:layers|h|blocks)\.(\d+)\.")
 def _without_known(keys: Collection[str], config: Any) -> list[str]:
     """Unexpected weights that nobody knows to be harmless."""
     config = config.get_text_config(decoder=True)
-    # Layers behind the last one that predict further tokens, which nobody runs here.
+    # Layers after the last one that predict further tokens, which nobody runs here.
     first = getattr(config, "num_hidden_layers", 0)
     further = range(first, first + (getattr(config, "num_nextn_predict_layers", 0) or 0))
     return [

@@ -255,7 +255,7 @@ def label(
 ) -> Labels:
     """Finish the texts of a plan, judge them, and write the labels beside the scores.
 
-    Every text is kept as soon as it is finished and judged; the same call goes on behind them, and
+    Every text is kept as soon as it is finished and judged; the same call goes on after them, and
     one with a larger plan, too. The labels of the last call stand in the table.
 
     Args:

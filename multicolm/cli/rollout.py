@@ -57,7 +57,7 @@ def command(
     Whoever's token leads to the best text was right: `multicolm train` learns from that at these
     places, and elsewhere from the corpus.
 
-    The same command goes on where it was stopped, and with a larger --limit behind the texts that
+    The same command goes on where it was stopped, and with a larger --limit after the texts that
     are finished. Another policy, such as the one that was trained on these labels, replaces them.
     """
     from multicolm.calibration.rollouts import label, plan_rollouts

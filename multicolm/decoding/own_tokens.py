@@ -120,7 +120,7 @@ class OwnTokens(Reader):
         self._tallies[row.slot] = _Tally(len(prompt))
 
     def rollback(self, row: Row, n_tokens: int) -> None:
-        """The text keeps its first ``n_tokens`` tokens; what was read behind them is void."""
+        """The text keeps its first ``n_tokens`` tokens; what was read after them is void."""
         self._followers[row.slot].cut(n_tokens)
 
     def length(self, row: Row) -> int:
@@ -219,7 +219,7 @@ class OwnTokens(Reader):
         return look.hidden
 
     def draft_nats(self, rows: Sequence[Row]) -> list[tuple[float, int]]:
-        """How unlikely the model finds what stands behind the written tokens of some rows."""
+        """How unlikely the model finds what stands after the written tokens of some rows."""
         ends = self._vocabulary.end_ids(None)
         order = sorted(range(len(rows)), key=lambda i: rows[i].slot)
         asked, own, n_last = [], [], []
@@ -300,7 +300,7 @@ class OwnTokens(Reader):
         return look
 
     def _forget(self, slot: int) -> None:
-        """What was read and shown behind a place where the text has changed is void."""
+        """What was read and shown after a place where the text has changed is void."""
         kept = self._followers[slot].take_kept()
         if self._session.lengths[slot] > kept:
             self._session.truncate(slot, kept)

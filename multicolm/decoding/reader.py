@@ -31,7 +31,7 @@ class Reader(ABC):
 
     @abstractmethod
     def rollback(self, row: Row, n_tokens: int) -> None:
-        """The text keeps its first ``n_tokens`` tokens; what was read behind them is void."""
+        """The text keeps its first ``n_tokens`` tokens; what was read after them is void."""
 
     @abstractmethod
     def length(self, row: Row) -> int:
@@ -89,7 +89,7 @@ class Reader(ABC):
         raise NotImplementedError(f"a {type(self).__name__} has no hidden states of prompts")
 
     def draft_nats(self, rows: Sequence[Row]) -> list[tuple[float, int]]:
-        """How unlikely the model finds what stands behind the written tokens of some rows.
+        """How unlikely the model finds what stands after the written tokens of some rows.
 
         Returns:
             Per row, nats, and over how many own tokens. An own token that began before counts as a

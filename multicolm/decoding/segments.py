@@ -41,7 +41,7 @@ class SegmentWriter:
     """Finds the next segment of some rows.
 
     A segment ends where a word does and a token of every model; at an end of text; and where the
-    row or a context is full. It has :attr:`SegmentPolicy.shortest` tokens at least; behind
+    row or a context is full. It has :attr:`SegmentPolicy.shortest` tokens at least; after
     :attr:`SegmentPolicy.longest` it need not be a word.
 
     Args:

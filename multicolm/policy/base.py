@@ -430,7 +430,7 @@ class Segments:
 class SegmentPolicy(Policy):
     """Rates what the models propose to write next; the best proposal is written.
 
-    A proposal ends where a word does, and a token of every model: the first such place behind
+    A proposal ends where a word does, and a token of every model: the first such place after
     ``shortest`` of its writer's tokens. Whoever shows ``text`` can
     propose; to judge the proposals of others takes ``given``, and one model at least has to.
     """

@@ -38,7 +38,7 @@ class Passage:
     at_start: bool = False
 
     def part(self, start: int, end: int, prompt_ids: tuple[tuple[int, ...], ...]) -> Passage:
-        """Some of its tokens, behind other prompts."""
+        """Some of its tokens, after other prompts."""
         contents = None if self.contents is None else self.contents[start:end]
         return Passage(prompt_ids, self.ids[start:end], contents, self.at_start and start == 0)
 

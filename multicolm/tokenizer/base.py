@@ -43,7 +43,7 @@ class TokenizerAdapter(ABC):
     def encode(self, text: str) -> list[int]:
         """Token ids of a prompt, with whatever the tokenizer puts at the start of a text.
 
-        Names of special tokens in the text are text, and nothing is put behind it.
+        Names of special tokens in the text are text, and nothing is put after it.
         """
 
     def encode_rendered(self, text: str) -> list[int]:

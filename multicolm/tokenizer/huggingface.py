@@ -80,7 +80,7 @@ class HuggingFaceTokenizer(TokenizerAdapter):
     def encode(self, text: str) -> list[int]:
         """Token ids of a prompt, with the tokenizer's own beginning-of-text token if it has one.
 
-        What the tokenizer puts behind a text is left off: a prompt goes on.
+        What the tokenizer puts after a text is left off: a prompt goes on.
 
         Raises:
             InputError: if the text holds a token that the model's weights do not know.
