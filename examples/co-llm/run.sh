@@ -22,6 +22,10 @@ $MULTICOLM train "$ENSEMBLE" "$OUT/scores" --policy co-llm --out "$OUT/co-llm"
 $MULTICOLM train "$ENSEMBLE" "$OUT/scores" --policy cosd-tree --out "$OUT/cosd-tree"
 $MULTICOLM train "$ENSEMBLE" "$OUT/scores" --policy mlp-router --out "$OUT/mlp-router"
 
+# One model per question, learned from what every model alone answers to training questions.
+$MULTICOLM train "$ENSEMBLE" --task "$TASK" ${LIMIT:---limit 300} --policy query-router \
+    --out "$OUT/query-router"
+
 # A rule at its best, and a learned threshold for a budget: assistants may write 15 % of the tokens.
 $MULTICOLM tune "$ENSEMBLE" --policy cosd-rule --task "$TASK" $LIMIT --out "$OUT/cosd-rule"
 $MULTICOLM tune "$ENSEMBLE" --policy "$OUT/co-llm" --budget 0.15 \
@@ -29,7 +33,7 @@ $MULTICOLM tune "$ENSEMBLE" --policy "$OUT/co-llm" --budget 0.15 \
 
 # All of them beside rules as they come, each model alone, random baselines and the oracles.
 $MULTICOLM compare "$ENSEMBLE" --task "$TASK" $LIMIT --sweep 3 --out "$OUT/comparison" --policies \
-"$OUT/co-llm,$OUT/co-llm-15,$OUT/mlp-router,$OUT/cosd-tree,$OUT/cosd-rule,\
+"$OUT/co-llm,$OUT/co-llm-15,$OUT/mlp-router,$OUT/cosd-tree,$OUT/query-router,$OUT/cosd-rule,\
 confidence,max-confidence,average"
 
 echo "open $OUT/comparison/report.html"
