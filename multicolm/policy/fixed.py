@@ -1,4 +1,4 @@
-"""Policies that do not look: one model alone, and a lottery. The baselines of every comparison."""
+"""One model alone, and one drawn at random at every token: the baselines of every comparison."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class SinglePolicy(SelectPolicy):
 
 @register_policy("random")
 class RandomPolicy(SelectPolicy):
-    """A lottery at every token.
+    """At every token a model that is drawn at random.
 
     With equal chances and sampling this is the mixture-like ensemble: its text follows the
     weighted average of the models' distributions while one model is run per token.
