@@ -78,37 +78,18 @@ def train_on_answers(
         ArtefactError: if ``out`` holds another checkpoint.
         TrainingError: if there is too little to learn from.
     """
-    fit = getattr(policy, "fit_answers", None)
-    if fit is None:
-        raise CapabilityError(
-            f"policy '{policy.name}' does not learn from judged answers: it has no method "
-            "`fit_answers`. Score texts with `multicolm score`, and give that folder."
-        )
-    if split == "test":
-        raise InputError("policies are never trained on the test split; choose another --split.")
-    if "hidden" not in ensemble.backends[0].shows:
-        raise CapabilityError(
-            f"policy '{policy.name}' reads the hidden state that base model "
-            f"'{ensemble.models[0]}' has of the prompt, and its backend shows none."
-        )
+    fit = _learns_from_answers(policy, ensemble, split)
     folder = Path(out)
     questions = task.sample(split, limit)
     run = Answering(ensemble, task, questions, seed=seed, batch_size=batch_size, progress=progress)
     header = run.header("train", split, task.digest(split))
     key = _key(policy, header, ensemble.costs, limit, options or {})
-    plans = [
-        Plan(f"{name} alone", "model", resolve_policy({"kind": "single", "params": {"model": k}}))
-        for k, name in enumerate(ensemble.models)
-    ]
     with locked(folder):
         finished = finished_checkpoint(folder, key)
         if finished is not None:
             shutil.rmtree(folder / ".training", ignore_errors=True)
             return finished
-        run.check(plans)
-        with Ledger.open(folder / ".training" / "ledger.jsonl", header) as ledger:
-            run.ledger = ledger
-            quality = torch.tensor([run.row(plan).qualities for plan in plans]).T.contiguous()
+        quality = _judged(run, ensemble, folder / ".training" / "ledger.jsonl", header)
         on_progress(0, 0, "prompts")
         wanted = policy.prompt_states(ensemble.models).get(0) or frozenset[Pooling]({"last"})
         answers = JudgedAnswers(
@@ -119,7 +100,7 @@ def train_on_answers(
             quality,
         )
         training = Training(options or {}, None, on_progress)
-        fitted = cast("Policy", fit(answers, training))
+        fitted = fit(answers, training)
         facts = {
             "source": f"answers to {task.name} ({split})",
             "digest": task.digest(split),
@@ -137,6 +118,40 @@ def train_on_answers(
         checkpoint.save_pretrained(folder)
         shutil.rmtree(folder / ".training", ignore_errors=True)
         return checkpoint.bound_to(folder)
+
+
+def _learns_from_answers(
+    policy: Policy, ensemble: Ensemble, split: str
+) -> Callable[[JudgedAnswers, Training], Policy]:
+    """The policy's method that learns; what would stop it later is refused now."""
+    fit = getattr(policy, "fit_answers", None)
+    if fit is None:
+        raise CapabilityError(
+            f"policy '{policy.name}' does not learn from judged answers: it has no method "
+            "`fit_answers`. Score texts with `multicolm score`, and give that folder."
+        )
+    if split == "test":
+        raise InputError("policies are never trained on the test split; choose another --split.")
+    if "hidden" not in ensemble.backends[0].shows:
+        raise CapabilityError(
+            f"policy '{policy.name}' reads the hidden state that base model "
+            f"'{ensemble.models[0]}' has of the prompt, and its backend shows none."
+        )
+    return cast("Callable[[JudgedAnswers, Training], Policy]", fit)
+
+
+def _judged(
+    run: Answering, ensemble: Ensemble, path: Path, header: Mapping[str, Any]
+) -> Float[Tensor, "prompts models"]:
+    """How good every model's answer to every question is; answers are kept in a ledger."""
+    plans = [
+        Plan(f"{name} alone", "model", resolve_policy({"kind": "single", "params": {"model": k}}))
+        for k, name in enumerate(ensemble.models)
+    ]
+    run.check(plans)
+    with Ledger.open(path, header) as ledger:
+        run.ledger = ledger
+        return torch.tensor([run.row(plan).qualities for plan in plans]).T.contiguous()
 
 
 def prompt_states(
