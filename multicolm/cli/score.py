@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypedDict, cast
 import click
 from typing_extensions import Unpack
 
-from multicolm.cli.options import as_json, json_option
+from multicolm.cli.options import Whole, as_json, json_option
 from multicolm.cli.processes import on_own_device, processes
 
 if TYPE_CHECKING:
@@ -37,26 +37,24 @@ __all__ = ["command"]
 )
 @click.option("--hidden", is_flag=True, help="Keep the base model's last hidden states.")
 @click.option(
-    "--topk", type=click.IntRange(1), metavar="K", help="Keep the base's K best log-probabilities."
+    "--topk", type=Whole(1), metavar="K", help="Keep the base's K best log-probabilities."
 )
 @click.option("--embedding", is_flag=True, help="Keep the embeddings of the base's best tokens.")
-@click.option(
-    "--limit", type=click.IntRange(1), metavar="N", help="Only N examples, spread evenly."
-)
+@click.option("--limit", type=Whole(1), metavar="N", help="Only N examples, spread evenly.")
 @click.option("--no-end", is_flag=True, help="The end of a completion does not count as a token.")
 @click.option("--split", default="train", show_default=True, help="Of a data set on the Hub.")
 @click.option("--subset", help="Of a data set on the Hub that has several.")
 @click.option("--revision", help="Commit, tag or branch of a data set on the Hub.")
 @click.option(
     "--shard-positions",
-    type=click.IntRange(1),
+    type=Whole(1),
     default=32768,
     show_default=True,
     help="Tokens per shard: what is held in memory.",
 )
 @click.option(
     "--batch-tokens",
-    type=click.IntRange(1),
+    type=Whole(1),
     help="The most tokens of one forward pass; of itself what a few seconds suffice for.",
 )
 @json_option

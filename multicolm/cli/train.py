@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import click
 
-from multicolm.cli.options import as_json, json_option, parameters, policy_options
+from multicolm.cli.options import Whole, as_json, json_option, parameters, policy_options
 from multicolm.cli.processes import rank
 from multicolm.errors import ConfigError
 
@@ -36,7 +36,7 @@ __all__ = ["command"]
     help="In the place of SCORES: let every model alone answer its questions, and learn from that.",
 )
 @click.option("--split", default="train", show_default=True, help="Of the task's data.")
-@click.option("--limit", type=click.IntRange(1), help="Only this many questions of the task.")
+@click.option("--limit", type=Whole(1), help="Only this many questions of the task.")
 @click.option("--license", "license_", default="", help="Of the checkpoint, for its card.")
 @json_option
 def command(

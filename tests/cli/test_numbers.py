@@ -19,7 +19,12 @@ BASE = {
     "tune": ["tune", "tiny", "--policy", "cosd-rule", "--task", "tiny-world", "--out", "OUT"],
     "eval": ["eval", "tiny", "--tasks", "tiny_answer", "--include-path", "examples/lm-eval"],
     "score": ["score", "tiny", "registry/tiny/questions/train.jsonl", "--out", "OUT"],
+    "rollout": ["rollout", "tiny", "OUT", "--task", "tiny-world"],
     "serve": ["serve", "tiny"],
+    "train": [
+        *("train", "tiny", "--task", "tiny-world"),
+        *("--policy", "query-router", "--out", "OUT"),
+    ],
 }
 
 
