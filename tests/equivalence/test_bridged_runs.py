@@ -30,7 +30,8 @@ PROMPTS = ["a", "bc", "a d", "e", "cab"]
 SELECTING = [
     kind
     for kind in policies
-    if not hasattr(policies.get(kind), "fit") and issubclass(policies.get(kind), SelectPolicy)
+    if issubclass(policies.get(kind), SelectPolicy)
+    and not {"fit", "fit_answers"} & set(dir(policies.get(kind)))
 ]
 
 
