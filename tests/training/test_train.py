@@ -61,7 +61,8 @@ def scores(tmp_path_factory) -> Path:
 
 def test_a_trained_checkpoint_says_what_it_is_from(tmp_path, scores) -> None:
     out = tmp_path / "ckpt"
-    made = train(CoLlmPolicy(), scores, out, models=IDENTITIES, options=SHORT, license="mit")
+    options = {**SHORT, "held_out": 0.0}  # what is learned shows on the texts themselves
+    made = train(CoLlmPolicy(), scores, out, models=IDENTITIES, options=options, license="mit")
     assert set(contents(out)) == {
         "README.md",
         "config.json",
@@ -76,7 +77,7 @@ def test_a_trained_checkpoint_says_what_it_is_from(tmp_path, scores) -> None:
     assert kept["train"]["prompts"] == [prompt_digest(line["prompt"]) for line in records(60)]
     assert kept["models"] == [{"name": n, "identity": i} for n, i in IDENTITIES.items()]
     assert kept["license"] == "mit" and kept["multicolm"] == multicolm.__version__
-    assert kept["train"]["options"] == SHORT and kept["train"]["examples"] == 60
+    assert kept["train"]["options"] == options and kept["train"]["examples"] == 60
     assert kept["train"]["report"]["nll_nats"] < kept["train"]["report"]["nll_nats_uniform"]
     config = yaml.safe_load((out / "policy.yaml").read_text())
     assert config["kind"] == "co-llm" and config["params"]["head"] == "head.safetensors"
@@ -339,7 +340,9 @@ def test_unknown_options_are_told_the_nearest_one(tmp_path, scores) -> None:
 def test_a_table_without_hidden_states_says_how_to_get_them(tmp_path) -> None:
     path = write(tmp_path / "d.jsonl", records(5))
     score(tables(*NAMES), open_corpus(path), tmp_path / "table")
-    with pytest.raises(ArtefactError, match=r"holds no 'hidden'.*multicolm score \.\.\. --hidden"):
+    with pytest.raises(
+        ArtefactError, match=r"holds no 'hidden'.*`multicolm score` once more with --hidden"
+    ):
         train(CoLlmPolicy(), tmp_path / "table", tmp_path / "ckpt")
 
 
