@@ -341,7 +341,12 @@ def test_nothing_of_a_text_is_kept(desk: Desk) -> None:
     assert sum(type(thing) is Row for thing in gc.get_objects()) <= 1
 
 
-@pytest.mark.parametrize("places", [{"max_concurrent": 0}, {"max_waiting": -1}])
-def test_places_are_counted_from_one(places: dict[str, int]) -> None:
-    with pytest.raises(InputError, match="must be 1 or more"):
+@pytest.mark.parametrize(
+    ("places", "said"),
+    [({"max_concurrent": 0}, "must be 1 or more"), ({"max_waiting": -1}, "must be 0 or more")],
+)
+def test_one_text_at_least_is_written_and_none_has_to_wait(
+    places: dict[str, int], said: str
+) -> None:
+    with pytest.raises(InputError, match=said):
         Desk(Gate(), **places)
