@@ -582,7 +582,7 @@ def test_a_damaged_origin_is_named(rows, tmp_path) -> None:
     with pytest.raises(ArtefactError, match=r"provenance\.json is damaged"):
         rows(folder)
     (folder / "provenance.json").write_text("{")
-    with pytest.raises(ArtefactError, match=r"provenance\.json cannot be read"):
+    with pytest.raises(ArtefactError, match=r"provenance\.json is damaged"):
         rows(folder)
 
 
