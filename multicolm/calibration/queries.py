@@ -21,7 +21,7 @@ from multicolm.decoding.sampling import Sampling
 from multicolm.decoding.text import TextStream
 from multicolm.decoding.token_reader import TokenReader
 from multicolm.ensemble import Ensemble
-from multicolm.errors import CapabilityError, InputError
+from multicolm.errors import CapabilityError
 from multicolm.evaluation.answering import Answering, Plan, Progress
 from multicolm.evaluation.ledger import Ledger
 from multicolm.evaluation.task import Task
@@ -74,13 +74,14 @@ def train_on_answers(
     Raises:
         CapabilityError: if the policy does not learn from answers, or the base model shows no
             hidden states.
-        InputError: if the split is the test split, or a question cannot be asked or judged.
+        InputError: if the split is the test split or shares questions with it, or a question
+            cannot be asked or judged.
         ArtefactError: if ``out`` holds another checkpoint.
         TrainingError: if there is too little to learn from.
     """
-    fit = _learns_from_answers(policy, ensemble, split)
+    fit = _learns_from_answers(policy, ensemble)
     folder = Path(out)
-    questions = task.sample(split, limit)
+    questions = task.development(split, limit)
     run = Answering(ensemble, task, questions, seed=seed, batch_size=batch_size, progress=progress)
     header = run.header("train", split, task.digest(split))
     key = _key(policy, header, ensemble.costs, limit, options or {})
@@ -121,7 +122,7 @@ def train_on_answers(
 
 
 def _learns_from_answers(
-    policy: Policy, ensemble: Ensemble, split: str
+    policy: Policy, ensemble: Ensemble
 ) -> Callable[[JudgedAnswers, Training], Policy]:
     """The policy's method that learns; what would stop it later is refused now."""
     fit = getattr(policy, "fit_answers", None)
@@ -130,8 +131,6 @@ def _learns_from_answers(
             f"policy '{policy.name}' does not learn from judged answers: it has no method "
             "`fit_answers`. Score texts with `multicolm score`, and give that folder."
         )
-    if split == "test":
-        raise InputError("policies are never trained on the test split; choose another --split.")
     if "hidden" not in ensemble.backends[0].shows:
         raise CapabilityError(
             f"policy '{policy.name}' reads the hidden state that base model "

@@ -213,27 +213,9 @@ def _position(
 
 
 def _questions(task: Task, split: str) -> dict[str, Question]:
-    """The questions of a split that is not for testing, by the digests of their prompts.
-
-    Raises:
-        InputError: if it is, or shares questions with one that is.
-    """
-    if split == "test":
-        raise InputError(
-            "nothing is learned from the test split; choose another one with --split, such as "
-            "train."
-        )
-    questions = task.questions(split)
-    if "test" in task.config.data:
-        tested = {question.fingerprint for question in task.questions("test")}
-        n = sum(question.fingerprint in tested for question in questions)
-        if n:
-            raise InputError(
-                f"{n} of the {len(questions)} questions of task '{task.name}' ({split}) are in "
-                "its test split too; what has learned from test data is worth nothing."
-            )
+    """The questions of a split that is not for testing, by the digests of their prompts."""
     found: dict[str, Question] = {}
-    for question in questions:
+    for question in task.development(split):
         for digest in (question.fingerprint, prompt_digest(question.asked)):
             found.setdefault(digest, question)
     return found

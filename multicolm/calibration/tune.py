@@ -106,7 +106,7 @@ def tune(
         raise InputError("spend says to spend a budget, and there is none; give one, or leave it.")
     rule = Rule(budget, unit, spend)
     folder = Path(out)
-    questions = {task.name: _questions(task, split, limit) for task in tasks}
+    questions = {task.name: task.development(split, limit) for task in tasks}
     request = {
         "budget": budget,
         "unit": unit if budget is not None else None,
@@ -366,29 +366,6 @@ def _check_request(
     for name, values in (grid or {}).items():
         if not values or not all(math.isfinite(value) for value in values):
             raise InputError(f"the grid's '{name}' needs finite numbers, one or more.")
-
-
-def _questions(task: Task, split: str, limit: int | None) -> list[Question]:
-    """The questions of a split that is not for testing.
-
-    Raises:
-        InputError: if it is, or shares questions with one that is.
-    """
-    if split == "test":
-        raise InputError(
-            "thresholds are never tuned on the test split; choose another one with --split, or "
-            "other questions with --data."
-        )
-    questions = task.sample(split, limit)
-    if "test" in task.config.data:
-        tested = {question.fingerprint for question in task.questions("test")}
-        n = sum(question.fingerprint in tested for question in questions)
-        if n:
-            raise InputError(
-                f"{n} of the {len(questions)} questions of task '{task.name}' ({split}) are in "
-                "its test split too; thresholds that have seen test data are worth nothing."
-            )
-    return questions
 
 
 def _key(

@@ -201,6 +201,28 @@ class Task:
             return questions
         return [questions[i * len(questions) // limit] for i in range(limit)]
 
+    def development(self, split: str, limit: int | None = None) -> list[Question]:
+        """The questions of a split that something may be learned from; see :meth:`sample`.
+
+        Raises:
+            InputError: if it is the test split, or shares questions with that.
+            MulticolmError: see :meth:`questions`.
+        """
+        if split == "test":
+            raise InputError(
+                "nothing is learned or tuned on the test split; choose another one with --split."
+            )
+        questions = self.sample(split, limit)
+        if "test" in self.config.data:
+            tested = {question.fingerprint for question in self.questions("test")}
+            n = sum(question.fingerprint in tested for question in questions)
+            if n:
+                raise InputError(
+                    f"{n} of the {len(questions)} questions of task '{self.name}' ({split}) are in "
+                    "its test split too; what has seen test data cannot be judged on it."
+                )
+        return questions
+
     def digest(self, split: str) -> str:
         """SHA-256 over all records of a split: equal for equal records, in any format.
 

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 from pydantic import Field
 
 from multicolm.artefacts import Weights
-from multicolm.errors import CapabilityError, ConfigError
+from multicolm.errors import ConfigError
 from multicolm.policy.base import (
     Deferral,
     MixPolicy,
@@ -20,7 +20,13 @@ from multicolm.policy.base import (
     SelectPolicy,
     register_policy,
 )
-from multicolm.policy.learned import check_made_for, untrained
+from multicolm.policy.learned import (
+    check_count,
+    check_made_for,
+    check_width,
+    network_of,
+    on_device_of,
+)
 from multicolm.policy.threshold import PROBABILITIES
 from multicolm.types import Signal, Tensor
 from multicolm.views import ModelNames, Views
@@ -106,14 +112,8 @@ class CoLlmPolicy(SelectPolicy, MixPolicy):
         Raises:
             CapabilityError: if it is not trained, or for another number of models.
         """
-        if self.head is None:
-            raise untrained(self.name)
         n_models = self._shape[1] + 1
-        if n_models != len(models):
-            raise CapabilityError(
-                f"this '{self.name}' policy was made for {n_models} models, and this ensemble has "
-                f"{len(models)} ({', '.join(models)}); train one for these."
-            )
+        check_count(self.name, n_models, models)
         if self.decode != "mixture":
             return Needs({0: frozenset({"hidden"})}, {})
         signals: frozenset[Signal] = frozenset({"logprobs"})
@@ -126,20 +126,11 @@ class CoLlmPolicy(SelectPolicy, MixPolicy):
             CapabilityError: naming both.
         """
         check_made_for(self.name, self.made_for, models)
-        width, hidden_size = self._shape[0], models[0].hidden_size
-        if hidden_size is not None and width != hidden_size:
-            raise CapabilityError(
-                f"this '{self.name}' head was made for hidden states of width {width}, and those "
-                f"of base model '{models[0].name}' have {hidden_size}; train one for this model."
-            )
+        check_width(self.name, self._shape[0], models[0])
 
     @cached_property
     def _network(self) -> nn.Sequential:
-        from multicolm.learning.networks import from_tensors
-
-        if self.head is None:
-            raise untrained(self.name)
-        return from_tensors(self.head.content, self.head.path or "the head")
+        return network_of(self.name, self.head, "the head")
 
     @property
     def _shape(self) -> tuple[int, int]:
@@ -151,10 +142,7 @@ class CoLlmPolicy(SelectPolicy, MixPolicy):
         from multicolm.learning.networks import router_scores
 
         hidden = views.base.hidden.float()
-        network = self._network
-        if hidden.device.type != "cpu":
-            network = network.to(hidden.device)  # moves in place, so only the first time
-        return router_scores(network, hidden).log_softmax(-1)
+        return router_scores(on_device_of(hidden, self._network), hidden).log_softmax(-1)
 
     def model_probs(self, views: Views) -> Float[Tensor, "positions models"]:
         """The head's pi."""

@@ -13,7 +13,13 @@ from pydantic import Field
 from multicolm.artefacts import Weights
 from multicolm.errors import ConfigError
 from multicolm.policy.base import MixPolicy, ModelFacts, Needs, NewTokens, register_policy
-from multicolm.policy.learned import untrained
+from multicolm.policy.learned import (
+    check_count,
+    check_made_for,
+    check_width,
+    network_of,
+    on_device_of,
+)
 from multicolm.policy.mlp_router import MlpRouterPolicy
 from multicolm.types import Signal, Tensor
 from multicolm.views import ModelNames, Views
@@ -90,9 +96,7 @@ class CprPolicy(MixPolicy):
         Raises:
             CapabilityError: if it is not trained, or for another number of models.
         """
-        if self.network is None:
-            raise untrained(self.name)
-        self._router.needs(models)
+        check_count(self.name, self._shape[1] + 1, models)
         signals = frozenset(self.assistant_signals)
         experts = dict.fromkeys(range(1, len(models)), signals)
         return Needs({0: frozenset(self.base_signals)}, experts)
@@ -103,7 +107,8 @@ class CprPolicy(MixPolicy):
         Raises:
             CapabilityError: naming both.
         """
-        self._router.check_models(models)
+        check_made_for(self.name, self.made_for, models)
+        check_width(self.name, self._shape[0], models[0])
 
     @property
     def table_features(self) -> dict[str, int]:
@@ -122,16 +127,19 @@ class CprPolicy(MixPolicy):
 
     @cached_property
     def _net(self) -> nn.Sequential:
-        from multicolm.learning.networks import from_tensors
+        return network_of(self.name, self.network, "the network")
 
-        assert self.network is not None, "needs() refuses an untrained policy"
-        return from_tensors(self.network.content, self.network.path or "the network")
+    @property
+    def _shape(self) -> tuple[int, int]:
+        from multicolm.learning.networks import shape_of
+
+        return shape_of(self._net)
 
     def _smoothed(self, views: Views) -> Float[Tensor, "positions assistants"]:
         from multicolm.learning.networks import router_scores
 
         hidden = views.base.hidden.float()
-        log_odds = router_scores(self._net.to(hidden.device), hidden)[:, 1:]
+        log_odds = router_scores(on_device_of(hidden, self._net), hidden)[:, 1:]
         probs = (log_odds - self.cost_weight * views.costs[1:].to(log_odds)).sigmoid()
         return self.momentum * views.state.to(probs) + (1 - self.momentum) * probs
 

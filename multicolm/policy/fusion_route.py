@@ -11,9 +11,14 @@ from jaxtyping import Bool, Float
 from pydantic import Field
 
 from multicolm.artefacts import Weights
-from multicolm.errors import CapabilityError
 from multicolm.policy.base import MixPolicy, ModelFacts, Needs, register_policy
-from multicolm.policy.learned import check_made_for, untrained
+from multicolm.policy.learned import (
+    check_count,
+    check_made_for,
+    check_width,
+    network_of,
+    on_device_of,
+)
 from multicolm.types import Signal, Tensor
 from multicolm.views import ModelNames, Views
 
@@ -69,14 +74,7 @@ class FusionRoutePolicy(MixPolicy):
         Raises:
             CapabilityError: if it is not trained, or for another number of models.
         """
-        if self.head is None:
-            raise untrained(self.name)
-        n_models = self._shape[1] + 1
-        if n_models != len(models):
-            raise CapabilityError(
-                f"this '{self.name}' policy was made for {n_models} models, and this ensemble has "
-                f"{len(models)} ({', '.join(models)}); train one for these."
-            )
+        check_count(self.name, self._shape[1] + 1, models)
         return super().needs(models)
 
     def check_models(self, models: Sequence[ModelFacts]) -> None:
@@ -86,20 +84,11 @@ class FusionRoutePolicy(MixPolicy):
             CapabilityError: naming both.
         """
         check_made_for(self.name, self.made_for, models)
-        width, hidden_size = self._shape[0], models[0].hidden_size
-        if hidden_size is not None and width != hidden_size:
-            raise CapabilityError(
-                f"this '{self.name}' head was made for hidden states of width {width}, and those "
-                f"of base model '{models[0].name}' have {hidden_size}; train one for this model."
-            )
+        check_width(self.name, self._shape[0], models[0])
 
     @cached_property
     def _network(self) -> nn.Sequential:
-        from multicolm.learning.networks import from_tensors
-
-        if self.head is None:
-            raise untrained(self.name)
-        return from_tensors(self.head.content, self.head.path or "the head")
+        return network_of(self.name, self.head, "the head")
 
     @property
     def _shape(self) -> tuple[int, int]:
@@ -109,10 +98,7 @@ class FusionRoutePolicy(MixPolicy):
 
     def _weights(self, views: Views) -> Float[Tensor, "positions experts"]:
         hidden = views.base.hidden.float()
-        network = self._network
-        if hidden.device.type != "cpu":
-            network = network.to(hidden.device)  # moves in place, so only the first time
-        scores: Float[Tensor, "positions experts"] = network(hidden)
+        scores: Float[Tensor, "positions experts"] = on_device_of(hidden, self._network)(hidden)
         return (scores - self.cost_weight * views.costs[1:].to(scores)).softmax(-1)
 
     def models_at(self, views: Views) -> Bool[Tensor, "positions models"]:

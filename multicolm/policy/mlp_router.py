@@ -20,7 +20,13 @@ from multicolm.policy.base import (
     When,
     register_policy,
 )
-from multicolm.policy.learned import check_made_for, untrained
+from multicolm.policy.learned import (
+    check_count,
+    check_made_for,
+    check_width,
+    network_of,
+    on_device_of,
+)
 from multicolm.policy.threshold import PROBABILITIES, best_assistant
 from multicolm.types import Signal, Tensor
 from multicolm.views import ModelNames, View, Views
@@ -85,8 +91,6 @@ class MlpRouterPolicy(SelectPolicy):
         Raises:
             CapabilityError: if it is not trained, or for another number of models.
         """
-        if self.network is None:
-            raise untrained(self.name)
         n_outputs = self._shape[1]
         if len(models) == 1:
             raise CapabilityError(
@@ -100,11 +104,7 @@ class MlpRouterPolicy(SelectPolicy):
                 "was trained so."
             )
         n_models = len(self.made_for or models) if self.ways == "binary" else n_outputs + 1
-        if n_models != len(models):
-            raise CapabilityError(
-                f"this '{self.name}' policy was made for {n_models} models, and this ensemble has "
-                f"{len(models)} ({', '.join(models)}); train one for these."
-            )
+        check_count(self.name, n_models, models)
         signals: frozenset[Signal] = frozenset(self.features)
         top1: frozenset[Signal] = frozenset({"top1"})
         choice = self.ways == "binary" and len(models) > 2
@@ -122,20 +122,12 @@ class MlpRouterPolicy(SelectPolicy):
             CapabilityError: naming both.
         """
         check_made_for(self.name, self.made_for, models)
-        width, hidden_size = self._shape[0], models[0].hidden_size
-        if self.features == ("hidden",) and hidden_size is not None and width != hidden_size:
-            raise CapabilityError(
-                f"this '{self.name}' network was made for hidden states of width {width}, and "
-                f"those of base model '{models[0].name}' have {hidden_size}; train one for it."
-            )
+        if self.features == ("hidden",):
+            check_width(self.name, self._shape[0], models[0])
 
     @cached_property
     def _net(self) -> nn.Sequential:
-        from multicolm.learning.networks import from_tensors
-
-        if self.network is None:
-            raise untrained(self.name)
-        return from_tensors(self.network.content, self.network.path or "the network")
+        return network_of(self.name, self.network, "the network")
 
     @property
     def _shape(self) -> tuple[int, int]:
@@ -148,16 +140,13 @@ class MlpRouterPolicy(SelectPolicy):
         from multicolm.learning.networks import joined, router_scores
 
         seen = joined([self._feature(name, views.base) for name in self.features])
-        net = self._net
         if seen.shape[1] != self._shape[0]:
             raise CapabilityError(
                 f"this '{self.name}' network was made for {self._shape[0]} features, and "
                 f"{' and '.join(self.features)} of model '{views.base.name}' have {seen.shape[1]}; "
                 "use the features, top_k and base model that it was trained with."
             )
-        if seen.device.type != "cpu":
-            net = net.to(seen.device)  # moves in place, so only the first time
-        return router_scores(net, seen)
+        return router_scores(on_device_of(seen, self._net), seen)
 
     def _decision(self, views: Views) -> tuple[Tensor, Tensor]:
         """The probability of handing over, less where assistants cost, and to whom."""

@@ -12,7 +12,7 @@ from pydantic import Field
 from multicolm.artefacts import Weights
 from multicolm.errors import CapabilityError
 from multicolm.policy.base import ModelFacts, Needs, SelectPolicy, register_policy
-from multicolm.policy.learned import check_made_for
+from multicolm.policy.learned import check_count, check_made_for, check_width
 from multicolm.types import Pooling, Tensor
 from multicolm.views import ModelNames, Views
 
@@ -69,12 +69,7 @@ class QueryRouterPolicy(SelectPolicy):
                 f"train ENSEMBLE --task TASK --policy {self.name} --out CHECKPOINT` and use "
                 "`policy: ./CHECKPOINT`."
             )
-        n_models = self._n_models
-        if n_models != len(models):
-            raise CapabilityError(
-                f"this '{self.name}' policy was made for {n_models} models, and this ensemble has "
-                f"{len(models)} ({', '.join(models)}); train one for these."
-            )
+        check_count(self.name, self._n_models, models)
         return Needs({}, {})
 
     def prompt_states(self, models: ModelNames) -> Mapping[int, frozenset[Pooling]]:
@@ -88,12 +83,7 @@ class QueryRouterPolicy(SelectPolicy):
             CapabilityError: naming both.
         """
         check_made_for(self.name, self.made_for, models)
-        width, hidden_size = self._width, models[0].hidden_size
-        if hidden_size is not None and width != hidden_size:
-            raise CapabilityError(
-                f"this '{self.name}' policy was made for hidden states of width {width}, and those "
-                f"of base model '{models[0].name}' have {hidden_size}; train one for this model."
-            )
+        check_width(self.name, self._width, models[0])
 
     @property
     def _tensors(self) -> Mapping[str, Tensor]:

@@ -153,8 +153,9 @@ def test_what_is_no_distribution_is_refused(row: list[float], said: str) -> None
 
 
 @pytest.mark.parametrize("row", [[0.0, -INF, 1.0], [0.0, 1.0, 2.0, NAN], [-1e30, -INF, -INF]])
-def test_what_is_a_distribution_is_not(row: list[float]) -> None:
-    open_session(model_with(row), 1).feed([0], [[0]], [1])
+def test_what_is_a_distribution_is_shown_as_it_is(row: list[float]) -> None:
+    look = open_session(model_with(row), 1).feed([0], [[0]], [1])
+    assert torch.equal(look.logits[:, :3], torch.tensor([row[:3]]))
 
 
 def test_of_a_server_that_tells_of_some_tokens_infinity_has_a_meaning() -> None:

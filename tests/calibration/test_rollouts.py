@@ -175,7 +175,7 @@ def test_models_of_another_vocabulary_write_tokens_that_the_base_model_lacks(tmp
 
 def test_test_data_other_questions_and_other_models_are_refused(scores, task, tmp_path) -> None:
     names = ["base", "expert"]
-    with pytest.raises(InputError, match="nothing is learned from the test split"):
+    with pytest.raises(InputError, match="nothing is learned or tuned on the test split"):
         plan_rollouts(scores, names, task, split="test")
     write(tmp_path / "train.jsonl", [{"prompt": "c", "answer": "x"}])
     with pytest.raises(InputError, match=r"1 of the 1 questions .* are in its test split too"):

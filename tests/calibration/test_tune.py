@@ -296,7 +296,12 @@ policies._classes.pop("never-scored")  # No other test is to find it.
         (ConfidencePolicy(), {"grid": {"threshold": [float("inf")]}}, InputError, "finite"),
         (ConfidencePolicy(), {"grid": {"treshold": [0.1]}}, ConfigError, "unknown key 'treshold'"),
         (ConfidencePolicy(), {"grid": {"threshold": [0.1, -1.0]}}, ConfigError, "got -1.0"),
-        (ConfidencePolicy(), {"split": "test"}, InputError, "never tuned on the test split"),
+        (
+            ConfidencePolicy(),
+            {"split": "test"},
+            InputError,
+            "nothing is learned or tuned on the test split",
+        ),
         (ConfidencePolicy(), {"split": "dve"}, UnknownNameError, "Did you mean 'dev'"),
     ],
 )

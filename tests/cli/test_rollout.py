@@ -95,7 +95,7 @@ def test_a_checkpoint_says_that_it_learned_from_labels(run, world, tmp_path) -> 
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        (["--split", "test"], "nothing is learned from the test split"),
+        (["--split", "test"], "nothing is learned or tuned on the test split"),
         (["--policy", "nobody"], "'nobody'"),
         (["--limit", "0"], "0"),
         (["--samples", "3"], "are equal where nothing is drawn"),

@@ -140,13 +140,16 @@ def test_the_same_training_is_not_done_twice(
 ) -> None:
     ensemble = multicolm.load("tiny")
     out = tmp_path / "router"
-    train_on_answers(ensemble, QueryRouterPolicy(), statements, out, limit=8)
+    made = train_on_answers(ensemble, QueryRouterPolicy(), statements, out, limit=8)
 
     def refuse(*_: Any, **__: Any) -> Any:
         raise AssertionError("nothing is to be written again")
 
     monkeypatch.setattr(Ensemble, "stream", refuse)
-    train_on_answers(ensemble, QueryRouterPolicy(), statements, out, limit=8)
+    again = train_on_answers(ensemble, QueryRouterPolicy(), statements, out, limit=8)
+    assert again.provenance == made.provenance
+    with pytest.raises(AssertionError, match="written again"):
+        train_on_answers(ensemble, QueryRouterPolicy(), statements, tmp_path / "new", limit=8)
 
 
 def test_the_command_line_trains_from_a_task_and_says_what_else_it_takes(
@@ -169,8 +172,11 @@ def test_what_learns_from_scores_does_not_learn_from_answers_and_the_reverse(
     ensemble = multicolm.load("tiny")
     with pytest.raises(CapabilityError, match="does not learn from judged answers"):
         train_on_answers(ensemble, resolve_policy("co-llm"), statements, tmp_path)
-    with pytest.raises(InputError, match="never trained on the test split"):
+    with pytest.raises(InputError, match="nothing is learned or tuned on the test split"):
         train_on_answers(ensemble, QueryRouterPolicy(), statements, tmp_path, split="test")
+    leaking = statements.with_data("train", str(statements.base_dir / "test.jsonl"))
+    with pytest.raises(InputError, match="are in its test split too"):
+        train_on_answers(ensemble, QueryRouterPolicy(), leaking, tmp_path)
     with pytest.raises(ConfigError, match="lr"):
         train_on_answers(
             ensemble, QueryRouterPolicy(), statements, tmp_path / "o", limit=4, options={"lr": 1}
