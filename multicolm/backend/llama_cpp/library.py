@@ -102,6 +102,7 @@ class Weights:
         parameters = lib.llama_model_default_params()
         parameters.n_gpu_layers = gpu_layers
         parameters.vocab_only = vocabulary_only
+        parameters.use_extra_bufts = not _uses_amx(lib)
         overrides = _overrides(lib, space_prefix)
         parameters.kv_overrides = overrides
         recent_errors()
@@ -120,6 +121,19 @@ class Weights:
         buffer = ctypes.create_string_buffer(256)
         n = lib.llama_model_meta_val_str(self.pointer, key.encode(), buffer, len(buffer))
         return None if n < 0 else buffer.value.decode("utf-8", "replace")
+
+
+def _uses_amx(lib: Any) -> bool:
+    """Whether the library was built with AMX instructions (x86).
+
+    GCC before 12.4 and 13.3 drops the tile configuration (GCC bug 114098), and such a build dies
+    of a segmentation fault at the first pass of a quantised model (llama.cpp issue 20824). It
+    cannot be told apart from a good one, so that weights are not laid out for AMX.
+    """
+    found = b"AMX_INT8 = 1" in lib.llama_print_system_info()
+    if found:
+        _LOGGER.info("llama.cpp was built with AMX, which is left unused: GCC bug 114098")
+    return found
 
 
 def _overrides(lib: Any, space_prefix: bool | None) -> Any:
