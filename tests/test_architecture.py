@@ -1,0 +1,136 @@
+"""The house: floors, circles, and how large its parts are. The figures may only become smaller."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import architecture
+import pytest
+from architecture import Import, Size, circles, floors, graph, of_parts
+
+IMPORTS = architecture.imports()
+LOADED = graph(IMPORTS, "load", "call")
+
+MOST_FLOORS = 16
+MOST_LINES_OF_A_CLASS = 300
+MOST_LINES_OF_A_FUNCTION = 80
+
+# These may never import those, not even for type checkers.
+STRANGERS = {("policy", "backend"), ("policy", "tokenizer"), ("backend", "policy")}
+
+# What is left to do. Each entry goes when it is no longer needed; none may come.
+CIRCLES_OF_PARTS = [["hub", "training"]]
+CIRCLES_OF_CALLS = [
+    ["backend.base", "backend.byte_session", "backend.checked"],
+    ["tokenizer.byte_pairs", "tokenizer.canonical"],
+]
+LONG_CLASSES = {
+    "decoding.router.Router": 594,
+    "decoding.settle.PolicyDesk": 342,
+    "ensemble.Ensemble": 330,
+    "scoring.likelihood.LikelihoodReader": 474,
+    "serving.engine.Engine": 371,
+    "tokenizer.byte_pairs.BytePairs": 320,
+}
+LONG_FUNCTIONS = {
+    "calibration.queries.train_on_answers": 83,
+    "calibration.tune.tune": 117,
+    "cli.train.command": 86,
+    "evaluation.compare.compare": 136,
+    "evaluation.harness.evaluate_tasks": 110,
+    "training.train.train": 86,
+}
+
+
+def named(modules: list[list[str]]) -> list[list[str]]:
+    return [[name.removeprefix("multicolm.") for name in circle] for circle in modules]
+
+
+def test_the_parts_stand_on_few_floors() -> None:
+    assert max(floors(of_parts(LOADED)).values()) <= MOST_FLOORS
+
+
+def test_no_arrow_between_parts_runs_back_up() -> None:
+    everything = of_parts(graph(IMPORTS, "load", "call", "typing"))
+    assert [circle for circle in circles(everything) if circle not in CIRCLES_OF_PARTS] == []
+
+
+def test_no_modules_import_each_other() -> None:
+    assert circles(graph(IMPORTS, "load")) == []
+    everything = graph(IMPORTS, "load", "call", "typing")
+    found = named(circles(everything))
+    assert [circle for circle in found if circle not in CIRCLES_OF_CALLS] == []
+
+
+def test_strangers_never_meet() -> None:
+    everything = of_parts(graph(IMPORTS, "load", "call", "typing"))
+    assert not {(a, b) for a, below in everything.items() for b in below} & STRANGERS
+
+
+@pytest.mark.parametrize(
+    ("sizes", "most", "exceptions"),
+    [
+        (architecture.classes(), MOST_LINES_OF_A_CLASS, LONG_CLASSES),
+        (architecture.functions(), MOST_LINES_OF_A_FUNCTION, LONG_FUNCTIONS),
+    ],
+    ids=["classes", "functions"],
+)
+def test_what_is_long_is_known_and_grows_no_more(
+    sizes: list[Size], most: int, exceptions: dict[str, int]
+) -> None:
+    longer = {s.name.removeprefix("multicolm."): s.lines for s in sizes if s.lines > most}
+    assert not {n: lines for n, lines in longer.items() if lines > exceptions.get(n, most)}
+
+
+def test_the_picture_in_contributing_shows_the_imports_of_now() -> None:
+    page = architecture.PAGE.read_text(encoding="utf-8")
+    assert page == architecture.draw(), "python tools/architecture.py --draw"
+
+
+@pytest.fixture
+def small_package(tmp_path: Path) -> Path:
+    """`top` imports `left` at load and `right` in a call; `right` names `left` for types."""
+    package = tmp_path / "small"
+    for name, text in {
+        "__init__.py": "",
+        "top/__init__.py": "from small import left\ndef f():\n    import small.right.inner\n",
+        "left.py": '"""Two\n\nlines."""\nONE = """\n"""  # code\n# none\n',
+        "right/__init__.py": "",
+        "right/inner.py": (
+            "from typing import TYPE_CHECKING\n"
+            "if TYPE_CHECKING:\n    from small.left import ONE\n"
+            "class A:\n    def f(self):\n        return 1\n"
+        ),
+    }.items():
+        (package / name).parent.mkdir(parents=True, exist_ok=True)
+        (package / name).write_text(text, encoding="utf-8")
+    return package
+
+
+def test_imports_are_found_with_the_time_at_which_they_happen(small_package: Path) -> None:
+    assert architecture.imports(small_package) == {
+        Import("small.top", "small.left", "load"),
+        Import("small.top", "small.right.inner", "call"),
+        Import("small.right.inner", "small.left", "typing"),
+    }
+
+
+def test_floors_count_the_longest_way_down_and_circles_share_one() -> None:
+    arrows = {"a": {"b", "c"}, "b": {"c"}, "c": {"d"}, "d": {"c", "e"}}
+    assert floors(arrows) == {"e": 1, "d": 2, "c": 2, "b": 3, "a": 4}
+    assert circles(arrows) == [["c", "d"]]
+
+
+def test_lines_and_sizes_are_counted(small_package: Path) -> None:
+    assert architecture.lines(small_package) == (15, 11)
+    assert architecture.classes(small_package) == [Size(3, "small.right.inner.A")]
+    assert Size(2, "small.top.f") in architecture.functions(small_package)
+
+
+def test_the_drawing_leaves_out_what_follows(small_package: Path) -> None:
+    (small_package / "right" / "inner.py").write_text("import small.left\n", encoding="utf-8")
+    drawn = architecture.drawing(small_package).splitlines()
+    assert [line.strip() for line in drawn if "-->" in line] == [
+        "part_right --> part_left",
+        "part_top --> part_right",
+    ]
