@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from multicolm.errors import ArtefactError, InputError
 
 __all__ = ["leads_out", "links_out", "locked", "read_json", "sha256", "write_whole"]
@@ -93,17 +95,15 @@ def locked(folder: Path) -> Iterator[None]:
     Raises:
         InputError: if another process is at work in it.
     """
-    try:
-        import fcntl
-    except ImportError:  # Windows has none; there two runs are the user's to keep apart.
-        yield
-        return
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise InputError(
-                f"{folder}: another process is at work here; wait for it, or choose another folder."
-            ) from error
+    lock = FileLock(folder / ".lock", blocking=False)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise InputError(
+            f"{folder}: another process is at work here; wait for it, or choose another folder."
+        ) from error
+    try:
         yield
+    finally:
+        lock.release()

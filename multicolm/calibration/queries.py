@@ -13,7 +13,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-import multicolm
 from multicolm.artefacts import Artefact
 from multicolm.decoding.prompts import encode_prompt
 from multicolm.decoding.row import Row
@@ -32,6 +31,7 @@ from multicolm.policy.base import Policy
 from multicolm.policy.resolve import resolve_policy
 from multicolm.training.checkpoint import Checkpoint, finished_checkpoint
 from multicolm.types import Pooling, Prompt
+from multicolm.version import __version__
 
 __all__ = ["prompt_states", "train_on_answers"]
 
@@ -208,7 +208,7 @@ def _key(
 def _provenance(ensemble: Ensemble, license: str, facts: Mapping[str, Any]) -> dict[str, Any]:
     models = [{"name": m.name, "identity": m.identity} for m in ensemble.backends]
     return {
-        "multicolm": multicolm.__version__,
+        "multicolm": __version__,
         "models": models,
         "license": license,
         "train": dict(facts),

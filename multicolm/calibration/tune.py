@@ -17,7 +17,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TypeAlias, get_args
 
-import multicolm
 from multicolm.calibration.choice import Params, Point, Rule, Unit, cross_validated
 from multicolm.calibration.thresholds import thresholds_for_shares
 from multicolm.ensemble import Ensemble
@@ -32,6 +31,7 @@ from multicolm.policy.base import Policy
 from multicolm.policy.resolve import resolve_policy
 from multicolm.training.checkpoint import Checkpoint, finished_checkpoint
 from multicolm.training.provenance import read_provenance
+from multicolm.version import __version__
 
 __all__ = ["Point", "Unit", "tune"]
 
@@ -136,7 +136,7 @@ def tune(
         }
         facts = {
             "key": key,
-            "multicolm": multicolm.__version__,
+            "multicolm": __version__,
             "split": split,
             "source": ", ".join(f"{task.name} ({split})" for task in tasks),
             "digest": next(iter(digests.values())) if len(digests) == 1 else "",
@@ -394,4 +394,4 @@ def _provenance(
     """What the policy was made from before, and now."""
     before = {} if policy.folder is None else read_provenance(policy.folder)
     models = [{"name": m.name, "identity": m.identity} for m in ensemble.backends]
-    return {"multicolm": multicolm.__version__, "models": models, **before, "tune": dict(facts)}
+    return {"multicolm": __version__, "models": models, **before, "tune": dict(facts)}

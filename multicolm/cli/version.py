@@ -7,8 +7,8 @@ from importlib.metadata import PackageNotFoundError, version
 
 import click
 
-from multicolm import __version__
 from multicolm.cli.options import as_json, json_option
+from multicolm.version import __version__
 
 __all__ = ["command", "versions"]
 

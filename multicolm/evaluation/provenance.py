@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 
-import multicolm
 from multicolm.artefacts import Artefact
 from multicolm.decoding.threads import torch_threads
 from multicolm.ensemble import Ensemble
 from multicolm.files import sha256
 from multicolm.policy.base import Policy
+from multicolm.version import __version__
 
 __all__ = ["code_digest", "identity_of_policy", "machine", "plain", "versions"]
 
@@ -70,7 +70,7 @@ def plain(value: Any) -> Any:
 
 def versions() -> dict[str, str]:
     """Of multicolm, Python, torch and transformers."""
-    found = {"multicolm": multicolm.__version__, "python": platform.python_version()}
+    found = {"multicolm": __version__, "python": platform.python_version()}
     for name in ("torch", "transformers"):
         try:
             found[name] = version(name)

@@ -1,6 +1,5 @@
 """What goes to the Hugging Face Hub and comes back: routers, ensembles and score tables.
 
-transfer    one folder up or down; an error of the Hub is one sentence
 saved       an ensemble, and a score table, as folders with a card
 kinds       which of the three a folder is; push and pull
 """

@@ -14,8 +14,8 @@ from multicolm.config.policy import declared_code
 from multicolm.errors import ArtefactError, ConfigError, HubError, InputError
 from multicolm.files import write_whole
 from multicolm.hub.saved import SharedEnsemble, SharedScores
-from multicolm.hub.transfer import download, upload_saved
 from multicolm.training.checkpoint import Checkpoint
+from multicolm.transfer import download, upload_saved
 
 __all__ = ["Kind", "Shared", "kind_of", "pull", "push"]
 

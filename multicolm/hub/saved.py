@@ -22,13 +22,13 @@ from multicolm.ensemble import Ensemble, load
 from multicolm.errors import ArtefactError, ConfigError
 from multicolm.files import leads_out, links_out, sha256, write_whole
 from multicolm.hub.cards import ensemble_card, scores_card
-from multicolm.hub.transfer import FILES, folder_of, upload, upload_saved
 from multicolm.policy.base import Policy
 from multicolm.policy.resolve import resolve_policy
 from multicolm.score_table import ScoreTable
 from multicolm.scoring.store import ROLLOUTS, TEXT, Index, TableFiles, load_table, read_index
 from multicolm.training.checkpoint import Checkpoint
 from multicolm.training.provenance import read_provenance
+from multicolm.transfer import FILES, folder_of, upload, upload_saved
 
 __all__ = ["SharedEnsemble", "SharedScores"]
 

@@ -8,7 +8,6 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import multicolm
 from multicolm.decoding.prompts import encode_prompt
 from multicolm.ensemble import Ensemble
 from multicolm.errors import ArtefactError, CapabilityError, ConfigError, InputError
@@ -26,6 +25,7 @@ from multicolm.scoring.store import (
 )
 from multicolm.tokenizer.bridged import BridgedVocabulary
 from multicolm.tokenizer.vocabulary import Vocabulary
+from multicolm.version import __version__
 
 __all__ = [
     "ExampleReader",
@@ -149,7 +149,7 @@ def plan(
         for k, model in enumerate(ensemble.backends)
     )
     return Index(
-        multicolm=multicolm.__version__,
+        multicolm=__version__,
         source=corpus.source.name,
         digest=digest.hexdigest(),
         n_examples=sum(shard.n_examples for shard in shards),

@@ -22,13 +22,13 @@ from multicolm.artefacts import Artefact
 from multicolm.config.policy_code import code_of
 from multicolm.errors import ArtefactError
 from multicolm.files import links_out, write_whole
-from multicolm.hub.transfer import download, hub_errors
 from multicolm.plugins import policies
 from multicolm.policy.base import Policy
 from multicolm.policy.resolve import resolve_policy
 from multicolm.training.card import card
 from multicolm.training.own_ensemble import copy_ensemble
 from multicolm.training.provenance import read_provenance
+from multicolm.transfer import download, hub_errors
 
 __all__ = ["Checkpoint", "finished_checkpoint"]
 

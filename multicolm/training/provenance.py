@@ -8,12 +8,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import multicolm
 from multicolm.artefacts import Artefact
 from multicolm.errors import ArtefactError
 from multicolm.files import read_json
 from multicolm.policy.base import Policy
 from multicolm.scoring.store import load_prompt_digests, read_index
+from multicolm.version import __version__
 
 __all__ = ["check_identities", "read_provenance", "training_key", "training_provenance"]
 
@@ -50,7 +50,7 @@ def training_provenance(
     """
     index = read_index(scores)
     return {
-        "multicolm": multicolm.__version__,
+        "multicolm": __version__,
         "models": [{"name": name, "identity": identity} for name, identity in models.items()],
         "license": license,
         "train": {

@@ -152,7 +152,7 @@ def test_the_hub_is_sent_these_files_and_asked_for_nothing_else(tmp_path, monkey
 def test_a_checkpoint_of_the_hub_is_fetched_without_anything_that_could_run(
     tmp_path, monkeypatch
 ) -> None:
-    import multicolm.hub.transfer as module
+    import multicolm.transfer as module
 
     Checkpoint(trained(), PROVENANCE).save_pretrained(tmp_path)
     asked: dict = {}
