@@ -12,7 +12,7 @@ from questions import PROMPTS
 from transformers import DynamicCache
 
 from multicolm import Ensemble
-from multicolm.backend.base import Look, Session
+from multicolm.backend.base import ModelOutput, Session
 from multicolm.backend.transformers import RowSession, TransformersModel
 
 ONE = PROMPTS[1:2]
@@ -42,7 +42,7 @@ class Recorder(RowSession):
         n_last: Sequence[int],
         *,
         hidden: bool = False,
-    ) -> Look:
+    ) -> ModelOutput:
         call = Call(self._model, self.lengths[rows[0]], tuple(tokens[0]), n_last[0])
         self._calls.append(call)
         return super().feed(rows, tokens, n_last, hidden=hidden)

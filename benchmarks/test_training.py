@@ -54,11 +54,11 @@ def scored(
     return request.param, ensemble, load_table(folder / "scores"), texts
 
 
-Look = Callable[[Tensor], tuple[Tensor, Tensor]]
+ModelOutput = Callable[[Tensor], tuple[Tensor, Tensor]]
 """Hidden states and the base model's log-probabilities at the positions of some texts."""
 
 
-def train(table: ScoreTable, look: Look) -> float:
+def train(table: ScoreTable, read: ModelOutput) -> float:
     """A few epochs of the linear head; the mean loss of the last one, in nats."""
     head = build("linear", table.feature("hidden").shape[1], table.n_models - 1)
     torch.nn.init.zeros_(head[0].bias)
@@ -69,7 +69,7 @@ def train(table: ScoreTable, look: Look) -> float:
         losses.clear()
         for which in torch.split(order, PER_STEP):
             mask = torch.isin(table.example, which)
-            hidden, base = look(which)
+            hidden, base = read(which)
             logprobs = table.gold_logprobs[mask].clone()
             logprobs[:, 0] = base
             scores = router_scores(head, hidden)
@@ -82,20 +82,20 @@ def train(table: ScoreTable, look: Look) -> float:
 
 
 def from_table(table: ScoreTable) -> float:
-    """Look everything up."""
+    """ModelOutput everything up."""
 
-    def look(which: Tensor) -> tuple[Tensor, Tensor]:
+    def read(which: Tensor) -> tuple[Tensor, Tensor]:
         mask = torch.isin(table.example, which)
         return table.feature("hidden")[mask], table.gold_logprobs[mask][:, 0]
 
-    return train(table, look)
+    return train(table, read)
 
 
 def from_base(table: ScoreTable, ensemble: Ensemble, texts: list[Text]) -> float:
     """Run the base model on the texts of every step."""
     base, vocabulary = ensemble.backends[0], ensemble.vocabulary
 
-    def look(which: Tensor) -> tuple[Tensor, Tensor]:
+    def read(which: Tensor) -> tuple[Tensor, Tensor]:
         numbers = sorted(which.tolist())
         chosen = [texts[number] for number in numbers]
         starts = torch.tensor([0, *(len(text.ids) for text in chosen)]).cumsum(0)
@@ -111,7 +111,7 @@ def from_base(table: ScoreTable, ensemble: Ensemble, texts: list[Text]) -> float
             logprobs[at] = reading.logits.log_softmax(-1).gather(-1, gold[at][:, None])[:, 0]
         return hidden, logprobs
 
-    return train(table, look)
+    return train(table, read)
 
 
 @pytest.fixture

@@ -302,10 +302,10 @@ class Ensemble:
 
     def _refuse_unknown(self) -> None:
         for model in self.backends:
-            if model.n_likeliest is not None:
+            if model.max_top_logprobs is not None:
                 raise CapabilityError(
                     f"the exact bridge needs every probability of model '{model.name}', and its "
-                    f"server {model.server} tells of {model.n_likeliest} tokens; set "
+                    f"server {model.server} returns {model.max_top_logprobs} tokens; set "
                     "`bridge: boundary`, or `logprobs: all` if the server allows it."
                 )
 
@@ -334,7 +334,7 @@ class Ensemble:
             CapabilityError: if it needs what a model cannot show, or was made for other models.
         """
         check_used(policy, self.models)
-        shown = [_Shown(m.shows, m.server, m.n_likeliest) for m in self.backends]
+        shown = [_Shown(m.shows, m.server, m.max_top_logprobs) for m in self.backends]
         sentences = _check_signals(policy, self.models, shown)
         self._check_vocabulary(policy)
         self._check_prompts(policy)
@@ -454,12 +454,12 @@ class _Shown:
     Attributes:
         signals: of the model, or of its backend at most.
         server: where it runs.
-        n_likeliest: of how many of its likeliest tokens it tells; ``None`` for all.
+        max_top_logprobs: of how many of its likeliest tokens it tells; ``None`` for all.
     """
 
     signals: frozenset[Signal]
     server: str = ""
-    n_likeliest: int | None = None
+    max_top_logprobs: int | None = None
 
     @property
     def where(self) -> str:
@@ -481,11 +481,11 @@ def _check_signals(policy: Policy, models: ModelNames, shown: Sequence[_Shown]) 
     sentences = []
     for k, its in enumerate(shown):
         wanted = needs.of(k) | ({"hidden"} if k in states else frozenset())
-        wanted |= {"given"} if policy.likelihoods and needs.of(k) else frozenset()
+        wanted |= {"token_logprobs"} if policy.likelihoods and needs.of(k) else frozenset()
         missing = wanted - implied(its.signals)
-        if missing == {"logprobs"} and policy.partial and its.n_likeliest:
+        if missing == {"logprobs"} and policy.partial and its.max_top_logprobs:
             sentences.append(
-                f"policy '{policy.name}' knows only the {its.n_likeliest} likeliest tokens of "
+                f"policy '{policy.name}' knows only the {its.max_top_logprobs} likeliest tokens of "
                 f"model '{models[k]}' ({its.server}): {policy.partial}."
             )
         elif missing:
@@ -509,13 +509,13 @@ def _check_judges(policy: Policy, models: ModelNames, shown: Sequence[_Shown]) -
         CapabilityError: naming the policy and the models.
     """
     used = sorted(policy.uses(models))
-    silent = [k for k in used if "given" not in implied(shown[k].signals)]
+    silent = [k for k in used if "token_logprobs" not in implied(shown[k].signals)]
     if silent == used:
         listed = " and ".join(f"'{models[k]}'{shown[k].where}" for k in silent)
         raise CapabilityError(
             f"policy '{policy.name}' needs a model that tells how likely it finds what another one "
-            f"proposes (signal given), and {listed} do not; add a model of this process, or a "
-            "server that tells of tokens that are named, such as vLLM's."
+            f"proposes (signal token_logprobs), and {listed} do not; add a local model, or a "
+            "server that returns tokens that are named, such as vLLM's."
         )
     return [
         f"policy '{policy.name}' lets model '{models[k]}'{shown[k].where} propose and not judge: "

@@ -134,7 +134,7 @@ class Live:
         if sampling.greedy or self._policy.acts == "mix":
             return
         for k in self._used:
-            model, known = self._models[k], self._models[k].n_likeliest
+            model, known = self._models[k], self._models[k].max_top_logprobs
             if known is None or (sampling.top_k is not None and sampling.top_k <= known):
                 continue
             way = f"set `top_k` to {known} or less" if known else "set `temperature: 0`"

@@ -48,13 +48,15 @@ __all__ = [
     "prompt_digest",
 ]
 
-Signal: TypeAlias = Literal["text", "top1", "topk", "given", "logprobs", "hidden", "embedding"]
+Signal: TypeAlias = Literal[
+    "text", "top1", "topk", "token_logprobs", "logprobs", "hidden", "embedding"
+]
 """What a policy may ask of a model. ``logprobs`` (the whole vocabulary) includes those before it.
 
 ``text``      the most likely token
 ``top1``      the most likely token and its log-probability
 ``topk``      a few of the most likely tokens and their log-probabilities
-``given``     the log-probabilities of tokens that the policy names
+``token_logprobs``  the log-probabilities of tokens that the policy names
 ``logprobs``  the log-probability of every token
 ``hidden``    the last hidden state, after the final norm
 ``embedding`` the input embedding of the most likely token
@@ -162,7 +164,7 @@ class TracedToken:
         score: the number the policy decided on, if it gives one; its meaning is the policy's.
         alternatives: the likeliest tokens in its place, itself among them if it is one, the
             likeliest first; as many as ``top_logprobs`` asked for, fewer where fewer are possible
-            or a server tells of fewer.
+            or a server returns fewer.
     """
 
     id: int

@@ -27,8 +27,8 @@ Role = int | str
 first assistant)."""
 
 _IMPLIED: dict[Signal, frozenset[Signal]] = {
-    "logprobs": frozenset({"logprobs", "given", "topk", "top1", "text"}),
-    "given": frozenset({"given"}),
+    "logprobs": frozenset({"logprobs", "token_logprobs", "topk", "top1", "text"}),
+    "token_logprobs": frozenset({"token_logprobs"}),
     "topk": frozenset({"topk", "top1", "text"}),
     "top1": frozenset({"top1", "text"}),
     "text": frozenset({"text"}),
@@ -121,9 +121,9 @@ class View:
         signals: what the policy declared; ``None`` allows everything.
         name: the model's name, for messages.
         embed: gives the input embeddings of tokens of the shared vocabulary.
-        n_likeliest: of how many of its likeliest tokens the model tells. Then ``logits`` are
+        max_top_logprobs: of how many of its likeliest tokens the model tells. Then ``logits`` are
             log-probabilities, taken as they are: -inf stands for what is not known, and nothing is
-            normalised. ``None`` if the model tells of all tokens.
+            normalised. ``None`` if the model returns all tokens.
         candidates: per position, tokens that such a model was asked about besides.
     """
 
@@ -135,11 +135,11 @@ class View:
         signals: frozenset[Signal] | None = None,
         name: str = "model",
         embed: Callable[[Tensor], Tensor] | None = None,
-        n_likeliest: int | None = None,
+        max_top_logprobs: int | None = None,
         candidates: Int[Tensor, "positions n"] | None = None,
     ) -> None:
         self._embed = embed
-        self._n_likeliest = n_likeliest
+        self._max_top_logprobs = max_top_logprobs
         self._candidates = candidates
         self._logits = logits
         self._hidden = hidden
@@ -174,7 +174,7 @@ class View:
 
     @cached_property
     def _logprobs(self) -> Float[Tensor, "positions vocab"]:
-        if self._n_likeliest is not None:
+        if self._max_top_logprobs is not None:
             return self._logits.float()
         # In one go: summing up and subtracting by hand takes several times as long.
         return self._logits.float().log_softmax(-1)
@@ -243,11 +243,11 @@ class View:
         return probs[:, 0] - probs[:, 1:].sum(-1)
 
     def _refuse_beyond(self, k: int) -> None:
-        if self._n_likeliest is not None and k > self._n_likeliest:
+        if self._max_top_logprobs is not None and k > self._max_top_logprobs:
             raise CapabilityError(
                 f"the policy asks for the {k} likeliest tokens of model '{self.name}', whose "
-                f"server tells of {self._n_likeliest}; set `logprobs:` of this model to {k} or "
-                "`all` if its server allows it, or choose another policy."
+                f"server returns {self._max_top_logprobs}; set `logprobs:` of this model to "
+                f"{k} or `all` if its server allows it, or choose another policy."
             )
 
     @property
@@ -264,7 +264,7 @@ class View:
         Where the vocabulary has fewer tokens, -inf stands for the missing ones.
 
         Raises:
-            CapabilityError: if the model tells of fewer tokens than its vocabulary and ``k``.
+            CapabilityError: if the model returns fewer tokens than its vocabulary and ``k``.
         """
         import torch
 
@@ -304,9 +304,9 @@ class View:
             PolicyError: if a server was not asked about one of them; see
                 :meth:`multicolm.policy.base.Policy.candidates`.
         """
-        self._allow("given")
+        self._allow("token_logprobs")
         known = self._logprobs.gather(-1, ids)
-        if self._n_likeliest is not None and not self._declares_all:
+        if self._max_top_logprobs is not None and not self._declares_all:
             unknown = known == float("-inf")
             if self._candidates is not None:
                 named = (ids[:, :, None] == self._candidates[:, None, :].to(ids.device)).any(-1)
@@ -348,7 +348,7 @@ class Views:
             views: per model index, what it shows; models that were not looked at are absent.
             n_positions: how many positions every view has.
             context: how to work out ``previous``, ``base_run``, ``place``, ``uniform``,
-                ``greedy``, ``prompt_nats``, ``text_nll``, ``state``, and ``prompt_hidden`` by
+                ``greedy``, ``prompt_mean_nll``, ``text_nll``, ``state``, and ``prompt_hidden`` by
                 :func:`prompt_hidden_key`.
             drawn: turns logits into the probabilities that tokens are drawn from.
             starts_word: per token of the shared vocabulary, whether it begins a new word.
@@ -481,18 +481,18 @@ class Views:
         return self._worked_out("greedy")
 
     @property
-    def prompt_nats(self) -> Float[Tensor, "positions models"]:
+    def prompt_mean_nll(self) -> Float[Tensor, "positions models"]:
         """How unlikely each model finds the prompt, in nats per token of the base model's prompt.
 
         Minus the logarithm of the probability of the model's own tokens of the prompt behind the
         first, those of its chat template included. NaN for a model that the policy does not use.
         """
-        if "prompt_nats" not in self._context:
+        if "prompt_mean_nll" not in self._context:
             raise PolicyError(
-                "the policy reads 'views.prompt_nats', which is not there; a policy that weighs "
-                "models by the prompt has to say so with `prompts = True`."
+                "the policy reads 'views.prompt_mean_nll', which is not there; a policy that "
+                "weighs models by the prompt has to say so with `prompts = True`."
             )
-        return self._context["prompt_nats"]()
+        return self._context["prompt_mean_nll"]()
 
     @property
     def text_nll(self) -> Float[Tensor, "positions models"]:
@@ -504,18 +504,18 @@ class Views:
         """
         if "text_nll" not in self._context:
             raise PolicyError(
-                "the policy reads 'views.text_nll', which is not there; a policy that weighs "
-                "models by the text has to say so with `likelihoods = True`."
+                "the policy reads 'views.text_nll', which is not there; a policy that "
+                "weighs models by the text has to say so with `likelihoods = True`."
             )
         return self._context["text_nll"]()
 
     @property
     def prompt_nll(self) -> Float[Tensor, "positions models"]:
-        """How unlikely each model finds the whole prompt, in nats: :attr:`prompt_nats` summed up.
+        """How unlikely each model finds the whole prompt: :attr:`prompt_mean_nll` summed, in nats.
 
         NaN for a model that the policy does not use.
         """
-        return self.prompt_nats * self._worked_out("prompt_length")[:, None]
+        return self.prompt_mean_nll * self._worked_out("prompt_length")[:, None]
 
     @property
     def state(self) -> Shaped[Tensor, "positions width"]:

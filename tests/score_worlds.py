@@ -12,7 +12,7 @@ import torch
 from tables import TOKENS, random_table
 
 from multicolm import Ensemble
-from multicolm.backend.base import Look, Session
+from multicolm.backend.base import ModelOutput, Session
 from multicolm.backend.table import TableModel, TableSession
 from multicolm.types import Signal
 
@@ -38,10 +38,10 @@ class HiddenTable(TableModel):
 
 
 class _HiddenSession(TableSession):
-    def feed(self, rows, tokens, n_last, *, hidden=False) -> Look:  # type: ignore[no-untyped-def]
-        look = super().feed(rows, tokens, n_last)
+    def feed(self, rows, tokens, n_last, *, hidden=False) -> ModelOutput:  # type: ignore[no-untyped-def]
+        output = super().feed(rows, tokens, n_last)
         if not hidden:
-            return look
+            return output
         states = []
         for row, count in zip(rows, n_last, strict=True):
             ids = self._ids[row]
@@ -49,7 +49,7 @@ class _HiddenSession(TableSession):
                 self._model.hidden_after(ids[: len(ids) - back])  # type: ignore[attr-defined]
                 for back in range(count - 1, -1, -1)
             ]
-        return Look(look.logits, torch.stack(states))
+        return ModelOutput(output.logits, torch.stack(states))
 
 
 def table(name: str, seed: int, *, context_length: int | None = None) -> TableModel:

@@ -12,7 +12,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from multicolm import Ensemble
-from multicolm.backend.base import Look, Session
+from multicolm.backend.base import ModelOutput, Session
 from multicolm.backend.table import TableModel
 from multicolm.serving.server import Server, Settings
 
@@ -92,7 +92,7 @@ class _Waiting(Session):
         n_last: Sequence[int],
         *,
         hidden: bool = False,
-    ) -> Look:
+    ) -> ModelOutput:
         assert self._gate.wait(SECONDS), "the gate stays closed"
         if self._fail:
             raise self._fail.pop()

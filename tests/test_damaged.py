@@ -75,14 +75,14 @@ def test_a_config_that_transformers_refuses_is_a_sentence(
 def test_a_path_that_is_too_long_is_a_sentence(
     text: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for look in (
+    for output in (
         lambda: load_ensemble(text),
         lambda: resolve_policy(text),
         lambda: ModelConfig(model=text).resolved,
         lambda: ModelConfig(model="tiny-facts", adapter=text).resolved,
     ):
         with pytest.raises(ConfigError, match="is longer than files' are; expected a"):
-            look()
+            output()
     assert main(["generate", text, "x"]) == 2
     error = capsys.readouterr().err
     assert len(error) < 300 and error.count("\n") == 1

@@ -1,4 +1,4 @@
-"""The seam between the loop and whatever runs a model.
+"""What the loop asks of whatever runs a model.
 
 A :class:`Model` opens a :class:`Session` of some rows. A session is fed tokens of the model's own
 vocabulary, row by row, and says what the model predicts after them; a row can be cut back at any
@@ -23,17 +23,17 @@ from multicolm.types import Signal, Tensor
 if TYPE_CHECKING:
     from multicolm.backend.byte_session import ByteSession
 
-__all__ = ["Look", "Model", "Session", "TokenSession"]
+__all__ = ["Model", "ModelOutput", "Session", "TokenSession"]
 
 
 @dataclass(frozen=True, slots=True)
-class Look:
+class ModelOutput:
     """What a model predicts at some positions, in its own vocabulary.
 
     Attributes:
-        logits: unnormalised log-probabilities of the next token. Of a model that tells of its
-            likeliest tokens only (:attr:`Model.n_likeliest`) log-probabilities as they are, in
-            nats: -inf stands for unknown, and +inf for a token that comes next, how likely
+        logits: unnormalised log-probabilities of the next token. Of a model that returns its
+            likeliest tokens only (:attr:`Model.max_top_logprobs`) log-probabilities as they are, in
+            nats: -inf stands for unknown, and +inf for a token that is next, how likely
             unknown.
         hidden: last hidden state after the final norm, if it was asked for.
         n_passes: forward passes that it took.
@@ -71,40 +71,40 @@ class Session(ABC):
         n_last: Sequence[int],
         *,
         hidden: bool = False,
-    ) -> Look:
-        """Append tokens to rows and look at the predictions after the last of them.
+    ) -> ModelOutput:
+        """Append tokens to rows and return the predictions after the last of them.
 
         Args:
             rows: distinct row numbers, ascending.
             tokens: per row, at least one token of the model's own vocabulary.
-            n_last: per row, after how many of its last fed tokens to look (1 up to all).
+            n_last: per row, after how many of its last fed tokens to predict (1 up to all).
             hidden: whether hidden states are wanted too.
 
         Returns:
             The predictions, row after row, within a row in the order of the text.
         """
 
-    def tell(
+    def logprobs_of(
         self,
         rows: Sequence[int],
         lengths: Sequence[int],
         ids: Sequence[int],
-        behind: Sequence[Sequence[int]] | None = None,
-    ) -> Look:
-        """Log-probabilities of given tokens behind the first tokens of rows, in nats.
+        after: Sequence[Sequence[int]] | None = None,
+    ) -> ModelOutput:
+        """Log-probabilities of given tokens after the first tokens of rows, in nats.
 
-        Asked of models that show the signal ``given`` and not ``logprobs``.
+        Asked of models that show the signal ``token_logprobs`` and not ``logprobs``.
 
         Args:
             rows: row numbers; one may come several times.
-            lengths: per row number, how many of its tokens stand before.
+            lengths: per row number, how many of its tokens come before.
             ids: tokens of the model's own vocabulary.
-            behind: per row number, tokens that stand behind those, for this question only.
+            after: per row number, tokens that follow those, for this call only.
 
         Returns:
             One line per row number, one column per token.
         """
-        raise NotImplementedError(f"a {type(self).__name__} tells of all tokens")
+        raise NotImplementedError(f"a {type(self).__name__} returns every logit")
 
     @abstractmethod
     def truncate(self, row: int, length: int) -> None:
@@ -134,8 +134,8 @@ class Model(ABC):
         name: its name in the ensemble, for messages.
         tokenizer: its tokenizer adapter.
         signals: what models of this backend can show at most.
-        n_likeliest: of how many of its likeliest tokens it tells the log-probability; ``None`` for
-            the whole vocabulary, 0 if it says no more than which token comes next.
+        max_top_logprobs: of how many of its likeliest tokens it returns the log-probability;
+            ``None`` for the whole vocabulary, 0 if it says no more than which token is next.
         server: the address of the server that runs it; empty for a model in this process.
         context_length: the most tokens a row may hold; ``None`` if there is no limit.
         n_parameters: number of weights, 0 if it has none.
@@ -149,7 +149,7 @@ class Model(ABC):
 
     name: str
     tokenizer: TokenizerAdapter
-    n_likeliest: int | None = None
+    max_top_logprobs: int | None = None
     server: str = ""
     signals: ClassVar[frozenset[Signal]] = frozenset({"top1", "topk", "logprobs", "hidden"})
     context_length: int | None = None
@@ -178,7 +178,7 @@ class Model(ABC):
         """What was found out about it when it was loaded, one sentence each."""
         return []
 
-    def wait(self) -> None:
+    def synchronize(self) -> None:
         """Return when all work that was asked of the device is done, so that clocks are right."""
         return
 

@@ -22,11 +22,11 @@ from multicolm.backend.base import Model
 from multicolm.backend.checked import open_session
 from multicolm.errors import CapabilityError, InputError, ModelError
 from multicolm.tokenizer.canonical import canonical
-from multicolm.tokenizer.cover import Cover, Frontier, Node, SortedBytes, log_sum
+from multicolm.tokenizer.cover import Frontier, Node, SortedBytes, TokenLattice, log_sum
 
 __all__ = ["ByteSession", "Continuation", "Pieces", "span_logprobs"]
 
-_MOST_LOOKS = 256  # of one lane in one feed: each has a whole vocabulary of numbers
+_MOST_NODES = 256  # of one lane in one feed: each has a whole vocabulary of numbers
 _CHUNK_BYTES = 256
 _KEPT_BYTES = 32  # texts may be cut back this far without anything being read again
 
@@ -135,11 +135,11 @@ class _Lanes:
             new.append(job.ids[keep:])
             n_last.append(len(job.ids) - first)
             self._held[lane] = list(job.ids)
-        look = self._session.feed(lanes, new, n_last)
-        self.n_forwards += look.n_passes
-        self.n_calls += look.n_calls
+        output = self._session.feed(lanes, new, n_last)
+        self.n_forwards += output.n_passes
+        self.n_calls += output.n_calls
         self.n_read += sum(map(len, new))
-        for lane, logits in zip(lanes, torch.split(look.logits, n_last), strict=True):
+        for lane, logits in zip(lanes, torch.split(output.logits, n_last), strict=True):
             nodes = jobs[lane].nodes
             places = torch.tensor([n - nodes[0][0] for n, _ in nodes])
             self._tell([node for _, node in nodes], logits[places.to(logits.device)])
@@ -180,8 +180,8 @@ def _jobs(row: int, prompt: list[int], nodes: Sequence[Node]) -> list[_Job]:
         looked = [(len(prompt) + node.n_tokens, node) for node in chain if node in left]
         for _, node in looked:
             del left[node]
-        for i in range(0, len(looked), _MOST_LOOKS):
-            part = looked[i : i + _MOST_LOOKS]
+        for i in range(0, len(looked), _MOST_NODES):
+            part = looked[i : i + _MOST_NODES]
             jobs.append(_Job(row, ids[: part[-1][0]], part))
     return jobs
 
@@ -200,7 +200,7 @@ def _n_common(a: Sequence[int], b: Sequence[int]) -> int:
 @dataclass
 class _Row:
     prompt: list[int]
-    cover: Cover = field(repr=False)
+    cover: TokenLattice = field(repr=False)
 
 
 class ByteSession:
@@ -226,10 +226,10 @@ class ByteSession:
     def __init__(self, model: Model, n_rows: int, *, lanes: int = 4, prune: float = 1e-5) -> None:
         if not 0 <= prune < 1:
             raise InputError(f"prune is a part of the mass, at least 0 and below 1; got {prune}.")
-        if model.n_likeliest is not None:
+        if model.max_top_logprobs is not None:
             raise CapabilityError(
                 f"bytes need every probability of model '{model.name}', and its server "
-                f"{model.server} tells of {model.n_likeliest} tokens."
+                f"{model.server} returns {model.max_top_logprobs} tokens."
             )
         if lanes < 1:
             raise InputError(f"a byte session needs 1 lane or more, got {lanes}.")
@@ -271,7 +271,9 @@ class ByteSession:
                 "front of a text, so give a prompt or a text that is not empty."
             )
         slots = [self._lanes.paths.slot_of[token_id] for token_id in given]
-        self._rows[row] = _Row(list(prompt_ids), Cover(self._lanes.paths, self._lanes.table, slots))
+        self._rows[row] = _Row(
+            list(prompt_ids), TokenLattice(self._lanes.paths, self._lanes.table, slots)
+        )
         self._lanes.clear(row)
 
     def feed(self, rows: Sequence[int], contents: Sequence[bytes]) -> None:
@@ -304,26 +306,28 @@ class ByteSession:
             raise InputError(f"row {row} of the byte session has no text yet; begin one.")
         return at
 
-    def _learn(self, asked: Sequence[tuple[int, Frontier]], look: bool) -> None:
+    def _learn(self, asked: Sequence[tuple[int, Frontier]], predict: bool) -> None:
         """Learn what is needed of some places; what is pruned may turn out to count."""
         of_row: dict[int, list[Frontier]] = {}
         for row, frontier in asked:
             of_row.setdefault(row, []).append(frontier)
         if len(asked) > len(of_row):
             # Many places of a text at once: first along its likeliest path, all in one go.
-            self._read({row: self._row(row).cover.trunk(f, look=look) for row, f in of_row.items()})
-        while self._read({row: self._wanted(row, f, look) for row, f in of_row.items()}):
+            self._read(
+                {row: self._row(row).cover.trunk(f, predict=predict) for row, f in of_row.items()}
+            )
+        while self._read({row: self._wanted(row, f, predict) for row, f in of_row.items()}):
             pass
-        for row, frontier in asked if look else ():
+        for row, frontier in asked if predict else ():
             if self._row(row).cover.log_mass(frontier) == -math.inf:
                 raise InputError(
                     f"model '{self._name}' cannot write the {self._row(row).cover.n_bytes} bytes "
                     "of this text: no tokens of its own that have any probability spell them."
                 )
 
-    def _wanted(self, row: int, frontiers: Sequence[Frontier], look: bool) -> list[Node]:
+    def _wanted(self, row: int, frontiers: Sequence[Frontier], predict: bool) -> list[Node]:
         cover = self._row(row).cover
-        found = (cover.wanted(f, look=look, prune=self._prune) for f in frontiers)
+        found = (cover.wanted(f, predict=predict, prune=self._prune) for f in frontiers)
         return list(dict.fromkeys(itertools.chain.from_iterable(found)))
 
     def _read(self, wanted: dict[int, list[Node]]) -> bool:
@@ -337,7 +341,7 @@ class ByteSession:
         for row in rows:
             self._row(row).cover.tidy(_KEPT_BYTES)
 
-    def _looked_at(
+    def _asked_at(
         self, rows: Sequence[int], places: Sequence[Sequence[int]] | None
     ) -> list[tuple[int, Frontier]]:
         """The branches at some places of texts, learned."""
@@ -346,7 +350,7 @@ class ByteSession:
         else:
             pairs = zip(rows, places, strict=True)
             asked = [(row, self._frontier(row, place)) for row, each in pairs for place in each]
-        self._learn(asked, look=True)
+        self._learn(asked, predict=True)
         return asked
 
     def next_byte_logprobs(
@@ -366,7 +370,7 @@ class ByteSession:
             InputError: if the model cannot write one of the texts.
             ModelError: if it puts all of its probability on what may not follow.
         """
-        asked = self._looked_at(rows, places)
+        asked = self._asked_at(rows, places)
         outcomes = [self._row(row).cover.outcomes(frontier) for row, frontier in asked]
         self._tidy(rows)
         return torch.from_numpy(np.stack(outcomes)).log()
@@ -374,7 +378,7 @@ class ByteSession:
     def logprob(self, row: int) -> float:
         """Natural log of M(text so far): that the model's text begins with these bytes."""
         frontier = self._frontier(row)
-        self._learn([(row, frontier)], look=False)
+        self._learn([(row, frontier)], predict=False)
         self._tidy([row])
         return self._row(row).cover.log_mass(frontier)
 
@@ -390,7 +394,7 @@ class ByteSession:
         Raises:
             InputError: if the model cannot write one of the texts.
         """
-        asked = self._looked_at(rows, places)
+        asked = self._asked_at(rows, places)
         pieces = [self._pieces(row, frontier) for row, frontier in asked]
         self._tidy(rows)
         return pieces
@@ -422,12 +426,12 @@ class ByteSession:
 
         The mean of 1 - Z over the branches by their part of the text's mass.
         """
-        self._looked_at([row], None)
+        self._asked_at([row], None)
         return sum(w * b.node.left_out for b, w in self._row(row).cover.weights())
 
     def mean_left_out(self, row: int) -> float:
         """The mean of 1 - Z per token, along the most likely path so far."""
-        self._looked_at([row], None)
+        self._asked_at([row], None)
         branch, _ = max(self._row(row).cover.weights(), key=lambda pair: pair[1])
         n_given = self._row(row).cover.root.n_tokens
         shares = [node.left_out for node in branch.node.chain()[n_given:]]
@@ -469,13 +473,13 @@ def span_logprobs(
     if not prompt_ids:
         raise InputError(f"model '{model.name}' needs a token to begin with; give a prompt.")
     reader = _Lanes(model, 1, lanes)
-    cover = Cover(reader.paths, reader.table)
+    cover = TokenLattice(reader.paths, reader.table)
     for i in range(0, places[-1], _CHUNK_BYTES):
         cover.advance(text[i : min(i + _CHUNK_BYTES, places[-1])])
         cover.tidy(_KEPT_BYTES)
     frontiers = [cover.frontier_at(place) for place in places]
-    wanted = cover.wanted([branch for frontier in frontiers for branch in frontier], look=False)
-    wanted += cover.wanted(frontiers[-1], look=True) if end else []
+    wanted = cover.wanted([branch for frontier in frontiers for branch in frontier], predict=False)
+    wanted += cover.wanted(frontiers[-1], predict=True) if end else []
     asked: defaultdict[Node, set[tuple[int, int]]] = defaultdict(set)
     for frontier in frontiers:
         for branch in frontier:

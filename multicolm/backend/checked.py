@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from multicolm.backend.base import Look, Model, Session
+from multicolm.backend.base import Model, ModelOutput, Session
 from multicolm.errors import ModelError
 
 __all__ = ["CheckedSession", "open_session", "refuse_no_numbers"]
@@ -43,25 +43,25 @@ class CheckedSession(Session):
         n_last: Sequence[int],
         *,
         hidden: bool = False,
-    ) -> Look:
+    ) -> ModelOutput:
         """See :meth:`multicolm.backend.base.Session.feed`.
 
         Raises:
             ModelError: if a prediction is no distribution.
         """
-        look = self.inner.feed(rows, tokens, n_last, hidden=hidden)
-        refuse_no_numbers(self._model, look.logits)
-        return look
+        output = self.inner.feed(rows, tokens, n_last, hidden=hidden)
+        refuse_no_numbers(self._model, output.logits)
+        return output
 
-    def tell(
+    def logprobs_of(
         self,
         rows: Sequence[int],
         lengths: Sequence[int],
         ids: Sequence[int],
-        behind: Sequence[Sequence[int]] | None = None,
-    ) -> Look:
-        """See :meth:`multicolm.backend.base.Session.tell`."""
-        return self.inner.tell(rows, lengths, ids, behind)
+        after: Sequence[Sequence[int]] | None = None,
+    ) -> ModelOutput:
+        """See :meth:`multicolm.backend.base.Session.logprobs_of`."""
+        return self.inner.logprobs_of(rows, lengths, ids, after)
 
     def truncate(self, row: int, length: int) -> None:
         """See :meth:`multicolm.backend.base.Session.truncate`."""
@@ -71,8 +71,8 @@ class CheckedSession(Session):
 def refuse_no_numbers(model: Model, logits: Tensor) -> None:
     """Refuse predictions with NaN or +inf in them, or without any possible token.
 
-    Of a model that tells of some tokens only (:attr:`Model.n_likeliest`) +inf has a meaning, and so
-    has a row that is unknown.
+    Of a model that returns its likeliest tokens only (:attr:`Model.max_top_logprobs`) +inf has a
+    meaning, and so has a row that is unknown.
 
     Args:
         model: whose they are.
@@ -86,7 +86,7 @@ def refuse_no_numbers(model: Model, logits: Tensor) -> None:
     # The greatest of a row is NaN if anything in the row is. Columns of a padded head belong to no
     # token, and may hold anything.
     top = logits[:, : model.tokenizer.n_tokens].amax(-1)
-    fine = top.isfinite() if model.n_likeliest is None else ~top.isnan()
+    fine = top.isfinite() if model.max_top_logprobs is None else ~top.isnan()
     if bool(fine.all()):
         return
     worst = top[~fine]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache
 
-from multicolm.backend.base import Look, Session, TokenSession
+from multicolm.backend.base import ModelOutput, Session, TokenSession
 from multicolm.backend.row_cache import Plan, RowCache, additive_mask
 
 __all__ = ["GrowingSession", "RowSession", "Runs", "UncachedSession", "width_groups"]
@@ -76,7 +76,7 @@ class RowSession(Session):
         n_last: Sequence[int],
         *,
         hidden: bool = False,
-    ) -> Look:
+    ) -> ModelOutput:
         """See :meth:`multicolm.backend.base.Session.feed`.
 
         Rows that need much padding beside each other are fed in separate passes.
@@ -89,16 +89,16 @@ class RowSession(Session):
             states: list[Tensor] = [torch.empty(0)] * len(rows)
             for group in groups:
                 counts = [n_last[i] for i in group]
-                look = self._pass(
+                output = self._pass(
                     [rows[i] for i in group], [tokens[i] for i in group], counts, hidden
                 )
-                for i, part in zip(group, torch.split(look.logits, counts), strict=True):
+                for i, part in zip(group, torch.split(output.logits, counts), strict=True):
                     logits[i] = part
-                if look.hidden is not None:
-                    for i, part in zip(group, torch.split(look.hidden, counts), strict=True):
+                if output.hidden is not None:
+                    for i, part in zip(group, torch.split(output.hidden, counts), strict=True):
                         states[i] = part
             together = torch.cat(states) if hidden else None
-            return Look(torch.cat(logits), together, n_passes=len(groups))
+            return ModelOutput(torch.cat(logits), together, n_passes=len(groups))
 
     def _pass(
         self,
@@ -106,7 +106,7 @@ class RowSession(Session):
         tokens: Sequence[Sequence[int]],
         n_last: Sequence[int],
         hidden: bool,
-    ) -> Look:
+    ) -> ModelOutput:
         model, device = self._model, self._model.device
         keep = max(n_last)
         starts = [self.lengths[row] for row in rows]
@@ -135,10 +135,12 @@ class RowSession(Session):
             self.lengths[row] = end
             self._n_filled[row] = max(end, self._n_filled[row])
         if min(n_last) == keep:  # Logits are large: no copy where all of them are wanted.
-            return Look(logits.flatten(0, 1), None if states is None else states.flatten(0, 1))
+            return ModelOutput(
+                logits.flatten(0, 1), None if states is None else states.flatten(0, 1)
+            )
         wanted = torch.arange(keep) >= keep - torch.tensor(list(n_last))[:, None]
         wanted = wanted.to(logits.device)
-        return Look(logits[wanted], None if states is None else states[wanted])
+        return ModelOutput(logits[wanted], None if states is None else states[wanted])
 
     def _mask(
         self, position: Tensor, real: Tensor | None, n_visible: int, uniform: bool
@@ -189,30 +191,30 @@ class UncachedSession(TokenSession):
         n_last: Sequence[int],
         *,
         hidden: bool = False,
-    ) -> Look:
+    ) -> ModelOutput:
         """See :meth:`multicolm.backend.base.Session.feed`. Rows are read one by one, unpadded."""
-        looks: list[Look] = []
+        outputs: list[ModelOutput] = []
         with torch.inference_mode():
             for row, new, count in zip(rows, tokens, n_last, strict=True):
                 self._ids[row].extend(new)
-                looks.append(self._look(row, count, hidden))
-            states = [look.hidden for look in looks if look.hidden is not None]
-            return Look(
-                torch.cat([look.logits for look in looks]),
+                outputs.append(self._forward(row, count, hidden))
+            states = [output.hidden for output in outputs if output.hidden is not None]
+            return ModelOutput(
+                torch.cat([output.logits for output in outputs]),
                 torch.cat(states) if hidden else None,
-                n_passes=sum(look.n_passes for look in looks),
+                n_passes=sum(output.n_passes for output in outputs),
             )
 
-    def _look(self, row: int, count: int, hidden: bool) -> Look:
+    def _forward(self, row: int, count: int, hidden: bool) -> ModelOutput:
         return self._read(self._ids[row], count, hidden)
 
-    def _read(self, ids: Sequence[int], count: int, hidden: bool, **arguments: Any) -> Look:
+    def _read(self, ids: Sequence[int], count: int, hidden: bool, **arguments: Any) -> ModelOutput:
         arguments.setdefault("use_cache", False)
         device = self._model.device
         logits, states = self._model.forward(
             torch.tensor([list(ids)], device=device), count, hidden, **arguments
         )
-        return Look(logits[0], None if states is None else states[0])
+        return ModelOutput(logits[0], None if states is None else states[0])
 
 
 class GrowingSession(UncachedSession):
@@ -230,7 +232,7 @@ class GrowingSession(UncachedSession):
         self._caches: list[DynamicCache | None] = [None] * n_rows
         self._n_cached = [0] * n_rows
 
-    def _look(self, row: int, count: int, hidden: bool) -> Look:
+    def _forward(self, row: int, count: int, hidden: bool) -> ModelOutput:
         ids = self._ids[row]
         cache = self._caches[row]
         if cache is None:
@@ -238,17 +240,17 @@ class GrowingSession(UncachedSession):
             self._n_cached[row] = 0
         start = self._n_cached[row]
         step = 1 if self._one_by_one else len(ids) - start
-        looks: deque[Look] = deque(maxlen=count)
+        outputs: deque[ModelOutput] = deque(maxlen=count)
         n_passes = 0
         for place in range(start, len(ids), step):
             part = ids[place : place + step]
             n_keep = min(count, len(part))
-            looks.append(self._read(part, n_keep, hidden, **_caching(self._model, cache)))
+            outputs.append(self._read(part, n_keep, hidden, **_caching(self._model, cache)))
             n_passes += 1
         self._n_cached[row] = len(ids)
-        states = [look.hidden for look in looks if look.hidden is not None]
-        return Look(
-            torch.cat([look.logits for look in looks])[-count:],
+        states = [output.hidden for output in outputs if output.hidden is not None]
+        return ModelOutput(
+            torch.cat([output.logits for output in outputs])[-count:],
             torch.cat(states)[-count:] if hidden else None,
             n_passes,
         )

@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 import yaml
 
-from multicolm.backend.base import Look, Model, TokenSession
+from multicolm.backend.base import Model, ModelOutput, TokenSession
 from multicolm.config import ModelConfig
 from multicolm.errors import ConfigError, InputError, ModelError
 from multicolm.tokenizer.literal import LiteralTokenizer
@@ -131,7 +131,7 @@ class TableSession(TokenSession):
         n_last: Sequence[int],
         *,
         hidden: bool = False,
-    ) -> Look:
+    ) -> ModelOutput:
         """See :meth:`multicolm.backend.base.Session.feed`."""
         if hidden:
             raise InputError(f"table '{self._model.name}' has no hidden states.")
@@ -143,4 +143,4 @@ class TableSession(TokenSession):
                 self._model.logits_after(ids[: len(ids) - back])
                 for back in range(count - 1, -1, -1)
             )
-        return Look(torch.stack(looked))
+        return ModelOutput(torch.stack(looked))

@@ -146,7 +146,7 @@ class TransformersModel(Model):
             embedded: Tensor = embeddings(ids.to(self.device))
         return embedded
 
-    def wait(self) -> None:
+    def synchronize(self) -> None:
         """Return when the device has done all that was asked of it."""
         if not self.on_cpu:
             torch.accelerator.synchronize(self.device)

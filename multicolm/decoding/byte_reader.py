@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from multicolm.backend.base import Look, Model
+from multicolm.backend.base import Model, ModelOutput
 from multicolm.backend.byte_session import ByteSession, Pieces
 from multicolm.decoding.reader import Reader
 from multicolm.decoding.row import Row
@@ -86,13 +86,13 @@ class _Bytes(Reader):
         encoder.append(written[encoder.n_bytes :])
         return len(row.prompt_ids[self._index]) + len(encoder.ids)
 
-    def look(
+    def forward(
         self,
         rows: Sequence[Row],
         places: Sequence[Sequence[int]],
         *,
         hidden: bool = False,
-    ) -> Look:
+    ) -> ModelOutput:
         """What the model predicts at some places of each row.
 
         Args:
@@ -111,11 +111,11 @@ class _Bytes(Reader):
             for row, wanted in zip(rows, places, strict=True)
         ]
         shown, unspelled = self._shown_where_spelled([row.slot for row in rows], ends)
-        self._model.wait()
+        self._model.synchronize()
         passes, read = session.n_forwards - n_forwards, session.n_read - n_read
         calls = session.n_calls - n_calls
         self._share_out(rows, Usage(passes, read, 0, self._clock() - start, calls))
-        return Look(shown, None, passes, calls, unspelled=unspelled)
+        return ModelOutput(shown, None, passes, calls, unspelled=unspelled)
 
     def _shown_where_spelled(
         self, slots: Sequence[int], places: Sequence[Sequence[int]]

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
-from multicolm.backend.base import Look, Model, Session
+from multicolm.backend.base import Model, ModelOutput, Session
 from multicolm.decoding.reader import Reader
 from multicolm.decoding.row import Row
 from multicolm.errors import InputError, ModelError
@@ -102,13 +102,13 @@ class CharacterReader(Reader):
         pending = self._content(table) + unread
         return len(table.own) + len(self._model.tokenizer.encode_bytes(pending))
 
-    def look(
+    def forward(
         self,
         rows: Sequence[Row],
         places: Sequence[Sequence[int]],
         *,
         hidden: bool = False,
-    ) -> Look:
+    ) -> ModelOutput:
         """What the model would write next at one place of each row: its next character.
 
         Args:
@@ -123,7 +123,7 @@ class CharacterReader(Reader):
         while waiting := {r: place for r, place in waiting.items() if not self._follow(r, place)}:
             n_passes += self._ask(list(waiting))
         shown = np.stack([self._shown(self._tables[row.slot]) for row in rows])
-        return Look(torch.from_numpy(shown).log().float(), None, n_passes)
+        return ModelOutput(torch.from_numpy(shown).log().float(), None, n_passes)
 
     def _follow(self, row: Row, place: int) -> bool:
         """Follow the characters up to a place; false where the model has to be asked first."""
@@ -184,10 +184,10 @@ class CharacterReader(Reader):
             self._session.truncate(slot, keep)
             fed.append(self._tables[slot].own[keep:])
         start = self._clock()
-        look = self._session.feed(slots, fed, [1] * len(slots))
-        self._model.wait()
-        self._account(ordered, fed, self._clock() - start, look)
-        known = look.logits[:, : self._model.tokenizer.n_tokens].float().softmax(-1)
+        output = self._session.feed(slots, fed, [1] * len(slots))
+        self._model.synchronize()
+        self._account(ordered, fed, self._clock() - start, output)
+        known = output.logits[:, : self._model.tokenizer.n_tokens].float().softmax(-1)
         for slot, probs in zip(slots, known.cpu().double().numpy(), strict=True):
             table = self._tables[slot]
             table.probs = probs[self._sorted.ids]
@@ -198,7 +198,7 @@ class CharacterReader(Reader):
                     f"model '{self._model.name}' puts all of its probability on special tokens "
                     "that are no text and do not end one, so it has no next character to show."
                 )
-        return look.n_passes
+        return output.n_passes
 
     def _shown(self, table: _Table) -> Float[np.ndarray, "vocab"]:
         """Probabilities of the next character, of the end of the token and of the text."""

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from multicolm.backend.base import Look
+from multicolm.backend.base import ModelOutput
 from multicolm.decoding.row import Row
 from multicolm.decoding.sampling import Noise, Sampling, Stream
 from multicolm.types import Pooling
@@ -122,9 +122,9 @@ class Positions:
         if not self.rows:
             return known
         first = self.rows[0]
-        if first.prompt_nats:
-            known["prompt_nats"] = lambda: torch.tensor(
-                [row.prompt_nats for row in self.rows], device=device
+        if first.prompt_mean_nll:
+            known["prompt_mean_nll"] = lambda: torch.tensor(
+                [row.prompt_mean_nll for row in self.rows], device=device
             )
             known["prompt_length"] = lambda: torch.tensor(
                 [row.prompt_length for row in self.rows], device=device
@@ -187,16 +187,16 @@ class Shown:
             tokens are equally likely.
     """
 
-    look: Look
+    output: ModelOutput
     line_of: dict[int, int]
     closed: frozenset[int] = frozenset()
 
     @classmethod
-    def of(cls, look: Look, numbers: Sequence[int], closed: Collection[int] = ()) -> Shown:
+    def of(cls, output: ModelOutput, numbers: Sequence[int], closed: Collection[int] = ()) -> Shown:
         """What a model shows at positions of these numbers, in the order of its lines."""
-        unspelled = {numbers[line] for line in look.unspelled}
+        unspelled = {numbers[line] for line in output.unspelled}
         line_of = {i: line for line, i in enumerate(numbers) if i not in unspelled}
-        return cls(look, line_of, frozenset(closed) | unspelled)
+        return cls(output, line_of, frozenset(closed) | unspelled)
 
     def knows(self, which: Sequence[int]) -> bool:
         """Whether it shows something at all positions numbered ``which``."""
@@ -207,23 +207,25 @@ class Shown:
 
         With ``flat``, equally likely tokens are normalised: they stand among log-probabilities.
         """
-        vocab = self.look.logits.shape[-1]
-        return self._lines(self.look.logits, which, -math.log(vocab) if flat else 0.0)
+        vocab = self.output.logits.shape[-1]
+        return self._lines(self.output.logits, which, -math.log(vocab) if flat else 0.0)
 
     def hidden(self, which: Sequence[int]) -> Tensor | None:
         """Hidden states at the positions numbered ``which``, if there are any."""
-        return None if self.look.hidden is None else self._lines(self.look.hidden, which)
+        return None if self.output.hidden is None else self._lines(self.output.hidden, which)
 
     def joined(self, other: Shown) -> Shown:
         """What it shows at these positions and at others."""
-        n_lines = len(self.look.logits)
-        states = [look.hidden for look in (self.look, other.look) if look.hidden is not None]
-        look = Look(
-            torch.cat([self.look.logits, other.look.logits]),
+        n_lines = len(self.output.logits)
+        states = [
+            output.hidden for output in (self.output, other.output) if output.hidden is not None
+        ]
+        output = ModelOutput(
+            torch.cat([self.output.logits, other.output.logits]),
             torch.cat(states) if len(states) == 2 else None,
         )
         moved = {i: n_lines + line for i, line in other.line_of.items()}
-        return Shown(look, {**self.line_of, **moved}, self.closed | other.closed)
+        return Shown(output, {**self.line_of, **moved}, self.closed | other.closed)
 
     def _lines(self, shown: Tensor, which: Sequence[int], unknown: float = 0.0) -> Tensor:
         lines = [-1 if i in self.closed else self.line_of[i] for i in which]

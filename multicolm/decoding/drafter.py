@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from multicolm.backend.base import Look
+from multicolm.backend.base import ModelOutput
 from multicolm.decoding.draft import Draft, Positions, Shown
 from multicolm.decoding.row import Row
 from multicolm.decoding.settle import PolicyDesk
@@ -40,13 +40,13 @@ class Drafter:
 
     def __init__(
         self,
-        look: Callable[[Sequence[Row], Sequence[int]], Look],
+        forward: Callable[[Sequence[Row], Sequence[int]], ModelOutput],
         desk: PolicyDesk,
         positions: Callable[[Sequence[Row], Sequence[int]], Positions],
         fits: Callable[[Row, int], bool],
         end_ids: frozenset[int],
     ) -> None:
-        self._look = look
+        self._forward = forward
         self._desk = desk
         self._positions = positions
         self._fits = fits
@@ -76,11 +76,11 @@ class Drafter:
     def _draft_one(self, rows: Sequence[Row]) -> Draft:
         """One token of the base model in every row, and whether the policy defers there."""
         places = [len(row.ids) for row in rows]
-        look = self._look(rows, places)
+        output = self._forward(rows, places)
         positions = self._positions(rows, places)
         every = range(len(rows))
-        step = Draft(positions, {0: Shown.of(look, every)})
-        step.tokens = positions.draw(look.logits).tolist()
+        step = Draft(positions, {0: Shown.of(output, every)})
+        step.tokens = positions.draw(output.logits).tolist()
         step.deferring = [True] * len(rows)
         step.scores = [None] * len(rows)
         if self._desk.policy.can_defer:
@@ -118,12 +118,12 @@ def _joined(parts: Sequence[tuple[Draft, list[int]]]) -> Draft:
     places: list[int] = []
     unspelled: list[int] = []
     for draft, lines in parts:
-        look = draft.shown[0].look
-        index = torch.tensor(lines, device=look.logits.device)
-        logits.append(look.logits[index])
-        if look.hidden is not None:
-            states.append(look.hidden[index])
-        unspelled += [len(rows) + n for n, line in enumerate(lines) if line in look.unspelled]
+        output = draft.shown[0].output
+        index = torch.tensor(lines, device=output.logits.device)
+        logits.append(output.logits[index])
+        if output.hidden is not None:
+            states.append(output.hidden[index])
+        unspelled += [len(rows) + n for n, line in enumerate(lines) if line in output.unspelled]
         rows += [draft.positions.rows[i] for i in lines]
         places += [draft.positions.places[i] for i in lines]
         joined.tokens += [draft.tokens[i] for i in lines]
@@ -132,6 +132,6 @@ def _joined(parts: Sequence[tuple[Draft, list[int]]]) -> Draft:
     first = parts[0][0].positions
     joined.positions = Positions(rows, places, first.noise)
     hidden = torch.cat(states) if states else None
-    look = Look(torch.cat(logits), hidden, unspelled=tuple(unspelled))
-    joined.shown[0] = Shown.of(look, range(len(rows)))
+    output = ModelOutput(torch.cat(logits), hidden, unspelled=tuple(unspelled))
+    joined.shown[0] = Shown.of(output, range(len(rows)))
     return joined

@@ -9,10 +9,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from multicolm.backend.base import Look, Model, Session
+from multicolm.backend.base import Model, ModelOutput, Session
 from multicolm.decoding.reader import Reader
 from multicolm.decoding.row import Row
-from multicolm.tokenizer.vocabulary import Follower, Vocabulary
+from multicolm.tokenizer.vocabulary import TokenAligner, Vocabulary
 from multicolm.types import Pooling, Usage
 
 __all__ = ["Last", "OwnTokens"]
@@ -100,7 +100,7 @@ class OwnTokens(Reader):
         self._clock = clock
         self._session = session
         self._straight = vocabulary.is_straight(index)
-        self._followers: dict[int, Follower] = {}
+        self._aligners: dict[int, TokenAligner] = {}
         self._last: dict[int, Last] = {}
         self._scores = scores
         self._tallies: dict[int, _Tally] = {}
@@ -116,19 +116,19 @@ class OwnTokens(Reader):
         self._session.truncate(row.slot, 0)
         self._last.pop(row.slot, None)
         prompt = row.prompt_ids[self._index]
-        self._followers[row.slot] = self._vocabulary.follow(self._index, prompt)
+        self._aligners[row.slot] = self._vocabulary.follow(self._index, prompt)
         self._tallies[row.slot] = _Tally(len(prompt))
 
     def rollback(self, row: Row, n_tokens: int) -> None:
         """The text keeps its first ``n_tokens`` tokens; what was read after them is void."""
-        self._followers[row.slot].cut(n_tokens)
+        self._aligners[row.slot].cut(n_tokens)
 
     def length(self, row: Row) -> int:
         """How many own tokens the prompt and the text have; the text has been written so far."""
         self._follow(row, len(row.written))
-        return len(self._followers[row.slot].own)
+        return len(self._aligners[row.slot].own)
 
-    def tell(
+    def logprobs_of(
         self, rows: Sequence[Row], places: Sequence[int], ids: Sequence[Int[Tensor, "_"]]
     ) -> list[Float[Tensor, "_"]]:
         """Log-probabilities of given own tokens at places that were just looked at, in nats."""
@@ -140,23 +140,23 @@ class OwnTokens(Reader):
         rows: Sequence[Row],
         lengths: Sequence[int],
         ids: Sequence[Sequence[int]],
-        behind: Sequence[Sequence[int]] | None = None,
+        after: Sequence[Sequence[int]] | None = None,
     ) -> list[Float[Tensor, "_"]]:
-        """Ask a server about tokens by name; see :meth:`multicolm.backend.base.Session.tell`."""
+        """Ask a server for the log-probabilities of tokens; see :meth:`Session.logprobs_of`."""
         wanted = sorted({token for line in ids for token in line})
         start = self._clock()
-        look = self._session.tell([row.slot for row in rows], lengths, wanted, behind)
+        output = self._session.logprobs_of([row.slot for row in rows], lengths, wanted, after)
         seconds = self._clock() - start
-        self.usage += Usage(look.n_passes, 0, 0, seconds, look.n_calls)
+        self.usage += Usage(output.n_passes, 0, 0, seconds, output.n_calls)
         for row in dict.fromkeys(rows):
-            row.usage[self._index] += Usage(1, 0, 0, seconds / len(set(rows)), look.n_calls)
+            row.usage[self._index] += Usage(1, 0, 0, seconds / len(set(rows)), output.n_calls)
         column = {token: i for i, token in enumerate(wanted)}
         index = [[column[token] for token in line] for line in ids]
-        return [line[at] for line, at in zip(look.logits, index, strict=True)]
+        return [line[at] for line, at in zip(output.logits, index, strict=True)]
 
-    def prompt_nats(self, row: Row) -> float:
+    def prompt_mean_nll(self, row: Row) -> float:
         """How unlikely the model finds the row's prompt, in nats per token of the base model's."""
-        own = self._followers[row.slot].own
+        own = self._aligners[row.slot].own
         n_at_once = self._n_at_once
         nats = 0.0
         for begin in range(1, len(own), n_at_once):
@@ -177,7 +177,7 @@ class OwnTokens(Reader):
             means = {row.slot: self._read_for_mean(row) for row in order}
         else:
             for row in order:
-                last = len(self._followers[row.slot].own) - 1
+                last = len(self._aligners[row.slot].own) - 1
                 self._session.truncate(row.slot, min(self._session.lengths[row.slot], last))
             self._read_prompts(order, [1] * len(order))
         found: dict[Pooling, Tensor] = {}
@@ -190,7 +190,7 @@ class OwnTokens(Reader):
 
     def _read_for_mean(self, row: Row) -> Float[Tensor, "hidden"]:
         """Read a prompt in parts whose logits fit into memory, and average its hidden states."""
-        n_tokens = len(self._followers[row.slot].own)
+        n_tokens = len(self._aligners[row.slot].own)
         n_at_once = self._n_at_once
         self._session.truncate(row.slot, 0)
         total: Tensor | float = 0.0
@@ -206,25 +206,25 @@ class OwnTokens(Reader):
     ) -> Float[Tensor, "looks hidden"]:
         """Read prompts on, up to ``end`` tokens, and remember what is shown after the last."""
         slots = [row.slot for row in rows]
-        fed = [self._followers[slot].own[self._session.lengths[slot] : end] for slot in slots]
-        look = self._run(rows, fed, n_last, hidden=True)
-        assert look.hidden is not None
+        fed = [self._aligners[slot].own[self._session.lengths[slot] : end] for slot in slots]
+        output = self._run(rows, fed, n_last, hidden=True)
+        assert output.hidden is not None
         line = -1
         for slot, n in zip(slots, n_last, strict=True):
             line += n
-            logits = self._vocabulary.logits(self._index, look.logits[line : line + 1])[0]
+            logits = self._vocabulary.logits(self._index, output.logits[line : line + 1])[0]
             n_own = self._session.lengths[slot]
-            self._last[slot] = Last(n_own, logits, look.hidden[line])
-            self._tallies[slot].pending = (n_own, look.logits[line])
-        return look.hidden
+            self._last[slot] = Last(n_own, logits, output.hidden[line])
+            self._tallies[slot].pending = (n_own, output.logits[line])
+        return output.hidden
 
-    def draft_nats(self, rows: Sequence[Row]) -> list[tuple[float, int]]:
+    def draft_nll(self, rows: Sequence[Row]) -> list[tuple[float, int]]:
         """How unlikely the model finds what stands after the written tokens of some rows."""
         ends = self._vocabulary.end_ids(None)
         order = sorted(range(len(rows)), key=lambda i: rows[i].slot)
         asked, own, n_last = [], [], []
         for i in order:
-            row, follower = rows[i], self._followers[rows[i].slot]
+            row, follower = rows[i], self._aligners[rows[i].slot]
             is_end = row.ids[-1] in ends
             self._follow(row, len(row.ids) - is_end)
             self._forget(row.slot)
@@ -250,7 +250,7 @@ class OwnTokens(Reader):
 
         The last token of all may be ``_END``: any with which the model ends a text.
         """
-        if self._model.n_likeliest is not None:
+        if self._model.max_top_logprobs is not None:
             return self._told_logprobs(rows, own, n_last)
         slots = [row.slot for row in rows]
         fed = []
@@ -258,9 +258,9 @@ class OwnTokens(Reader):
             first = min(self._session.lengths[slot], len(tokens) - n - 1)
             self._session.truncate(slot, first)
             fed.append(tokens[first:-1])
-        look = self._run(rows, fed, n_last)
+        output = self._run(rows, fed, n_last)
         # Columns of a padded head belong to no token.
-        logprobs = look.logits[:, : self._model.tokenizer.n_tokens].float().log_softmax(-1)
+        logprobs = output.logits[:, : self._model.tokenizer.n_tokens].float().log_softmax(-1)
         gold = torch.tensor([t for ids, n in zip(own, n_last, strict=True) for t in ids[-n:]])
         gold = gold.to(logprobs.device)
         ends = logprobs[:, sorted(self._model.tokenizer.end_ids)].logsumexp(-1)
@@ -273,15 +273,15 @@ class OwnTokens(Reader):
     ) -> list[Float[Tensor, "_"]]:
         """The same, of a server that has to be asked about each token by name."""
         ends = sorted(self._model.tokenizer.end_ids)
-        asked, lengths, behind, gold = [], [], [], []
+        asked, lengths, after, gold = [], [], [], []
         for row, tokens, n in zip(rows, own, n_last, strict=True):
             for place in range(len(tokens) - n, len(tokens)):
                 held = min(place, self._session.lengths[row.slot])
                 asked.append(row)
                 lengths.append(held)
-                behind.append(tokens[held:place])
+                after.append(tokens[held:place])
                 gold.append(ends if tokens[place] == _END else [tokens[place]])
-        told = [line.logsumexp(-1) for line in self._told(asked, lengths, gold, behind)]
+        told = [line.logsumexp(-1) for line in self._told(asked, lengths, gold, after)]
         return list(torch.split(torch.stack(told), list(n_last)))
 
     def _run(
@@ -291,17 +291,17 @@ class OwnTokens(Reader):
         n_last: Sequence[int],
         *,
         hidden: bool = False,
-    ) -> Look:
+    ) -> ModelOutput:
         """One pass of the model, in its own vocabulary; ``rows`` by ascending slot."""
         start = self._clock()
-        look = self._session.feed([row.slot for row in rows], fed, n_last, hidden=hidden)
-        self._model.wait()
-        self._account(rows, fed, self._clock() - start, look)
-        return look
+        output = self._session.feed([row.slot for row in rows], fed, n_last, hidden=hidden)
+        self._model.synchronize()
+        self._account(rows, fed, self._clock() - start, output)
+        return output
 
     def _forget(self, slot: int) -> None:
         """What was read and shown after a place where the text has changed is void."""
-        kept = self._followers[slot].take_kept()
+        kept = self._aligners[slot].pop_stable_prefix()
         if self._session.lengths[slot] > kept:
             self._session.truncate(slot, kept)
         if slot in self._last and self._last[slot].n_own > kept:
@@ -310,13 +310,13 @@ class OwnTokens(Reader):
 
     def _follow(self, row: Row, place: int) -> None:
         """Follow the tokens of the text up to a place that were not yet."""
-        follower = self._followers[row.slot]
+        follower = self._aligners[row.slot]
         n_known = follower.n_tokens
         if n_known < place:
             writers = [] if self._straight else [row.writer(p) for p in range(n_known, place)]
             follower.extend(row.ids[n_known:place], writers)
 
     def _reach(self, slot: int, place: int) -> int:
-        reach = self._followers[slot].reach(place)
+        reach = self._aligners[slot].reach(place)
         assert reach is not None, "a model is asked only where it can go on"
         return reach

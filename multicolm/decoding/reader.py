@@ -8,7 +8,7 @@ from collections.abc import Collection, Sequence
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from multicolm.backend.base import Look
+from multicolm.backend.base import ModelOutput
 from multicolm.decoding.row import Row
 from multicolm.types import Pooling, Usage
 
@@ -38,13 +38,13 @@ class Reader(ABC):
         """How many own tokens the prompt and the text that is written have."""
 
     @abstractmethod
-    def look(
+    def forward(
         self,
         rows: Sequence[Row],
         places: Sequence[Sequence[int]],
         *,
         hidden: bool = False,
-    ) -> Look:
+    ) -> ModelOutput:
         """What the model predicts at some places of each row.
 
         Args:
@@ -57,7 +57,7 @@ class Reader(ABC):
             Predictions over the ensemble's vocabulary, row after row, by ascending place.
         """
 
-    def tell(
+    def logprobs_of(
         self, rows: Sequence[Row], places: Sequence[int], ids: Sequence[Int[Tensor, "_"]]
     ) -> list[Float[Tensor, "_"]]:
         """Log-probabilities of given own tokens at places that were just looked at, in nats.
@@ -69,9 +69,9 @@ class Reader(ABC):
             places: of the rows' texts.
             ids: per place, own tokens.
         """
-        raise NotImplementedError(f"a {type(self).__name__} tells of all tokens")
+        raise NotImplementedError(f"a {type(self).__name__} returns all tokens")
 
-    def prompt_nats(self, row: Row) -> float:
+    def prompt_mean_nll(self, row: Row) -> float:
         """How unlikely the model finds the row's prompt, in nats per token of the base model's.
 
         Its own first token, which nothing predicts, does not count. Asked before anything is
@@ -88,7 +88,7 @@ class Reader(ABC):
         """
         raise NotImplementedError(f"a {type(self).__name__} has no hidden states of prompts")
 
-    def draft_nats(self, rows: Sequence[Row]) -> list[tuple[float, int]]:
+    def draft_nll(self, rows: Sequence[Row]) -> list[tuple[float, int]]:
         """How unlikely the model finds what stands after the written tokens of some rows.
 
         Returns:
@@ -127,15 +127,15 @@ class Reader(ABC):
         return dict.fromkeys(places, True)
 
     def _account(
-        self, rows: Sequence[Row], fed: Sequence[Sequence[int]], seconds: float, look: Look
+        self, rows: Sequence[Row], fed: Sequence[Sequence[int]], seconds: float, output: ModelOutput
     ) -> None:
         """Note what was fed together, for all rows and for each."""
         n_read = sum(map(len, fed))
-        seconds = seconds if look.seconds is None else look.seconds
-        self.usage += Usage(look.n_passes, n_read, 0, seconds, look.n_calls)
-        calls = look.calls_of or [0] * len(rows)
+        seconds = seconds if output.seconds is None else output.seconds
+        self.usage += Usage(output.n_passes, n_read, 0, seconds, output.n_calls)
+        calls = output.calls_of or [0] * len(rows)
         for row, new, n_calls in zip(rows, fed, calls, strict=True):
             # What a server foresaw is no pass of its own.
-            n_passes = 1 if n_calls or not look.calls_of else 0
+            n_passes = 1 if n_calls or not output.calls_of else 0
             share = seconds * len(new) / n_read
             row.usage[self._index] += Usage(n_passes, len(new), 0, share, n_calls)

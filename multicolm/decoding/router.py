@@ -21,7 +21,7 @@ from weakref import WeakMethod
 import torch
 from torch import Tensor
 
-from multicolm.backend.base import Look, Model
+from multicolm.backend.base import Model, ModelOutput
 from multicolm.decoding.byte_reader import ByteReader, ExactReader
 from multicolm.decoding.character_reader import CharacterReader
 from multicolm.decoding.choosing import Choosing
@@ -97,7 +97,7 @@ class Router:
             vocabulary.starts_word,
             embeds,
             first_tokens,
-            {k: m.n_likeliest for k, m in enumerate(models) if m.n_likeliest is not None},
+            {k: m.max_top_logprobs for k, m in enumerate(models) if m.max_top_logprobs is not None},
             costs,
             vocabulary.extends,
             _weakly(self._text_nll),
@@ -142,8 +142,8 @@ class Router:
                 fits,
                 self._ends,
                 self._memory,
-                judges=[k for k in self._used if "given" in implied(models[k].shows)],
-                partial=[k for k in self._used if models[k].n_likeliest is not None],
+                judges=[k for k in self._used if "token_logprobs" in implied(models[k].shows)],
+                partial=[k for k in self._used if models[k].max_top_logprobs is not None],
             )
         elif 0 in self._desk.needs.always or policy.acts == "verify":
             self._drafter = Drafter(
@@ -256,7 +256,7 @@ class Router:
         """Find out what the policy wants to know of new texts before their first tokens."""
         if self._policy.prompts:
             for row in rows:
-                row.prompt_nats = self._prompt_nats(row)
+                row.prompt_mean_nll = self._prompt_mean_nll(row)
         for k, pooling in sorted(self._policy.prompt_states(self._names).items()):
             states = self._reader(k).prompt_hidden(rows, pooling)
             for how, each in states.items():
@@ -273,11 +273,11 @@ class Router:
                 if row.finish_reason is not None:
                     break
 
-    def _prompt_nats(self, row: Row) -> list[float]:
+    def _prompt_mean_nll(self, row: Row) -> list[float]:
         """How unlikely each model in use finds the prompt, per token of the base model's."""
         used = set(self._used)
         return [
-            self._reader(k).prompt_nats(row) if k in used else math.nan
+            self._reader(k).prompt_mean_nll(row) if k in used else math.nan
             for k in range(len(self._models))
         ]
 
@@ -337,7 +337,7 @@ class Router:
         last = {i: draft.positions.rows[i].previous for i in behind}
         for k in sorted(set(last.values())):
             theirs = [i for i in behind if last[i] == k]
-            self._look(k, draft, theirs)
+            self._forward(k, draft, theirs)
             tokens = draft.positions.at(theirs).draw(draft.shown[k].logits(theirs)).tolist()
             draft.foreseen |= {i: (k, token) for i, token in zip(theirs, tokens, strict=True)}
 
@@ -442,10 +442,10 @@ class Router:
         others = sum(self._models[k].n_parameters for k in self._used if k > 0)
         return min(1.0, max(0.25, others / (4 * base))) if base else 0.25
 
-    def _look_at_base(self, rows: Sequence[Row], places: Sequence[int]) -> Look:
+    def _look_at_base(self, rows: Sequence[Row], places: Sequence[int]) -> ModelOutput:
         hidden = "hidden" in self._desk.needs.of(0)
-        look = self._reader(0).look(rows, [[place] for place in places], hidden=hidden)
-        return self._at_home(look)
+        output = self._reader(0).forward(rows, [[place] for place in places], hidden=hidden)
+        return self._at_home(output)
 
     def _embed(self, k: int, shared_ids: Tensor) -> Tensor:
         """Input embeddings of model ``k`` for tokens that it has, where decisions are made."""
@@ -486,7 +486,7 @@ class Router:
         draft.candidates = self._desk.candidates(draft, which)
         for k, named in draft.candidates.items():
             shown = draft.shown[k]
-            known = shown.look.logits.clone()
+            known = shown.output.logits.clone()
             own = self._vocabulary.own_ids(k, named.flatten()).view_as(named)
             unknown: dict[int, Tensor] = {}  # per position number, tokens of the model's
             for i, ids, own_ids in zip(which, named, own, strict=True):
@@ -497,10 +497,10 @@ class Router:
                 continue
             here = draft.positions.at(list(unknown))
             asked = [self._vocabulary.own_ids(k, ids) for ids in unknown.values()]
-            told = self._reader(k).tell(here.rows, here.places, asked)
+            told = self._reader(k).logprobs_of(here.rows, here.places, asked)
             for (i, ids), values in zip(unknown.items(), told, strict=True):
                 known[shown.line_of[i], ids] = values.to(known)
-            draft.shown[k] = replace(shown, look=replace(shown.look, logits=known))
+            draft.shown[k] = replace(shown, output=replace(shown.output, logits=known))
 
     def _hear_late_writers(self, draft: Draft, waiting: dict[int, int], verdict: Verdict) -> None:
         """Run writers that were chosen without having been looked at.
@@ -530,21 +530,21 @@ class Router:
         away = [k for k in wanted if self._models[k].server]
         if len(away) + (len(away) < len(wanted)) < 2:
             for k, which in wanted.items():
-                self._look(k, draft, which)
+                self._forward(k, draft, which)
             return
         if self._pool is None:
             # Its threads end with it.
             self._pool = ThreadPoolExecutor(len(self._models), "multicolm-server")
-        asked = [self._pool.submit(self._look, k, draft, wanted[k]) for k in away]
+        asked = [self._pool.submit(self._forward, k, draft, wanted[k]) for k in away]
         try:
             for k in [k for k in wanted if k not in away]:
-                self._look(k, draft, wanted[k])
+                self._forward(k, draft, wanted[k])
         finally:
             wait(asked)
         for done in asked:
             done.result()
 
-    def _look(self, k: int, draft: Draft, which: Sequence[int]) -> None:
+    def _forward(self, k: int, draft: Draft, which: Sequence[int]) -> None:
         """Run model ``k`` once so that it shows the positions numbered ``which``."""
         before = draft.shown.get(k)
         if before is not None:
@@ -560,24 +560,24 @@ class Router:
         if numbers:
             rows = list(numbers)
             places = [[positions.places[i] for i in numbers[row]] for row in rows]
-            look = self._at_home(self._reader(k).look(rows, places, hidden=hidden))
+            output = self._at_home(self._reader(k).forward(rows, places, hidden=hidden))
         else:
             width = self._models[k].hidden_size or 0
             states = torch.zeros(0, width) if hidden else None
-            look = self._at_home(Look(torch.zeros(0, self._vocabulary.size), states, 0))
+            output = self._at_home(ModelOutput(torch.zeros(0, self._vocabulary.size), states, 0))
         lines = [i for row_numbers in numbers.values() for i in row_numbers]
-        shown = Shown.of(look, lines, closed & set(which))
+        shown = Shown.of(output, lines, closed & set(which))
         draft.shown[k] = shown if before is None else before.joined(shown)
 
-    def _at_home(self, look: Look) -> Look:
+    def _at_home(self, output: ModelOutput) -> ModelOutput:
         """All looks on one device, that of the first: models may be spread over several."""
         with self._lock:  # several models may be looked at at once
             if self._home is None:
-                self._home = look.logits.device
-        if look.logits.device == self._home:
-            return look
-        hidden = None if look.hidden is None else look.hidden.to(self._home)
-        return replace(look, logits=look.logits.to(self._home), hidden=hidden)
+                self._home = output.logits.device
+        if output.logits.device == self._home:
+            return output
+        hidden = None if output.hidden is None else output.hidden.to(self._home)
+        return replace(output, logits=output.logits.to(self._home), hidden=hidden)
 
     def _commit(self, row: Row, draft: Draft, verdict: Verdict) -> Iterator[Piece]:
         """Write the row's tokens up to the first one that the draft does not foresee."""

@@ -50,7 +50,7 @@ class Row:
         draft_length: how many tokens the base model drafts at a time.
         sampling: how its tokens are drawn.
         n_alternatives: how many of the likeliest tokens are kept with each written one.
-        prompt_nats: per model, how unlikely it finds its prompt, for policies that look at
+        prompt_mean_nll: per model, how unlikely it finds its prompt, for policies that look at
             prompts, in nats per token of the base model's prompt; NaN for models not in use.
         models: indices of the models that may be looked at or write in it, ascending.
         prompt_hidden: per model index and pooling, its hidden state of the prompt, where the
@@ -84,7 +84,7 @@ class Row:
     drafter: int = 0
     ids: list[int] = field(default_factory=list)
     written: list[Written] = field(default_factory=list)
-    prompt_nats: list[float] = field(default_factory=list)
+    prompt_mean_nll: list[float] = field(default_factory=list)
     models: tuple[int, ...] = ()
     prompt_hidden: dict[tuple[int, Pooling], Float[Tensor, "hidden"]] = field(default_factory=dict)
     state: Shaped[Tensor, "width"] | None = None
@@ -103,7 +103,7 @@ class Row:
 
     @property
     def prompt_length(self) -> int:
-        """How many tokens ``prompt_nats`` are per."""
+        """How many tokens ``prompt_mean_nll`` are per."""
         return max(1, len(self.prompt_ids[0]) - 1)
 
     @property

@@ -54,7 +54,7 @@ class SegmentWriter:
         ends: per model, tokens with which it ends a text.
         memory: what the policy remembers of the texts.
         judges: models in use that can rate what others propose.
-        partial: those that tell of some tokens only (:attr:`Model.n_likeliest`).
+        partial: those that tell of some tokens only (:attr:`Model.max_top_logprobs`).
     """
 
     def __init__(
@@ -127,9 +127,9 @@ class SegmentWriter:
         while going:
             now = [rows[i] for i in going]
             positions = self._positions(now, [len(row.ids) for row in now])
-            look = self._reader(k).look(now, [[place] for place in positions.places])
-            tokens = positions.draw(look.logits)
-            every = look.logits.float()
+            output = self._reader(k).forward(now, [[place] for place in positions.places])
+            tokens = positions.draw(output.logits)
+            every = output.logits.float()
             every = every if k in self._partial else every.log_softmax(-1)
             logprobs = every.gather(-1, tokens[:, None])[:, 0]
             logprobs = logprobs.masked_fill(logprobs == math.inf, math.nan)
@@ -191,7 +191,7 @@ class SegmentWriter:
             for b, judge in enumerate(self._models):
                 if judge == writer or judge not in self._judges or not fresh:
                     continue
-                told = self._reader(judge).draft_nats([rows[i] for i in fresh])
+                told = self._reader(judge).draft_nll([rows[i] for i in fresh])
                 for i, (cost, n) in zip(fresh, told, strict=True):
                     nats[i, a, b], n_tokens[i, a, b] = cost, n
             self._forget([rows[i] for i in fresh])

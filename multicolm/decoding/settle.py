@@ -82,7 +82,7 @@ class PolicyDesk:
         embeds: per model index, what gives the input embeddings of shared ids.
         first_tokens: per model index, with which token it begins to spell each token, where models
             have different vocabularies.
-        n_likeliest: of models that tell of their likeliest tokens only, by index: of how many.
+        max_top_logprobs: of models that tell of their likeliest tokens only, by index: of how many.
         costs: per model, of one forward pass for one text; see :attr:`multicolm.Views.costs`.
         extends: per shared token, which tokens begin with its text.
         text_nll: of positions and some models, see :attr:`multicolm.views.Views.text_nll`.
@@ -98,7 +98,7 @@ class PolicyDesk:
         starts_word: Tensor,
         embeds: Mapping[int, Callable[[Tensor], Tensor]] | None = None,
         first_tokens: Callable[[int], Tensor] | None = None,
-        n_likeliest: Mapping[int, int] | None = None,
+        max_top_logprobs: Mapping[int, int] | None = None,
         costs: Sequence[float] | None = None,
         extends: Callable[[Tensor], Tensor] | None = None,
         text_nll: Callable[[Positions, Sequence[int]], Tensor] | None = None,
@@ -107,7 +107,7 @@ class PolicyDesk:
         self._text_nll = text_nll
         self._extends = extends
         self._costs = costs
-        self._n_likeliest = n_likeliest or {}
+        self._max_top_logprobs = max_top_logprobs or {}
         self.models = models
         self.needs: Needs = policy.needs(models)
         self._starts_word = starts_word
@@ -144,7 +144,7 @@ class PolicyDesk:
         for k, model in shown.items():
             if not model.knows(which) or (models is not None and k not in models):
                 continue
-            logits = model.logits(which, flat=k in self._n_likeliest)
+            logits = model.logits(which, flat=k in self._max_top_logprobs)
             device = logits.device
             views[k] = View(
                 logits,
@@ -152,7 +152,7 @@ class PolicyDesk:
                 signals=self.needs.of(k),
                 name=self.models[k],
                 embed=self._embeds.get(k),
-                n_likeliest=self._n_likeliest.get(k),
+                max_top_logprobs=self._max_top_logprobs.get(k),
                 candidates=(candidates or {}).get(k),
             )
         here = positions.at(which)
@@ -198,7 +198,11 @@ class PolicyDesk:
 
     def candidates(self, draft: Draft, which: Sequence[int]) -> dict[int, Tensor]:
         """Per model index whose server does not tell of all tokens: which ones the policy names."""
-        wanting = [k for k in self._n_likeliest if "given" in self.needs.of(k) and k in draft.shown]
+        wanting = [
+            k
+            for k in self._max_top_logprobs
+            if "token_logprobs" in self.needs.of(k) and k in draft.shown
+        ]
         if not wanting:
             return {}
         if "logprobs" in frozenset().union(*(self.needs.of(k) for k in wanting)):
@@ -262,7 +266,7 @@ class PolicyDesk:
             tokens = torch.tensor([draft.tokens[i] for i in which], device=logits.device)
         else:
             tokens = draft.positions.at(which).draw(logits)
-        partial = writer in self._n_likeliest
+        partial = writer in self._max_top_logprobs
         verdict.enter(which, [writer] * len(which), tokens, logits, partial=partial)
 
     def _select(
@@ -321,7 +325,7 @@ class PolicyDesk:
         for k in sorted(set(writers)):
             lines = [line for line, writer in enumerate(writers) if writer == k]
             theirs = [which[line] for line in lines]
-            partial = k in self._n_likeliest
+            partial = k in self._max_top_logprobs
             verdict.enter(theirs, [k] * len(lines), tokens[lines], mixed[lines], partial=partial)
 
     def _mix_writers(self, policy: MixPolicy, views: Views) -> list[int]:
@@ -384,7 +388,7 @@ class PolicyDesk:
             theirs = [which[line] for line in lines.tolist()]
             if theirs:
                 logits = draft.shown[k].logits(theirs)
-                partial = k in self._n_likeliest
+                partial = k in self._max_top_logprobs
                 verdict.enter(theirs, [k] * len(theirs), tokens[lines], logits, partial=partial)
 
     def check(

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from multicolm.backend.base import Look
+from multicolm.backend.base import ModelOutput
 from multicolm.decoding.own_tokens import Last, OwnTokens
 from multicolm.decoding.row import Row
 
@@ -26,7 +26,7 @@ class TokenReader(OwnTokens):
     def is_settled(self, row: Row) -> bool:
         """Whether the model can go on behind what is written, whatever else might follow there."""
         self._follow(row, len(row.written))
-        return self._followers[row.slot].is_settled
+        return self._aligners[row.slot].is_settled
 
     def can_go_on(
         self, row: Row, places: Sequence[int], token: int, writer: int
@@ -46,7 +46,7 @@ class TokenReader(OwnTokens):
             Per place whether it can; ``None`` where that cannot be told together with the places
             before, from there on.
         """
-        follower = self._followers[row.slot]
+        follower = self._aligners[row.slot]
         self._follow(row, places[0])
         flags: dict[int, bool | None] = {}
         for place in range(places[0], places[-1] + 1):
@@ -68,13 +68,13 @@ class TokenReader(OwnTokens):
                 return flags | dict.fromkeys(later, None)
         return flags
 
-    def look(
+    def forward(
         self,
         rows: Sequence[Row],
         places: Sequence[Sequence[int]],
         *,
         hidden: bool = False,
-    ) -> Look:
+    ) -> ModelOutput:
         """What the model predicts at some places of each row.
 
         Args:
@@ -102,14 +102,14 @@ class TokenReader(OwnTokens):
             if self._session.lengths[slot] >= first:
                 self._session.truncate(slot, first - 1)
             slots.append(slot)
-            fed.append(self._followers[slot].own[self._session.lengths[slot] : reach[-1]])
+            fed.append(self._aligners[slot].own[self._session.lengths[slot] : reach[-1]])
             reached.append(reach)
             firsts.append(first)
         asked = [i for i in order if i not in remembered]
-        look = None
+        output = None
         if asked:
-            look = self._feed([rows[i] for i in asked], slots, fed, reached, firsts, hidden)
-        return _arrange(look, len(rows), asked, reached, remembered)
+            output = self._feed([rows[i] for i in asked], slots, fed, reached, firsts, hidden)
+        return _arrange(output, len(rows), asked, reached, remembered)
 
     def _feed(
         self,
@@ -119,34 +119,34 @@ class TokenReader(OwnTokens):
         reached: Sequence[Sequence[int]],
         firsts: Sequence[int],
         hidden: bool,
-    ) -> Look:
+    ) -> ModelOutput:
         """Run the model, and remember what it shows at the last place of each row."""
         n_last = [r[-1] - first + 1 for r, first in zip(reached, firsts, strict=True)]
-        look = self._run(rows, fed, n_last, hidden=hidden)
+        output = self._run(rows, fed, n_last, hidden=hidden)
         if self._scores:
             for row, first, logits in zip(
-                rows, firsts, torch.split(look.logits, n_last), strict=True
+                rows, firsts, torch.split(output.logits, n_last), strict=True
             ):
                 self._tally(row, first, logits)
             n_early = [reach[0] - first for reach, first in zip(reached, firsts, strict=True)]
-            look = _without_early(look, n_last, n_early)
+            output = _without_early(output, n_last, n_early)
             n_last = [n - early for n, early in zip(n_last, n_early, strict=True)]
-        look = replace(look, logits=self._vocabulary.logits(self._index, look.logits))
+        output = replace(output, logits=self._vocabulary.logits(self._index, output.logits))
         if not self._vocabulary.is_shared:
             line = -1
             for slot, reach, n in zip(slots, reached, n_last, strict=True):
                 line += n
-                states = None if look.hidden is None else look.hidden[line]
-                self._last[slot] = Last(reach[-1], look.logits[line], states)
+                states = None if output.hidden is None else output.hidden[line]
+                self._last[slot] = Last(reach[-1], output.logits[line], states)
         else:
             for slot in slots:
                 self._last.pop(slot, None)
-        return look
+        return output
 
     def text_nll(self, row: Row, place: int) -> float:
         """How unlikely the model finds the text before a place that it was just looked at at."""
         tally = self._tallies[row.slot]
-        reach = self._followers[row.slot].reach(place)
+        reach = self._aligners[row.slot].reach(place)
         return math.nan if reach is None else tally.nats[reach - tally.n_prompt]
 
     def _first_to_score(self, row: Row, reach: int) -> int:
@@ -158,7 +158,7 @@ class TokenReader(OwnTokens):
         if tally.pending is not None and tally.pending[0] == tally.end < reach:
             self._tally(row, tally.end, tally.pending[1][None])
         n_at_once = self._n_at_once
-        own = self._followers[row.slot].own
+        own = self._aligners[row.slot].own
         while reach - tally.end > n_at_once:
             first, end = tally.end, tally.end + n_at_once
             self._session.truncate(row.slot, min(self._session.lengths[row.slot], first - 1))
@@ -168,13 +168,13 @@ class TokenReader(OwnTokens):
 
     def _tally(self, row: Row, first: int, logits: Float[Tensor, "looks own_vocab"]) -> None:
         """Score own tokens of a text with what is shown after ``first`` of them and on."""
-        own, tally = self._followers[row.slot].own, self._tallies[row.slot]
+        own, tally = self._aligners[row.slot].own, self._tallies[row.slot]
         tally.pending = (first + len(logits) - 1, logits[-1])
         gold = own[first : first + len(logits)]
         if not gold:
             return
         shown = logits[: len(gold), : self._model.tokenizer.n_tokens].float()
-        partial = self._model.n_likeliest is not None
+        partial = self._model.max_top_logprobs is not None
         logprobs = shown if partial else shown.log_softmax(-1)
         chosen = logprobs.gather(-1, torch.tensor(gold, device=shown.device)[:, None])[:, 0].cpu()
         for i, (token, value) in enumerate(zip(gold, chosen.tolist(), strict=True)):
@@ -183,27 +183,29 @@ class TokenReader(OwnTokens):
             tally.add(first + i, value)
 
 
-def _without_early(look: Look, n_shown: Sequence[int], n_early: Sequence[int]) -> Look:
+def _without_early(
+    output: ModelOutput, n_shown: Sequence[int], n_early: Sequence[int]
+) -> ModelOutput:
     """A look without the first few lines of each row."""
     if not any(n_early):
-        return look
+        return output
     kept: list[int] = []
     line = 0
     for n, early in zip(n_shown, n_early, strict=True):
         kept += range(line + early, line + n)
         line += n
-    index = torch.tensor(kept, device=look.logits.device)
-    hidden = None if look.hidden is None else look.hidden[index]
-    return replace(look, logits=look.logits[index], hidden=hidden)
+    index = torch.tensor(kept, device=output.logits.device)
+    hidden = None if output.hidden is None else output.hidden[index]
+    return replace(output, logits=output.logits[index], hidden=hidden)
 
 
 def _arrange(
-    look: Look | None,
+    output: ModelOutput | None,
     n_rows: int,
     asked: Sequence[int],
     reached: Sequence[Sequence[int]],
     remembered: Mapping[int, Last],
-) -> Look:
+) -> ModelOutput:
     """From the session's order, token by token, to the caller's order, place by place."""
     lines: dict[int, list[int]] = {}
     first = 0
@@ -213,14 +215,14 @@ def _arrange(
     for number, i in enumerate(remembered):
         lines[i] = [first + number]
     index = [line for i in range(n_rows) for line in lines[i]]
-    if look is not None and index == list(range(first)):
-        return look
-    logits = [] if look is None else [look.logits]
-    states = [] if look is None or look.hidden is None else [look.hidden]
+    if output is not None and index == list(range(first)):
+        return output
+    logits = [] if output is None else [output.logits]
+    states = [] if output is None or output.hidden is None else [output.hidden]
     for last in remembered.values():
         logits.append(last.logits[None])
-        if last.hidden is not None and (look is None or look.hidden is not None):
+        if last.hidden is not None and (output is None or output.hidden is not None):
             states.append(last.hidden[None])
     chosen = torch.tensor(index, device=logits[0].device)
     hidden = torch.cat(states)[chosen] if states else None
-    return Look(torch.cat(logits)[chosen], hidden, 0 if look is None else look.n_passes)
+    return ModelOutput(torch.cat(logits)[chosen], hidden, 0 if output is None else output.n_passes)

@@ -96,9 +96,9 @@ class Explainer:
         names = [*self._ensemble.models, MIXTURE]
         seen = {}
         for k, model in enumerate(self._ensemble.backends):
-            if model.n_likeliest is not None:
+            if model.max_top_logprobs is not None:
                 self._warn(
-                    f"Traces do not show model '{model.name}': its server tells of its likeliest "
+                    f"Traces do not show model '{model.name}': its server returns its likeliest "
                     "tokens only."
                 )
                 continue

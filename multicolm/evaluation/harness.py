@@ -331,7 +331,7 @@ class _Run:
 
         settings = self._settings
 
-        def tell(done: int, total: int) -> None:
+        def report(done: int, total: int) -> None:
             self._progress(Progress(row.plan.name, unit.name, done, total))
 
         model = EnsembleLM(
@@ -341,7 +341,7 @@ class _Run:
             batch_size=settings["batch_size"],
             seed=settings["seed"],
             kept=kept,
-            progress=tell,
+            progress=report,
         )
         for task in unit.tasks:
             task.set_fewshot_seed(seed=_FEW_SHOT_SEED)

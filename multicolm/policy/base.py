@@ -163,7 +163,7 @@ class Policy:
     """Whether it reads ``views.previous`` or ``views.base_run``."""
 
     prompts: ClassVar[bool] = False
-    """Whether it reads ``views.prompt_nats``; every model in use then scores the prompt first."""
+    """Whether it reads ``views.prompt_mean_nll``; every model in use scores the prompt first."""
 
     likelihoods: ClassVar[bool] = False
     """Whether it reads ``views.text_nll``; every model that it looks at then scores the text."""
@@ -255,12 +255,14 @@ class Policy:
         return None
 
     def candidates(self, views: Views, role: int) -> Int[Tensor, "positions n"]:
-        """Tokens whose probability it reads of a model: what it has declared as ``given``.
+        """Tokens whose probability it reads of a model: what it has declared as ``token_logprobs``.
 
-        Asked where a server tells of its likeliest tokens only, so that it can be asked about
+        Asked where a server returns its likeliest tokens only, so that it can be asked about
         these too; the views show no more of that model so far.
         """
-        raise NotImplementedError(f"{type(self).__name__} declares `given` but has no `candidates`")
+        raise NotImplementedError(
+            f"{type(self).__name__} declares `token_logprobs` but has no `candidates`"
+        )
 
     def params_at(self, threshold: float) -> dict[str, Any] | None:
         """The params with which it hands over by a threshold; ``None`` if it knows no such."""
@@ -282,7 +284,7 @@ class Policy:
         state, and is asked token by token.
 
         Asked once per text. The views show no model; they show ``prompt_hidden`` and
-        ``prompt_nats`` where these are declared, ``greedy``, ``costs``, and in ``uniform`` a
+        ``prompt_mean_nll`` where these are declared, ``greedy``, ``costs``, and in ``uniform`` a
         random number of the text's own. Any dtype and width, the same for all texts and ever after.
         """
         raise NotImplementedError(f"{type(self).__name__} keeps no state")
@@ -431,8 +433,8 @@ class SegmentPolicy(Policy):
     """Rates what the models propose to write next; the best proposal is written.
 
     A proposal ends where a word does, and a token of every model: the first such place after
-    ``shortest`` of its writer's tokens. Whoever shows ``text`` can
-    propose; to judge the proposals of others takes ``given``, and one model at least has to.
+    ``shortest`` of its writer's tokens. Whoever shows ``text`` can propose; to judge the proposals
+    of others takes ``token_logprobs``, and one model at least has to.
     """
 
     acts: ClassVar[Acts | None] = "segment"

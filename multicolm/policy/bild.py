@@ -54,7 +54,7 @@ class BildPolicy(SelectPolicy):
         "rollback": (1.0, 2.0, 3.0, 5.0, 8.0),
     }
     base_signals: ClassVar[set[Signal]] = {"top1"}
-    assistant_signals: ClassVar[set[Signal]] = {"top1", "given"}
+    assistant_signals: ClassVar[set[Signal]] = {"top1", "token_logprobs"}
     certain: ClassVar[bool] = True
     history: ClassVar[bool] = True
     schedule: ClassVar[Schedule] = "block"

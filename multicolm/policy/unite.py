@@ -42,8 +42,8 @@ class UnitePolicy(WeightedPolicy):
     top_k: int = Field(default=10, ge=1)
     weights: list[float] | dict[str, float] | None = None
 
-    base_signals: ClassVar[set[Signal]] = {"topk", "given"}
-    assistant_signals: ClassVar[set[Signal]] = {"topk", "given"}
+    base_signals: ClassVar[set[Signal]] = {"topk", "token_logprobs"}
+    assistant_signals: ClassVar[set[Signal]] = {"topk", "token_logprobs"}
     support: ClassVar[Support] = "union"
 
     def candidates(self, views: Views, role: int) -> Int[Tensor, "positions n"]:

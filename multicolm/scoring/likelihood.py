@@ -25,7 +25,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from multicolm.backend.base import Look
+from multicolm.backend.base import ModelOutput
 from multicolm.backend.byte_session import ByteSession, span_logprobs
 from multicolm.backend.checked import open_session
 from multicolm.decoding.choosing import Choosing
@@ -109,7 +109,7 @@ class LikelihoodReader(PassageReader):
         batch_tokens: the most tokens of one forward pass.
 
     Raises:
-        CapabilityError: if the policy does not fit the ensemble, or a model's server tells of its
+        CapabilityError: if the policy does not fit the ensemble, or a model's server returns its
             likeliest tokens only.
     """
 
@@ -138,7 +138,7 @@ class LikelihoodReader(PassageReader):
         self._choosing = Choosing(self._desk)
         self._memory = Memory(self._desk)
         needs = self._desk.needs
-        self._looked_at = sorted({*needs.always, *needs.deferred})
+        self._used_at = sorted({*needs.always, *needs.deferred})
         self.kinds: tuple[Kind, ...] = self._kinds()
 
     def check(self, kind: Kind | None = None) -> Kind:
@@ -192,7 +192,7 @@ class LikelihoodReader(PassageReader):
         return found
 
     def _kinds(self) -> tuple[Kind, ...]:
-        if any(self._models[k].n_likeliest is not None for k in self._used):
+        if any(self._models[k].max_top_logprobs is not None for k in self._used):
             return ()
         if self._policy.acts == "segment" or self._policy.support == "characters":
             return ()
@@ -300,14 +300,14 @@ class LikelihoodReader(PassageReader):
         """What the policy wants to know of the prompts alone."""
         states = self._policy.prompt_states(self._ensemble.models)
         for row in rows if self._policy.prompts else ():
-            row.prompt_nats = [math.nan] * len(self._models)
+            row.prompt_mean_nll = [math.nan] * len(self._models)
         for k in self._used if self._policy.prompts else sorted(states):
             model, vocabulary = self._models[k], self._ensemble.vocabulary
             reader = TokenReader(model, k, vocabulary, open_session(model, len(rows)), lambda: 0.0)
             for row in rows:
                 reader.start(row)
                 if self._policy.prompts:
-                    row.prompt_nats[k] = reader.prompt_nats(row)
+                    row.prompt_mean_nll[k] = reader.prompt_mean_nll(row)
             if k in states:
                 for how, each in reader.prompt_hidden(rows, states[k]).items():
                     for row, state in zip(rows, each, strict=True):
@@ -319,7 +319,7 @@ class LikelihoodReader(PassageReader):
         if self._policy.acts != "select":
             return begins
         for k, reading in seen.items():
-            if not reading.is_exact or k in self._looked_at:
+            if not reading.is_exact or k in self._used_at:
                 begins &= reading.line >= 0
         return begins
 
@@ -401,11 +401,11 @@ class LikelihoodReader(PassageReader):
         """What models show at some of the places; those that it may look at, if none are given."""
         at = place.at[torch.tensor(which, dtype=torch.long)]
         shown = {}
-        for k in self._looked_at if models is None else models:
+        for k in self._used_at if models is None else models:
             reading = seen[k]
             lines = reading.line[at].tolist()
             shown[k] = Shown(
-                Look(reading.logits, reading.hidden),
+                ModelOutput(reading.logits, reading.hidden),
                 {i: line for i, line in enumerate(lines) if line >= 0},
                 frozenset(i for i, line in enumerate(lines) if line < 0),
             )
@@ -531,7 +531,7 @@ class LikelihoodReader(PassageReader):
         shown = {}
         for k, whole in self._shown(place, seen, which, sorted(ran)).items():
             lines = {i: line for i, line in whole.line_of.items() if i in ran[k]}
-            shown[k] = Shown(whole.look, lines, whole.closed & ran[k])
+            shown[k] = Shown(whole.output, lines, whole.closed & ran[k])
         self._memory.update(replace(draft, shown=shown), verdict)
 
     def _mixed(self, place: Places, seen: Mapping[int, _Reading]) -> tuple[Tensor, Tensor]:

@@ -106,7 +106,7 @@ class _Line:
 
     number: int
     tokens: Sequence[int]
-    looks: Sequence[tuple[int, int]]
+    outputs: Sequence[tuple[int, int]]
 
 
 def refuse_partial(models: Iterable[Model]) -> None:
@@ -116,11 +116,11 @@ def refuse_partial(models: Iterable[Model]) -> None:
         CapabilityError: naming the model and its server.
     """
     for model in models:
-        if model.n_likeliest is not None:
+        if model.max_top_logprobs is not None:
             raise CapabilityError(
-                f"model '{model.name}' cannot be scored: its server {model.server} tells of "
-                f"{model.n_likeliest} tokens, and scores need every probability; set `logprobs: "
-                "all` for it, and let the server allow it (vLLM: --max-logprobs -1)."
+                f"model '{model.name}' cannot be scored: its server {model.server} returns "
+                f"{model.max_top_logprobs} tokens, and scores need every probability; set "
+                "`logprobs: all` for it, and let the server allow it (vLLM: --max-logprobs -1)."
             )
 
 
@@ -165,12 +165,12 @@ def read_texts(
         model's context or within a token of its own vocabulary.
     """
     lines = [_line(number, text, model, k, vocabulary) for number, text in enumerate(texts)]
-    lines = sorted((line for line in lines if line.looks), key=lambda line: -len(line.tokens))
+    lines = sorted((line for line in lines if line.outputs), key=lambda line: -len(line.tokens))
     width = max(1, model.tokenizer.n_tokens)
     most = _MAX_LOGITS_CPU if model.on_cpu else _MAX_LOGITS
     limits = _Limits(batch_tokens, max(1, most // width), max(1, _AT_ONCE // width))
     for batch in _batches(lines, limits):
-        if not all(is_done(line.number, place) for line in batch for place, _ in line.looks):
+        if not all(is_done(line.number, place) for line in batch for place, _ in line.outputs):
             yield from _read_batch(batch, model, k, vocabulary, hidden, limits)
 
 
@@ -216,12 +216,12 @@ def _line(number: int, text: Text, model: Model, k: int, vocabulary: Vocabulary)
     follower.extend(text.ids, text.writers or [0] * len(text.ids))
     reaches = ((place, follower.reach(place)) for place in range(len(text.ids)))
     limit = model.context_length
-    looks = [
+    outputs = [
         (place, reach - 1)
         for place, reach in reaches
         if reach is not None and (limit is None or reach <= limit)
     ]
-    return _Line(number, follower.own[: looks[-1][1] + 1] if looks else [], looks)
+    return _Line(number, follower.own[: outputs[-1][1] + 1] if outputs else [], outputs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,7 +267,7 @@ def _pieces(batch: Sequence[_Line], limits: _Limits) -> Iterator[_Piece]:
     """
     n = len(batch)
     ends = [len(line.tokens) for line in batch]
-    firsts = [line.looks[0][1] for line in batch]
+    firsts = [line.outputs[0][1] for line in batch]
     n_columns = max(end - first for end, first in zip(ends, firsts, strict=True))
     width = max(1, limits.tokens // n)
     if n * min(n_columns, width) <= limits.logits:
@@ -299,7 +299,7 @@ def _read_batch(
     spread = partial(vocabulary.logits, k)
     for piece in _pieces(batch, limits):
         wanted = [
-            [(place, at) for place, at in batch[row].looks if start <= at < end]
+            [(place, at) for place, at in batch[row].outputs if start <= at < end]
             for row, start, end in piece
         ]
         # A session looks after one token at least; a piece of a prompt shows what nobody reads.
@@ -307,7 +307,7 @@ def _read_batch(
             end - places[0][1] if places else 1
             for places, (_, _, end) in zip(wanted, piece, strict=True)
         ]
-        look = session.feed(
+        output = session.feed(
             [row for row, _, _ in piece],
             [batch[row].tokens[start:end] for row, start, end in piece],
             n_last,
@@ -321,12 +321,12 @@ def _read_batch(
             first += n
         for start in range(0, len(lines), limits.handed):
             which = slice(start, start + limits.handed)
-            index = torch.tensor(lines[which], device=look.logits.device)
+            index = torch.tensor(lines[which], device=output.logits.device)
             yield Reading(
                 torch.tensor(numbers[which]),
                 torch.tensor(at_places[which]),
-                look.logits[index],
-                None if look.hidden is None else look.hidden[index],
+                output.logits[index],
+                None if output.hidden is None else output.hidden[index],
                 spread,
             )
-        del look  # Before the next one is made.
+        del output  # Before the next one is made.

@@ -104,7 +104,7 @@ def score(
     Raises:
         InputError: if the corpus is empty or a record is not right.
         ArtefactError: if the folder holds the scores of another corpus.
-        CapabilityError: if the base model does not show a feature, or a model's server tells of
+        CapabilityError: if the base model does not show a feature, or a model's server returns
             its likeliest tokens only.
         ModelError: if a model gives NaN.
         ServerError: if a model's server fails for good; what was scored is kept.
@@ -220,14 +220,14 @@ class _Scorer:
             if parts:
                 missing[number] = parts
         self._done = self.before
-        self.tell(names[0])
+        self.report(names[0])
         if not missing:
             return
         for number, examples in enumerate(self._by_shard(corpus)):
             if number in missing:
                 self._score_shard(number, examples, missing[number])
 
-    def tell(self, model: str, more: float = 0.0) -> None:
+    def report(self, model: str, more: float = 0.0) -> None:
         """Say how far it is, if that has changed.
 
         Args:
@@ -256,7 +256,7 @@ class _Scorer:
                 self.files.write(model.name, number, self._read(work, ids, gold.long()))
                 work.remove()
                 self._done += shard.n_positions
-                self.tell(model.name)
+                self.report(model.name)
 
     def _text(
         self, shard: Shard, examples: list[Example], ids: list[list[int]], gold: Tensor
@@ -320,7 +320,7 @@ class _Scorer:
                 found = numbers.of(reading, gold[at])
                 _refuse_nan(model, found, work.examples, reading.numbers)
                 pieces.add(at, found)
-                work.tell()
+                work.report()
         return pieces.columns.tensors()
 
     def _sum_over_paths(
@@ -339,7 +339,7 @@ class _Scorer:
                 at = torch.arange(ends_at[i], ends_at[i + 1])
                 if not bool(pieces.columns.filled[at].all()):
                     pieces.add(at, {"exact": self._path_logprobs(work, example, text)})
-                    work.tell()
+                    work.report()
         exact = pieces.columns.tensors().get("exact", torch.zeros(0))
         known = columns["known"].bool() & ~exact.isnan()
         columns["known"] = known.to(torch.uint8)
@@ -426,7 +426,7 @@ class _Work:
         self._stages.append(pieces)
         found = self._read() - self._known
         self._scorer.before += int(found)
-        self.tell()
+        self.report()
         return pieces
 
     def _read(self) -> float:
@@ -436,10 +436,10 @@ class _Work:
         ]
         return self._n_positions * sum(parts) / self._n_stages
 
-    def tell(self) -> None:
+    def report(self) -> None:
         """Say how far it is; a shard is done when its file is written, and not before."""
         self._known = min(self._read(), self._n_positions - 1)
-        self._scorer.tell(self.model.name, self._known)
+        self._scorer.report(self.model.name, self._known)
 
     @contextmanager
     def kept(self, pieces: Pieces) -> Iterator[None]:

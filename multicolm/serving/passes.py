@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from greenlet import getcurrent, greenlet
 
-from multicolm.backend.base import Look, Model, Session
+from multicolm.backend.base import Model, ModelOutput, Session
 from multicolm.decoding.slots import Slots
 
 __all__ = ["SharedSlots"]
@@ -80,7 +80,7 @@ class SharedSlots(Slots):
             self._is_shared = False
             self._wanted.clear()
 
-    def feed(self, wanted: _Wanted) -> Look:
+    def feed(self, wanted: _Wanted) -> ModelOutput:
         """Run a model for a round, together with the other rounds that want it run."""
         if self._is_shared:
             wanted.waiting = getcurrent()
@@ -96,8 +96,8 @@ class SharedSlots(Slots):
                 raise error
             finally:
                 del error
-        assert wanted.look is not None
-        return wanted.look
+        assert wanted.output is not None
+        return wanted.output
 
     def _pass(self, k: int, wanted: Sequence[_Wanted]) -> None:
         """Run a model once for all who want it."""
@@ -108,13 +108,13 @@ class SharedSlots(Slots):
         )
         start = self._clock()
         try:
-            look = self.session(k).feed(
+            output = self.session(k).feed(
                 [row for row, _, _ in lines],
                 [wanted[number].tokens[i] for _, number, i in lines],
                 [wanted[number].n_last[i] for _, number, i in lines],
                 hidden=any(each.hidden for each in wanted),
             )
-            self._models[k].wait()
+            self._models[k].synchronize()
         except Exception as error:
             self._sessions.pop(k, None)
             for each in wanted:
@@ -124,13 +124,15 @@ class SharedSlots(Slots):
         n_read = sum(each.n_read for each in wanted)
         for number, index in enumerate(_lines_of(wanted, lines)):
             each = wanted[number]
-            logits, hidden = look.logits, look.hidden if each.hidden else None
+            logits, hidden = output.logits, output.hidden if each.hidden else None
             if len(wanted) > 1:
                 chosen = torch.tensor(index, device=logits.device)
                 logits = logits[chosen]
                 hidden = None if hidden is None else hidden[chosen]
-            n_passes = 0 if number else look.n_passes  # each pass counts once
-            each.look = Look(logits, hidden, n_passes, seconds=seconds * each.n_read / n_read)
+            n_passes = 0 if number else output.n_passes  # each pass counts once
+            each.output = ModelOutput(
+                logits, hidden, n_passes, seconds=seconds * each.n_read / n_read
+            )
 
 
 @dataclass(eq=False, slots=True)
@@ -143,7 +145,7 @@ class _Wanted:
     n_last: Sequence[int]
     hidden: bool
     waiting: greenlet | None = None
-    look: Look | None = None
+    output: ModelOutput | None = None
     error: Exception | None = None
 
     @property
@@ -184,19 +186,19 @@ class _Lane(Session):
         n_last: Sequence[int],
         *,
         hidden: bool = False,
-    ) -> Look:
+    ) -> ModelOutput:
         """See :meth:`multicolm.backend.base.Session.feed`."""
         return self._slots.feed(_Wanted(self._k, rows, tokens, n_last, hidden))
 
-    def tell(
+    def logprobs_of(
         self,
         rows: Sequence[int],
         lengths: Sequence[int],
         ids: Sequence[int],
-        behind: Sequence[Sequence[int]] | None = None,
-    ) -> Look:
-        """See :meth:`multicolm.backend.base.Session.tell`."""
-        return self._slots.session(self._k).tell(rows, lengths, ids, behind)
+        after: Sequence[Sequence[int]] | None = None,
+    ) -> ModelOutput:
+        """See :meth:`multicolm.backend.base.Session.logprobs_of`."""
+        return self._slots.session(self._k).logprobs_of(rows, lengths, ids, after)
 
     def truncate(self, row: int, length: int) -> None:
         """See :meth:`multicolm.backend.base.Session.truncate`."""

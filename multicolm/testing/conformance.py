@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from multicolm.backend.base import Look, Model, Session
+from multicolm.backend.base import Model, ModelOutput, Session
 from multicolm.testing.laws import LawBroken
 
 __all__ = ["Difference", "check_against"]
@@ -88,7 +88,7 @@ class _Trial:
         self._model = model
         self._reference = reference
         self._tolerance = tolerance
-        self._partial = model.n_likeliest is not None
+        self._partial = model.max_top_logprobs is not None
         self._generator = torch.Generator().manual_seed(seed)
         self._pool: list[int] = []  # prompts and what the reference writes after them
         self._n_tokens = min(model.tokenizer.n_tokens, reference.tokenizer.n_tokens)
@@ -185,13 +185,13 @@ class _Trial:
     def _greedy(self, prompt: list[int]) -> list[int]:
         """What the reference writes, up to and with its end token."""
         session = self._reference.open(1)
-        look = session.feed([0], [prompt], [1])
+        output = session.feed([0], [prompt], [1])
         text: list[int] = []
         while len(prompt) + len(text) < self._longest:
-            text.append(int(look.logits[0, : self._n_tokens].argmax()))
+            text.append(int(output.logits[0, : self._n_tokens].argmax()))
             if text[-1] in self._reference.tokenizer.end_ids:
                 break
-            look = session.feed([0], [text[-1:]], [1])
+            output = session.feed([0], [text[-1:]], [1])
         return text
 
     def _text(self, length: int) -> list[int]:
@@ -256,10 +256,10 @@ class _Trial:
             )
         return difference.masked_fill(hidden, 0.0)
 
-    def _logprobs(self, look: Look, partial: bool) -> Tensor:
+    def _logprobs(self, output: ModelOutput, partial: bool) -> Tensor:
         """Log-probabilities of the tokens that both have: [positions, tokens]."""
-        logits = look.logits.double()
-        # Of a model that tells of its likeliest tokens these are log-probabilities as they are.
+        logits = output.logits.double()
+        # Of a model that returns its likeliest tokens these are log-probabilities as they are.
         logprobs = logits if partial else logits.log_softmax(-1)
         missing = self._n_tokens - logprobs.shape[-1]
         if missing > 0:  # a head that is narrower than the vocabulary

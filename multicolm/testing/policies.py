@@ -82,7 +82,7 @@ class _Scene:
             "place": torch.randint(0, 40, (n,), generator=generator),
             "uniform": torch.rand(n, generator=generator),
             "greedy": torch.full((n,), sampling.greedy),
-            "prompt_nats": torch.rand(n, len(models), generator=generator) * 4,
+            "prompt_mean_nll": torch.rand(n, len(models), generator=generator) * 4,
         }
         # Token i begins like token (i - 1) // 2, as in a binary tree.
         self.extends = torch.eye(_VOCAB, dtype=torch.bool)
@@ -129,7 +129,7 @@ class _Scene:
             if self.needs.of(k)
         }
         hidden = {"previous", "base_run"} if not self.history else set()
-        hidden |= {"prompt_nats", "prompt_length"} if not self.prompts else set()
+        hidden |= {"prompt_mean_nll", "prompt_length"} if not self.prompts else set()
         known = [what for what in self.context if what not in hidden]
         text_nll = torch.full((len(index), len(self.models)), torch.nan)
         for k in views:

@@ -130,12 +130,12 @@ def _work(name: str, seed: int, out: Path, reports: Queue[Report], steps: int | 
     disable_progress_bar()  # type: ignore[no-untyped-call]
     planned = PLANS[name].steps if steps is None else steps
 
-    def tell(step: int, loss_nats: float) -> None:
+    def report(step: int, loss_nats: float) -> None:
         if step % _REPORT_EVERY_STEPS == 0 or step == planned:
             reports.put(Report(name, step, planned, loss_nats))
 
     beside = out / f".{name}.unfinished"
     shutil.rmtree(beside, ignore_errors=True)
-    train(name, build_world(seed), beside, planned, tell)
+    train(name, build_world(seed), beside, planned, report)
     shutil.rmtree(out / name, ignore_errors=True)
     beside.rename(out / name)

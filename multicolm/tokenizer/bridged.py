@@ -23,7 +23,7 @@ from multicolm.tokenizer.base import TokenizerAdapter
 from multicolm.tokenizer.canonical import covers
 from multicolm.tokenizer.incremental import IncrementalEncoder
 from multicolm.tokenizer.shared import SharedVocabulary
-from multicolm.tokenizer.vocabulary import Follower, Vocabulary
+from multicolm.tokenizer.vocabulary import TokenAligner, Vocabulary
 from multicolm.views import ModelNames
 
 __all__ = ["BridgedVocabulary", "join"]
@@ -198,9 +198,9 @@ class BridgedVocabulary(Vocabulary):
         ids[self._own[k][known]] = known.nonzero()[:, 0]
         return ids
 
-    def follow(self, model: int, prompt: Sequence[int]) -> Follower:
+    def follow(self, model: int, prompt: Sequence[int]) -> TokenAligner:
         """Begin to follow a text behind a prompt, which is in the model's own tokens."""
-        return _ByteFollower(self, model, prompt)
+        return _ByteAligner(self, model, prompt)
 
     def own_tokens(self, model: int, token: int) -> list[int]:
         """What a model reads for a token that its own group wrote."""
@@ -320,7 +320,7 @@ class _Run:
         self.ends: list[int] = []
 
     def reach(self, place: int) -> int | None:
-        """See :meth:`Follower.reach`; the place lies in the run or at its end."""
+        """See :meth:`TokenAligner.reach`; the place lies in the run or at its end."""
         if place == self.first:
             return self.start
         end = self.ends[place - self.first - 1]
@@ -331,7 +331,7 @@ class _Run:
         return self.start + i + 1 if found else None
 
 
-class _ByteFollower(Follower):
+class _ByteAligner(TokenAligner):
     """Reads what its own group wrote token by token, and what others wrote as bytes."""
 
     def __init__(self, vocabulary: BridgedVocabulary, model: int, prompt: Sequence[int]) -> None:
@@ -416,7 +416,7 @@ class _ByteFollower(Follower):
         encoder = self._runs[-1].encoder if self._runs else None
         return encoder is None or encoder.stable == len(encoder.ids)
 
-    def take_kept(self) -> int:
+    def pop_stable_prefix(self) -> int:
         """How many own tokens in front have not changed since the last call."""
         kept, self._kept = self._kept, len(self.own)
         return kept

@@ -16,7 +16,7 @@ from multicolm.tokenizer.canonical import Canonical, State, sorted_slots
 from multicolm.tokenizer.patterns import Atoms, Threads, UnknownPattern
 from multicolm.tokenizer.plan import BLANK, NotCovered, Plan, plan_of
 from multicolm.tokenizer.pretokens import DEAD, START, Splitter, Stage
-from multicolm.tokenizer.seams import Seams
+from multicolm.tokenizer.seams import BoundaryIndex
 
 __all__ = ["BytePairs"]
 
@@ -450,13 +450,13 @@ def _symbols(vocab: Mapping[str, int], is_byte_level: bool) -> dict[str, int]:
 
 def _seams(
     vocab: Mapping[str, int], merges: Sequence[Sequence[str] | str], symbols: Iterable[int]
-) -> Seams:
+) -> BoundaryIndex:
     pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
     lengths = [0] * (max(vocab.values()) + 1)
     for piece, i in vocab.items():
         lengths[i] = len(piece)
     ranked = [(vocab[a], vocab[b], vocab[a + b]) for a, b in pairs]
-    return Seams(len(lengths), symbols, ranked, lengths)
+    return BoundaryIndex(len(lengths), symbols, ranked, lengths)
 
 
 def _unfinished(content: bytes) -> int:

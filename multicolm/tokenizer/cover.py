@@ -10,7 +10,7 @@ The *mass* of bytes, M(b), is the sum over all paths that minimally cover them (
 reaches the end of ``b`` or beyond, the one before does not) of the product of ``p``. Then
 ``M(b) = sum_x M(b x) + M(b, end)``, and the next byte is ``x`` with probability ``M(b x) / M(b)``.
 
-The tree knows no model: it says which paths it needs (:meth:`Cover.wanted`) and is told their
+The tree knows no model: it says which paths it needs (:meth:`TokenLattice.wanted`) and learns their
 probabilities (:meth:`Node.learn`).
 """
 
@@ -26,7 +26,7 @@ from jaxtyping import Bool, Float, Int
 from multicolm.errors import InputError
 from multicolm.tokenizer.canonical import Canonical, State
 
-__all__ = ["END", "N_OUTCOMES", "Branch", "Cover", "Frontier", "Node", "SortedBytes"]
+__all__ = ["END", "N_OUTCOMES", "Branch", "Frontier", "Node", "SortedBytes", "TokenLattice"]
 
 END = 256
 """The outcome behind the 256 bytes: the text ends."""
@@ -221,7 +221,7 @@ class Branch:
 Frontier = tuple[Branch, ...]
 
 
-class Cover:
+class TokenLattice:
     """The branches of one text.
 
     Attributes:
@@ -296,22 +296,24 @@ class Cover:
         del self._frontiers[keep + 1 :]
         self._tidied = min(self._tidied, keep)
 
-    def wanted(self, frontier: Sequence[Branch], *, look: bool, prune: float = 0.0) -> list[Node]:
+    def wanted(
+        self, frontier: Sequence[Branch], *, predict: bool, prune: float = 0.0
+    ) -> list[Node]:
         """Paths that have to be learned, those before others first.
 
         Args:
             frontier: the branches that are asked about.
-            look: whether the next byte is wanted, and not only the mass of the text.
+            predict: whether the next byte is wanted, and not only the mass of the text.
             prune: leave branches alone that have less than this part of the known mass.
         """
         least = _log(prune) + self.log_mass(frontier) if prune > 0 else -math.inf
         needed: dict[Node, None] = {}
         seen: set[Node] = set()
         for branch in frontier:
-            if self._is_ready(branch, look) or (prune > 0 and _bound(branch.node) <= least):
+            if self._is_ready(branch, predict) or (prune > 0 and _bound(branch.node) <= least):
                 continue
             node = branch.node
-            chain = [node] if look or branch.depth else []
+            chain = [node] if predict or branch.depth else []
             while node.logp is None and node not in seen:
                 assert node.parent is not None
                 seen.add(node)
@@ -320,18 +322,18 @@ class Cover:
             needed.update(dict.fromkeys(n for n in reversed(chain) if not n.is_learned))
         return list(needed)
 
-    def trunk(self, frontiers: Iterable[Frontier], *, look: bool) -> list[Node]:
+    def trunk(self, frontiers: Iterable[Frontier], *, predict: bool) -> list[Node]:
         """Of the paths that have to be learned those that end nearest to each place.
 
         Most of the mass is on them, and it tells which of the others need not be learned.
         """
         nearest = [min(f, key=lambda branch: branch.depth) for f in frontiers if f]
-        return self.wanted(nearest, look=look)
+        return self.wanted(nearest, predict=predict)
 
-    def _is_ready(self, branch: Branch, look: bool) -> bool:
+    def _is_ready(self, branch: Branch, predict: bool) -> bool:
         if branch.node.logp == -math.inf:
             return True
-        if look:
+        if predict:
             return branch.node.is_learned and branch.node.logp is not None
         return branch.log_mass is not None
 

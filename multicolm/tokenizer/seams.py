@@ -18,12 +18,12 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from jaxtyping import Bool
 
-__all__ = ["Seams"]
+__all__ = ["BoundaryIndex"]
 
 _NEVER = 1 << 40  # later than any merge
 
 
-class Seams:
+class BoundaryIndex:
     """The pairs of neighbours that a byte-pair encoding allows.
 
     Attributes:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from multicolm.errors import VocabularyError
 from multicolm.tokenizer.base import TokenizerAdapter
-from multicolm.tokenizer.vocabulary import Follower, Vocabulary
+from multicolm.tokenizer.vocabulary import TokenAligner, Vocabulary
 from multicolm.views import ModelNames
 
 __all__ = ["SharedVocabulary"]
@@ -133,9 +133,9 @@ class SharedVocabulary(Vocabulary):
         straight = bool((own == torch.arange(self.size)).all())
         return _Translation(own, reads, straight)
 
-    def follow(self, model: int, prompt: Sequence[int]) -> Follower:
+    def follow(self, model: int, prompt: Sequence[int]) -> TokenAligner:
         """Begin to follow a text behind a prompt, which is in the model's own tokens."""
-        return _TokenFollower(self, model, prompt)
+        return _SharedAligner(self, model, prompt)
 
     def read(self, model: int, shared_ids: Sequence[int]) -> list[int]:
         """What ``model`` is fed for these tokens of the shared vocabulary."""
@@ -199,7 +199,7 @@ class SharedVocabulary(Vocabulary):
         return self._end_ids[model]
 
 
-class _TokenFollower(Follower):
+class _SharedAligner(TokenAligner):
     """Reads the text token by token."""
 
     def __init__(self, vocabulary: SharedVocabulary, model: int, prompt: Sequence[int]) -> None:
@@ -236,7 +236,7 @@ class _TokenFollower(Follower):
         """How many own tokens stand before a place of the text."""
         return self._ends[place]
 
-    def take_kept(self) -> int:
+    def pop_stable_prefix(self) -> int:
         """How many own tokens in front have not changed since the last call."""
         kept, self._kept = self._kept, len(self.own)
         return kept

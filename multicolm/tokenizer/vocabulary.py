@@ -1,6 +1,6 @@
 """What the models of an ensemble write in: one set of token ids, which every model can read.
 
-Each model follows the growing text in its own tokens (:class:`Follower`). Where models have one
+Each model follows the growing text in its own tokens (:class:`TokenAligner`). Where models have one
 vocabulary, a token of the text is a token of theirs. Where they do not, what others wrote is read
 as bytes, and a token of the text may end in the middle of a model's own.
 """
@@ -17,10 +17,10 @@ from torch import Tensor
 
 from multicolm.views import ModelNames
 
-__all__ = ["Follower", "Outcomes", "Vocabulary"]
+__all__ = ["Outcomes", "TokenAligner", "Vocabulary"]
 
 
-class Follower(ABC):
+class TokenAligner(ABC):
     """One text as the tokens of one model.
 
     Attributes:
@@ -61,7 +61,7 @@ class Follower(ABC):
         return True
 
     @abstractmethod
-    def take_kept(self) -> int:
+    def pop_stable_prefix(self) -> int:
         """How many own tokens in front have not changed since the last call, or the beginning."""
 
 
@@ -80,7 +80,7 @@ class Vocabulary(ABC):
     groups: tuple[int, ...]
 
     @abstractmethod
-    def follow(self, model: int, prompt: Sequence[int]) -> Follower:
+    def follow(self, model: int, prompt: Sequence[int]) -> TokenAligner:
         """Begin to follow a text behind a prompt, which is in the model's own tokens."""
 
     @abstractmethod
@@ -192,7 +192,7 @@ class Outcomes(Vocabulary):
         self.end = end
         self.groups = (0,) * len(models)
 
-    def follow(self, model: int, prompt: Sequence[int]) -> Follower:
+    def follow(self, model: int, prompt: Sequence[int]) -> TokenAligner:
         """Not by tokens.
 
         Raises:

@@ -154,16 +154,18 @@ def test_what_is_no_distribution_is_refused(row: list[float], said: str) -> None
 
 @pytest.mark.parametrize("row", [[0.0, -INF, 1.0], [0.0, 1.0, 2.0, NAN], [-1e30, -INF, -INF]])
 def test_what_is_a_distribution_is_shown_as_it_is(row: list[float]) -> None:
-    look = open_session(model_with(row), 1).feed([0], [[0]], [1])
-    assert torch.equal(look.logits[:, :3], torch.tensor([row[:3]]))
+    output = open_session(model_with(row), 1).feed([0], [[0]], [1])
+    assert torch.equal(output.logits[:, :3], torch.tensor([row[:3]]))
 
 
 def test_of_a_server_that_tells_of_some_tokens_infinity_has_a_meaning() -> None:
     for row in ([INF, -INF, -INF], [-INF, -INF, -INF], [-0.1, -INF, -INF]):
-        refuse_no_numbers(model_with(row, n_likeliest=1, server="http://x"), torch.tensor([row]))
+        refuse_no_numbers(
+            model_with(row, max_top_logprobs=1, server="http://x"), torch.tensor([row])
+        )
     with pytest.raises(ModelError, match=r"model 'm' \(server http://x\) predicts"):
         refuse_no_numbers(
-            model_with([], n_likeliest=1, server="http://x"), torch.tensor([[NAN, 0, 0]])
+            model_with([], max_top_logprobs=1, server="http://x"), torch.tensor([[NAN, 0, 0]])
         )
 
 

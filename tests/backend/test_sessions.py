@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import OTHERS, ROWS, model, network, shared_tokenizer
 
-from multicolm.backend.base import Look, Session
+from multicolm.backend.base import ModelOutput, Session
 from multicolm.backend.row_cache import additive_mask
 from multicolm.backend.sessions import GrowingSession, RowSession, UncachedSession, width_groups
 from multicolm.backend.transformers import TransformersModel, is_right
@@ -30,7 +30,7 @@ def plain(kind: str, ids: Sequence[int]) -> torch.Tensor:
         return network(kind)(torch.tensor([list(ids)]), use_cache=False).logits[0]
 
 
-class Follower:
+class TokenAligner:
     """Feeds a session at random and compares every look with a plain forward pass."""
 
     def __init__(self, kind: str, session: Session, n_rows: int, seed: int) -> None:
@@ -51,23 +51,23 @@ class Follower:
         del self.texts[row][length:]
         assert self.session.lengths[row] == length
 
-    def feed(self, rows: Sequence[int], widths: Sequence[int]) -> Look:
+    def feed(self, rows: Sequence[int], widths: Sequence[int]) -> ModelOutput:
         new = [self.tokens(width) for width in widths]
         n_last = [self.number(1, width + 1) for width in widths]
         for row, tokens in zip(rows, new, strict=True):
             self.texts[row].extend(tokens)
-        look = self.session.feed(rows, new, n_last, hidden=True)
+        output = self.session.feed(rows, new, n_last, hidden=True)
         want = torch.cat(
             [
                 plain(self.kind, self.texts[row])[-count:]
                 for row, count in zip(rows, n_last, strict=True)
             ]
         )
-        assert look.logits.shape == want.shape
-        assert torch.allclose(look.logits, want, atol=TOLERANCE, rtol=1e-4)
-        assert look.hidden is not None and len(look.hidden) == len(want)
+        assert output.logits.shape == want.shape
+        assert torch.allclose(output.logits, want, atol=TOLERANCE, rtol=1e-4)
+        assert output.hidden is not None and len(output.hidden) == len(want)
         assert list(self.session.lengths) == list(map(len, self.texts))
-        return look
+        return output
 
     def step(self) -> None:
         n_rows = len(self.texts)
@@ -96,7 +96,7 @@ WAYS: dict[str, tuple[str, Callable[[TransformersModel, int], Session]]] = {
 @pytest.mark.parametrize("way", WAYS)
 def test_looks_equal_a_plain_forward_pass_whatever_was_fed_and_cut(way: str, n_rows: int) -> None:
     kind, session = WAYS[way]
-    follower = Follower(kind, session(model(kind), n_rows), n_rows, seed=n_rows)
+    follower = TokenAligner(kind, session(model(kind), n_rows), n_rows, seed=n_rows)
     for _ in range(10):
         follower.step()
 
@@ -104,14 +104,14 @@ def test_looks_equal_a_plain_forward_pass_whatever_was_fed_and_cut(way: str, n_r
 @settings(max_examples=12, deadline=None)
 @given(seed=st.integers(0, 2**31), n_rows=st.integers(1, 4))
 def test_row_sessions_follow_any_interleaving(seed: int, n_rows: int) -> None:
-    follower = Follower("gemma3", RowSession(model("gemma3"), n_rows), n_rows, seed)
+    follower = TokenAligner("gemma3", RowSession(model("gemma3"), n_rows), n_rows, seed)
     for _ in range(6):
         follower.step()
 
 
 @pytest.mark.parametrize("kind", ["llama", "mistral", "gemma3"])
 def test_the_cache_grows_past_several_doublings(kind: str) -> None:
-    follower = Follower(kind, RowSession(model(kind), 3), 3, seed=0)
+    follower = TokenAligner(kind, RowSession(model(kind), 3), 3, seed=0)
     follower.feed([0, 1, 2], [100, 3, 5])
     follower.feed([0, 2], [1, 1])
     follower.feed([0], [60])  # past 128 slots
@@ -123,7 +123,7 @@ def test_the_cache_grows_past_several_doublings(kind: str) -> None:
 
 
 def test_several_doublings_at_once_keep_what_was_there() -> None:
-    follower = Follower("llama", RowSession(model("llama"), 2), 2, seed=0)
+    follower = TokenAligner("llama", RowSession(model("llama"), 2), 2, seed=0)
     follower.feed([0, 1], [5, 5])
     with torch.inference_mode():
         follower.session._cache.reserve(1000)  # type: ignore[attr-defined]
@@ -132,7 +132,7 @@ def test_several_doublings_at_once_keep_what_was_there() -> None:
 
 def test_rows_of_one_length_take_the_short_way_and_equal_a_plain_forward_pass() -> None:
     for kind in ("llama", "mistral", "gemma3", "gpt2"):
-        follower = Follower(kind, RowSession(model(kind), 4), 4, seed=2)
+        follower = TokenAligner(kind, RowSession(model(kind), 4), 4, seed=2)
         follower.feed([0, 1, 2, 3], [4, 4, 4, 4])
         for rows in ([0, 1, 2, 3], [0, 1, 2, 3], [1, 2], [1, 2], [0, 3], [0, 3], [3]):
             follower.feed(rows, [1] * len(rows))  # both within the window and past it
@@ -141,7 +141,7 @@ def test_rows_of_one_length_take_the_short_way_and_equal_a_plain_forward_pass() 
 
 
 def test_a_wide_row_is_fed_in_a_pass_of_its_own() -> None:
-    follower = Follower("llama", RowSession(model("llama"), 4), 4, seed=0)
+    follower = TokenAligner("llama", RowSession(model("llama"), 4), 4, seed=0)
     assert follower.feed([0, 1, 2, 3], [1, 90, 2, 80]).n_passes == 2
     assert follower.feed([0, 1, 3], [3, 1, 2]).n_passes == 1
 
@@ -159,14 +159,14 @@ def test_hidden_states_are_what_enters_the_output_layer(kind: str) -> None:
     entered: list[torch.Tensor] = []
     ids = [[5, 6, 7, 8], [9, 10]]
     session = model(kind).open(2)
-    look = session.feed([0, 1], ids, [3, 1], hidden=True)
+    output = session.feed([0, 1], ids, [3, 1], hidden=True)
     hook = head.register_forward_pre_hook(lambda _, given: entered.append(given[0][0]))
     for text in ids:
         plain(kind, text)
     hook.remove()
     want = torch.cat([entered[0][-3:], entered[1][-1:]])
-    assert look.hidden is not None
-    assert torch.allclose(look.hidden, want, atol=TOLERANCE)
+    assert output.hidden is not None
+    assert torch.allclose(output.hidden, want, atol=TOLERANCE)
     assert not head._forward_pre_hooks, "a hook was left behind"
     assert session.feed([0], [[1]], [1]).hidden is None
 
@@ -187,14 +187,14 @@ def broken(kind: str, token: int) -> TransformersModel:
 def test_not_a_number_stays_in_its_row_and_ends_with_its_text() -> None:
     session = RowSession(broken("llama", 7), 3)
     fine = list(range(20, 32))
-    look = session.feed([0, 1, 2], [[1, 7, 2], fine, [3, 4]], [1, 1, 1])
-    assert bool(look.logits[0].isnan().all())
-    assert torch.allclose(look.logits[1], plain("llama", fine)[-1], atol=TOLERANCE)
-    assert torch.allclose(look.logits[2], plain("llama", [3, 4])[-1], atol=TOLERANCE)
+    output = session.feed([0, 1, 2], [[1, 7, 2], fine, [3, 4]], [1, 1, 1])
+    assert bool(output.logits[0].isnan().all())
+    assert torch.allclose(output.logits[1], plain("llama", fine)[-1], atol=TOLERANCE)
+    assert torch.allclose(output.logits[2], plain("llama", [3, 4])[-1], atol=TOLERANCE)
     session.truncate(0, 0)  # a new text in the slot, while a longer row shows the old places
-    look = session.feed([0, 1], [[5], [33]], [1, 1])
-    assert torch.allclose(look.logits[0], plain("llama", [5])[-1], atol=TOLERANCE)
-    assert torch.allclose(look.logits[1], plain("llama", [*fine, 33])[-1], atol=TOLERANCE)
+    output = session.feed([0, 1], [[5], [33]], [1, 1])
+    assert torch.allclose(output.logits[0], plain("llama", [5])[-1], atol=TOLERANCE)
+    assert torch.allclose(output.logits[1], plain("llama", [*fine, 33])[-1], atol=TOLERANCE)
 
 
 def test_padding_columns_hold_no_nan() -> None:
@@ -226,9 +226,9 @@ class AlwaysWithoutMask(RowSession):
 
 
 class MixesRowsUp(RowSession):
-    def feed(self, *args: Any, **kwargs: Any) -> Look:
-        look = super().feed(*args, **kwargs)
-        return Look(look.logits.flip(0))
+    def feed(self, *args: Any, **kwargs: Any) -> ModelOutput:
+        output = super().feed(*args, **kwargs)
+        return ModelOutput(output.logits.flip(0))
 
 
 class SlipsWhereRowsAreEven(RowSession):
@@ -280,7 +280,7 @@ def test_a_window_that_goes_by_the_length_of_the_cache_is_never_served_in_rows()
     base = model("gpt-neo")
     base.open(1)
     assert base.served_as == "growing"
-    follower = Follower("gpt-neo", base.open(2), 2, seed=0)
+    follower = TokenAligner("gpt-neo", base.open(2), 2, seed=0)
     follower.feed([0, 1], [40, 5])
     follower.feed([0, 1], [1, 25])
 

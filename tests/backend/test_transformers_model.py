@@ -83,15 +83,15 @@ def test_a_model_in_training_mode_is_put_into_evaluation_mode() -> None:
     noisy = copy.deepcopy(network("gpt2"))
     noisy.train()
     base = TransformersModel("m", noisy, shared_tokenizer())
-    looks = [base.open(1).feed([0], [[1, 2, 3]], [1]).logits for _ in range(2)]
-    assert not noisy.training and torch.equal(looks[0], looks[1])
+    outputs = [base.open(1).feed([0], [[1, 2, 3]], [1]).logits for _ in range(2)]
+    assert not noisy.training and torch.equal(outputs[0], outputs[1])
 
 
 def test_parameters_and_device_are_reported() -> None:
     base = model("llama")
     assert base.n_parameters == sum(p.numel() for p in network("llama").parameters())
     assert base.on_cpu and base.device == torch.device("cpu")
-    base.wait()
+    base.synchronize()
 
 
 def test_a_token_that_the_weights_do_not_know_is_refused_in_a_prompt_and_never_written() -> None:

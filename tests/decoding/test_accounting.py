@@ -11,7 +11,7 @@ import torch
 from tiny_models import PROMPTS, byte_level, model, network
 
 from multicolm import Ensemble
-from multicolm.backend.base import Look, Model, Session
+from multicolm.backend.base import Model, ModelOutput, Session
 from multicolm.backend.table import TableModel
 from multicolm.backend.transformers import TransformersModel
 from multicolm.ensemble import Answers
@@ -41,13 +41,13 @@ class Counting:
         session = self._open(n_rows)
         plain = session.feed
 
-        def feed(rows: Any, tokens: Any, n_last: Any, **kwargs: Any) -> Look:
+        def feed(rows: Any, tokens: Any, n_last: Any, **kwargs: Any) -> ModelOutput:
             if self._clock is not None:
                 self._clock.now += 1.0
             self.calls.append([len(new) for new in tokens])
-            look = plain(rows, tokens, n_last, **kwargs)
-            self.n_passes += look.n_passes
-            return look
+            output = plain(rows, tokens, n_last, **kwargs)
+            self.n_passes += output.n_passes
+            return output
 
         session.feed = feed
         return session

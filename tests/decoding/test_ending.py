@@ -11,7 +11,7 @@ from duo_world import duo_ensemble
 from tiny_models import byte_level, fresh_network, model
 
 from multicolm import Answer, Ensemble, SelectPolicy, Views
-from multicolm.backend.base import Look, Session
+from multicolm.backend.base import ModelOutput, Session
 from multicolm.backend.table import TableModel
 from multicolm.errors import ModelError
 from multicolm.tokenizer.literal import LiteralTokenizer
@@ -113,10 +113,10 @@ class Strict(TableModel):
         session, limit = super().open(n_rows), self.context_length
         plain = session.feed
 
-        def feed(rows: Any, tokens: Any, n_last: Any, **kwargs: Any) -> Look:
-            look = plain(rows, tokens, n_last, **kwargs)
+        def feed(rows: Any, tokens: Any, n_last: Any, **kwargs: Any) -> ModelOutput:
+            output = plain(rows, tokens, n_last, **kwargs)
             assert limit is None or max(session.lengths) <= limit, "read past the context"
-            return look
+            return output
 
         session.feed = feed  # type: ignore[method-assign]
         return session
@@ -244,16 +244,16 @@ def _chain(name: str, network: Any, tokenizer: Any, ids: Sequence[int]) -> Any:
             session = super().open(n_rows)
             plain = session.feed
 
-            def feed(rows: Any, tokens: Any, n_last: Any, **kwargs: Any) -> Look:
-                look = plain(rows, tokens, n_last, **kwargs)
-                logits = torch.full_like(look.logits, -9.0)
+            def feed(rows: Any, tokens: Any, n_last: Any, **kwargs: Any) -> ModelOutput:
+                output = plain(rows, tokens, n_last, **kwargs)
+                logits = torch.full_like(output.logits, -9.0)
                 line = 0
                 for row, count in zip(rows, n_last, strict=True):
                     for back in range(count - 1, -1, -1):
                         place = session.lengths[row] - 1 - back  # the prompt is one token
                         logits[line, ids[place % len(ids)]] = 9.0
                         line += 1
-                return Look(logits)
+                return ModelOutput(logits)
 
             session.feed = feed  # type: ignore[method-assign]
             return session

@@ -100,12 +100,12 @@ def test_texts_that_outgrow_their_memory_move_to_a_larger_one(
 def test_a_text_longer_than_a_pass_is_read_in_several(gguf_models: Mapping[str, Path]) -> None:
     model = load(gguf_models["facts"], cache_type="f32")
     texts = [[(i * k) % 700 + 1 for i in range(400)] for k in (3, 5)]
-    look = model.open(2).feed([0, 1], texts, [400, 250])
-    assert look.n_passes == 2 and look.logits.shape[0] == 650
+    output = model.open(2).feed([0, 1], texts, [400, 250])
+    assert output.n_passes == 2 and output.logits.shape[0] == 650
     alone = torch.cat(
         [model.open(1).feed([0], [t], [n]).logits for t, n in zip(texts, (400, 250), strict=True)]
     )
-    torch.testing.assert_close(look.logits, alone, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(output.logits, alone, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -131,9 +131,9 @@ def test_many_texts_at_once_are_as_each_alone(
     assert [session.lengths[row] for row in rows] == [len(texts[row]) for row in rows]
     alone = [model.open(1).feed([0], [texts[row]], [1], hidden=True) for row in rows]
     torch.testing.assert_close(
-        got.logits, torch.cat([look.logits for look in alone]), atol=1e-4, rtol=1e-4
+        got.logits, torch.cat([output.logits for output in alone]), atol=1e-4, rtol=1e-4
     )
-    states = torch.cat([look.hidden for look in alone if look.hidden is not None])
+    states = torch.cat([output.hidden for output in alone if output.hidden is not None])
     torch.testing.assert_close(got.hidden, states, atol=1e-4, rtol=1e-4)
 
 

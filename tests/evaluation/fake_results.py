@@ -141,7 +141,7 @@ _OTHERS = (" the", " a", " 12", " Sofid", ".", " is", " we", "\n")
 
 def _looks(text: str, writer: str, rng: random.Random) -> dict[str, dict[str, object]]:
     """What the models made of a place: the writer is surest."""
-    looks: dict[str, dict[str, object]] = {}
+    outputs: dict[str, dict[str, object]] = {}
     for model in MODELS:
         sure = rng.uniform(0.75, 0.99) if model == writer else rng.uniform(0.05, 0.7)
         others = rng.sample([other for other in _OTHERS if other != text], 4)
@@ -149,20 +149,20 @@ def _looks(text: str, writer: str, rng: random.Random) -> dict[str, dict[str, ob
         scale = (1 - sure) / (sum(rest) + 0.2)
         top = [(text, sure), *((other, r * scale) for other, r in zip(others, rest, strict=True))]
         top.sort(key=lambda pair: -pair[1])
-        looks[model] = {"logprob": math.log(sure), "top": [list(pair) for pair in top]}
-    return looks
+        outputs[model] = {"logprob": math.log(sure), "top": [list(pair) for pair in top]}
+    return outputs
 
 
 def token(text: str, writer: str, rng: random.Random) -> ShownToken:
     """A token with all that a report can know of it."""
-    looks = _looks(text, writer, rng)
+    outputs = _looks(text, writer, rng)
     chances = [rng.random() + 3 * (model == writer) for model in MODELS]
     return ShownToken(
         text=text,
         model=writer,
         logprob=-rng.random() / 3,
         score=rng.random(),
-        models=looks,
+        models=outputs,
         policy={m: c / sum(chances) for m, c in zip(MODELS, chances, strict=True)},
     )
 

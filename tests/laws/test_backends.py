@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from multicolm.backend.base import Look
+from multicolm.backend.base import ModelOutput
 from multicolm.backend.table import TableModel, TableSession
 from multicolm.testing import LawBroken, check_model, check_tokenizer
 from multicolm.tokenizer.literal import LiteralTokenizer
@@ -63,7 +63,7 @@ class CutsTheCountOnly(TableSession):
         n_last: Sequence[int],
         *,
         hidden: bool = False,
-    ) -> Look:
+    ) -> ModelOutput:
         if any(self._stale[row] for row in rows):
             tokens = [
                 [*new[:-1], self._stale[r][-1]] if self._stale[r] else new
@@ -80,8 +80,8 @@ class MixesRowsUp(TableSession):
         n_last: Sequence[int],
         *,
         hidden: bool = False,
-    ) -> Look:
-        return Look(super().feed(rows, tokens, n_last).logits.flip(0))
+    ) -> ModelOutput:
+        return ModelOutput(super().feed(rows, tokens, n_last).logits.flip(0))
 
 
 class GivesNaN(TableSession):
@@ -92,8 +92,8 @@ class GivesNaN(TableSession):
         n_last: Sequence[int],
         *,
         hidden: bool = False,
-    ) -> Look:
-        return Look(torch.full_like(super().feed(rows, tokens, n_last).logits, float("nan")))
+    ) -> ModelOutput:
+        return ModelOutput(torch.full_like(super().feed(rows, tokens, n_last).logits, float("nan")))
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny_models import PROMPTS, Uncached, model, network, shared_tokenizer, uncached
 
-from multicolm.backend.base import Look, Model, Session
+from multicolm.backend.base import Model, ModelOutput, Session
 from multicolm.backend.table import TableModel
 from multicolm.backend.transformers import TransformersModel
 from multicolm.testing import LawBroken, check_against
@@ -87,28 +87,28 @@ class Bent(Session):
         n_last: Sequence[int],
         *,
         hidden: bool = False,
-    ) -> Look:
-        look = self.inner.feed(rows, tokens, n_last, hidden=hidden)
+    ) -> ModelOutput:
+        output = self.inner.feed(rows, tokens, n_last, hidden=hidden)
         self.n_looks += 1
         if self.fault == "warm" and self.n_looks > 1 and len(rows) == 1 and n_last == [1]:
-            return replace(look, logits=look.logits / 1.1)
+            return replace(output, logits=output.logits / 1.1)
         if self.fault == "inner positions" and max(n_last) > 1:
-            return replace(look, logits=look.logits.roll(1, 0))
+            return replace(output, logits=output.logits.roll(1, 0))
         if self.fault == "rows" and len(rows) > 1:
-            return replace(look, logits=look.logits.flip(0))
+            return replace(output, logits=output.logits.flip(0))
         if self.fault.startswith("top 5"):
-            top = look.logits.log_softmax(-1).topk(6)
+            top = output.logits.log_softmax(-1).topk(6)
             kept = slice(1, 6) if self.fault == "top 5 but the first" else slice(0, 5)
             told = top.values[:, kept]
             if self.fault == "top 5 made to sum to 1":
                 told = told.log_softmax(-1)
-            nothing = torch.full_like(look.logits, float("-inf"))
-            return replace(look, logits=nothing.scatter(1, top.indices[:, kept], told))
+            nothing = torch.full_like(output.logits, float("-inf"))
+            return replace(output, logits=nothing.scatter(1, top.indices[:, kept], told))
         if self.fault == "last only":
-            return replace(look, logits=look.logits[-1:])
+            return replace(output, logits=output.logits[-1:])
         if self.fault == "nan":
-            return replace(look, logits=look.logits * float("nan"))
-        return look
+            return replace(output, logits=output.logits * float("nan"))
+        return output
 
     def truncate(self, row: int, length: int) -> None:
         if self.fault == "stale" and 0 < length < self.inner.lengths[row]:
@@ -126,7 +126,7 @@ class Faulty(Model):
         self.name = "faulty"
         self.tokenizer: TokenizerAdapter = self._inner.tokenizer
         self.context_length = self._inner.context_length
-        self.n_likeliest = 5 if fault.startswith("top 5") else None
+        self.max_top_logprobs = 5 if fault.startswith("top 5") else None
 
     def open(self, n_rows: int) -> Session:
         return Bent(self._inner.open(n_rows), self._fault)
@@ -200,10 +200,10 @@ def test_a_model_that_does_not_know_the_end_of_a_text_is_caught(
 
 def test_every_number_counts_down_to_the_least_likely_token() -> None:
     class Floored(Bent):
-        def feed(self, *args: Any, **kwargs: Any) -> Look:
-            look = self.inner.feed(*args, **kwargs)
-            logprobs = look.logits.log_softmax(-1)
-            return replace(look, logits=logprobs.clamp_min(-9.0))
+        def feed(self, *args: Any, **kwargs: Any) -> ModelOutput:
+            output = self.inner.feed(*args, **kwargs)
+            logprobs = output.logits.log_softmax(-1)
+            return replace(output, logits=logprobs.clamp_min(-9.0))
 
     faulty: Any = Faulty("none")
     faulty.open = lambda n: Floored(model("llama").open(n), "none")

@@ -275,8 +275,8 @@ def test_mixture_like_follows_the_average_when_sampled() -> None:
         counts[answer.trace.tokens[0].id] += 1
     probs = torch.zeros(len(BASE))
     for model in twins.backends:
-        look = model.open(1).feed([0], [model.tokenizer.encode("a")], [1])
-        probs += look.logits[0].softmax(-1) / 2
+        output = model.open(1).feed([0], [model.tokenizer.encode("a")], [1])
+        probs += output.logits[0].softmax(-1) / 2
     expected = probs * n
     chi = float(((counts - expected) ** 2 / expected).sum())
     assert chi < 24.3  # 7 degrees of freedom, p = 0.001

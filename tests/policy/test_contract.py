@@ -46,7 +46,7 @@ def complaint(odd: Policy, **settings: Any) -> str:
         ({"top1"}, lambda view: view.probs, "logprobs"),
         ({"top1"}, lambda view: view.logits, "logprobs"),
         ({"top1"}, lambda view: view.entropy_nats, "logprobs"),
-        ({"topk"}, lambda view: view.logprob_of(view.top1_ids), "given"),
+        ({"topk"}, lambda view: view.logprob_of(view.top1_ids), "token_logprobs"),
         ({"top1"}, lambda view: view.margins, "topk"),
         ({"logprobs"}, lambda view: view.hidden, "hidden"),
     ],

@@ -94,7 +94,7 @@ class Learns(SegmentPolicy):
     """Whoever wins is trusted more."""
 
     longest: int = 3
-    assistant_signals: ClassVar[Any] = {"text", "given"}
+    assistant_signals: ClassVar[Any] = {"text", "token_logprobs"}
 
     def initial_state(self, views: Views) -> torch.Tensor:
         return torch.ones(views.n_positions, 3)
@@ -432,7 +432,7 @@ from multicolm import SegmentPolicy
 
 class Longest(SegmentPolicy):
     longest: int = 2
-    assistant_signals = frozenset({"text", "given"})
+    assistant_signals = frozenset({"text", "token_logprobs"})
 
     def rate(self, segments):
         return segments.n_tokens.sum(-1).double()

@@ -70,7 +70,7 @@ class Verified(multicolm.VerifyPolicy):
         return views.drawn_probs(1)
 
 class Longest(multicolm.SegmentPolicy):
-    assistant_signals = frozenset({"text", "given"})
+    assistant_signals = frozenset({"text", "token_logprobs"})
 
     def rate(self, segments):
         return segments.n_tokens.sum(-1).double()

@@ -11,7 +11,7 @@ from tables import random_table
 
 import multicolm
 from multicolm import Ensemble, MixPolicy, Views
-from multicolm.backend.base import Look
+from multicolm.backend.base import ModelOutput
 from multicolm.backend.table import TableModel, TableSession
 from multicolm.errors import PolicyError
 from multicolm.testing import check_policy, check_routing
@@ -97,10 +97,10 @@ def test_a_long_prompt_is_scored_in_parts_that_fit_into_memory(
     shown: list[int] = []
     feed = TableSession.feed
 
-    def watch(session: TableSession, *args: Any, **kwargs: Any) -> Look:
-        look = feed(session, *args, **kwargs)
-        shown.append(look.logits.numel())
-        return look
+    def watch(session: TableSession, *args: Any, **kwargs: Any) -> ModelOutput:
+        output = feed(session, *args, **kwargs)
+        shown.append(output.logits.numel())
+        return output
 
     monkeypatch.setattr(TableSession, "feed", watch)
     prompt = "abcd a dd" * 5
@@ -134,7 +134,7 @@ def test_the_weights_are_read_only_by_policies_that_declare_it() -> None:
         assistant_signals = frozenset({"logprobs"})
 
         def mix(self, views: Views) -> torch.Tensor:
-            assert math.isfinite(float(views.prompt_nats.sum()))
+            assert math.isfinite(float(views.prompt_mean_nll.sum()))
             return views.base.logprobs
 
     with pytest.raises(PolicyError, match="`prompts = True`"):

@@ -41,7 +41,7 @@ class SurestSoFar(SelectPolicy):
     """Whoever finds the text so far most likely writes on, where the base model is unsure."""
 
     base_signals: ClassVar[Any] = {"top1"}
-    assistant_signals: ClassVar[Any] = {"top1", "given"}
+    assistant_signals: ClassVar[Any] = {"top1", "token_logprobs"}
     assistants: ClassVar[Any] = "deferred"
     likelihoods: ClassVar[bool] = True
 

@@ -88,11 +88,13 @@ def test_writers_that_are_drawn_are_the_same_as_when_the_text_was_written(
 
 def test_a_lottery_has_the_joint_model_of_the_average(loaded: dict[str, Ensemble]) -> None:
     tiny = loaded["tiny"]
-    lottery = LikelihoodReader(tiny, RandomPolicy(weights=[1, 2, 1]))
+    random_routing = LikelihoodReader(tiny, RandomPolicy(weights=[1, 2, 1]))
     average = LikelihoodReader(tiny, resolve_policy("average", {"weights": [1, 2, 1]}))
-    passages = [lottery.passage(r["prompt"], r["completion"]) for r in RECORDS]
-    assert lottery.kinds == ("joint", "routed")
-    for a, b in zip(lottery.likelihoods(passages), average.likelihoods(passages), strict=True):
+    passages = [random_routing.passage(r["prompt"], r["completion"]) for r in RECORDS]
+    assert random_routing.kinds == ("joint", "routed")
+    for a, b in zip(
+        random_routing.likelihoods(passages), average.likelihoods(passages), strict=True
+    ):
         assert a.logprob == near(b.logprob)
         assert a.is_greedy == b.is_greedy
 
@@ -117,10 +119,10 @@ def test_two_coins_by_hand() -> None:
     [found] = surer.likelihoods([surer.passage("a", "ab")])
     assert found.logprob == near(math.log(0.9 * 0.1))
     assert not found.is_greedy
-    lottery = LikelihoodReader(coins, RandomPolicy(weights=[3, 1]))
-    [found] = lottery.likelihoods([lottery.passage("a", "ab")])
+    random_routing = LikelihoodReader(coins, RandomPolicy(weights=[3, 1]))
+    [found] = random_routing.likelihoods([random_routing.passage("a", "ab")])
     assert found.logprob == near(math.log((0.75 * 0.5 + 0.25 * 0.9) * (0.75 * 0.5 + 0.25 * 0.1)))
-    [greedy] = lottery.likelihoods([lottery.passage("", "aa")])
+    [greedy] = random_routing.likelihoods([random_routing.passage("", "aa")])
     assert greedy.is_greedy
 
 
@@ -258,8 +260,8 @@ def test_an_empty_text_and_one_that_nothing_stands_before_are_refused() -> None:
 
 def test_a_model_of_which_only_the_likeliest_tokens_are_known_is_refused() -> None:
     both = tables("p", "q")
-    vars(both.backends[1]).update(n_likeliest=20, server="http://q")
-    with pytest.raises(CapabilityError, match=r"its server http://q tells of 20 tokens"):
+    vars(both.backends[1]).update(max_top_logprobs=20, server="http://q")
+    with pytest.raises(CapabilityError, match=r"its server http://q returns 20 tokens"):
         LikelihoodReader(both, resolve_policy("average")).check()
     assert LikelihoodReader(both, resolve_policy("single")).check() == "routed"
 

@@ -12,7 +12,7 @@ from children import kill
 from score_worlds import HiddenTable, contents, records, table, tables, write
 
 from multicolm import Ensemble
-from multicolm.backend.base import Look
+from multicolm.backend.base import ModelOutput
 from multicolm.backend.table import TableModel, TableSession
 from multicolm.errors import ModelError
 from multicolm.scoring.corpus import open_corpus
@@ -35,12 +35,12 @@ class Slow(TableModel):
 
 
 class _SlowSession(TableSession):
-    def feed(self, rows, tokens, n_last, *, hidden=False) -> Look:  # type: ignore[no-untyped-def]
-        look = super().feed(rows, tokens, n_last, hidden=hidden)
+    def feed(self, rows, tokens, n_last, *, hidden=False) -> ModelOutput:  # type: ignore[no-untyped-def]
+        output = super().feed(rows, tokens, n_last, hidden=hidden)
         time.sleep(self._model.seconds)  # type: ignore[attr-defined]
         with self._model.log.open("a") as stream:  # type: ignore[attr-defined]
             stream.write(f"{sum(map(len, tokens))}\n")
-        return look
+        return output
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ from live_worlds import (
 )
 
 from multicolm import Answer, Ensemble, SelectPolicy, Views
-from multicolm.backend.base import Look, Session
+from multicolm.backend.base import ModelOutput, Session
 from multicolm.backend.table import TableModel
 from multicolm.config import GenerationConfig
 from multicolm.decoding.row import Row
@@ -133,7 +133,7 @@ class Counted(Session):
     def lengths(self) -> list[int]:  # type: ignore[override]
         return self._inner.lengths
 
-    def feed(self, rows: Any, tokens: Any, n_last: Any, *, hidden: bool = False) -> Look:
+    def feed(self, rows: Any, tokens: Any, n_last: Any, *, hidden: bool = False) -> ModelOutput:
         if self.broken:
             raise RuntimeError("out of memory")
         assert list(rows) == sorted(set(rows))
@@ -279,15 +279,15 @@ class Breaking(SharedSlots):
     def _break(self, session: Any) -> None:
         session.whole = session.feed
 
-        def feed(rows: Any, tokens: Any, n_last: Any, *, hidden: bool = False) -> Look:
+        def feed(rows: Any, tokens: Any, n_last: Any, *, hidden: bool = False) -> ModelOutput:
             if self.chance.random() < 0.03:
                 # A part has been read, and something else stands in the cache.
                 wrong = [[token + 1 if token else 0 for token in line] for line in tokens]
                 session.whole(rows, wrong, n_last, hidden=hidden)
                 self.n_failed += 1
                 raise RuntimeError("out of memory")
-            look: Look = session.whole(rows, tokens, n_last, hidden=hidden)
-            return look
+            output: ModelOutput = session.whole(rows, tokens, n_last, hidden=hidden)
+            return output
 
         session.feed = feed
 
@@ -350,14 +350,14 @@ def test_texts_that_a_broken_model_was_not_writing_are_what_they_are_without_it(
 
 def test_a_model_that_is_shared_is_asked_about_named_tokens_too() -> None:
     class Telling(Counted):
-        def tell(self, rows: Any, lengths: Any, ids: Any, behind: Any = None) -> Look:
+        def logprobs_of(self, rows: Any, lengths: Any, ids: Any, behind: Any = None) -> ModelOutput:
             assert (rows, lengths, behind) == ([1], [0], [[0]])
-            return Look(torch.tensor([[float(i) for i in ids]]))
+            return ModelOutput(torch.tensor([[float(i) for i in ids]]))
 
     class Model(TableModel):
         def open(self, n_rows: int) -> Session:
             return Telling(super().open(n_rows), self.name, [])
 
     model = Model("base", ("a", "."), {"": {"a": 1.0}}, ends=["."])
-    look = SharedSlots([model], 2).open(0).tell([1], [0], [0, 1], [[0]])
-    assert look.logits.tolist() == [[0.0, 1.0]]
+    output = SharedSlots([model], 2).open(0).logprobs_of([1], [0], [0, 1], [[0]])
+    assert output.logits.tolist() == [[0.0, 1.0]]

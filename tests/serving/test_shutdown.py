@@ -29,7 +29,7 @@ from multicolm.backend.table import TableModel
 from multicolm.serving.server import Server, Settings
 
 class Slow(TableModel):
-    def wait(self):
+    def synchronize(self):
         time.sleep(0.01)
 
 tokens = ["a", "b", "."]

@@ -11,24 +11,24 @@ from byte_worlds import MAKERS, Reference, adapter, peaked, support_of
 
 from multicolm.errors import InputError
 from multicolm.tokenizer.canonical import canonical
-from multicolm.tokenizer.cover import Cover, SortedBytes
+from multicolm.tokenizer.cover import SortedBytes, TokenLattice
 
 CHARACTERS = "the 'l1\n你"
 
 
-def world(kind: str, seed: int) -> tuple[Reference, Cover]:
+def world(kind: str, seed: int) -> tuple[Reference, TokenLattice]:
     tokenizer = adapter(kind)
     support = support_of(tokenizer, CHARACTERS, 24, seed)
     reference = Reference(tokenizer, support, lambda path: peaked(support, path, seed))
     paths = canonical(tokenizer)
-    return reference, Cover(paths, SortedBytes(paths.contents))
+    return reference, TokenLattice(paths, SortedBytes(paths.contents))
 
 
-def learn(reference: Reference, cover: Cover, *, look: bool, prune: float = 0.0) -> int:
+def learn(reference: Reference, cover: TokenLattice, *, predict: bool, prune: float = 0.0) -> int:
     """Tell the nodes that are wanted what the model says; how many there were."""
     paths = canonical(reference.tokenizer)
     n = 0
-    while wanted := cover.wanted(cover.frontier, look=look, prune=prune):
+    while wanted := cover.wanted(cover.frontier, predict=predict, prune=prune):
         for node in wanted:
             probs = reference.probs(tuple(node.ids()))
             weights = np.array([probs.get(i, 0.0) for i in paths.ids.tolist()])
@@ -57,7 +57,7 @@ def test_masses_and_next_bytes_are_those_of_all_valid_paths(kind: str, seed: int
     reference, cover = world(kind, seed)
     content = written(reference, 5, seed)
     for n in range(len(content)):
-        learn(reference, cover, look=True)
+        learn(reference, cover, predict=True)
         mass = reference.mass(content[:n])
         assert math.exp(cover.log_mass(cover.frontier)) == pytest.approx(mass, rel=1e-9)
         outcomes = cover.outcomes()
@@ -75,9 +75,9 @@ def test_texts_do_not_depend_on_how_their_bytes_came(kind: str) -> None:
     content = written(reference, 12, seed=7)
     chance = random.Random(7)
     for byte in content:
-        learn(reference, one_by_one, look=True)
+        learn(reference, one_by_one, predict=True)
         one_by_one.advance(bytes([byte]))
-    learn(reference, one_by_one, look=True)
+    learn(reference, one_by_one, predict=True)
     for _ in range(4):
         _, other = world(kind, seed=7)
         done = 0
@@ -85,11 +85,11 @@ def test_texts_do_not_depend_on_how_their_bytes_came(kind: str) -> None:
             n = chance.randint(1, len(content) - done)
             other.advance(content[done : done + n] + b"the 1"[: chance.randint(0, 5)])
             if chance.random() < 0.5:
-                learn(reference, other, look=True)
+                learn(reference, other, predict=True)
             other.tidy(chance.randint(0, 3))
             done += n
             other.truncate(done)
-        learn(reference, other, look=True)
+        learn(reference, other, predict=True)
         np.testing.assert_allclose(other.outcomes(), one_by_one.outcomes(), atol=1e-12)
         assert other.log_mass(other.frontier) == pytest.approx(
             one_by_one.log_mass(one_by_one.frontier)
@@ -104,7 +104,7 @@ def test_pruned_branches_come_back_when_they_count() -> None:
         read = [0, 0]
         for n in range(len(content)):
             for i, (cover, prune) in enumerate([(exact, 0.0), (pruned, 0.02)]):
-                read[i] += learn(reference, cover, look=True, prune=prune)
+                read[i] += learn(reference, cover, predict=True, prune=prune)
             n_branches = len(pruned.frontier)
             distance = 0.5 * np.abs(exact.outcomes() - pruned.outcomes()).sum()
             assert distance <= 0.02 * n_branches
@@ -123,7 +123,7 @@ def test_bytes_without_a_path_have_no_mass() -> None:
 def test_a_text_is_not_cut_into_what_is_given() -> None:
     paths = canonical(adapter("gpt2"))
     given = [paths.slot_of[i] for i in adapter("gpt2").encode_continuation("the")]
-    cover = Cover(paths, SortedBytes(paths.contents), given)
+    cover = TokenLattice(paths, SortedBytes(paths.contents), given)
     cover.advance(b" cat")
     assert cover.n_bytes == 7
     with pytest.raises(InputError, match="cannot be cut to 2 bytes: its first 3 are given"):

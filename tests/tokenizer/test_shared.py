@@ -14,7 +14,7 @@ from tables import random_table
 from tiny_models import END, byte_level, model, network, sentencepiece, shared_tokenizer
 
 from multicolm import Ensemble, ModelNames
-from multicolm.backend.base import Look, Model, Session
+from multicolm.backend.base import Model, ModelOutput, Session
 from multicolm.backend.table import TableModel
 from multicolm.backend.transformers import TransformersModel
 from multicolm.errors import VocabularyError
@@ -88,10 +88,10 @@ class Wide(Model):
         session, n_padding = self._inner.open(n_rows), self._n_padding
 
         class WideSession(type(session)):  # type: ignore[misc]
-            def feed(self, *args: Any, **kwargs: Any) -> Look:
-                look = super().feed(*args, **kwargs)
-                padding = torch.full((len(look.logits), n_padding), 50.0)
-                return Look(torch.cat([look.logits, padding], dim=-1))
+            def feed(self, *args: Any, **kwargs: Any) -> ModelOutput:
+                output = super().feed(*args, **kwargs)
+                padding = torch.full((len(output.logits), n_padding), 50.0)
+                return ModelOutput(torch.cat([output.logits, padding], dim=-1))
 
         session.__class__ = WideSession
         return session
@@ -291,7 +291,7 @@ class Listening(TableModel):
         self.fed: list[int] = []
         plain = session.feed
 
-        def feed(rows: Any, tokens: Any, n_last: Any, **kwargs: Any) -> Look:
+        def feed(rows: Any, tokens: Any, n_last: Any, **kwargs: Any) -> ModelOutput:
             self.fed.extend(token for new in tokens for token in new)
             return plain(rows, tokens, n_last, **kwargs)
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from multicolm.backend.base import Look, Session, TokenSession
+from multicolm.backend.base import ModelOutput, Session, TokenSession
 from multicolm.backend.llama_cpp.context import Context, Entry
 
 __all__ = ["FIRST", "LlamaCppSession", "SplitSession"]
@@ -47,7 +47,7 @@ class LlamaCppSession(TokenSession):
         n_last: Sequence[int],
         *,
         hidden: bool = False,
-    ) -> Look:
+    ) -> ModelOutput:
         """See :meth:`multicolm.backend.base.Session.feed`."""
         entries: list[Entry] = []
         for row, new, count in zip(rows, tokens, n_last, strict=True):
@@ -60,7 +60,7 @@ class LlamaCppSession(TokenSession):
         logits, states, n_passes = self._context.read(entries, hidden=hidden)
         for row in rows:
             self._n_cached[row] = len(self._ids[row])
-        return Look(logits, states, n_passes)
+        return ModelOutput(logits, states, n_passes)
 
     def _reserve(self) -> None:
         """Make room for what the rows hold."""
@@ -105,20 +105,20 @@ class SplitSession(Session):
         n_last: Sequence[int],
         *,
         hidden: bool = False,
-    ) -> Look:
+    ) -> ModelOutput:
         """See :meth:`multicolm.backend.base.Session.feed`."""
-        looks: list[Look] = []
+        outputs: list[ModelOutput] = []
         for number, part in enumerate(self._parts):
             which = [i for i, row in enumerate(rows) if row // self._size == number]
             if which:
                 own = [rows[i] % self._size for i in which]
                 new, counts = [tokens[i] for i in which], [n_last[i] for i in which]
-                looks.append(part.feed(own, new, counts, hidden=hidden))
-        states = [look.hidden for look in looks if look.hidden is not None]
-        return Look(
-            torch.cat([look.logits for look in looks]),
+                outputs.append(part.feed(own, new, counts, hidden=hidden))
+        states = [output.hidden for output in outputs if output.hidden is not None]
+        return ModelOutput(
+            torch.cat([output.logits for output in outputs]),
             torch.cat(states) if hidden else None,
-            sum(look.n_passes for look in looks),
+            sum(output.n_passes for output in outputs),
         )
 
     def truncate(self, row: int, length: int) -> None:

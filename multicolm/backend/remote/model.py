@@ -37,7 +37,9 @@ class RemoteModel(Model):
         VocabularyError: if it reads texts in other tokens than ``tokenizer``.
     """
 
-    signals: ClassVar[frozenset[Signal]] = frozenset({"text", "top1", "topk", "given", "logprobs"})
+    signals: ClassVar[frozenset[Signal]] = frozenset(
+        {"text", "top1", "topk", "token_logprobs", "logprobs"}
+    )
     backend: ClassVar[str]
 
     def __init__(
@@ -58,7 +60,7 @@ class RemoteModel(Model):
         self._ids = tokenizer.encode("What is 2 + 2?")
         found = probe(server, tokenizer, wish or Wish(), name)
         self._abilities = found
-        self.n_likeliest = found.n_likeliest
+        self.max_top_logprobs = found.max_top_logprobs
         self.context_length = found.context_length or context_length
         # The type is the server's own affair; what is kept of one model is not taken for another's.
         self.precision = found.as_served
@@ -117,7 +119,7 @@ class RemoteModel(Model):
         writing = Writing(
             self.tokenizer,
             takes_ids=self._abilities.takes_ids,
-            tells_ids=self._abilities.n_likeliest != 0,
+            tells_ids=self._abilities.max_top_logprobs != 0,
             name=self.name,
             server=self.server,
         )

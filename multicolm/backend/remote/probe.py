@@ -71,7 +71,7 @@ class Abilities:
             tells none.
         n_told: how many log-probabilities it tells at a time.
         width: number of ids in its vocabulary, as far as that shows.
-        tells_given: whether it tells of tokens that are named (``logprob_token_ids``); asked only
+        returns_named: whether it returns tokens that are named (``logprob_token_ids``); asked only
             where it does not tell of all.
         untold: tokens of which no row comes back if it writes them; so it is kept from that.
         scoring: how it tells the log-probabilities of a prompt's own tokens, if it does.
@@ -92,7 +92,7 @@ class Abilities:
     how_many: int
     n_told: int
     width: int
-    tells_given: bool
+    returns_named: bool
     untold: tuple[int, ...]
     scoring: Scoring | None
     is_neutral: bool
@@ -104,22 +104,22 @@ class Abilities:
     @property
     def signals(self) -> frozenset[Signal]:
         """What a policy can ask of the model."""
-        if self.n_likeliest is None:
-            return frozenset({"text", "top1", "topk", "given", "logprobs"})
-        if self.n_likeliest == 0:
+        if self.max_top_logprobs is None:
+            return frozenset({"text", "top1", "topk", "token_logprobs", "logprobs"})
+        if self.max_top_logprobs == 0:
             return frozenset({"text"})
         signals: set[Signal] = {"text", "top1"}
-        signals |= {"topk"} if self.n_likeliest > 1 else set()
-        signals |= {"given"} if self.tells_given else set()
+        signals |= {"topk"} if self.max_top_logprobs > 1 else set()
+        signals |= {"token_logprobs"} if self.returns_named else set()
         return frozenset(signals)
 
     @property
-    def n_likeliest(self) -> int | None:
+    def max_top_logprobs(self) -> int | None:
         """Of how many likeliest tokens it tells; ``None`` for the whole vocabulary."""
         return None if self.how_many in _ALL else self.how_many
 
     @property
-    def manners(self) -> dict[str, Any]:
+    def capabilities(self) -> dict[str, Any]:
         """Parameters of every request: what it shall not do that it does if it is not told."""
         return {**(NEUTRAL if self.is_neutral else {}), **_without(self.untold)}
 
@@ -127,16 +127,16 @@ class Abilities:
     def as_served(self) -> str:
         """Which model it is by the server's account, and how much it tells, in a few words."""
         of = "" if self.root is None else f" from {self.root}"
-        told = "all" if self.n_likeliest is None else self.n_likeliest
+        told = "all" if self.max_top_logprobs is None else self.max_top_logprobs
         return f"as served: {self.served_model}{of}, {told} log-probabilities"
 
     def sentences(self) -> list[str]:
         """For users."""
-        if self.n_likeliest is None:
+        if self.max_top_logprobs is None:
             known = f"log-probabilities of the whole vocabulary ({self.width} tokens)"
-        elif self.n_likeliest:
-            named = " and of tokens that are named" if self.tells_given else ""
-            known = f"log-probabilities of the {self.n_likeliest} likeliest tokens{named}"
+        elif self.max_top_logprobs:
+            named = " and of tokens that are named" if self.returns_named else ""
+            known = f"log-probabilities of the {self.max_top_logprobs} likeliest tokens{named}"
         else:
             own = "" if self.is_neutral else "; if it avoids repetitions, it goes on doing so"
             known = f"text only, no log-probabilities by token id{own}"
@@ -180,7 +180,7 @@ def probe(server: Service, tokenizer: TokenizerAdapter, wish: Wish, name: str) -
     warm = trial.warm_up()
     takes_ids = trial.ask([trial.ids], 1) is not None
     trial.untold = trial.find_untold() if takes_ids else ()
-    how_many, row = trial.n_likeliest(wish.logprobs) if takes_ids else (0, Likeliest([], []))
+    how_many, row = trial.max_top_logprobs(wish.logprobs) if takes_ids else (0, Likeliest([], []))
     abilities = Abilities(
         served_model=listing.served_model,
         answers_as=warm,
@@ -189,7 +189,7 @@ def probe(server: Service, tokenizer: TokenizerAdapter, wish: Wish, name: str) -
         how_many=how_many,
         n_told=len(row.ids),
         width=max([tokenizer.n_tokens - 1, *row.ids]) + 1,
-        tells_given=how_many not in (0, *_ALL) and trial.tells_given(row),
+        returns_named=how_many not in (0, *_ALL) and trial.returns_named(row),
         untold=trial.untold,
         scoring=trial.scoring(how_many) if how_many else None,
         is_neutral=not how_many and trial.ask([_TEXTS[0]], 1, **NEUTRAL) is not None,
@@ -200,13 +200,13 @@ def probe(server: Service, tokenizer: TokenizerAdapter, wish: Wish, name: str) -
     )
     trial.check_tokenizer(abilities, name)
     wanted = None if wish.logprobs == "all" else wish.logprobs
-    n_likeliest = abilities.n_likeliest
-    if wish.logprobs is not None and wanted != n_likeliest:
+    max_top_logprobs = abilities.max_top_logprobs
+    if wish.logprobs is not None and wanted != max_top_logprobs:
         raise server.error(
             "probe",
-            f"the ensemble file asks for `logprobs: {wish.logprobs}`, and the server tells of "
-            f"{'all' if n_likeliest is None else n_likeliest or 'no'} tokens; start it with a "
-            "higher limit (vLLM: --max-logprobs), or ask for less.",
+            f"the ensemble file asks for `logprobs: {wish.logprobs}`, and the server returns "
+            f"{'all' if max_top_logprobs is None else max_top_logprobs or 'no'} tokens; start it "
+            "with a higher limit (vLLM: --max-logprobs), or ask for less.",
         )
     return abilities
 
@@ -325,7 +325,7 @@ class _Trial:
         answer = self.ask([self.ids], 1, logprobs=_SOME, logit_bias={str(token): 100})
         return answer[0].rows[0] if answer and answer[0].rows else None
 
-    def n_likeliest(self, wanted: int | Literal["all"] | None) -> tuple[int, Likeliest]:
+    def max_top_logprobs(self, wanted: int | Literal["all"] | None) -> tuple[int, Likeliest]:
         """The value of ``logprobs`` for as many as are wanted and told, and such a row."""
         n_tokens = self._tokenizer.n_tokens
         small = n_tokens <= _SMALL_VOCABULARY
@@ -347,8 +347,8 @@ class _Trial:
         answer = self.ask([self.ids], 1, logprobs=k)
         return answer[0].rows[0] if answer and answer[0].rows else None
 
-    def tells_given(self, row: Likeliest) -> bool:
-        """Whether the server tells of tokens that are named, likely or not."""
+    def returns_named(self, row: Likeliest) -> bool:
+        """Whether the server returns tokens that are named, likely or not."""
         ids = [i for i in range(self._tokenizer.n_tokens) if i not in row.ids][-3:]
         answer = self.ask([self.ids], 1, logprobs=1, logprob_token_ids=ids) if ids else None
         rows = answer[0].rows if answer else []
@@ -394,7 +394,7 @@ class _Trial:
             if not self._tokenizer.covers_text(text):
                 continue
             ids = self._tokenizer.encode(text)
-            if abilities.n_likeliest == 0:
+            if abilities.max_top_logprobs == 0:
                 differs = self._counts_differ(text, len(ids))
             else:
                 how_many = abilities.how_many
@@ -452,10 +452,12 @@ def fingerprint(server: Service, abilities: Abilities, ids: Sequence[int]) -> li
         ServerError: if it does not say it.
     """
     try:
-        if abilities.n_likeliest == 0:
+        if abilities.max_top_logprobs == 0:
             prompts: list[Sequence[int] | str] = [ids] if abilities.takes_ids else [_TEXTS[0]]
-            return completions(server, abilities.served_model, prompts, 8, **abilities.manners)[0]
-        k, manners = min(5, abilities.n_likeliest or 5), abilities.manners
+            return completions(
+                server, abilities.served_model, prompts, 8, **abilities.capabilities
+            )[0]
+        k, manners = min(5, abilities.max_top_logprobs or 5), abilities.capabilities
         return completions(server, abilities.served_model, [ids], 4, logprobs=k, **manners)[0]
     except Unreadable as error:
         raise server.error("POST /v1/completions", str(error)) from error

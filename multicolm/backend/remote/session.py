@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from multicolm.backend.base import Look, Session
+from multicolm.backend.base import ModelOutput, Session
 from multicolm.backend.remote.completions import Completion, Likeliest, Unreadable, completions
 from multicolm.backend.remote.probe import Abilities
 from multicolm.backend.remote.service import Service
@@ -148,7 +148,7 @@ class RemoteSession(Session):
         n_last: Sequence[int],
         *,
         hidden: bool = False,
-    ) -> Look:
+    ) -> ModelOutput:
         """See :meth:`multicolm.backend.base.Session.feed`.
 
         Rows are cut back to what they were if the server does not answer.
@@ -179,28 +179,28 @@ class RemoteSession(Session):
             for place in range(len(text.ids) - count + 1, len(text.ids) + 1):
                 shown.append(text.known[place].spread(self._width))
             text.forget()
-        return Look(
+        return ModelOutput(
             torch.stack(shown),
             n_passes=self._n_passes,
             n_calls=self._server.n_calls - n_calls,
             calls_of=tuple(calls),
         )
 
-    def tell(
+    def logprobs_of(
         self,
         rows: Sequence[int],
         lengths: Sequence[int],
         ids: Sequence[int],
-        behind: Sequence[Sequence[int]] | None = None,
-    ) -> Look:
-        """See :meth:`multicolm.backend.base.Session.tell`.
+        after: Sequence[Sequence[int]] | None = None,
+    ) -> ModelOutput:
+        """See :meth:`multicolm.backend.base.Session.logprobs_of`.
 
         Raises:
             ServerError: if the server does not answer, or not about all of these tokens.
         """
         n_calls = self._server.n_calls
         self._n_passes = 0
-        more = behind or [()] * len(rows)
+        more = after or [()] * len(rows)
         texts = [
             [*self._texts[row].ids[:n], *new]
             for row, n, new in zip(rows, lengths, more, strict=True)
@@ -217,7 +217,7 @@ class RemoteSession(Session):
                 lines.append([known[token] for token in some])
             told.append(torch.tensor(lines))
         n_calls = self._server.n_calls - n_calls
-        return Look(torch.cat(told, dim=-1), n_passes=self._n_passes, n_calls=n_calls)
+        return ModelOutput(torch.cat(told, dim=-1), n_passes=self._n_passes, n_calls=n_calls)
 
     def _learn(self, rows: Sequence[int], n_last: Sequence[int]) -> list[int]:
         """Ask for what is not known; returns in how many requests each row had a part."""
@@ -322,7 +322,7 @@ class RemoteSession(Session):
                 logprobs=1 if about else abilities.how_many or None,
                 scoring=abilities.scoring if scoring else None,
                 **named,
-                **abilities.manners,
+                **abilities.capabilities,
             )
         except Unreadable as error:
             raise self._changed(str(error)) from error
@@ -336,7 +336,7 @@ class RemoteSession(Session):
         Raises:
             ServerError: if they are not as the server gave them when it was probed.
         """
-        if self._abilities.n_likeliest == 0:
+        if self._abilities.max_top_logprobs == 0:
             tokens = self._writing.tokens(answer, n_asked)
             return tokens, [Likeliest([token], [float("inf")]) for token in tokens]
         if not answer.rows or len(answer.rows) != len(answer.tokens):
@@ -346,8 +346,8 @@ class RemoteSession(Session):
     def _whole(self, row: Likeliest) -> Likeliest:
         n_told = self._abilities.n_told
         if len(row.ids) < n_told:
-            raise self._changed(f"it tells of {len(row.ids)} tokens instead of {n_told}")
-        # A server tells of a token that was given or written, too, were it not among the likeliest.
+            raise self._changed(f"it returns {len(row.ids)} tokens instead of {n_told}")
+        # A server returns a token that was given or written, too, were it not among the likeliest.
         return row if len(row.ids) == n_told else row.first(n_told)
 
     def _changed(self, what: str) -> ServerError:

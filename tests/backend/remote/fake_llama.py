@@ -22,22 +22,22 @@ class FakeLlama(FakeVllm):
 
     def card(self) -> dict[str, Any]:
         """The model as it is listed."""
-        return {"id": self.name, "meta": {"n_ctx": self.manners.max_model_len, "n_vocab": 768}}
+        return {"id": self.name, "meta": {"n_ctx": self.capabilities.max_model_len, "n_vocab": 768}}
 
     def complete(self, body: dict[str, Any]) -> dict[str, Any]:
         """The answer to a request for completions."""
         prompts = body["prompt"]
         several = isinstance(prompts[0], list | str)
         sizes = [len(self._ids(prompt)) for prompt in (prompts if several else [prompts])]
-        if max(sizes) >= self.manners.max_model_len:
+        if max(sizes) >= self.capabilities.max_model_len:
             raise Refused(400, f"request ({max(sizes)} tokens) exceeds the available context size")
         used = sum(sizes) + len(sizes) * max(1, body["max_tokens"])
-        if len(sizes) > 1 and used > self.manners.max_model_len:
+        if len(sizes) > 1 and used > self.capabilities.max_model_len:
             raise Refused(500, "Context size has been exceeded.")
         return super().complete({**body, "model": self.name})
 
     def _choice(self, number: int, ids: list[int], body: dict[str, Any]) -> dict[str, Any]:
-        room = self.manners.max_model_len - len(ids)
+        room = self.capabilities.max_model_len - len(ids)
         written, rows, ended = self._write(ids, min(max(1, body["max_tokens"]), room), body)
         tokenizer = self.model.tokenizer
         entries, pending = [], b""

@@ -37,7 +37,7 @@ class Manners:
         takes_several: a request may hold several prompts.
         tells_ids: tokens may be named ``token_id:7``; else they are named by their text.
         max_logprobs: how many log-probabilities it tells at most, -1 for all; 0 ignores the wish.
-        tells_given: whether ``logprob_token_ids`` works; else it is ignored.
+        returns_named: whether ``logprob_token_ids`` works; else it is ignored.
         clamps: gives ``max_logprobs`` where more are wanted, instead of refusing.
         prompt_logprobs: whether that parameter works; else it is ignored.
         echo: likewise.
@@ -52,7 +52,7 @@ class Manners:
     takes_several: bool = True
     tells_ids: bool = True
     max_logprobs: int = -1
-    tells_given: bool = True
+    returns_named: bool = True
     clamps: bool = False
     prompt_logprobs: bool = True
     echo: bool = True
@@ -93,7 +93,7 @@ class FakeVllm:
     ) -> None:
         self.model = model
         self.name = name
-        self.manners = manners or Manners()
+        self.capabilities = manners or Manners()
         self.api_key = api_key
         self.requests: list[dict[str, Any]] = []
         self.together = 0
@@ -139,7 +139,7 @@ class FakeVllm:
         """Die and come back on the same port, perhaps as another one."""
         self.stop()
         self.model = model or self.model
-        self.manners = manners or self.manners
+        self.capabilities = manners or self.capabilities
         self._start(self.port)
 
     def go_wrong(self, *faults: Fault) -> None:
@@ -152,7 +152,7 @@ class FakeVllm:
     def card(self) -> dict[str, Any]:
         """The model as it is listed."""
         root = f"/models/{self.model.name}"
-        return {"id": self.name, "max_model_len": self.manners.max_model_len, "root": root}
+        return {"id": self.name, "max_model_len": self.capabilities.max_model_len, "root": root}
 
     def complete(self, body: dict[str, Any]) -> dict[str, Any]:
         """The answer to a request for completions."""
@@ -161,8 +161,8 @@ class FakeVllm:
             raise Refused(404, f"The model `{body.get('model')}` does not exist.")
         prompts = body["prompt"]
         several = isinstance(prompts, list) and prompts and isinstance(prompts[0], list | str)
-        if several and len(prompts) > 1 and not self.manners.takes_several:
-            raise Refused(self.manners.refusal, "one prompt at a time")
+        if several and len(prompts) > 1 and not self.capabilities.takes_several:
+            raise Refused(self.capabilities.refusal, "one prompt at a time")
         texts = [self._ids(prompt) for prompt in (prompts if several else [prompts])]
         with self._lock:
             choices = [self._choice(n, ids, body) for n, ids in enumerate(texts)]
@@ -174,14 +174,14 @@ class FakeVllm:
     def _ids(self, prompt: Any) -> list[int]:
         if isinstance(prompt, str):
             return self.model.tokenizer.encode(prompt)
-        if not self.manners.takes_ids:
-            raise Refused(self.manners.refusal, "prompt must be a string.")
+        if not self.capabilities.takes_ids:
+            raise Refused(self.capabilities.refusal, "prompt must be a string.")
         if any(i >= self.model.tokenizer.n_tokens for i in prompt):
             raise Refused(400, f"Token id {max(prompt)} is out of vocabulary")
         return list(prompt)
 
     def _choice(self, number: int, ids: list[int], body: dict[str, Any]) -> dict[str, Any]:
-        manners = self.manners
+        manners = self.capabilities
         n_tokens, room = body["max_tokens"], manners.max_model_len - len(ids)
         if n_tokens == 0 and not (body.get("echo") and manners.echo):
             if manners.max_tokens_0 == "refused":
@@ -197,7 +197,7 @@ class FakeVllm:
         if body.get("echo") and manners.echo:
             told = [*zip(ids, prompt_rows, strict=True), *told]
         logprobs = None
-        also = body.get("logprob_token_ids", []) if manners.tells_given else []
+        also = body.get("logprob_token_ids", []) if manners.returns_named else []
         if rows and any(i >= len(rows[0]) for i in also):
             raise Refused(400, f"Token id {max(also)} is out of vocabulary")
         if k is not None:
@@ -230,11 +230,11 @@ class FakeVllm:
         }
 
     def _n_logprobs(self, wanted: int | None) -> int | None:
-        most = self.manners.max_logprobs
+        most = self.capabilities.max_logprobs
         if wanted is None or most == 0:
             return None
         if most >= 0 and (wanted > most or wanted == -1):
-            if not self.manners.clamps:
+            if not self.capabilities.clamps:
                 raise Refused(400, f"Requested sample logprobs of {wanted}, greater than {most}")
             return most
         return wanted
@@ -244,7 +244,7 @@ class FakeVllm:
     ) -> tuple[list[int], list[torch.Tensor], bool]:
         """Greedy tokens, what each could have been, and whether the text ended."""
         session, new = self.model.open(1), ids
-        manners_avoid = self.manners.avoids and body.get("repeat_penalty") != 1.0
+        manners_avoid = self.capabilities.avoids and body.get("repeat_penalty") != 1.0
         written: list[int] = []
         rows: list[torch.Tensor] = []
         for _ in range(n_tokens):
@@ -322,7 +322,7 @@ class _Handler(BaseHTTPRequestHandler):
         """Say nothing."""
 
     def do_GET(self) -> None:
-        if self.path != "/v1/models" or not self.fake.manners.lists:
+        if self.path != "/v1/models" or not self.fake.capabilities.lists:
             return self._send(404, {"detail": "Not Found"})
         self._send(200, {"data": [{**self.fake.card(), "created": id(self)}]})
 
@@ -392,7 +392,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("content-length", str(length))
         if retry_after is not None:
             self.send_header("retry-after", retry_after)
-        if not self.fake.manners.keeps_alive:
+        if not self.fake.capabilities.keeps_alive:
             self.send_header("connection", "close")
             self.close_connection = True
         self.end_headers()

@@ -111,7 +111,8 @@ def test_a_policy_that_needs_more_than_the_server_gives_is_one_sentence(
     assert (code, out) == (1, "")
     assert err == (
         f"Error: policy 'entropy' needs logprobs of model 'facts' (server {fake.url}), which shows "
-        "only given, text, top1, topk; choose another policy, or another backend for that model.\n"
+        "only text, token_logprobs, top1, topk; choose another policy, or another backend for that "
+        "model.\n"
     )
     # A base model in a server has no hidden states, which is known before anything is asked.
     swapped = Path(path).read_text().replace("base_model: generalist", "base_model: facts")
@@ -202,7 +203,7 @@ def test_scores_need_every_probability(serve: Serve, tmp_path: Path) -> None:
     corpus = open_corpus(records(tmp_path / "some.jsonl", 1))
     with pytest.raises(
         CapabilityError,
-        match=f"model 'facts' cannot be scored: its server {fake.url} tells of 20 tokens, and "
+        match=f"model 'facts' cannot be scored: its server {fake.url} returns 20 tokens, and "
         "scores need every probability; set `logprobs: all`",
     ):
         score(ensemble(remote(fake)), corpus, tmp_path / "scores")
@@ -211,7 +212,7 @@ def test_scores_need_every_probability(serve: Serve, tmp_path: Path) -> None:
 def test_likelihoods_need_every_probability_of_the_models_in_use(serve: Serve) -> None:
     fake = serve("facts", Manners(max_logprobs=20))
     partial = ensemble(remote(fake))
-    with pytest.raises(CapabilityError, match=r"model 'facts' cannot be scored: .* of 20 tokens"):
+    with pytest.raises(CapabilityError, match=r"model 'facts' cannot be scored: .* returns 20 tokens"):
         LikelihoodReader(partial, partial.resolve("cosd-rule")).check()
     assert LikelihoodReader(partial, partial.resolve("single")).check()
     both = (ensemble(local("facts")), ensemble(remote(serve())))

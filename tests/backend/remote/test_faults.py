@@ -25,7 +25,7 @@ IDS = [40, 467, 79, 258, 72, 536, 221, 18]
 FACTS = {"kind": "single", "params": {"model": "facts"}}
 
 
-def look(model: Any) -> int:
+def forward(model: Any) -> int:
     """What the model would write next."""
     return int(model.open(1).feed([0], [IDS], [1]).logits.argmax())
 
@@ -36,7 +36,7 @@ def test_what_may_pass_is_asked_again_after_growing_pauses(serve: Serve, fault: 
     model = remote(fake)
     fake.go_wrong(fault, fault)
     shown = model.open(1).feed([0], [IDS], [1])
-    assert int(shown.logits.argmax()) == look(local("facts"))
+    assert int(shown.logits.argmax()) == forward(local("facts"))
     first, second = model.pauses
     assert 0.5 <= first <= 0.8
     assert 1.0 <= second <= 1.3
@@ -70,7 +70,7 @@ def test_what_does_not_pass_is_one_sentence(serve: Serve, fault: Any, reason: st
     assert caught.value.server == fake.url
     # The session is as before, so the same may be asked when the server is well again.
     assert session.lengths == [0]
-    assert int(session.feed([0], [IDS], [1]).logits.argmax()) == look(local("facts"))
+    assert int(session.feed([0], [IDS], [1]).logits.argmax()) == forward(local("facts"))
 
 
 def changed(answer: dict[str, Any], **choice: Any) -> dict[str, Any]:
@@ -159,7 +159,7 @@ def test_the_pause_is_the_one_that_the_server_asks_for(serve: Serve) -> None:
     fake = serve()
     model = remote(fake)
     fake.go_wrong("429", "429")
-    assert look(model) == look(local("facts"))
+    assert forward(model) == forward(local("facts"))
     assert model.pauses == [1.0, 1.0]
 
 
@@ -182,7 +182,7 @@ def test_a_server_that_does_not_come_to_an_end_is_given_up_in_time(
     with pytest.raises(
         ServerError, match=r"no whole answer in time \(the limit is 0.3 s\) \(tried 2"
     ):
-        look(model)
+        forward(model)
     assert time.monotonic() - begin < 5
 
 
@@ -194,7 +194,7 @@ def test_a_server_that_refuses_connections_is_named(serve: Serve) -> None:
         ServerError,
         match=f"server {fake.url} of model 'facts': POST .* it cannot be reached .*3 times",
     ):
-        look(model)
+        forward(model)
     fake.restart()
 
 
@@ -220,7 +220,7 @@ def test_an_answer_that_is_not_as_probed_says_so(serve: Serve, fault: Any, reaso
     model = remote(fake)
     fake.go_wrong(fault)
     with pytest.raises(ServerError, match=f"{reason}, other than when it was probed"):
-        look(model)
+        forward(model)
 
 
 # A server that comes back
@@ -258,12 +258,12 @@ def test_the_same_name_and_place_do_not_make_it_the_same_model(serve: Serve) -> 
     model = remote(fake)
     another = local("math")
     fake.restart()
-    look(model)
+    forward(model)
     plain, another.name = another.name, "facts"  # what /v1/models tells is as before
     try:
         fake.restart(model=another)
         with pytest.raises(ServerError, match="is another model now"):
-            look(model)
+            forward(model)
     finally:
         another.name = plain
 
@@ -276,25 +276,25 @@ def test_a_server_that_was_found_to_be_another_is_not_believed_when_asked_again(
     model = remote(fake, retries=0)
     fake.go_wrong("500")
     with pytest.raises(ServerError, match="HTTP 500"):
-        look(model)
+        forward(model)
     fake.restart(model=local("math"))
     for _ in range(3):
         with pytest.raises(ServerError, match="is another model now"):
-            look(model)
+            forward(model)
     fake.restart(model=local("facts"))
-    assert look(model) == look(local("facts"))
+    assert forward(model) == forward(local("facts"))
 
 
 def test_a_doubt_of_one_thread_is_a_doubt_of_all(serve: Serve) -> None:
     fake = serve()
     model = remote(fake)
-    look(model)
+    forward(model)
     fake.restart(model=local("math"))
     complaints: list[ServerError] = []
 
     def ask() -> None:
         try:
-            look(model)
+            forward(model)
         except ServerError as error:
             complaints.append(error)
 
@@ -309,11 +309,11 @@ def test_a_server_that_comes_back_with_fewer_abilities_is_refused(serve: Serve) 
     fake = serve()
     model = remote(fake)
     fake.restart(manners=Manners(max_logprobs=5, clamps=True))
-    with pytest.raises(ServerError, match="it tells of 5 tokens instead of 768, other than when"):
-        look(model)
+    with pytest.raises(ServerError, match="it returns 5 tokens instead of 768, other than when"):
+        forward(model)
     fake.restart(manners=Manners(max_logprobs=5))
     with pytest.raises(ServerError, match="HTTP 400: Requested sample logprobs of -1"):
-        look(model)
+        forward(model)
 
 
 def test_a_server_that_keeps_no_connections_is_not_suspected(serve: Serve) -> None:
@@ -421,5 +421,5 @@ def test_an_answer_over_another_ensemble_is_no_business_of_this_one(serve: Serve
     one, other = remote(fake), remote(fake)
     assert isinstance(ensemble(one), Ensemble)
     n_before = one._server.n_calls
-    look(other)
+    forward(other)
     assert one._server.n_calls == n_before

@@ -81,11 +81,11 @@ def test_texts_that_share_its_room_go_in_as_many_requests_as_that_takes() -> Non
         model = behind(fake)
         assert model.context_length == 95
         texts = [[5, 6, 7] * n for n in (4, 5, 31, 1)]
-        look = model.open(4).feed(range(4), texts, [1] * 4)
-        assert (look.n_calls, look.calls_of) == (3, (1, 1, 1, 1))
+        output = model.open(4).feed(range(4), texts, [1] * 4)
+        assert (output.n_calls, output.calls_of) == (3, (1, 1, 1, 1))
         assert [len(body["prompt"]) for body in fake.requests[-3:]] == [2, 93, 3]
         alone = torch.cat([local("facts").open(1).feed([0], [t], [1]).logits for t in texts])
-        assert torch.allclose(look.logits, alone.log_softmax(-1), atol=1e-4)
+        assert torch.allclose(output.logits, alone.log_softmax(-1), atol=1e-4)
 
 
 ENTRY = {"id": 7, "bytes": [97], "top_logprobs": [{"id": 7, "bytes": [97], "logprob": -0.5}]}

@@ -30,7 +30,7 @@ ROW = torch.nn.functional.pad(KNOWN, (0, 3), value=-INF)
 
 
 def test_what_is_known_is_taken_as_it_is_and_not_normalised() -> None:
-    view = View(ROW, n_likeliest=5)
+    view = View(ROW, max_top_logprobs=5)
     assert torch.equal(view.logprobs, ROW)
     assert view.top1_probs.item() == pytest.approx(0.4)
     assert view.margins.item() == pytest.approx(0.2)
@@ -39,10 +39,10 @@ def test_what_is_known_is_taken_as_it_is_and_not_normalised() -> None:
 
 
 def test_more_likely_tokens_than_are_known_are_refused() -> None:
-    with pytest.raises(CapabilityError, match=r"6 likeliest .* 'facts', whose server tells of 5;"):
-        View(ROW, name="facts", n_likeliest=5).topk_logprobs(6)
-    with pytest.raises(CapabilityError, match=r"2 likeliest tokens .* tells of 1; set `logprobs:`"):
-        _ = View(ROW, n_likeliest=1).margins
+    with pytest.raises(CapabilityError, match=r"6 likeliest .* 'facts', whose server returns 5;"):
+        View(ROW, name="facts", max_top_logprobs=5).topk_logprobs(6)
+    with pytest.raises(CapabilityError, match=r"2 likeliest tokens .* returns 1; set `logprobs:`"):
+        _ = View(ROW, max_top_logprobs=1).margins
 
 
 # What a server with 20 log-probabilities shows
@@ -56,11 +56,11 @@ def test_a_partial_row_holds_true_log_probabilities_and_leaves_the_rest_unknown(
     got = model.open(1).feed([0], [ids], [1]).logits[0]
     want = local("facts").open(1).feed([0], [ids], [1]).logits[0].log_softmax(-1)
     known = got > -INF
-    assert model.n_likeliest == 20 == int(known.sum())
+    assert model.max_top_logprobs == 20 == int(known.sum())
     assert torch.allclose(got[known], want[known], atol=1e-5)
     assert float(want[~known].max()) <= float(want[known].min())
-    assert model.shows == {"text", "top1", "topk", "given"}
-    silent = remote(serve("facts", Manners(max_logprobs=20, tells_given=False)))
+    assert model.shows == {"text", "top1", "topk", "token_logprobs"}
+    silent = remote(serve("facts", Manners(max_logprobs=20, returns_named=False)))
     assert silent.shows == {"text", "top1", "topk"}
 
 
@@ -110,7 +110,7 @@ def test_a_policy_that_needs_every_probability_is_refused_by_name_signal_and_ser
         with pytest.raises(
             CapabilityError,
             match=f"policy '{name}' needs logprobs of model 'facts' \\(server {fake.url}\\), which "
-            "shows only given, text, top1, topk; choose another policy",
+            "shows only text, token_logprobs, top1, topk; choose another policy",
         ):
             partial.generate(PROMPTS[0], policy)
 
@@ -160,8 +160,8 @@ def test_a_server_is_asked_by_name_for_tokens_of_the_text_that_it_did_not_return
         found.append(torch.tensor(Scores.seen))
     assert found[0].shape == (8, 2) and bool((found[1][1:] > 0).all())
     assert torch.allclose(found[0], found[1], atol=1e-3)
-    silent = remote(serve("facts", Manners(max_logprobs=20, tells_given=False)))
-    with pytest.raises(CapabilityError, match="needs given of model 'facts'"):
+    silent = remote(serve("facts", Manners(max_logprobs=20, returns_named=False)))
+    with pytest.raises(CapabilityError, match="needs token_logprobs of model 'facts'"):
         ensemble(silent).generate(PROMPTS[0], Scores())
 
 
@@ -310,8 +310,8 @@ def test_models_that_all_propose_and_never_judge_are_refused(serve: Serve) -> No
     alone = Ensemble([remote(fake)])
     with pytest.raises(
         CapabilityError,
-        match=f"'cool-fusion' needs a model that tells .* \\(signal given\\), and 'facts' "
-        f"\\(server {fake.url}\\) do not; add a model of this process",
+        match=f"'cool-fusion' needs a model that tells .* \\(signal token_logprobs\\), and 'facts' "
+        f"\\(server {fake.url}\\) do not; add a local model",
     ):
         alone.generate(PROMPTS[0], "cool-fusion")
 
@@ -327,7 +327,7 @@ def test_a_server_of_text_cannot_go_on_within_a_character(serve: Serve) -> None:
 
 def test_a_policy_may_not_read_a_probability_that_it_did_not_ask_for() -> None:
     with pytest.raises(PolicyError, match="declared only \\['text'\\]"):
-        _ = View(ROW, signals=frozenset({"text"}), n_likeliest=0).top1_logprobs
+        _ = View(ROW, signals=frozenset({"text"}), max_top_logprobs=0).top1_logprobs
 
 
 def test_no_warning_is_given_where_everything_is_known(serve: Serve) -> None:
@@ -370,15 +370,17 @@ def test_a_policy_that_names_tokens_writes_the_same_with_a_server_that_tells_of_
 def test_a_server_that_tells_of_no_named_tokens_is_refused_by_policies_that_name_some(
     serve: Serve,
 ) -> None:
-    fake = serve("facts", Manners(max_logprobs=6, tells_given=False))
-    with pytest.raises(CapabilityError, match="policy 'unite' needs given of model 'facts'"):
+    fake = serve("facts", Manners(max_logprobs=6, returns_named=False))
+    with pytest.raises(
+        CapabilityError, match="policy 'unite' needs token_logprobs of model 'facts'"
+    ):
         ensemble(remote(fake)).generate(PROMPTS[0], "unite")
 
 
 def test_a_token_that_no_server_was_asked_about_is_not_taken_for_impossible() -> None:
-    signals = frozenset({"topk", "given"})
+    signals = frozenset({"topk", "token_logprobs"})
     named = torch.tensor([[6]])
-    view = View(ROW, signals=signals, name="facts", n_likeliest=5, candidates=named)
+    view = View(ROW, signals=signals, name="facts", max_top_logprobs=5, candidates=named)
     assert view.logprobs_of(torch.tensor([[0, 6]])).tolist()[0][1] == -INF
     with pytest.raises(PolicyError, match="server of model 'facts' was not asked about"):
         view.logprob_of(torch.tensor([7]))

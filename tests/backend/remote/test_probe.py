@@ -41,7 +41,7 @@ Serve = Callable[..., FakeVllm]
 def test_what_a_server_can_do_is_found_out(serve: Serve, manners: Manners, found: Any) -> None:
     fake = serve("facts", manners)
     can = remote(fake)._abilities
-    assert (can.takes_ids, can.n_likeliest, can.scoring, can.max_tokens_0) == found
+    assert (can.takes_ids, can.max_top_logprobs, can.scoring, can.max_tokens_0) == found
     # What was found stays: from now on nothing is asked that the server refused.
     assert can.context_length == 511
 
@@ -63,12 +63,12 @@ def test_the_first_request_may_take_longer_than_others(serve: Serve) -> None:
     fake = serve()
     slow = iter([0.4])
     fake.before_answer = lambda: fake.wait_until_end(next(slow, 0.0))
-    assert remote(fake, timeout=0.3, retries=0).n_likeliest is None
+    assert remote(fake, timeout=0.3, retries=0).max_top_logprobs is None
 
 
 def test_log_probabilities_can_be_limited(serve: Serve) -> None:
-    assert remote(serve(), logprobs=7).n_likeliest == 7
-    assert remote(serve(), logprobs="all").n_likeliest is None
+    assert remote(serve(), logprobs=7).max_top_logprobs == 7
+    assert remote(serve(), logprobs="all").max_top_logprobs is None
 
 
 @pytest.mark.parametrize("wanted", [30, "all"])
@@ -77,7 +77,7 @@ def test_more_log_probabilities_than_there_are_is_an_error(serve: Serve, wanted:
     with pytest.raises(
         ServerError,
         match=f"server {fake.url} of model 'facts': probe: the ensemble file asks for `logprobs: "
-        f"{wanted}`, and the server tells of 20 tokens; start it with a higher limit",
+        f"{wanted}`, and the server returns 20 tokens; start it with a higher limit",
     ):
         remote(fake, logprobs=wanted)
 
@@ -124,7 +124,7 @@ def test_the_key_comes_from_the_environment(serve: Serve, monkeypatch: pytest.Mo
     ):
         VllmModel.from_config("facts", settings)
     monkeypatch.setenv("SOME_KEY", "hush")
-    assert VllmModel.from_config("facts", settings).n_likeliest is None
+    assert VllmModel.from_config("facts", settings).max_top_logprobs is None
 
 
 @pytest.mark.parametrize("key", ["hush\n", "hush\r", "hu sh", "h\xfcsh"])

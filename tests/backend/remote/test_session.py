@@ -41,9 +41,9 @@ def write_greedily(model: object, ids: list[int], n_tokens: int) -> tuple[list[i
     """Token by token; the tokens, and how many requests they took."""
     session, new, written, n_calls = model.open(1), ids, [], 0
     for _ in range(n_tokens):
-        look = session.feed([0], [new], [1])
-        n_calls += look.n_calls
-        new = [int(look.logits[0].argmax())]
+        output = session.feed([0], [new], [1])
+        n_calls += output.n_calls
+        new = [int(output.logits[0].argmax())]
         written += new
     return written, n_calls
 
@@ -96,11 +96,11 @@ def test_what_was_foreseen_is_not_believed_on_another_way(serve: Serve) -> None:
 def test_a_batch_is_one_request_and_counts_for_the_rows_that_needed_it(serve: Serve) -> None:
     session = remote(serve()).open(3)
     session.feed([0], [IDS], [1])
-    look = session.feed([1, 2], [IDS[:3], IDS[:5]], [1, 1])
-    assert (look.n_calls, look.calls_of) == (1, (1, 1))
+    output = session.feed([1, 2], [IDS[:3], IDS[:5]], [1, 1])
+    assert (output.n_calls, output.calls_of) == (1, (1, 1))
     session.truncate(0, len(IDS) - 1)
-    look = session.feed([0, 1], [IDS[-1:], [9]], [1, 1])
-    assert (look.n_calls, look.calls_of) == (1, (0, 1))
+    output = session.feed([0, 1], [IDS[-1:], [9]], [1, 1])
+    assert (output.n_calls, output.calls_of) == (1, (0, 1))
 
 
 def test_an_end_of_text_as_the_first_token_is_a_token_like_any_other(serve: Serve) -> None:
@@ -109,9 +109,9 @@ def test_an_end_of_text_as_the_first_token_is_a_token_like_any_other(serve: Serv
     said = " Well. Dulerex is prescribed for typhus. Answer: typhus."
     ids = generalist.tokenizer.encode(PROMPTS[0] + said)
     session = remote(serve("generalist"), look_ahead=4).open(1)
-    look = session.feed([0], [ids], [1])
-    assert int(look.logits.argmax()) == end
-    assert torch.allclose(look.logits.log_softmax(-1), logprobs(generalist, ids, 1), atol=1e-5)
+    output = session.feed([0], [ids], [1])
+    assert int(output.logits.argmax()) == end
+    assert torch.allclose(output.logits.log_softmax(-1), logprobs(generalist, ids, 1), atol=1e-5)
     # Behind an end of text another text begins.
     after = session.feed([0], [[end, *IDS]], [1]).logits.log_softmax(-1)
     assert torch.allclose(after, logprobs(generalist, [*ids, end, *IDS], 1), atol=1e-5)
@@ -141,10 +141,10 @@ def test_a_server_that_takes_one_prompt_at_a_time_is_asked_one_by_one(serve: Ser
     fake = serve("facts", Manners(takes_several=False))
     model = remote(fake)
     assert "prompts are token ids, one at a time" in model.abilities
-    look = model.open(2).feed([0, 1], [IDS, IDS[:4]], [1, 2])
-    assert look.n_calls == 3
+    output = model.open(2).feed([0, 1], [IDS, IDS[:4]], [1, 2])
+    assert output.n_calls == 3
     want = [logprobs(local("facts"), ids, n) for ids, n in ((IDS, 1), (IDS[:4], 2))]
-    assert torch.allclose(look.logits.log_softmax(-1), torch.cat(want), atol=1e-5)
+    assert torch.allclose(output.logits.log_softmax(-1), torch.cat(want), atol=1e-5)
 
 
 def test_hidden_states_are_refused_by_name(serve: Serve) -> None:
