@@ -3,31 +3,15 @@
 from __future__ import annotations
 
 import os
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from jaxtyping import install_import_hook
+from shape_checks import check_shapes
 
-PACKAGE = Path(__file__).parents[1] / "multicolm"
-
-
-def modules_with_shapes() -> list[str]:
-    """The modules whose signatures name shapes; checking any other one costs time for nothing."""
-    return [
-        ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
-        for path in sorted(PACKAGE.rglob("*.py"))
-        if "from jaxtyping import" in path.read_text()
-    ]
-
-
-# Before anything imports multicolm. On Python 3.10 beartype cannot read `**settings` with typed
-# keys; there the tests run without it.
-if sys.version_info >= (3, 11):
-    install_import_hook(modules_with_shapes(), "beartype.beartype")
-
+# Before anything imports multicolm.
+check_shapes(Path(__file__).parents[1] / "multicolm")
 
 # What tests run by name is remembered in no list of the user's, nor in that of another run.
 _STATE = tempfile.TemporaryDirectory()

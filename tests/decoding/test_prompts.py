@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
-import jaxtyping
 import pytest
 
 from multicolm import Ensemble
@@ -33,14 +31,6 @@ def sentence(ensemble: Ensemble, prompt: Any, policy: Any = "random") -> str:
         ensemble.generate(["a", prompt], policy, max_new_tokens=1)
     assert str(second.value) == str(caught.value).replace("prompt 1", "prompt 2")
     return str(caught.value)
-
-
-@pytest.fixture
-def as_users_have_it() -> Iterator[None]:
-    """Types are not checked outside of tests, so what is wrong arrives."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 MESSAGE = '; one is {"role": "user", "content": "..."}.'
@@ -84,7 +74,6 @@ NO_TYPE = "allowed are a text, a chat (a list of messages with role and content)
         ),
     ],
 )
-@pytest.mark.usefixtures("as_users_have_it")
 def test_a_bad_prompt_gets_its_sentence(ensemble: Ensemble, prompt: Any, text: str | None) -> None:
     if text is None:
         text = sentence(ensemble, prompt)
