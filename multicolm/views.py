@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from jaxtyping import Bool, Float, Int, Shaped
 
 from multicolm.errors import CapabilityError, PolicyError, UnknownNameError, unknown
+from multicolm.renamed import Renamed
 from multicolm.types import Pooling, Signal, Tensor
 
 if TYPE_CHECKING:
@@ -479,6 +480,8 @@ class Views:
     def greedy(self) -> Bool[Tensor, "positions"]:
         """Where the likeliest token is taken, and nothing is random."""
         return self._worked_out("greedy")
+
+    prompt_nats = Renamed("prompt_mean_nll", PolicyError)
 
     @property
     def prompt_mean_nll(self) -> Float[Tensor, "positions models"]:

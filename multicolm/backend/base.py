@@ -11,12 +11,13 @@ import codecs
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 from jaxtyping import Float, Int
 
 from multicolm.config import ModelConfig
-from multicolm.errors import CapabilityError, InputError
+from multicolm.errors import CapabilityError, InputError, ModelError
+from multicolm.renamed import Renamed, forbid_old_names
 from multicolm.tokenizer.base import TokenizerAdapter
 from multicolm.types import Signal, Tensor
 
@@ -62,6 +63,10 @@ class Session(ABC):
     """
 
     lengths: list[int]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        forbid_old_names(cls, {"tell": "logprobs_of"}, ModelError)
 
     @abstractmethod
     def feed(
@@ -158,6 +163,12 @@ class Model(ABC):
     identity: str = ""
     hidden_size: int | None = None
     precision: str = "float32"
+    n_likeliest = Renamed("max_top_logprobs", ModelError)
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        new_names = {"n_likeliest": "max_top_logprobs", "wait": "synchronize"}
+        forbid_old_names(cls, new_names, ModelError)
 
     @classmethod
     def from_config(cls, name: str, config: ModelConfig) -> Model:
@@ -250,6 +261,12 @@ class Model(ABC):
             )
         session.feed([0], [prefix[len(taken) :]])
         return session
+
+
+def __getattr__(name: str) -> NoReturn:
+    if name == "Look":
+        raise ImportError("multicolm.backend.base.Look of 0.1 is called ModelOutput now.")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def _as_bytes(text: str | bytes, what: str) -> bytes:

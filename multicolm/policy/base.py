@@ -195,6 +195,12 @@ class Policy:
         super().__init_subclass__(**kwargs)
         if "name" not in cls.__dict__:
             cls.name = cls.__name__
+        for field in ("base_signals", "assistant_signals"):
+            if "given" in (cls.__dict__.get(field) or ()):
+                raise PolicyError(
+                    f"{cls.__name__}.{field}: the signal 'given' of 0.1 is called 'token_logprobs' "
+                    "now; rename it."
+                )
 
     def needs(self, models: ModelNames) -> Needs:
         """What to look at in an ensemble of these models: the declared signals of those in use.
