@@ -1,7 +1,7 @@
 """Names of 0.1 that are called otherwise now: whoever still uses one is given the new one.
 
-Without this, what a policy or a backend of 0.1 says under an old name would be lost silently: Python
-accepts an attribute that nobody reads.
+Without this, what a policy or a backend of 0.1 says under an old name would be lost silently:
+Python accepts an attribute that nobody reads.
 """
 
 from __future__ import annotations
