@@ -66,7 +66,7 @@ class Engine(Service):
         """How often this thread has asked the engine."""
         return int(getattr(self._of_thread, "n_calls", 0))
 
-    def get(self, path: str, what: str) -> dict[str, Any]:
+    def get(self, path: str, what: str, *, most: int) -> dict[str, Any]:
         """The list of models: this one."""
         length = self._engine.llm_engine.model_config.max_model_len
         return {"data": [{"id": self._model, "max_model_len": length, "root": self.url}]}
@@ -77,6 +77,7 @@ class Engine(Service):
         body: Mapping[str, Any],
         what: str,
         *,
+        most: int,
         timeout: float | None = None,
         final_500: bool = False,
     ) -> dict[str, Any]:

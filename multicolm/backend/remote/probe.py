@@ -10,13 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from multicolm.backend.remote.completions import (
-    Completion,
-    Likeliest,
-    Scoring,
-    Unreadable,
-    completions,
-)
+from multicolm.backend.remote.answers import Completion, Likeliest, Unreadable
+from multicolm.backend.remote.completions import Scoring, completions
 from multicolm.backend.remote.service import Service
 from multicolm.errors import ServerError, VocabularyError, unknown
 from multicolm.tokenizer.base import TokenizerAdapter
@@ -42,6 +37,10 @@ _SMALL_VOCABULARY = 4096
 # How to ask for all log-probabilities: vLLM takes -1, and llama.cpp gives as many as there are.
 _ALL = (-1, 1 << 20)
 _SAME = 1e-2  # nats; requests that differ only in form, and rounding in half precision
+_LONGEST_LIST = 1 << 22  # bytes
+_MOST_LISTED = 20  # models of a server, in a message
+_LONGEST_CONTEXT = 1 << 40  # tokens
+_LONGEST_NAME = 4096  # characters, as paths have them
 _ANOTHER = 0.25  # nats; a model that was fine-tuned differs by more somewhere in a few tokens
 
 
@@ -218,34 +217,58 @@ def find_served_model(server: Service, wanted: str | None) -> _Listing:
         ServerError: if it does not serve the model, or several of which none is named.
     """
     try:
-        answer = server.get("/v1/models", "which models it serves")
+        answer = server.get("/v1/models", "which models it serves", most=_LONGEST_LIST)
     except ServerError as error:
         # Some servers list nothing; then the first request tells whether the name is right.
         if wanted is None or error.status is None:
             raise
         return _Listing(wanted)
-    listed = [entry for entry in answer.get("data") or [] if isinstance(entry, dict)]
-    known = {str(entry["id"]): entry for entry in listed if "id" in entry}
+    listed = answer.get("data")
+    if not isinstance(listed, list):
+        raise server.error("GET /v1/models", "`data` is no list of models.")
+    known = {
+        entry["id"]: entry
+        for entry in listed
+        if isinstance(entry, dict) and isinstance(entry.get("id"), str)
+    }
     if wanted is None and len(known) != 1:
+        named = ", ".join(sorted(known)[:_MOST_LISTED])[:1000] or "no model by name"
+        more = f" and {len(known) - _MOST_LISTED} more" if len(known) > _MOST_LISTED else ""
         raise server.error(
             "GET /v1/models",
-            f"it serves {', '.join(known) or 'no model by name'}; say which with `served_model:`.",
+            f"it serves {named}{more}; say which with `served_model:`.",
         )
     served = wanted if wanted is not None else next(iter(known))
     if served not in known:
         raise server.error("GET /v1/models", unknown("served model", served, known))
     entry = known[served]
-    length, root = entry.get("max_model_len"), entry.get("root")
     # llama.cpp's server tells more here, and its texts share this room if it chose their number.
-    more = entry.get("meta")
-    room = more.get("n_ctx") if isinstance(more, dict) else None
-    room = room if isinstance(room, int) else None
-    return _Listing(
-        served,
-        length if isinstance(length, int) else room,
-        room,
-        root if isinstance(root, str) else None,
-    )
+    more_known = entry.get("meta")
+    try:
+        room = _length(more_known, "n_ctx") if isinstance(more_known, dict) else None
+        length = _length(entry, "max_model_len")
+    except Unreadable as error:
+        raise server.error("GET /v1/models", str(error)) from error
+    root = entry.get("root")
+    return _Listing(served, room if length is None else length, room, _name(root))
+
+
+def _length(given: dict[str, Any], field: str) -> int | None:
+    """A number of tokens that a server tells.
+
+    Raises:
+        Unreadable: if there can be no such number.
+    """
+    length = given.get(field)
+    if length is None:
+        return None
+    if type(length) is not int or not 2 <= length <= _LONGEST_CONTEXT:
+        raise Unreadable(f"`{field}` is no number of tokens that a context can have.")
+    return length
+
+
+def _name(given: Any) -> str | None:
+    return given[:_LONGEST_NAME] if isinstance(given, str) else None
 
 
 class _Trial:
@@ -278,6 +301,7 @@ class _Trial:
                 self._served,
                 prompts,
                 n_tokens,
+                width=self._tokenizer.n_tokens,
                 logprobs=logprobs,
                 scoring=scoring,
                 final_500=True,
@@ -298,10 +322,12 @@ class _Trial:
             ServerError: if it cannot go on behind a text at all.
         """
         try:
-            _, answer = completions(self._server, self._served, [_TEXTS[0]], 1, timeout=WARM_UP)
+            _, answer = completions(
+                self._server, self._served, [_TEXTS[0]], 1, width=0, timeout=WARM_UP
+            )
         except Unreadable as error:
             raise self._server.error("POST /v1/completions", str(error)) from error
-        return str(answer.get("model", ""))
+        return str(answer.get("model") or "")
 
     def find_untold(self) -> tuple[int, ...]:
         """Tokens of which no row comes back if the server writes them.
@@ -411,11 +437,11 @@ class _Trial:
                 )
 
     def _counts_differ(self, text: str, n_ids: int) -> bool:
-        _, answer = completions(self._server, self._served, [text], 1)
+        _, answer = completions(self._server, self._served, [text], 1, width=0)
         usage = answer.get("usage")
         counted = usage.get("prompt_tokens") if isinstance(usage, dict) else None
         # Without ids, how many tokens it counts is all that a server tells, if it does.
-        return isinstance(counted, int) and counted > 0 and counted != n_ids
+        return type(counted) is int and counted > 0 and counted != n_ids
 
 
 def _without(tokens: Sequence[int]) -> dict[str, Any]:
@@ -452,13 +478,19 @@ def fingerprint(server: Service, abilities: Abilities, ids: Sequence[int]) -> li
         ServerError: if it does not say it.
     """
     try:
-        if abilities.max_top_logprobs == 0:
-            prompts: list[Sequence[int] | str] = [ids] if abilities.takes_ids else [_TEXTS[0]]
-            return completions(
-                server, abilities.served_model, prompts, 8, **abilities.capabilities
-            )[0]
-        k, manners = min(5, abilities.max_top_logprobs or 5), abilities.capabilities
-        return completions(server, abilities.served_model, [ids], 4, logprobs=k, **manners)[0]
+        prompts: list[Sequence[int] | str] = [ids] if abilities.takes_ids else [_TEXTS[0]]
+        n_tokens, logprobs = 8, None
+        if abilities.max_top_logprobs != 0:
+            n_tokens, logprobs = 4, min(5, abilities.max_top_logprobs or 5)
+        return completions(
+            server,
+            abilities.served_model,
+            prompts,
+            n_tokens,
+            width=abilities.width,
+            logprobs=logprobs,
+            **abilities.capabilities,
+        )[0]
     except Unreadable as error:
         raise server.error("POST /v1/completions", str(error)) from error
 

@@ -35,8 +35,13 @@ class Service(ABC):
         """How many requests this thread has sent, attempts included."""
 
     @abstractmethod
-    def get(self, path: str, what: str) -> dict[str, Any]:
+    def get(self, path: str, what: str, *, most: int) -> dict[str, Any]:
         """The JSON object at a path.
+
+        Args:
+            path: such as ``/v1/models``.
+            what: it asks for, for messages.
+            most: bytes that it may have.
 
         Raises:
             ServerError: if there is none.
@@ -49,6 +54,7 @@ class Service(ABC):
         body: Mapping[str, Any],
         what: str,
         *,
+        most: int,
         timeout: float | None = None,
         final_500: bool = False,
     ) -> dict[str, Any]:
@@ -58,6 +64,7 @@ class Service(ABC):
             path: such as ``/v1/completions``.
             body: the request.
             what: it asks for, for messages.
+            most: bytes that the answer may have.
             timeout: seconds that it may take, if more than usual.
             final_500: whether HTTP status 500 counts as an answer: some servers give it to
                 whatever they do not understand.

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from multicolm.backend.base import ModelOutput, Session
-from multicolm.backend.remote.completions import Completion, Likeliest, Unreadable, completions
+from multicolm.backend.remote.answers import Completion, Likeliest, Unreadable
+from multicolm.backend.remote.completions import completions
 from multicolm.backend.remote.probe import Abilities
 from multicolm.backend.remote.service import Service
 from multicolm.backend.remote.written import Writing
@@ -319,6 +320,7 @@ class RemoteSession(Session):
                 abilities.served_model,
                 prompts,
                 n_tokens,
+                width=self._width,
                 logprobs=1 if about else abilities.how_many or None,
                 scoring=abilities.scoring if scoring else None,
                 **named,
@@ -326,8 +328,8 @@ class RemoteSession(Session):
             )
         except Unreadable as error:
             raise self._changed(str(error)) from error
-        if str(whole.get("model", "")) != abilities.answers_as:
-            raise self._changed(f"it answers as model '{whole.get('model')}'")
+        if (model := whole.get("model") or "") != abilities.answers_as:
+            raise self._changed(f"it answers as model '{model[:80]}'")
         return answers
 
     def _read(self, answer: Completion, n_asked: int) -> tuple[list[int], list[Likeliest]]:

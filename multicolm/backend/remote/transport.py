@@ -8,34 +8,49 @@ one: no answer is used from then on until :attr:`Server.check` has found that it
 from __future__ import annotations
 
 import json
+import math
 import random
 import threading
 import time
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
 from typing import Any
 
+from pydantic_core import from_json
+
 try:
-    import httpx
+    import httpcore
     import tenacity
 except ImportError as error:
     from multicolm.errors import ModelError
 
     raise ModelError(
-        "models in a server need httpx and tenacity: pip install 'multicolm[remote]'."
+        "models in a server need httpcore and tenacity: pip install 'multicolm[remote]'."
     ) from error
 
+from multicolm.backend.remote.connections import (
+    Deadline,
+    TooLong,
+    WronglyEncoded,
+    ascii_url,
+    connections,
+    read_body,
+)
 from multicolm.backend.remote.service import Service
+from multicolm.errors import ConfigError
 from multicolm.keys import check_key
 
 __all__ = ["Server"]
 
 _BUSY = frozenset({408, 425, 429, 500, 502, 503, 504})
-_LONGEST_BODY = 1 << 30  # bytes
+_LONGEST_COMPLAINT = 1 << 16  # bytes
+# Of an answer as it is written, per value of it: an empty list takes three bytes there, and a
+# hundred in memory.
+_BYTES_PER_VALUE = 8
 _CONNECTED = "connection.connect_tcp.complete"
-_LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 class _Failed(Exception):
@@ -45,7 +60,7 @@ class _Failed(Exception):
         reason: what happened.
         status: of the answer, if there was one.
         pause: how long the server asks to wait, in seconds.
-        slow: whether it cost all the time that it may take.
+        retries: how many more attempts it is worth.
     """
 
     def __init__(
@@ -54,12 +69,37 @@ class _Failed(Exception):
         status: int | None = None,
         pause: float | None = None,
         *,
-        slow: bool = False,
+        retries: float = math.inf,
     ) -> None:
         super().__init__(reason)
         self.status = status
         self.pause = pause
-        self.slow = slow
+        self.retries = retries
+
+
+@dataclass(frozen=True, slots=True)
+class _Request:
+    """One request, and what it may take.
+
+    Attributes:
+        method: of HTTP.
+        path: such as ``/v1/models``.
+        content: its body.
+        what: it is, for messages.
+        limit: seconds that an attempt may take.
+        slow_retries: how often it is sent again after an attempt that took all of them.
+        most: bytes that an answer may have.
+        final_500: whether HTTP status 500 counts as an answer.
+    """
+
+    method: str
+    path: str
+    content: bytes | None
+    what: str
+    limit: float
+    slow_retries: int
+    most: int
+    final_500: bool
 
 
 class Server(Service):
@@ -99,22 +139,31 @@ class Server(Service):
         self._n_settled = 0
         self._doubting, self._checking = threading.Lock(), threading.Lock()
         self._own = _OfThread()
-        self._client = httpx.Client(
-            headers={} if api_key is None else {"Authorization": f"Bearer {api_key}"},
-            timeout=httpx.Timeout(timeout, connect=connect_timeout),
-            # A proxy cannot reach this machine's own servers.
-            trust_env=httpx.URL(self.url).host not in _LOOPBACK,
-        )
-        weakref.finalize(self, self._client.close)
+        self._connect_timeout = connect_timeout
+        self._headers: dict[bytes | str, bytes | str] = {
+            "Accept": "application/json",
+            "Accept-Encoding": "gzip",
+            "Content-Type": "application/json",
+            "User-Agent": "multicolm",
+        }
+        if api_key is not None:
+            self._headers["Authorization"] = f"Bearer {api_key}"
+        self._deadline = Deadline()
+        try:
+            self._base = ascii_url(self.url)
+        except UnicodeError as error:
+            raise ConfigError(f"model '{model}': url: no server is called {self.url}.") from error
+        self._connections = connections(self._base, self._deadline)
+        weakref.finalize(self, self._connections.close)
 
     @property
     def n_calls(self) -> int:
         """How many requests this thread has sent, attempts included."""
         return self._own.n_calls
 
-    def get(self, path: str, what: str) -> dict[str, Any]:
+    def get(self, path: str, what: str, *, most: int) -> dict[str, Any]:
         """See :meth:`multicolm.backend.remote.service.Service.get`."""
-        return self._ask("GET", path, None, what, None, final_500=True)
+        return self._ask("GET", path, None, what, most=most, final_500=True)
 
     def post(
         self,
@@ -122,22 +171,47 @@ class Server(Service):
         body: Mapping[str, Any],
         what: str,
         *,
+        most: int,
         timeout: float | None = None,
         final_500: bool = False,
     ) -> dict[str, Any]:
         """See :meth:`multicolm.backend.remote.service.Service.post`."""
-        return self._ask("POST", path, body, what, timeout, final_500)
+        content = json.dumps(body).encode()
+        return self._ask(
+            "POST", path, content, what, most=most, timeout=timeout, final_500=final_500
+        )
 
     def _ask(
         self,
         method: str,
         path: str,
-        body: Mapping[str, Any] | None,
+        content: bytes | None,
         what: str,
-        timeout: float | None,
+        *,
+        most: int,
+        timeout: float | None = None,
         final_500: bool,
     ) -> dict[str, Any]:
-        request = f"{method} {path} ({what})"
+        request = _Request(
+            method,
+            path,
+            content,
+            f"{method} {path} ({what})",
+            limit=max(self._timeout, timeout or 0.0),
+            # What may take longer than usual has had its time.
+            slow_retries=min(1, self._retries) if timeout is None else 0,
+            most=most,
+            final_500=final_500,
+        )
+        if not self._own.is_checking:
+            self._own.end = time.monotonic() + request.limit * (1 + self._retries)
+        answer = self._try(request)
+        if self._n_settled < self._n_doubts and not self._own.is_checking:
+            self._see_that_it_is_the_same()
+        return answer
+
+    def _try(self, request: _Request) -> dict[str, Any]:
+        """Send a request until it is answered, or is not worth it."""
         n_failed = 0
 
         def count(state: tenacity.RetryCallState) -> None:
@@ -150,18 +224,21 @@ class Server(Service):
             wait=_pause,
             retry=tenacity.retry_if_exception_type(_Failed),
             after=count,
-            sleep=self._sleep,
+            sleep=self._wait,
             reraise=True,
         )
         try:
-            answer = attempts(self._attempt, method, path, body, timeout, request, final_500)
+            return attempts(self._attempt, request)
         except _Failed as failed:
             times = "" if n_failed == 1 else f" (tried {n_failed} times)"
             advice = f"{times}. See that it runs, then call again."
-            raise self.error(request, f"{failed}{advice}", failed.status) from failed
-        if self._n_settled < self._n_doubts and not self._own.is_checking:
-            self._see_that_it_is_the_same()
-        return answer
+            raise self.error(request.what, f"{failed}{advice}", failed.status) from failed
+
+    def _wait(self, seconds: float) -> None:
+        """Pause between two attempts, at no cost to their own time."""
+        begin = time.monotonic()
+        self._sleep(seconds)
+        self._own.end += time.monotonic() - begin
 
     def _doubt(self) -> None:
         with self._doubting:
@@ -169,15 +246,18 @@ class Server(Service):
 
     def _see_that_it_is_the_same(self) -> None:
         """Ask who answers; a check that fails settles nothing, and will be made again."""
-        with self._checking:
+        # Another thread may be at it; its time is not this one's.
+        if not self._checking.acquire(timeout=max(0.0, self._own.end - time.monotonic())):
+            raise self.error("check after a new connection", "no whole answer in time.")
+        try:
             n_doubts = self._n_doubts
             if self.check is not None and self._n_settled < n_doubts:
                 self._own.is_checking = True
-                try:
-                    self.check()
-                finally:
-                    self._own.is_checking = False
+                self.check()
             self._n_settled = n_doubts
+        finally:
+            self._own.is_checking = False
+            self._checking.release()
 
     def _gives_up(self, state: tenacity.RetryCallState) -> bool:
         """After the last attempt, and where more of them would take too long."""
@@ -186,72 +266,87 @@ class Server(Service):
             return False
         if failed.pause is not None and failed.pause > self._timeout:
             return True
-        return state.attempt_number > (min(1, self._retries) if failed.slow else self._retries)
+        return state.attempt_number > min(self._retries, failed.retries)
 
-    def _attempt(
-        self,
-        method: str,
-        path: str,
-        body: Mapping[str, Any] | None,
-        timeout: float | None,
-        request: str,
-        final_500: bool,
-    ) -> dict[str, Any]:
+    def _attempt(self, request: _Request) -> dict[str, Any]:
         self._own.n_calls += 1
-        limit = max(self._timeout, timeout or 0.0)
-        try:
-            status, headers, content = self._exchange(method, path, body, limit)
-        except httpx.TimeoutException as error:
-            what = "no connection" if isinstance(error, httpx.ConnectTimeout) else "no whole answer"
-            raise _Failed(f"{what} in time (the limit is {limit:g} s)", slow=True) from error
-        except httpx.ConnectError as error:
-            raise _Failed(f"it cannot be reached ({error})") from error
-        except httpx.TransportError as error:
-            raise _Failed(f"the connection broke ({error})") from error
-        except httpx.DecodingError as error:
-            raise _Failed(f"the answer is compressed wrongly ({error})") from error
+        status, headers, content = self._exchange(request)
         if status != 200:
             reason = f"HTTP {status}: {_message(content)}"
-            if status in _BUSY and not (final_500 and status == 500):
+            if status in _BUSY and not (request.final_500 and status == 500):
                 pause = _retry_after(headers)
                 asks = "" if pause is None else f" (it asks to wait {pause:g} s)"
                 raise _Failed(f"{reason}{asks}", status, pause)
-            raise self.error(request, reason, status)
+            raise self.error(request.what, reason, status)
+        n_values = sum(map(content.count, (b",", b"[", b"{")))
+        if n_values > request.most // _BYTES_PER_VALUE:
+            raise self.error(
+                request.what,
+                f"the answer has some {n_values} values, and what was asked for has "
+                f"{request.most // _BYTES_PER_VALUE} at the most",
+            )
         try:
-            answer = json.loads(content)
-        except (ValueError, RecursionError) as error:
+            # It has a limit of depth, and takes no text that is none.
+            answer = from_json(content)
+        except ValueError as error:
             raise _Failed(f"the answer is no JSON ({_shorten(content)})") from error
         if not isinstance(answer, dict):
-            raise self.error(request, f"the answer is no JSON object ({_shorten(content)})")
+            raise self.error(request.what, f"the answer is no JSON object ({_shorten(content)})")
         return answer
 
-    def _exchange(
-        self, method: str, path: str, body: Mapping[str, Any] | None, limit: float
-    ) -> tuple[int, dict[str, str], bytes]:
-        """Send a request, and read the answer as long as the time lasts."""
-        end = time.monotonic() + limit
-        content = bytearray()
+    def _exchange(self, request: _Request) -> tuple[int, dict[str, str], bytes]:
+        """Send a request once, and read the answer as long as the time lasts."""
+        limit = request.limit
+        try:
+            return self._send(request)
+        except httpcore.TimeoutException as error:
+            what = (
+                "no connection" if isinstance(error, httpcore.ConnectTimeout) else "no whole answer"
+            )
+            raise _Failed(
+                f"{what} in time (the limit is {limit:g} s)", retries=request.slow_retries
+            ) from error
+        except httpcore.ConnectError as error:
+            raise _Failed(f"it cannot be reached ({error})") from error
+        except (httpcore.NetworkError, httpcore.ProtocolError, httpcore.ProxyError) as error:
+            raise _Failed(f"the connection broke ({error})") from error
+        except WronglyEncoded as error:
+            raise _Failed(f"the answer is compressed wrongly ({error})") from error
+        except TooLong as error:
+            raise self.error(
+                request.what,
+                f"the answer does not end: what was asked for has {request.most} bytes at the most",
+            ) from error
+
+    def _send(self, request: _Request) -> tuple[int, dict[str, str], bytes]:
+        self._deadline.end = min(time.monotonic() + request.limit, self._own.end)
         events: set[str] = set()
-        with self._client.stream(
-            method,
-            f"{self.url}{path}",
-            json=body,
-            timeout=httpx.Timeout(limit, connect=self._client.timeout.connect),
-            extensions={"trace": lambda event, _: events.add(event)},
+        with self._connections.stream(
+            request.method,
+            f"{self._base}{request.path}",
+            headers=self._headers,
+            content=request.content,
+            extensions={
+                "timeout": {"connect": self._connect_timeout, "pool": request.limit},
+                "trace": lambda event, _: events.add(event),
+            },
         ) as response:
-            for chunk in response.iter_bytes():
-                content += chunk
-                # A server that sends byte after byte never runs into the time-out of reading.
-                if time.monotonic() > end:
-                    raise httpx.ReadTimeout("the answer comes too slowly")
-                if len(content) > _LONGEST_BODY:
-                    raise httpx.ReadError("the answer does not end")
+            headers = {
+                name.decode("ascii", "replace").lower(): value.decode("latin-1")
+                for name, value in response.headers
+            }
+            encoding = headers.get("content-encoding", "").strip().lower()
+            parts = response.iter_stream()
+            if response.status == 200:
+                content = read_body(parts, encoding, request.most)
+            else:
+                content = _beginning(parts, encoding)
         # A server that keeps no connection says so; of another, a new one is a sign.
         if self._keeps_alive and _CONNECTED in events:
             self._doubt()
-        closes = "close" in response.headers.get("connection", "").lower()
-        self._keeps_alive = response.http_version != "HTTP/1.0" and not closes
-        return response.status_code, dict(response.headers), bytes(content)
+        closes = "close" in headers.get("connection", "").lower()
+        self._keeps_alive = response.extensions["http_version"] != b"HTTP/1.0" and not closes
+        return response.status, headers, content
 
 
 class _OfThread(threading.local):
@@ -260,10 +355,13 @@ class _OfThread(threading.local):
     Attributes:
         n_calls: that it sent.
         is_checking: whether it is about to find out who answers.
+        end: when its request has to be over, further attempts and checks included, in seconds of
+            the monotonic clock.
     """
 
     n_calls = 0
     is_checking = False
+    end = math.inf
 
 
 def _pause(state: tenacity.RetryCallState) -> float:
@@ -291,11 +389,19 @@ def _retry_after(headers: Mapping[str, str]) -> float | None:
         return None
 
 
+def _beginning(parts: Iterator[bytes], encoding: str) -> bytes:
+    """As much of what a server says is wrong as a message may need."""
+    try:
+        return read_body(parts, encoding, _LONGEST_COMPLAINT)
+    except TooLong as long:
+        return long.beginning
+
+
 def _message(content: bytes) -> str:
     """What a server says is wrong, as the usual forms of its body have it."""
     try:
-        body = json.loads(content)
-    except (ValueError, RecursionError):
+        body = from_json(content)
+    except ValueError:
         return _shorten(content)
     if isinstance(body, dict):
         told = body.get("error", body.get("detail", body.get("message")))

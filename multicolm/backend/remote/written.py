@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import groupby
 
-from multicolm.backend.remote.completions import Completion
+from multicolm.backend.remote.answers import Completion
 from multicolm.errors import CapabilityError, ServerError
 from multicolm.tokenizer.base import TokenizerAdapter
 

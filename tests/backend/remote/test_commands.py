@@ -258,7 +258,7 @@ def test_a_comparison_goes_on_where_a_server_that_died_stopped_it(
 def test_without_the_libraries_the_command_says_what_to_install(tmp_path: Path) -> None:
     program = """
 import sys
-sys.modules["httpx"] = None
+sys.modules["httpcore"] = None
 from multicolm.cli import main
 sys.exit(main(["generate", sys.argv[1], "x"]))
 """
@@ -275,5 +275,5 @@ sys.exit(main(["generate", sys.argv[1], "x"]))
     )
     assert done.returncode == 1
     assert done.stderr == (
-        "Error: models in a server need httpx and tenacity: pip install 'multicolm[remote]'.\n"
+        "Error: models in a server need httpcore and tenacity: pip install 'multicolm[remote]'.\n"
     )

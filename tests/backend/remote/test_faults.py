@@ -168,7 +168,7 @@ def test_nobody_waits_a_day_because_a_server_asks_for_it(after: str) -> None:
     answer = f"HTTP/1.1 429 No\r\nretry-after: {after}\r\ncontent-length: 0\r\n\r\n"
     reason = r"HTTP 429: an empty body \(it asks to wait [\d.e+]+ s\). See"
     with saying(answer) as url, pytest.raises(ServerError, match=reason):
-        server(url).get("/v1/models", "which models it serves")
+        server(url).get("/v1/models", "which models it serves", most=4096)
 
 
 @pytest.mark.parametrize("fault", ["stall", "drip"])
@@ -410,7 +410,7 @@ def server(url: str, retries: int = 2) -> Server:
 )
 def test_answers_that_are_none_are_quoted(text: str, reason: str) -> None:
     with saying(text) as url, pytest.raises(ServerError) as caught:
-        server(url, retries=0).get("/v1/models", "which models it serves")
+        server(url, retries=0).get("/v1/models", "which models it serves", most=1 << 20)
     assert str(caught.value).startswith(
         f"server {url} of model 'facts': GET /v1/models (which models it serves): {reason}"
     )

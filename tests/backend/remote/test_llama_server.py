@@ -13,7 +13,7 @@ from fake_vllm import Manners
 from remote_worlds import local, remote
 
 from multicolm.backend.base import Model
-from multicolm.backend.remote.completions import Unreadable, top_rows
+from multicolm.backend.remote.answers import Unreadable, top_rows
 from multicolm.backend.remote.model import LlamaCppServerModel
 from multicolm.backend.remote.probe import Wish
 from multicolm.backend.remote.transport import Server
@@ -104,7 +104,7 @@ def test_entries_without_ids_tell_nothing(entry: Any) -> None:
 
 @pytest.mark.parametrize("top", [{"id": 7}, {"id": 7, "logprob": "a"}, {"id": 7, "logprob": None}])
 def test_entries_without_numbers_are_an_error(top: Any) -> None:
-    with pytest.raises(Unreadable, match="an entry of `top_logprobs` has no number"):
+    with pytest.raises(Unreadable, match=r"`top_logprobs` holds .*, which is no log-probability"):
         top_rows({"content": [{**ENTRY, "top_logprobs": [top]}]})
 
 
