@@ -77,7 +77,7 @@ class _Talk:
 @click.argument("ensemble")
 @policy_options
 @writing_options
-@click.option("--trace", is_flag=True, help="Show who wrote what.")
+@click.option("--trace", is_flag=True, help="Show which model wrote each token.")
 @json_option
 def command(
     ensemble: str,

@@ -43,28 +43,30 @@ __all__ = ["command"]
     required=True,
     metavar="FOLDER",
     type=click.Path(path_type=Path, file_okay=False),
-    help="Where the results go; the same command goes on with what is there.",
+    help="Folder of the results; repeat the command to resume.",
 )
-@click.option("--split", default="test", show_default=True, help="Which of the task's questions.")
-@click.option("--limit", type=Whole(1), help="Only so many questions, spread evenly.")
+@click.option("--split", default="test", show_default=True, help="Split of the task.")
+@click.option("--limit", type=Whole(1), help="Use this many questions only, spread evenly.")
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Random seed.")
-@click.option("--batch-size", type=Whole(1), default=16, show_default=True, help="Texts at a time.")
+@click.option(
+    "--batch-size", type=Whole(1), default=16, show_default=True, help="Texts decoded together."
+)
 @click.option("--max-new-tokens", type=Whole(1), help="Maximum new tokens. [default: the task's]")
-@click.option("--alone/--no-alone", default=True, help="Run every model alone.")
+@click.option("--alone/--no-alone", default=True, help="Evaluate every model alone.")
 @click.option(
     "--random/--no-random", default=True, help="Run a random baseline with each policy's shares."
 )
 @click.option(
     "--oracle/--no-oracle",
     default=True,
-    help="Count what the best model per question, and per token, could do.",
+    help="Report the per-question and per-token oracles.",
 )
 @click.option(
     "--sweep",
     type=Whole(0),
     default=5,
     show_default=True,
-    help="How many values to try of a policy's first tunable param.",
+    help="Number of values to try of a policy's first tunable param.",
 )
 @click.option(
     "--traces",

@@ -51,41 +51,41 @@ __all__ = ["command"]
     "--out",
     metavar="FOLDER",
     type=click.Path(path_type=Path, file_okay=False),
-    help="Where the results go; the same command goes on with what is there.",
+    help="Folder of the results; repeat the command to resume.",
 )
 @click.option(
     "--likelihood",
     type=click.Choice(["auto", "joint", "routed", "both"]),
     default="auto",
     show_default=True,
-    help="Judge policies by the joint model, or by who they let write; auto is the joint model "
-    "where the policy has one.",
+    help="Score policies by the joint model, or by the models that they route to; auto is the "
+    "joint model where the policy has one.",
 )
-@click.option("--alone/--no-alone", default=True, help="Judge every model alone.")
-@click.option("--limit", type=Whole(1), help="Only so many questions of each task.")
+@click.option("--alone/--no-alone", default=True, help="Evaluate every model alone.")
+@click.option("--limit", type=Whole(1), help="Use this many questions of each task only.")
 @click.option(
-    "--num-fewshot", type=Whole(0), help="Examples in front of each. [default: the task's]"
+    "--num-fewshot", type=Whole(0), help="Number of few-shot examples. [default: the task's]"
 )
 @click.option(
     "--gen-kwargs",
     "pairs",
     metavar="NAME=VALUE[,...]",
     multiple=True,
-    help="Of texts that are written, such as max_gen_toks=64,temperature=0. Repeatable.",
+    help="Generation settings, such as max_gen_toks=64,temperature=0. Repeatable.",
 )
-@click.option(
-    "--apply-chat-template", is_flag=True, help="Ask as a chat, by each model's own template."
-)
+@click.option("--apply-chat-template", is_flag=True, help="Apply each model's own chat template.")
 @click.option(
     "--fewshot-as-multiturn/--fewshot-as-one-turn",
     default=True,
     help="Whether examples are turns of the chat.",
 )
-@click.option("--system-instruction", metavar="TEXT", help="What every question begins with.")
-@click.option("--seed", type=SEED, default=0, show_default=True, help="Of everything random.")
-@click.option("--batch-size", type=Whole(1), default=16, show_default=True, help="Texts at a time.")
+@click.option("--system-instruction", metavar="TEXT", help="System instruction of every question.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Random seed.")
 @click.option(
-    "--confirm-run-unsafe-code", is_flag=True, help="Let tasks run code that the models write."
+    "--batch-size", type=Whole(1), default=16, show_default=True, help="Texts decoded together."
+)
+@click.option(
+    "--confirm-run-unsafe-code", is_flag=True, help="Allow tasks to run code that the models write."
 )
 @json_option
 def command(
@@ -107,7 +107,7 @@ def command(
     confirm_run_unsafe_code: bool,
     as_json_: bool,
 ) -> None:
-    """Judge policies, and every model of ENSEMBLE alone, by tasks of the lm-evaluation-harness.
+    """Evaluate policies, and every model of ENSEMBLE alone, on tasks of the lm-evaluation-harness.
 
     With --out every request is kept as it is answered: a command that was stopped goes on where it
     was when it is given again. If the folder holds the results of `multicolm compare`, the figures

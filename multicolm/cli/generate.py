@@ -85,17 +85,25 @@ def _checked(line: str, place: str) -> Any:
 @click.argument("prompts", nargs=-1, metavar="[PROMPT]...")
 @policy_options
 @writing_options
-@click.option("--from", "source", metavar="FILE", help="Prompts by line, or JSONL; - is stdin.")
-@click.option("--chat", is_flag=True, help="Each prompt is a message to answer in a chat.")
-@click.option("--batch-size", type=Whole(1), default=16, show_default=True, help="Texts at a time.")
-@click.option("--trace", is_flag=True, help="Show who wrote what.")
-@click.option("--usage", is_flag=True, help="Print what each model did, to stderr.")
+@click.option(
+    "--from", "source", metavar="FILE", help="Prompts, one per line or as JSONL; - is stdin."
+)
+@click.option(
+    "--chat", is_flag=True, help="Each prompt is a user's message: apply the chat template."
+)
+@click.option(
+    "--batch-size", type=Whole(1), default=16, show_default=True, help="Texts decoded together."
+)
+@click.option("--trace", is_flag=True, help="Show which model wrote each token.")
+@click.option(
+    "--usage", is_flag=True, help="Print passes, tokens and seconds of each model to stderr."
+)
 @json_option
 @click.option(
     "--top-logprobs",
     metavar="N",
     type=Whole(0),
-    help="With --json: the N likeliest tokens in the place of each.",
+    help="With --json: the N most likely tokens at each position.",
 )
 def command(
     ensemble: str,

@@ -131,34 +131,34 @@ def policy_options(function: F) -> F:
 def writing_options(function: F) -> F:
     """The settings of one call, as ``settings``; what is not given is the ensemble's."""
     options: list[tuple[str, dict[str, Any]]] = [
-        ("--max-new-tokens", {"type": Whole(1), "help": "The most tokens to write."}),
-        ("--temperature", {"type": Real(least=0), "help": "0 is greedy."}),
-        ("--top-k", {"type": Whole(1), "help": "Draw from this many most likely tokens."}),
+        ("--max-new-tokens", {"type": Whole(1), "help": "Maximum number of new tokens."}),
+        ("--temperature", {"type": Real(least=0), "help": "Sampling temperature; 0 is greedy."}),
+        ("--top-k", {"type": Whole(1), "help": "Sample from the K most likely tokens."}),
         (
             "--top-p",
             {
                 "type": Real(above=0, most=1),
-                "help": "Draw from the most likely tokens of this sum.",
+                "help": "Nucleus (top-p) cutoff.",
             },
         ),
-        ("--seed", {"type": SEED, "help": "Of everything random."}),
+        ("--seed", {"type": SEED, "help": "Random seed."}),
         (
             "--stop",
             {
                 "multiple": True,
-                "help": "A text that ends an answer, special tokens by name. Repeatable.",
+                "help": "Stop sequence; special tokens by name. Repeatable.",
             },
         ),
         (
             "--schedule",
             {
                 "type": click.Choice(["stepwise", "block"]),
-                "help": "Ask the policy token by token, or about drafted blocks.",
+                "help": "Ask the policy token by token, or about blocks of drafted tokens.",
             },
         ),
         (
             "--block-size",
-            {"type": Whole(1), "help": "Tokens that the base model drafts at a time."},
+            {"type": Whole(1), "help": "Tokens that the base model drafts per block."},
         ),
         ("--threads", {"type": Whole(1, 1025), "help": "torch threads."}),
     ]

@@ -15,18 +15,16 @@ __all__ = ["command"]
 @click.argument("path")
 @click.argument("repository")
 @click.option("--public", is_flag=True, help="Make a new repository public; private otherwise.")
-@click.option("--revision", metavar="BRANCH", help="A branch to write to.")
-@click.option("--message", help="What the commit says.")
-@click.option(
-    "--with-models", is_flag=True, help="Of an ensemble: models elsewhere on this disk go along."
-)
+@click.option("--revision", metavar="BRANCH", help="Branch to push to.")
+@click.option("--message", help="Commit message.")
+@click.option("--with-models", is_flag=True, help="Push an ensemble's local models too.")
 @click.option(
     "--results",
     metavar="FOLDER",
     type=click.Path(path_type=Path, file_okay=False, exists=True),
-    help="Of an ensemble: a comparison whose table the card shows.",
+    help="Comparison whose table an ensemble's card shows.",
 )
-@click.option("--license", "license_", default="", help="Of an ensemble or a score table.")
+@click.option("--license", "license_", default="", help="License of an ensemble or a score table.")
 @json_option
 def command(
     path: str,

@@ -19,21 +19,25 @@ __all__ = ["command"]
 @click.argument("ensemble")
 @click.argument("scores", type=click.Path(path_type=Path))
 @policy_options
-@click.option("--task", required=True, help="Judges the texts: a name or a YAML file.")
-@click.option("--split", default="train", show_default=True, help="Of the task; never test.")
+@click.option("--task", required=True, help="Task that judges the texts: a name or a YAML file.")
+@click.option("--split", default="train", show_default=True, help="Split of the task; never test.")
 @click.option(
-    "--limit", type=Whole(1), default=2000, show_default=True, help="The most texts to finish."
+    "--limit",
+    type=Whole(1),
+    default=2000,
+    show_default=True,
+    help="Maximum number of texts to finish.",
 )
 @click.option(
     "--samples",
     type=Whole(1),
     default=1,
     show_default=True,
-    help="Texts after each token, where tokens are drawn.",
+    help="Texts per token, where tokens are sampled.",
 )
-@click.option("--seed", type=SEED, default=0, show_default=True, help="Of everything random.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Random seed.")
 @click.option("--batch-size", type=Whole(1), default=16, show_default=True)
-@click.option("--dry-run", is_flag=True, help="Say what would be finished, and stop.")
+@click.option("--dry-run", is_flag=True, help="Print what would be done, and exit.")
 @json_option
 def command(
     ensemble: str,

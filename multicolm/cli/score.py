@@ -27,7 +27,9 @@ __all__ = ["command"]
 @click.command
 @click.argument("ensemble")
 @click.argument("data")
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="The table's folder.")
+@click.option(
+    "--out", required=True, type=click.Path(path_type=Path), help="Folder of the score table."
+)
 @click.option(
     "--for",
     "policies",
@@ -35,27 +37,31 @@ __all__ = ["command"]
     multiple=True,
     help="Keep what this policy learns from; the ensemble's own if not given. Repeatable.",
 )
-@click.option("--hidden", is_flag=True, help="Keep the base model's last hidden states.")
 @click.option(
-    "--topk", type=Whole(1), metavar="K", help="Keep the base's K best log-probabilities."
+    "--hidden", is_flag=True, help="Keep the base model's last hidden state at each position."
 )
-@click.option("--embedding", is_flag=True, help="Keep the embeddings of the base's best tokens.")
-@click.option("--limit", type=Whole(1), metavar="N", help="Only N examples, spread evenly.")
-@click.option("--no-end", is_flag=True, help="The end of a completion does not count as a token.")
-@click.option("--split", default="train", show_default=True, help="Of a data set on the Hub.")
-@click.option("--subset", help="Of a data set on the Hub that has several.")
+@click.option(
+    "--topk", type=Whole(1), metavar="K", help="Keep the base model's K highest log-probabilities."
+)
+@click.option(
+    "--embedding", is_flag=True, help="Keep the embedding of the base model's most likely token."
+)
+@click.option("--limit", type=Whole(1), metavar="N", help="Use N examples only, spread evenly.")
+@click.option("--no-end", is_flag=True, help="Do not count the end of a completion as a token.")
+@click.option("--split", default="train", show_default=True, help="Split of a data set on the Hub.")
+@click.option("--subset", help="Configuration of a data set on the Hub.")
 @click.option("--revision", help="Commit, tag or branch of a data set on the Hub.")
 @click.option(
     "--shard-positions",
     type=Whole(1),
     default=32768,
     show_default=True,
-    help="Tokens per shard: what is held in memory.",
+    help="Tokens per shard; one shard is held in memory.",
 )
 @click.option(
     "--batch-tokens",
     type=Whole(1),
-    help="The most tokens of one forward pass; of itself what a few seconds suffice for.",
+    help="Maximum tokens of one forward pass; by default what takes a few seconds.",
 )
 @json_option
 def command(
@@ -75,7 +81,7 @@ def command(
     batch_tokens: int | None,
     as_json_: bool,
 ) -> None:
-    """Let every model of ENSEMBLE read DATA, and keep what it gives to each token.
+    """Let every model of ENSEMBLE read DATA, and keep its log-probability of each token.
 
     DATA is a file of JSON lines {"prompt": ..., "completion": ...} or {"messages": [...]}, a
     Parquet file, or the name of a data set on the Hub. The same command goes on where it was

@@ -17,9 +17,11 @@ _KEY_VARIABLE = "MULTICOLM_API_KEY"
 
 @click.command
 @click.argument("ensemble")
-@click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen at.")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--port", default=8000, show_default=True, type=Whole(0, 65536))
-@click.option("--name", help="What clients call it. [default: ENSEMBLE without folder and ending]")
+@click.option(
+    "--name", help="Model name for clients. [default: ENSEMBLE without folder and ending]"
+)
 @click.option(
     "--allow-policy",
     "allowed",
@@ -30,35 +32,43 @@ _KEY_VARIABLE = "MULTICOLM_API_KEY"
 )
 @click.option(
     "--api-key",
-    help="What clients must show. Others on this machine can read it here; the environment "
-    f"variable {_KEY_VARIABLE} is better.",
+    help="API key that clients must send. Other users of this machine can read it here; prefer the "
+    f"environment variable {_KEY_VARIABLE}.",
 )
 @click.option(
-    "--max-body", type=Whole(1), default=1_000_000, show_default=True, help="Bytes of a request."
+    "--max-body",
+    type=Whole(1),
+    default=1_000_000,
+    show_default=True,
+    help="Maximum bytes of a request body.",
 )
 @click.option(
-    "--max-new-tokens", type=Whole(1), default=1024, show_default=True, help="The most of a text."
+    "--max-new-tokens",
+    type=Whole(1),
+    default=1024,
+    show_default=True,
+    help="Maximum new tokens of a text.",
 )
 @click.option(
     "--max-concurrent",
     type=Whole(1, 1 << 16),
     default=16,
     show_default=True,
-    help="Texts that are written at a time.",
+    help="Texts decoded together.",
 )
 @click.option(
     "--max-waiting",
     type=Whole(0, 1 << 24),
     default=64,
     show_default=True,
-    help="More of them that may wait; then 429.",
+    help="Requests that may wait; further ones get 429.",
 )
 @click.option(
     "--grace",
     type=Real(least=0, most=86_400),
     default=10.0,
     show_default=True,
-    help="Seconds to finish what runs at the end.",
+    help="Seconds that running texts get at shutdown.",
 )
 def command(
     ensemble: str,

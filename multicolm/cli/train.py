@@ -17,14 +17,16 @@ __all__ = ["command"]
 @click.command
 @click.argument("ensemble")
 @click.argument("scores", required=False)
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="The checkpoint.")
+@click.option(
+    "--out", required=True, type=click.Path(path_type=Path), help="Folder of the checkpoint."
+)
 @policy_options
 @click.option(
     "--option",
     "options",
     metavar="NAME=VALUE",
     multiple=True,
-    help="Of the training, such as lr=0.003 or seeds=[0,1,2]. Repeatable.",
+    help="Training option, such as lr=0.003 or seeds=[0,1,2]. Repeatable.",
 )
 @click.option(
     "--train-base",
@@ -33,11 +35,11 @@ __all__ = ["command"]
 )
 @click.option(
     "--task",
-    help="In the place of SCORES: let every model alone answer its questions, and learn from that.",
+    help="Instead of SCORES: every model answers its questions, and the policy learns from that.",
 )
-@click.option("--split", default="train", show_default=True, help="Of the task's data.")
-@click.option("--limit", type=Whole(1), help="Only this many questions of the task.")
-@click.option("--license", "license_", default="", help="Of the checkpoint, for its card.")
+@click.option("--split", default="train", show_default=True, help="Split of the task.")
+@click.option("--limit", type=Whole(1), help="Use this many questions only.")
+@click.option("--license", "license_", default="", help="License of the checkpoint, for its card.")
 @json_option
 def command(
     ensemble: str,

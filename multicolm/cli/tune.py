@@ -36,24 +36,24 @@ __all__ = ["command"]
 @click.option("--task", "tasks", multiple=True, help="A name or a YAML file. Repeatable.")
 @click.option(
     "--data",
-    help="Questions in place of the task's, in the same form; without a task, records of prompt "
+    help="Questions instead of the task's, in the same form; without a task, records of prompt "
     "and completion.",
 )
 @click.option(
     "--out",
     required=True,
     type=click.Path(path_type=Path, file_okay=False),
-    help="The checkpoint: a folder.",
+    help="Folder of the checkpoint.",
 )
 @click.option(
-    "--budget", type=Real(least=0), help="The most that assistants may write, or may cost."
+    "--budget", type=Real(least=0), help="Upper limit of what assistants write, or of the cost."
 )
 @click.option(
     "--unit",
     type=click.Choice(["share", "cost"]),
     default="share",
     show_default=True,
-    help="Of the budget: part of the tokens, or the ensemble's cost per token.",
+    help="Unit of --budget: share of the tokens, or the ensemble's cost per token.",
 )
 @click.option(
     "--spend",
@@ -64,9 +64,9 @@ __all__ = ["command"]
 @click.option(
     "--grid", "grids", multiple=True, metavar="NAME=V,V,...", help="Values to try. Repeatable."
 )
-@click.option("--split", default="dev", show_default=True, help="Of the task; never test.")
-@click.option("--limit", type=Whole(1), help="Only so many questions, spread evenly.")
-@click.option("--seed", type=SEED, default=0, show_default=True, help="Of everything random.")
+@click.option("--split", default="dev", show_default=True, help="Split of the task; never test.")
+@click.option("--limit", type=Whole(1), help="Use this many questions only, spread evenly.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Random seed.")
 @click.option("--batch-size", type=Whole(1), default=16, show_default=True)
 @json_option
 def command(

@@ -17,7 +17,7 @@ __all__ = ["command"]
 
 @click.command
 @click.argument("sources", metavar="FILE_OR_NAME...", nargs=-1, required=True)
-@click.option("--load", "loads", is_flag=True, help="Load the models of an ensemble, too.")
+@click.option("--load", "loads", is_flag=True, help="Load the models of an ensemble too.")
 @json_option
 @click.pass_context
 def command(ctx: click.Context, sources: tuple[str, ...], loads: bool, as_json_: bool) -> None:
