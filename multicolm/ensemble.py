@@ -513,13 +513,14 @@ def _check_judges(policy: Policy, models: ModelNames, shown: Sequence[_Shown]) -
     if silent == used:
         listed = " and ".join(f"'{models[k]}'{shown[k].where}" for k in silent)
         raise CapabilityError(
-            f"policy '{policy.name}' needs a model that tells how likely it finds what another one "
-            f"proposes (signal token_logprobs), and {listed} do not; add a local model, or a "
+            f"policy '{policy.name}' needs a model that returns the log-probabilities of what "
+            f"another one proposes (signal token_logprobs), and {listed} do not; add a local "
+            "model, or a "
             "server that returns tokens that are named, such as vLLM's."
         )
     return [
-        f"policy '{policy.name}' lets model '{models[k]}'{shown[k].where} propose and not judge: "
-        "it does not tell how likely it finds given text."
+        f"policy '{policy.name}' lets model '{models[k]}'{shown[k].where} propose and not "
+        "judge: it does not return the log-probabilities of given text."
         for k in silent
     ]
 

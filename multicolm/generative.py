@@ -231,8 +231,8 @@ class GenerativeEnsemble:
             CapabilityError: always.
         """
         raise CapabilityError(
-            "an ensemble has no forward pass of its own; call generate, or have a corpus scored "
-            "with `multicolm score`."
+            "an ensemble has no single forward pass; call generate, or score a corpus with "
+            "`multicolm score`."
         )
 
     def _pad_id(self) -> int:

@@ -140,7 +140,7 @@ class Live:
             way = f"set `top_k` to {known} or less" if known else "set `temperature: 0`"
             raise CapabilityError(
                 f"policy '{self._name}' lets model '{model.name}' draw tokens, and its server "
-                f"{model.server} tells the probability of {known or 'none'} of them: {way}."
+                f"{model.server} returns the probability of {known or 'none'} of them: {way}."
             )
 
     def _check_alternatives(self, n: int) -> None:

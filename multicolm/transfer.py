@@ -65,9 +65,7 @@ def hub_errors(repo: str) -> Iterator[None]:
             f"{repo} has no such revision; give a commit, a tag or a branch that its page lists."
         ) from error
     except hub.LocalTokenNotFoundError as error:
-        raise HubError(f"{repo}: nobody is logged in to the Hub; `hf auth login` does it.") from (
-            error
-        )
+        raise HubError(f"{repo}: not logged in to the Hub; run `hf auth login`.") from (error)
     except hub.HfHubHTTPError as error:
         raise HubError(_refusal(repo, error)) from error
     except (hub.OfflineModeIsEnabled, hub.LocalEntryNotFoundError, HTTPError) as error:

@@ -378,8 +378,8 @@ class Views:
         index = self.models.role(role)
         if index not in self._views:
             raise PolicyError(
-                f"the policy looks at model '{self.models[index]}', which was not run here; "
-                "declare it in its needs, or do not look at it before the base model deferred."
+                f"the policy reads model '{self.models[index]}', which was not run here; "
+                "declare it in its needs, or do not read it before the base model deferred."
             )
         return self._views[index]
 
@@ -451,8 +451,8 @@ class Views:
     def _worked_out(self, what: str) -> Tensor:
         if what not in self._context:
             raise PolicyError(
-                f"the policy reads 'views.{what}', which is not there; a policy that looks at "
-                "who wrote before has to say so with `history = True`."
+                f"the policy reads 'views.{what}', which is not there; a policy that reads "
+                "which models wrote before must declare `history = True`."
             )
         return self._context[what]()
 
@@ -493,7 +493,7 @@ class Views:
         if "prompt_mean_nll" not in self._context:
             raise PolicyError(
                 "the policy reads 'views.prompt_mean_nll', which is not there; a policy that "
-                "weighs models by the prompt has to say so with `prompts = True`."
+                "weighs models by the prompt must declare `prompts = True`."
             )
         return self._context["prompt_mean_nll"]()
 

@@ -185,13 +185,11 @@ generation: {max_new_tokens: true, stop: [3, ""], top_p: 2, schedule: blok, temp
         ),
         (
             "models: {base: {model: tiny-math}}\nbase_model: base\n",
-            "duo.yaml:1:10: models.base: 'base' cannot be a model's name: it has a meaning of its "
-            "own.",
+            "duo.yaml:1:10: models.base: 'base' cannot be a model's name: it is reserved.",
         ),
         (
             "models: {mixture: {model: tiny-math}}\nbase_model: mixture\n",
-            "duo.yaml:1:10: models.mixture: 'mixture' cannot be a model's name: it has a meaning "
-            "of its own.",
+            "duo.yaml:1:10: models.mixture: 'mixture' cannot be a model's name: it is reserved.",
         ),
         (DUO + "policy: 3\n", "duo.yaml:5:9: policy: must be a policy's name, a path, or `kind` "
             "and `params`, got 3."),
@@ -203,11 +201,11 @@ generation: {max_new_tokens: true, stop: [3, ""], top_p: 2, schedule: blok, temp
         ),
         (
             DUO + "base_model: expert\n",
-            "duo.yaml:5:1: base_model: this key stands in line 1 already.",
+            "duo.yaml:5:1: base_model: this key is in line 1 already.",
         ),
         (
             "models:\n  a: {model: tiny-math}\n  a: {model: tiny-facts}\n",
-            "duo.yaml:3:3: models.a: this key stands in line 2 already.",
+            "duo.yaml:3:3: models.a: this key is in line 2 already.",
         ),
         (
             "models: {1: {model: tiny-math}}\n",
@@ -463,8 +461,8 @@ models:
         "'weights/facts'? Known: weights/facts.",
         f"{tmp_path}/duo.yaml:6:14: models.d.model: {tmp_path}/empty holds no config.json, so no "
         "model can be loaded from it.",
-        f"{tmp_path}/duo.yaml:7:35: models.e.revision: only a Hub id has revisions, and `model` "
-        "stands for a folder.",
+        f"{tmp_path}/duo.yaml:7:35: models.e.revision: only a Hub id has revisions, and "
+        "`model` is a folder.",
         f"{tmp_path}/duo.yaml:8:34: models.f.adapter: there is no folder {tmp_path}/none.",
         f"{tmp_path}/duo.yaml:9:40: models.g.chat_template: {tmp_path}/none.jinja: no such file; "
         "expected a chat template.",

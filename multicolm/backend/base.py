@@ -242,7 +242,9 @@ class Model(ABC):
         session = self._read(prefix)
         before = session.logprob(0)
         if before == float("-inf"):
-            raise InputError(f"model '{self.name}' cannot write the {len(prefix)} bytes in front.")
+            raise InputError(
+                f"model '{self.name}' cannot write the {len(prefix)} bytes before the span."
+            )
         session.feed([0], [span])
         return session.logprob(0) - before
 

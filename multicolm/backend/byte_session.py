@@ -267,8 +267,8 @@ class ByteSession:
         """
         if not prompt_ids and not given:
             raise InputError(
-                f"model '{self._name}' needs a token to begin with: its tokenizer puts none in "
-                "front of a text, so give a prompt or a text that is not empty."
+                f"model '{self._name}' needs a token to begin with: its tokenizer adds none, "
+                "so give a prompt or a text that is not empty."
             )
         slots = [self._lanes.paths.slot_of[token_id] for token_id in given]
         self._rows[row] = _Row(
@@ -322,7 +322,7 @@ class ByteSession:
             if self._row(row).cover.log_mass(frontier) == -math.inf:
                 raise InputError(
                     f"model '{self._name}' cannot write the {self._row(row).cover.n_bytes} bytes "
-                    "of this text: no tokens of its own that have any probability spell them."
+                    "of this text: no tokens to which it gives any probability spell them."
                 )
 
     def _wanted(self, row: int, frontiers: Sequence[Frontier], predict: bool) -> list[Node]:
@@ -355,7 +355,7 @@ class ByteSession:
 
     def next_byte_logprobs(
         self, rows: Sequence[int], places: Sequence[Sequence[int]] | None = None
-    ) -> Float[Tensor, "looks 257"]:
+    ) -> Float[Tensor, "positions 257"]:
         """Natural logs of the probabilities of the next byte; the last column is the text's end.
 
         Args:

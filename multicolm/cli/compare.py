@@ -133,7 +133,7 @@ def command(
                 progress=show,
             )
     except KeyboardInterrupt:
-        click.echo(f"What was finished is kept in {out}; the same command goes on there.", err=True)
+        click.echo(f"What was finished is kept in {out}; repeat the command to resume.", err=True)
         raise
     if rank > 0:
         return  # The first process of `accelerate launch` speaks for all.

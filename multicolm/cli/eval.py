@@ -157,7 +157,7 @@ def command(
             )
     except KeyboardInterrupt:
         if out is not None:
-            text = f"What was finished is kept in {out}; the same command goes on there."
+            text = f"What was finished is kept in {out}; repeat the command to resume."
             click.echo(text, err=True)
         raise
     if as_json_:
@@ -225,7 +225,7 @@ def _print(results: HarnessResults, out: Path | None) -> None:
             cells = (figure.likelihood or "-", figure_text(figure) + mark)
             rows.append((figure.task, figure.label, figure.row, *cells))
     print_table(["task", "metric", "row", "likelihood", "figure"], rows)
-    click.echo("* the best of its task and metric; behind ± stands the standard error")
+    click.echo("* the best of its task and metric; ± is the standard error")
     for warning in results.warnings:
         click.echo(visible(f"Warning: {warning}"), err=True)
     if out is not None:

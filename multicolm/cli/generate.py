@@ -128,7 +128,7 @@ def command(
     if not asked:
         raise InputError("no prompt; give one as an argument, or a file of them with --from.")
     if top_logprobs and not as_json_:
-        raise InputError("--top-logprobs is told in JSON; add --json, or leave it out.")
+        raise InputError("--top-logprobs requires --json.")
     if chat:
         asked = [
             [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt

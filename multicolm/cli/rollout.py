@@ -101,7 +101,7 @@ def command(
             )
     except KeyboardInterrupt:
         click.echo(
-            f"What was finished is kept in {scores}; the same command goes on there.", err=True
+            f"What was finished is kept in {scores}; repeat the command to resume.", err=True
         )
         raise
     _report(labels, scores, as_json_)

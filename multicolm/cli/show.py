@@ -71,7 +71,7 @@ def _trust(path: Path) -> None:
 
     code = declared_code(path)
     if code is None:
-        raise CapabilityError(f"{path} names no Python code of its own; leave --trust.")
+        raise CapabilityError(f"{path} names no Python code; leave out --trust.")
     trust(code)
     click.echo(f"{code.path} may be run here from now on (SHA-256 {code.digest}).", err=True)
 

@@ -125,7 +125,7 @@ def command(
     if train_base is None:
         use = f"use it with --policy {_as_path(out)}"
     else:
-        use = f'an ensemble of its own: multicolm generate {_as_path(out)} "PROMPT"'
+        use = f'an ensemble: multicolm generate {_as_path(out)} "PROMPT"'
     click.echo(f"{out}: a {checkpoint.policy.name} policy; {use}")
 
 

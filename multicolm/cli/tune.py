@@ -124,7 +124,7 @@ def command(
                 progress=show,
             )
     except KeyboardInterrupt:
-        click.echo(f"What was finished is kept in {out}; the same command goes on there.", err=True)
+        click.echo(f"What was finished is kept in {out}; repeat the command to resume.", err=True)
         raise
     _report(checkpoint, out, as_json_)
 

@@ -96,7 +96,7 @@ class Document:
             for key_node, value_node in node.value:
                 key = self._key(key_node, place, loader)
                 if key in mapping:
-                    text = f"this key stands in line {self._keys[(*place, key)][0]} already."
+                    text = f"this key is in line {self._keys[(*place, key)][0]} already."
                     raise self._refuse(key_node, (*place, key), text)
                 self._keys[(*place, key)] = _mark(key_node)
                 mapping[key] = self._value(value_node, (*place, key), loader)

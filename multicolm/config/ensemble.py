@@ -194,7 +194,7 @@ def _name_problems(base_model: object, models: object) -> list[Problem]:
             text = f"a model's name is letters, digits, '.', '_' and '-', got '{name}'."
             problems.append(Problem(("models", name), text, at_key=True))
         elif name in _RESERVED:
-            text = f"'{name}' cannot be a model's name: it has a meaning of its own."
+            text = f"'{name}' cannot be a model's name: it is reserved."
             problems.append(Problem(("models", name), text, at_key=True))
     if isinstance(base_model, str) and base_model and base_model not in models:
         text = unknown("model", base_model, models)

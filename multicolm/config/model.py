@@ -253,7 +253,7 @@ class ModelConfig(Strict):
             unknown_name = isinstance(error, UnknownNameError)
             problems.append(Problem(("chat_template",), str(error), unknown_name=unknown_name))
         if found.get("is_local") and self.revision is not None:
-            text = "only a Hub id has revisions, and `model` stands for a folder."
+            text = "only a Hub id has revisions, and `model` is a folder."
             problems.append(Problem(("revision",), text))
         if not problems:
             self._resolved = ResolvedModel(**found)

@@ -171,7 +171,7 @@ def _parse_file(text: str, origin: str) -> PolicyFile:
     if len(text) > _LONGEST_FILE:
         raise ConfigError(
             f"{origin}: holds {len(text)} characters, and a policy file at most {_LONGEST_FILE}; "
-            "what a policy has learned lies in a file of its own."
+            "what a policy has learned is in a file beside it."
         )
     document = Document.parse(text, origin)
     file, problems = check(PolicyFile, document.data)

@@ -109,14 +109,14 @@ def _too_few(comparison: Comparison, n_questions: int, n_policies: int) -> str:
     several = f" and {n_policies} policies" if n_policies > 1 else ""
     if n_questions < least:
         return (
-            f"These figures say next to nothing: with {some}{several} no difference at all can be "
-            f"told from chance; that takes {least} questions or more."
+            f"These figures say next to nothing: with {some}{several} no difference would be "
+            f"significant; that takes {least} questions or more."
         )
     if not comparison.binary or least <= _FEW * n_questions:
         return ""
     return (
         f"Few questions: with {some}{several} no difference under "
-        f"{short_percent(least / n_questions)} points can be told from chance."
+        f"{short_percent(least / n_questions)} points would be significant."
     )
 
 

@@ -376,7 +376,7 @@ def _place(
     if done is not None and kept is not None and (len(done) or len(kept)):
         message += (
             f" Kept in {done.folder}: rows of tasks that are done, {len(done)}; answered requests "
-            f"of this one, {len(kept)}. The same command goes on there."
+            f"of this one, {len(kept)}. Repeat the command to resume."
         )
     error.args = (message, *error.args[1:])
 

@@ -49,7 +49,7 @@ def mean_interval(*groups: Values, seed: int, level: float = 0.95) -> Interval:
     if not arrays or not all(array.ndim == 1 and len(array) for array in arrays):
         raise ValueError("an interval needs values, one or more")
     if not 0 < level < 1:
-        raise ValueError(f"a level lies between 0 and 1, got {level}")
+        raise ValueError(f"a level must be between 0 and 1, got {level}")
     each = np.array([_interval(array, 0.0, seed, level) for array in arrays])
     means = np.array([array.mean() for array in arrays])
     if len(arrays) == 1:
@@ -78,7 +78,7 @@ def paired_interval(a: Values, b: Values, seed: int, level: float = 0.95) -> Int
     """
     differences = _differences(a, b)
     if not 0 < level < 1:
-        raise ValueError(f"a level lies between 0 and 1, got {level}")
+        raise ValueError(f"a level must be between 0 and 1, got {level}")
     if not _are_binary(a) or not _are_binary(b):
         return _interval(differences, -1.0, seed, level)
     n, n_a, n_b = len(a), int(sum(a)), int(sum(b))

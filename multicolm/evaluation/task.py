@@ -416,7 +416,7 @@ def _template_problem(template: str) -> str:
     try:
         parts = list(string.Formatter().parse(template))
     except ValueError as error:
-        return f"{error}; a brace that stands for itself is written twice."
+        return f"{error}; write a literal brace twice."
     for _, field, form, conversion in parts:
         if field is not None and (not field.isidentifier() or form or conversion):
             return f"'{{{field}}}' is not allowed; write a field's name alone, such as {{answer}}."

@@ -137,7 +137,7 @@ def _refuse_elsewhere(folder: Path) -> None:
         is_named = not resolved.is_local or model.model in catalog.names("models")
         if not is_named and not Path(resolved.location).is_relative_to(folder.resolve()):
             raise ConfigError(
-                f"model '{name}' lies in {resolved.location}, where nobody else has it; push it to "
+                f"model '{name}' lies in {resolved.location}, on this machine only; push it to "
                 f"the Hub and name it by its id in {folder / 'ensemble.yaml'}."
             )
 
@@ -197,7 +197,7 @@ def _check_declared(folder: Path, kind: Kind) -> list[str]:
     if code is not None and not code.is_trusted:
         return [
             *servers,
-            f"it comes with code of its own, {code.path}, which is not run unless you allow it: "
+            f"it comes with its own code, {code.path}, which is not run unless you allow it: "
             f"read it, then `multicolm show {folder} --trust`.",
         ]
     if kind == "router":

@@ -183,8 +183,8 @@ class SharedEnsemble:
         home = self.config.base_dir
         if not self._with_models and leads_out(source, home):
             raise ConfigError(
-                f"model '{name}' lies in {source}, where nobody else has it; push it to the Hub "
-                "and name it by its id, or let its files go along (--with-models)."
+                f"model '{name}' lies in {source}, on this machine only; push it to the Hub "
+                "and name it by its id, or push its files too (--with-models)."
             )
         if source.is_file():
             target = folder / place / source.name
@@ -216,7 +216,7 @@ class SharedEnsemble:
         for value in learned if not self._with_models else ():
             if value.path is not None and leads_out(value.path, home):
                 raise ConfigError(
-                    f"policy: what it has learned lies in {value.path}, and not in {home}; copy "
+                    f"policy: what it has learned is in {value.path}, and not in {home}; copy "
                     "its folder there, or let files from elsewhere go along (--with-models)."
                 )
         _checkpoint_of(policy, learned[0]).save_pretrained(folder / "policy")
@@ -242,9 +242,9 @@ def _refuse_unsafe(config: EnsembleConfig, origin: str) -> None:
         for setting in _UNSAFE:
             if getattr(model, setting):
                 raise ConfigError(
-                    f"{origin}: models.{name}.{setting}: an ensemble that is shared must not have "
-                    "this setting, for it would act on the machine of whoever takes it; leave it "
-                    "out, and let them set it themselves."
+                    f"{origin}: models.{name}.{setting}: a shared ensemble must not have this "
+                    "setting, which would act on other people's machines; leave it out, and "
+                    "let them set it."
                 )
 
 
@@ -283,8 +283,8 @@ def _refuse_outside(config: EnsembleConfig, folder: Path) -> None:
         for setting, place in places.items():
             if place is not None and Path(place).is_absolute() and leads_out(Path(place), folder):
                 raise ConfigError(
-                    f"{origin}: models.{name}.{setting}: {place} leads out of the folder; all that "
-                    "a shared ensemble names lies in it, or on the Hub."
+                    f"{origin}: models.{name}.{setting}: {place} leads out of the folder; a "
+                    "shared ensemble names only what is in it, or on the Hub."
                 )
         if model.chat_template is not None:
             _refuse_template(model.chat_template, f"{origin}: models.{name}", folder)
@@ -318,7 +318,7 @@ class SharedScores:
         self._license = license
         if not self.index.files:
             raise ArtefactError(
-                f"{folder} is not finished: run the same `multicolm score` once more; it goes on "
+                f"{folder} is not finished: repeat the same `multicolm score`, which resumes "
                 "where it stopped."
             )
         for model in self.index.models:

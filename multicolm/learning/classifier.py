@@ -78,8 +78,7 @@ def fit_classifier(
         table,
         settings,
         lambda part: part.right.any(-1),
-        "at no position of this score table is the first choice of any model the token that stands "
-        "there.",
+        "at no position of this score table is any model's first choice the token of the text.",
     )
     odds = _prior_odds(parts.learnt, ways)
     weights = (1 / odds).clamp(1.0, settings.balance)

@@ -177,7 +177,7 @@ class _Lines:
     def _after_colon(self, question: _Line, line: _Line, rest: str, level: int) -> Node:
         """What follows ``if ...:`` or ``else:``: a leaf on the same line, or deeper lines."""
         if rest.startswith("if "):
-            self._refuse(line, "a question needs a line of its own, deeper than this one.")
+            self._refuse(line, "a question needs its own line, indented further than this one.")
         if rest:
             return self._leaf(line, rest)
         if not self._coming or self._coming[0].indent <= question.indent:

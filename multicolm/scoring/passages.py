@@ -81,7 +81,7 @@ class PassageReader:
                 ids = ids + (own.encode_continuation(written) if written else [])
             if k in self._used and not ids:
                 raise InputError(
-                    f"nothing stands before the text for model '{model.name}', and its tokenizer "
+                    f"there is nothing before the text for model '{model.name}', and its tokenizer "
                     "has no token for the beginning or the end of a text; give a prompt."
                 )
             prompts.append(tuple(ids))

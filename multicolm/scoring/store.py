@@ -216,8 +216,8 @@ class TableFiles:
         path = self.path(part, number)
         if not path.is_file():
             raise ArtefactError(
-                f"{path} is missing: the score table is not finished. Run the same `multicolm "
-                "score` once more; it goes on where it stopped."
+                f"{path} is missing: the score table is not finished. Repeat the same "
+                "`multicolm score`, which resumes where it stopped."
             )
         try:
             with safe_open(path, "pt") as file:
@@ -288,7 +288,7 @@ def _finished_index(folder: str | Path) -> Index:
     index = read_index(folder)
     if not index.files:
         raise ArtefactError(
-            f"{folder} is not finished: run the same `multicolm score` once more; it goes on where "
+            f"{folder} is not finished: repeat the same `multicolm score`, which resumes where "
             "it stopped."
         )
     return index

@@ -75,9 +75,7 @@ def _build(console: Console, world: World, out: Path, workers: int) -> None:
     except BuildError as error:
         raise click.ClickException(str(error)) from error
     except KeyboardInterrupt:
-        console.print(
-            f"Stopped. What is finished stays in {out}; the same command goes on from it."
-        )
+        console.print(f"Stopped. What is finished stays in {out}; repeat the command to resume.")
         raise SystemExit(130) from None
     console.print(f"Trained in {(time.monotonic() - started_s) / 60:.1f} minutes: {out}")
 

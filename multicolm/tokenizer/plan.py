@@ -90,7 +90,7 @@ def _patterns(part: Mapping[str, Any], blanks: bool) -> Iterator[tuple[str, str]
         if blanks:
             # Gemma splits at blanks, of which its normalizer has left none.
             if is_regex or source != " ":
-                raise NotCovered(f"its pre-tokenizer splits by {source!r} behind a normalizer")
+                raise NotCovered(f"its pre-tokenizer splits by {source!r} after a normalizer")
         elif part["behavior"] != "Isolated":
             raise NotCovered(f"its pre-tokenizer splits with behavior {part['behavior']}")
         else:
@@ -111,7 +111,7 @@ def _added(
             continue
         content = token["content"]
         if token["lstrip"] or token["rstrip"] or token["single_word"]:
-            raise NotCovered(f"its added token {content!r} depends on what stands beside it")
+            raise NotCovered(f"its added token {content!r} depends on its neighbours")
         if any(_overlap(content, special) for special in specials):
             raise NotCovered(f"its added token {content!r} overlaps a special token")
         if token["normalized"] and not is_byte_level:

@@ -42,8 +42,8 @@ def card(config: Mapping[str, Any], provenance: Mapping[str, Any]) -> str:
         parts.append(f"{config['summary']}\n")
     if "train_base" in provenance.get("train", {}):
         parts.append(
-            "The folder is an ensemble of its own: `ensemble.yaml` names its models, and the base "
-            "model that was trained lies beside it:\n\n"
+            "The folder is an ensemble: `ensemble.yaml` names its models, and the trained base "
+            "model is beside it:\n\n"
             '```console\n$ multicolm generate ./FOLDER "PROMPT" --trace\n```\n'
         )
     else:

@@ -154,4 +154,4 @@ def test_the_command_tells_them_in_json_and_nowhere_else(
             assert one["text"] == other["text"]
             assert one["logprob"] == pytest.approx(other["logprob"], abs=1e-5)
     assert main(asked) != 0
-    assert "--top-logprobs is told in JSON; add --json" in capsys.readouterr().err
+    assert "--top-logprobs requires --json" in capsys.readouterr().err

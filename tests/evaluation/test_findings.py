@@ -82,7 +82,7 @@ def test_beside_it_stand_metric_split_interval_both_p_values_and_that_it_was_pic
     ("n_questions", "n_policies", "sentence"),
     [
         # Two heads in 2 ** 6 are rare enough, in 2 ** 5 they are not.
-        (5, 1, "with 5 questions no difference at all can be told from chance; that takes 6"),
+        (5, 1, "with 5 questions no difference would be significant; that takes 6"),
         (6, 1, "with 6 questions no difference under 100 points can be told from chance"),
         (20, 1, "with 20 questions no difference under 30 points can be told"),
         (20, 4, "with 20 questions and 4 policies no difference under 40 points can be told"),

@@ -228,7 +228,7 @@ def test_an_error_says_where_it_came_and_what_is_kept(
     assert str(caught.value) == (
         "task 'tiny_answer', row 'cosd-rule': the weights are gone. Kept in "
         f"{tmp_path}: rows of tasks that are done, 0; answered requests of this one, "
-        f"{n_kept(tmp_path)}. The same command goes on there."
+        f"{n_kept(tmp_path)}. Repeat the command to resume."
     )
     passes.start(fail_at=40)
     passes.error = ModelError("the weights are gone.")
@@ -392,7 +392,7 @@ def test_the_command_that_was_stopped_goes_on_within_a_row(number: int, tmp_path
     assert 3 <= n < 40 and not (out / "lm_eval.json").exists()
     if number == signal.SIGINT:
         assert process.returncode == 130
-        assert f"What was finished is kept in {out}; the same command goes on there." in err
+        assert f"What was finished is kept in {out}; repeat the command to resume." in err
         assert err.strip().endswith("Interrupted.") and "Traceback" not in err
     before = part(out).read_bytes()
     settings: dict[str, Any] = {"include_path": [folder], "alone": False, "batch_size": 1}

@@ -78,8 +78,8 @@ def test_what_was_drawn_from_needs_all_log_probabilities() -> None:
 def test_a_model_that_was_not_declared_cannot_be_looked_at() -> None:
     odd = policy(SelectPolicy, lambda views: views[1].top1_ids, assistant_signals=set())
     assert complaint(odd) == (
-        "the policy looks at model 'other', which was not run here; declare it in its needs, or "
-        "do not look at it before the base model deferred."
+        "the policy reads model 'other', which was not run here; declare it in its needs, or "
+        "do not read it before the base model deferred."
     )
 
 
@@ -90,7 +90,7 @@ def test_an_assistant_cannot_be_looked_at_before_the_base_model_deferred() -> No
         assistants="deferred",
         defers=lambda self, views: views[1].top1_probs < 0.5,
     )
-    assert complaint(odd).startswith("the policy looks at model 'other', which was not run here")
+    assert complaint(odd).startswith("the policy reads model 'other', which was not run here")
 
 
 @pytest.mark.parametrize("what", ["previous", "base_run"])

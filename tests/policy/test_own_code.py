@@ -185,7 +185,7 @@ def test_code_that_the_user_never_named_is_not_run(
             use(folder, *((Path.cwd(),) if use is multicolm.config.load_policy else ()))
         assert said in str(caught.value)
     [warning] = _check_declared(folder, "router")  # after a pull from the Hub
-    assert warning.startswith(f"it comes with code of its own, {folder}/own.py, which is not run")
+    assert warning.startswith(f"it comes with its own code, {folder}/own.py, which is not run")
     assert not (folder / "ran").exists()
 
 

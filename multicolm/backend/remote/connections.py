@@ -195,7 +195,7 @@ def read_body(parts: Iterator[bytes], encoding: str, most: int) -> bytes:
                     raise TooLong(bytes(content[:most]))
                 part = decoder.unconsumed_tail
             if decoder.unused_data:
-                raise WronglyEncoded("it goes on after its end")
+                raise WronglyEncoded("it continues after its end")
     except zlib.error as error:
         raise WronglyEncoded(str(error)) from error
     if not decoder.eof:

@@ -137,7 +137,11 @@ class Abilities:
             named = " and of tokens that are named" if self.returns_named else ""
             known = f"log-probabilities of the {self.max_top_logprobs} likeliest tokens{named}"
         else:
-            own = "" if self.is_neutral else "; if it avoids repetitions, it goes on doing so"
+            own = (
+                ""
+                if self.is_neutral
+                else ": a repetition penalty, if the server has set one, stays"
+            )
             known = f"text only, no log-probabilities by token id{own}"
         several = "several at a time" if self.takes_several else "one at a time"
         scoring = f"scored by `{self.scoring}`" if self.scoring else "not scored by the server"
@@ -432,7 +436,7 @@ class _Trial:
             if differs:
                 raise VocabularyError(
                     f"model '{name}': server {self._server.url} reads {text!r} in other tokens "
-                    "than the tokenizer that `model:` stands for; name the folder or Hub id of "
+                    "than the tokenizer of `model:`; name the folder or Hub id of "
                     "the model that the server runs."
                 )
 

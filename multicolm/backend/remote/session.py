@@ -214,7 +214,7 @@ class RemoteSession(Session):
                 [row] = answer.rows or [Likeliest([], [])]
                 known = dict(zip(row.ids, row.logprobs, strict=True))
                 if not known.keys() >= set(some):
-                    raise self._changed("it does not tell of tokens that are named")
+                    raise self._changed("it does not return the log-probabilities of named tokens")
                 lines.append([known[token] for token in some])
             told.append(torch.tensor(lines))
         n_calls = self._server.n_calls - n_calls

@@ -69,7 +69,7 @@ class Writing:
 
     def _text(self, ids: Sequence[int]) -> str:
         """Tokens of text as the server takes them."""
-        way = f"model '{self._name}' cannot go on here: its server {self._server} takes no token"
+        way = f"model '{self._name}' cannot continue here: its server {self._server} takes no token"
         try:
             text = self._tokenizer.decode(ids).decode()
         except UnicodeDecodeError as error:
@@ -98,8 +98,8 @@ class Writing:
         if not kept or "\ufffd" in self._tokenizer.decode(kept[:1]).decode("utf-8", "replace"):
             raise ServerError(
                 f"server {self._server} of model '{self._name}': asked for {n_asked} tokens, it "
-                f"wrote {answer.text!r}, in which there is no whole character; use a server that "
-                "tells token ids.",
+                f"wrote {answer.text!r}, in which there is no whole character; use a server "
+                "that returns token ids.",
                 server=self._server,
             )
         return kept

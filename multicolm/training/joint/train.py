@@ -220,4 +220,4 @@ def _summary(job: Job) -> str:
         who = f"Base model {base} alone, fine-tuned ({what}) on {source}"
     else:
         who = f"A co-llm policy and base model {base}, trained together ({what}) on {source}"
-    return f"{who}; the folder is an ensemble of its own, as in `multicolm generate ./FOLDER`."
+    return f"{who}; the folder is an ensemble, as in `multicolm generate ./FOLDER`."

@@ -242,7 +242,7 @@ def test_a_server_does_not_say_how_much_memory_its_answer_takes(what: str) -> No
         ("br", b"{}", "'br' was not asked for"),
         ("gzip, gzip", b"{}", "'gzip, gzip' was not asked for"),
         ("gzip", gzip.compress(b"{}")[:-4], "it ends too early"),
-        ("gzip", gzip.compress(b"{}") * 2, "it goes on after its end"),
+        ("gzip", gzip.compress(b"{}") * 2, "it continues after its end"),
         ("gzip", b"", "it ends too early"),
         ("gzip", b"{}", "incorrect header check"),
     ],

@@ -201,8 +201,8 @@ def test_drawing_is_refused_where_a_token_that_is_not_known_could_come(serve: Se
     for settings in ({"temperature": 1.0}, {"temperature": 1.0, "top_k": 6}):
         with pytest.raises(
             CapabilityError,
-            match=f"'cosd-rule' lets model 'facts' draw tokens, and its server {fake.url} tells "
-            "the probability of 5 of them: set `top_k` to 5 or less",
+            match=f"'cosd-rule' lets model 'facts' draw tokens, and its server {fake.url} "
+            "returns the probability of 5 of them: set `top_k` to 5 or less",
         ):
             partial.generate(PROMPTS[0], "cosd-rule", **settings)
     assert partial.generate(PROMPTS[0], "cosd-rule", temperature=1.0, top_k=5, max_new_tokens=2)
@@ -283,7 +283,9 @@ def test_a_server_of_text_is_refused_by_policies_that_need_numbers(serve: Serve)
         "shows only text; choose",
     ):
         text_only.generate(PROMPTS[0], "cosd-rule")
-    with pytest.raises(CapabilityError, match="tells the probability of none of them: set `temper"):
+    with pytest.raises(
+        CapabilityError, match="returns the probability of none of them: set `temper"
+    ):
         text_only.generate(PROMPTS[0], "nudging", temperature=1.0)
 
 
@@ -291,7 +293,7 @@ def test_a_server_of_text_proposes_words_that_others_judge(serve: Serve) -> None
     fake = serve("facts", TEXT_ONLY)
     sentence = (
         f"policy 'cool-fusion' lets model 'facts' \\(server {fake.url}\\) propose and not judge: "
-        "it does not tell how likely it finds given text."
+        "it does not return the log-probabilities of given text."
     )
     with pytest.warns(MulticolmWarning, match=sentence):
         got = ensemble(remote(fake)).generate(PROMPTS, "cool-fusion", max_new_tokens=16)

@@ -87,8 +87,8 @@ def test_another_tokenizer_than_the_servers_is_refused(serve: Serve) -> None:
         fake = serve("facts", manners)
         with pytest.raises(
             VocabularyError,
-            match=f"model 'facts': server {fake.url} reads '.*' in other tokens than the tokenizer "
-            "that `model:` stands for; name the folder or Hub id of the model",
+            match=f"model 'facts': server {fake.url} reads '.*' in other tokens than the "
+            "tokenizer of `model:`; name the folder or Hub id of the model",
         ):
             remote(fake, model="tiny-facts-own")
 

@@ -31,7 +31,8 @@ def test_text_that_a_server_would_take_for_a_special_token_is_not_put_to_it(name
     with pytest.raises(CapabilityError) as caught:
         writing(takes_ids=False).prompt(ids)
     assert str(caught.value) == (
-        "model 'm' cannot go on here: its server http://127.0.0.1:1 takes no token ids, and would "
+        "model 'm' cannot continue here: its server http://127.0.0.1:1 takes no token ids, and "
+        "would "
         f"read '{name}', which is text here, as that special token. Leave it out, or use a server "
         "that takes token ids."
     )
