@@ -4,6 +4,8 @@
 #   make test    install the tools too, run ruff, mypy and the tests (what CI runs)
 #   make test-engines   install real engines too (llama.cpp, vLLM on CPU), test against them;
 #                       with LLAMA_SERVER=build, llama.cpp's own server too
+#   make test-genlm     install genlm-bytes too, hold its next-byte probabilities against ours
+#   make browser        install Debian's Chromium, for the tests of pages; needs root
 #   make test-latest    the tests on the newest releases that pyproject.toml allows, in .venv-latest
 #   make bench   install the tools too, measure speed; see benchmarks/README.md
 #   make clean   remove .venv, .venv-engines, .venv-latest and caches
@@ -11,6 +13,7 @@
 PYTHON ?= python3
 VENV := .venv
 ENGINES := .venv-engines
+GENLM := .venv-genlm
 LATEST := .venv-latest
 BIN := $(VENV)/bin
 CPU_WHEELS := https://download.pytorch.org/whl/cpu
@@ -20,7 +23,9 @@ CPU_WHEELS := https://download.pytorch.org/whl/cpu
 export OMP_NUM_THREADS := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test lint types tests test-engines test-latest bench clean
+PYTEST := -m pytest -n 2 --dist worksteal -q -rs
+
+.PHONY: demo test lint types tests llama-cpp test-engines test-genlm test-latest browser bench clean
 
 demo: $(VENV)/.installed
 	@echo "== asking the embedded ensemble with every policy"
@@ -37,12 +42,29 @@ types: $(VENV)/.installed-dev
 	@echo "== mypy --strict on the package"
 	@$(BIN)/mypy --strict multicolm
 
-tests: $(VENV)/.installed-dev
+# BEFORE_TESTS names targets; nothing may be installed into .venv while tests run in it.
+tests: $(VENV)/.installed-dev $(BEFORE_TESTS)
 	@echo "== tests"
-	@$(BIN)/python -m pytest -n 2 -q -rs
+	@$(BIN)/python $(PYTEST) --ignore tests/engines
 
-test-engines: $(VENV)/.installed-dev
+llama-cpp: $(VENV)/.installed-dev
+	@$(BIN)/python tests/engines/with_engines.py --llama-cpp
+
+test-engines: llama-cpp
 	@LLAMA_SERVER=$(LLAMA_SERVER) $(BIN)/python tests/engines/with_engines.py $(ENGINES)
+
+test-genlm: $(GENLM)/.installed
+	@echo "== tests against genlm-bytes"
+	@$(GENLM)/bin/python -m pytest -p no:xdist -q -rs tests/tokenizer/test_genlm.py
+
+# Without root, or where there is no apt, the tests of pages are skipped and say so.
+browser:
+	@if ! command -v chromium >/dev/null; then \
+	  echo "== installing Debian's Chromium"; \
+	  apt-get update -qq && \
+	  apt-get install -y -qq --no-install-recommends chromium fonts-liberation >/dev/null || \
+	  echo "== no Chromium: apt cannot install it here"; \
+	fi
 
 # Not in CI, which is to give the same answer tomorrow: this one is to see the next rename at once.
 # PIP_CONSTRAINT holds back what a machine cannot have, such as a newer torch.
@@ -51,7 +73,7 @@ test-latest:
 	$(call install,[dev],$(LATEST),--upgrade --upgrade-strategy eager)
 	@$(LATEST)/bin/python -c "import torch, transformers as t; print('torch', torch.__version__, 'transformers', t.__version__)"
 	@echo "== tests"
-	@$(LATEST)/bin/python -m pytest -n 2 -q -rs
+	@$(LATEST)/bin/python $(PYTEST)
 
 bench: $(VENV)/.installed-dev
 	@echo "== benchmarks: ratios within one run"
@@ -80,5 +102,14 @@ $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(call install,[dev],$(VENV),-c constraints.txt)
 	@touch $@ $(VENV)/.installed
 
+# On top of .venv, as it brings bitsandbytes, with which peft is another peft.
+$(GENLM)/.installed: $(VENV)/.installed-dev
+	@echo "== installing genlm-bytes into $(GENLM)"
+	@$(PYTHON) -m venv --clear $(GENLM)
+	@$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" > \
+	  "$$($(GENLM)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/below.pth"
+	$(call install,[genlm],$(GENLM),-c constraints.txt)
+	@touch $@
+
 clean:
-	rm -rf $(VENV) $(ENGINES) $(LATEST) .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) $(ENGINES) $(GENLM) $(LATEST) .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

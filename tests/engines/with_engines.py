@@ -1,7 +1,9 @@
 """Install real engines, run the tests against them, and leave no server behind.
 
     .venv/bin/python tests/engines/with_engines.py .venv-engines [PYTEST OPTIONS]
+    .venv/bin/python tests/engines/with_engines.py --llama-cpp
 
+The second installs what goes beside multicolm and runs nothing.
 llama-cpp-python goes beside multicolm, which calls it in process. vLLM pins older libraries, so it
 gets an environment of its own: servers run there, and what calls vLLM in process does. With
 LLAMA_SERVER=build, llama.cpp's own server is built from the source that llama-cpp-python brings
@@ -10,6 +12,7 @@ along. An engine that cannot be installed is no failure: its tests are skipped, 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import shutil
@@ -86,10 +89,14 @@ def install_llama_cpp() -> None:
         job = ("--no-deps", "--no-cache-dir", "--wheel-dir", str(wheels), "llama-cpp-python")
         pip(sys.executable, "wheel", *constraints, *job, CMAKE_ARGS=LLAMA_CPP)
     wheel = find_wheel(wheels)
+    stamp = Path(sys.prefix) / f".installed-{wheels.name}-{wheel.stem}"
+    if stamp.exists():
+        return
     # Anew, since one that was built with other options has the same version.
     pip(sys.executable, "install", "--force-reinstall", "--no-deps", str(wheel))
     pip(sys.executable, "install", *constraints, "llama-cpp-python[server]", "gguf")
     check(sys.executable, "import llama_cpp, gguf")
+    stamp.touch()
 
 
 def find_wheel(folder: Path) -> Path:
@@ -250,4 +257,8 @@ def marked(process: psutil.Process, mark: str) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]), sys.argv[2:]))
+    if sys.argv[1:] == ["--llama-cpp"]:
+        with contextlib.suppress(NotHere):  # The tests that are skipped for it will say why.
+            install_llama_cpp()
+    else:
+        sys.exit(main(Path(sys.argv[1]), sys.argv[2:]))

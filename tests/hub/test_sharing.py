@@ -234,7 +234,9 @@ def test_models_elsewhere_on_the_disk_go_along_only_if_asked_for(tmp_path: Path)
     home.mkdir()
     data = {"base_model": "facts", "models": {"facts": {"model": str(facts), "dtype": "float32"}}}
     (home / "ensemble.yaml").write_text(yaml.safe_dump(data))
-    with pytest.raises(ConfigError, match=r"model 'facts' lies in .*tiny/facts, on this machine only"):
+    with pytest.raises(
+        ConfigError, match=r"model 'facts' lies in .*tiny/facts, on this machine only"
+    ):
         SharedEnsemble(home).save_pretrained(tmp_path / "saved")
     assert not (tmp_path / "saved/ensemble.yaml").exists()
     SharedEnsemble(home, with_models=True).save_pretrained(tmp_path / "saved")
@@ -344,7 +346,9 @@ def test_a_trained_ensemble_goes_with_its_base_model_and_with_no_other(
     models["generalist"] = {"model": "tiny-generalist"}
     data = {"base_model": "facts", "models": models, "policy": "."}
     (folder / "ensemble.yaml").write_text(yaml.safe_dump(data, sort_keys=False))
-    with pytest.raises(ConfigError, match=r"model 'math' lies in .*tiny/math, on this machine only"):
+    with pytest.raises(
+        ConfigError, match=r"model 'math' lies in .*tiny/math, on this machine only"
+    ):
         push(folder, "org/trained")
     models["math"] = {"model": "tiny-math"}
     (folder / "ensemble.yaml").write_text(yaml.safe_dump(data, sort_keys=False))
