@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
 from functools import partial
@@ -32,7 +32,7 @@ from multicolm.decoding.reader import Reader
 from multicolm.decoding.row import Row, Written
 from multicolm.decoding.sampling import Noise
 from multicolm.decoding.segments import SegmentWriter
-from multicolm.decoding.settle import PolicyDesk, Verdict
+from multicolm.decoding.settle import PolicyDesk, Verdict, ends_text
 from multicolm.decoding.slots import Slots
 from multicolm.decoding.token_reader import TokenReader
 from multicolm.policy.base import Policy, SegmentPolicy
@@ -587,6 +587,10 @@ class Router:
             if i not in verdict.tokens:
                 break
             token, writer = verdict.tokens[i], verdict.writers[i]
+            if ends_text(self._policy, row, writer):
+                row.finish_reason = "stop"
+                yield from _pieces(row, row.text.finish(), self._names)
+                break
             foreseen = bool(draft.tokens) and token == draft.tokens[i]
             # What another group wrote is read in another way, though it be the same text.
             foreseen = foreseen and self._same_group(writer)
@@ -625,8 +629,7 @@ class Router:
             if row.meter is not None:
                 row.meter.append(content)
             special = "" if content else self._vocabulary.name(new.token)
-            for text, writer in row.text.push(content, new.writer, special):
-                yield Piece(row.number, text, self._name(writer))
+            yield from _pieces(row, row.text.push(content, new.writer, special), self._names)
         for k in self._used:
             row.lengths[k] += self._vocabulary.n_read(k, new.token)
         if row.text.stopped:
@@ -638,11 +641,12 @@ class Router:
         elif not self._fits(row):
             row.finish_reason = "context"
         if row.finish_reason is not None:
-            for text, writer in row.text.finish():
-                yield Piece(row.number, text, self._name(writer))
+            yield from _pieces(row, row.text.finish(), self._names)
 
-    def _name(self, writer: int) -> str:
-        return self._names[writer] if writer < len(self._names) else MIXTURE
+
+def _pieces(row: Row, shown: Iterable[tuple[str, int]], names: Sequence[str]) -> Iterator[Piece]:
+    for text, writer in shown:
+        yield Piece(row.number, text, names[writer] if writer < len(names) else MIXTURE)
 
 
 def _weakly(method: Callable[P, T]) -> Callable[P, T]:

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from multicolm.decoding.draft import Draft, Positions, Shown
+from multicolm.decoding.row import Row
 from multicolm.decoding.sampling import Likeliest, likeliest
 from multicolm.errors import PolicyError
 from multicolm.policy.base import MixPolicy, Needs, Policy, SelectPolicy, VerifyPolicy
 from multicolm.views import ModelNames, View, Views
 
-__all__ = ["PolicyDesk", "Verdict"]
+__all__ = ["PolicyDesk", "Verdict", "ends_text"]
 
 
 @dataclass
@@ -418,3 +419,21 @@ class PolicyDesk:
             f"policy '{self.policy.name}': {method}() must return a {allowed} tensor with "
             f"{size}, one per position, and returned {got}."
         )
+
+
+def ends_text(policy: Policy, row: Row, writer: int) -> bool:
+    """Whether a policy ends a text here, in the place of a token of ``writer``'s.
+
+    Raises:
+        PolicyError: if it answers anything but a bool.
+    """
+    if not policy.can_end_texts:
+        return False
+    ids, writers = [t.token for t in row.written], [t.writer for t in row.written]
+    answer: object = policy.ends_text(ids, writers, writer)
+    if not isinstance(answer, bool):
+        raise PolicyError(
+            f"policy '{policy.name}': ends_text() must return True or False, and returned "
+            f"{answer!r}."
+        )
+    return answer

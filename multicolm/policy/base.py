@@ -321,6 +321,26 @@ class Policy:
         """Whether :meth:`text_uses` is to be asked."""
         return type(self).text_uses is not Policy.text_uses
 
+    def ends_text(self, ids: Sequence[int], writers: Sequence[int], writer: int) -> bool:
+        """Whether a text ends here, in the place of the token that a model is about to write.
+
+        Asked, if a policy defines it, before every token that is written, but not of a
+        :class:`SegmentPolicy`, nor where the likelihood of a given text is computed. A text that
+        ends so has the finish reason ``stop``. A pure function of the written text, so the same in
+        every schedule.
+
+        Args:
+            ids: the tokens written so far, in the shared vocabulary.
+            writers: index of each one's model; the number of models for a mixture.
+            writer: who would write the next token.
+        """
+        return False
+
+    @property
+    def can_end_texts(self) -> bool:
+        """Whether :meth:`ends_text` is to be asked."""
+        return type(self).ends_text is not Policy.ends_text
+
     @property
     def keeps_state(self) -> bool:
         """Whether it remembers something of each text."""

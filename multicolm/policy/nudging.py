@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from itertools import groupby
+from operator import itemgetter
+from typing import Annotated, ClassVar
 
 from jaxtyping import Bool, Float, Int
+from pydantic import Field
 
 from multicolm.policy.base import Deferral, Needs, SelectPolicy, When, register_policy
 from multicolm.policy.threshold import PROBABILITIES, ProbabilityThreshold
@@ -22,23 +25,28 @@ class NudgingPolicy(SelectPolicy):
     The base model goes on at the next word at which it is sure again or would write the same token
     as the nudger. A word of the nudger ends where its next token would begin with white space.
 
-    The authors' code works on text in pieces of 16 tokens, and ends it by rules that are not here:
-    when the nudger's piece ends, after the same nudge four times in a row, and after 150 nudges;
-    it leaves out what the base model repeats, and cuts repetitions off the end. Here a text ends
-    where the model that writes ends it, or at ``max_new_tokens``.
+    A text ends where the model that writes ends it, after ``same_nudges`` nudges in a row with the
+    same tokens, and where a nudge would begin after ``max_nudges``. Three rules of the authors'
+    code are not here, since they take back what is written, or let the nudger write ahead: it
+    writes pieces of 16 tokens, and a piece in which it ends the text is the rest of the text; the
+    last of equal nudges in a row is taken back; and what the base model repeats is cut out.
 
     Attributes:
         threshold: top-1 probability below which the base model is unsure (the paper's gamma);
             0 is the base model alone, up to 2 the nudger.
         nudger: the aligned model.
+        same_nudges: after how many equal nudges in a row a text ends; ``null`` never.
+        max_nudges: the most nudges of a text; ``null`` is no limit.
 
     Source:
-        arXiv 2410.09300 (ACL 2025), section 2; the authors' instructions take 0.4, their code 0.3.
-        Published for greedy decoding.
+        arXiv 2410.09300 (ACL 2025), section 2; the authors' instructions take 0.4, their code 0.3,
+        and the code ends texts after 4 equal nudges and after 150. Published for greedy decoding.
     """
 
     threshold: ProbabilityThreshold = 0.4
     nudger: Role = "assistant"
+    same_nudges: Annotated[int, Field(ge=1)] | None = 4
+    max_nudges: Annotated[int, Field(ge=1)] | None = 150
 
     tunable: ClassVar[dict[str, Sequence[float]]] = {"threshold": PROBABILITIES}
     deferral: ClassVar[Deferral | None] = Deferral("threshold", above=False, never=0.0, always=2.0)
@@ -76,3 +84,14 @@ class NudgingPolicy(SelectPolicy):
         # no probability reaches.
         goes_on = nudged & next_word & agrees & (self.threshold <= 1)
         return ((unsure & ~goes_on) | (nudged & ~next_word)).long() * nudger
+
+    def ends_text(self, ids: Sequence[int], writers: Sequence[int], writer: int) -> bool:
+        """After the same nudge too often, and in the place of one nudge too many."""
+        if not writers or (writer == 0) == (writers[-1] == 0):
+            return False  # no nudge begins or ends here
+        runs = [(k, list(run)) for k, run in groupby(zip(writers, ids, strict=True), itemgetter(0))]
+        nudges = [[token for _, token in run] for k, run in runs if k != 0]
+        if writer != 0:
+            return self.max_nudges is not None and len(nudges) >= self.max_nudges
+        n = self.same_nudges
+        return n is not None and len(nudges) >= n and all(x == nudges[-1] for x in nudges[-n:])
