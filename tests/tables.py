@@ -9,11 +9,13 @@ from typing import Any
 from multicolm.backend.table import TableModel
 from multicolm.plugins import policies
 
+UNTAUGHT = {kind for kind in policies if hasattr(policies.get(kind), "made_for")}
+"""Policies that are nothing before they are trained."""
+
 READY = [
     kind
     for kind in policies
-    if not (hasattr(policies.get(kind), "fit") or hasattr(policies.get(kind), "fit_answers"))
-    and policies.get(kind).support not in ("bytes", "characters")
+    if kind not in UNTAUGHT and policies.get(kind).support not in ("bytes", "characters")
 ]
 """Policies that need no training. Those that do, and those that write bytes or characters, have
 their laws in their own test files."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from multicolm.artefacts import Artefact
@@ -59,7 +59,7 @@ def train_on_answers(
         ensemble: whose models answer.
         policy: of a kind that has a method ``fit_answers(answers, training)``, such as
             ``query-router``; see :class:`multicolm.learning.queries.JudgedAnswers`. Of its
-            ``prompt_states`` the base model's are read.
+            ``prompt_states`` the base model's are read, and without any no prompt is.
         task: questions and how answers are judged.
         out: folder of the checkpoint.
         split: which of the task's data; never ``test``.
@@ -90,15 +90,15 @@ def train_on_answers(
         if finished is not None:
             shutil.rmtree(folder / ".training", ignore_errors=True)
             return finished
-        quality = _judged(run, ensemble, folder / ".training" / "ledger.jsonl", header)
+        quality, lengths = _judged(run, ensemble, folder / ".training" / "ledger.jsonl", header)
         on_progress(0, 0, "prompts")
-        wanted = policy.prompt_states(ensemble.models).get(0) or frozenset[Pooling]({"last"})
         answers = JudgedAnswers(
             tuple(ensemble.models),
             tuple(model.identity for model in ensemble.backends),
             tuple(ensemble.costs),
-            prompt_states(ensemble, [q.asked for q in questions], min(wanted), batch_size),
+            _states(ensemble, policy, [q.asked for q in questions], batch_size),
             quality,
+            lengths,
         )
         training = Training(options or {}, None, on_progress)
         fitted = fit(answers, training)
@@ -131,7 +131,7 @@ def _learns_from_answers(
             f"policy '{policy.name}' does not learn from judged answers: it has no method "
             "`fit_answers`. Score texts with `multicolm score`, and give that folder."
         )
-    if "hidden" not in ensemble.backends[0].shows:
+    if policy.prompt_states(ensemble.models) and "hidden" not in ensemble.backends[0].shows:
         raise CapabilityError(
             f"policy '{policy.name}' reads the hidden state that base model "
             f"'{ensemble.models[0]}' has of the prompt, and its backend shows none."
@@ -141,8 +141,8 @@ def _learns_from_answers(
 
 def _judged(
     run: Answering, ensemble: Ensemble, path: Path, header: Mapping[str, Any]
-) -> Float[Tensor, "prompts models"]:
-    """How good every model's answer to every question is; answers are kept in a ledger."""
+) -> tuple[Float[Tensor, "prompts models"], Int[Tensor, "prompts models"]]:
+    """How good and how long every model's answers are; they are kept in a ledger."""
     plans = [
         Plan(f"{name} alone", "model", resolve_policy({"kind": "single", "params": {"model": k}}))
         for k, name in enumerate(ensemble.models)
@@ -150,7 +150,19 @@ def _judged(
     run.check(plans)
     with Ledger.open(path, header) as ledger:
         run.ledger = ledger
-        return torch.tensor([run.row(plan).qualities for plan in plans]).T.contiguous()
+        quality = torch.tensor([run.row(plan).qualities for plan in plans])
+        lengths = [[len(answer["text"]) for answer in run.answers(plan)] for plan in plans]
+        return quality.T.contiguous(), torch.tensor(lengths).T.contiguous()
+
+
+def _states(
+    ensemble: Ensemble, policy: Policy, prompts: Sequence[Prompt], batch_size: int
+) -> Float[Tensor, "prompts hidden"]:
+    """The base model's states that a policy reads; of width 0 if it reads none."""
+    wanted = policy.prompt_states(ensemble.models).get(0)
+    if not wanted:
+        return torch.zeros(len(prompts), 0)
+    return prompt_states(ensemble, prompts, min(wanted), batch_size)
 
 
 def prompt_states(

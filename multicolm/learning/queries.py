@@ -22,7 +22,7 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from multicolm.errors import TrainingError
@@ -51,6 +51,7 @@ class JudgedAnswers:
         costs: per token of each, in the ensemble's unit.
         states: the base model's hidden state of each prompt.
         quality: of each model's answer, 0 to 1.
+        lengths: of each model's answer, in characters.
     """
 
     models: tuple[str, ...]
@@ -58,15 +59,15 @@ class JudgedAnswers:
     costs: tuple[float, ...]
     states: Float[Tensor, "prompts hidden"]
     quality: Float[Tensor, "prompts models"]
+    lengths: Int[Tensor, "prompts models"]
 
     def __len__(self) -> int:
         return int(self.quality.shape[0])
 
     def part(self, which: Tensor) -> JudgedAnswers:
         """Some of the prompts."""
-        return JudgedAnswers(
-            self.models, self.identities, self.costs, self.states[which], self.quality[which]
-        )
+        states, quality, lengths = (x[which] for x in (self.states, self.quality, self.lengths))
+        return JudgedAnswers(self.models, self.identities, self.costs, states, quality, lengths)
 
 
 def fit_queries(

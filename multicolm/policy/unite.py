@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from dataclasses import replace
+from typing import TYPE_CHECKING, ClassVar
 
 from jaxtyping import Bool, Float, Int
 from pydantic import Field
@@ -11,6 +12,10 @@ from multicolm.policy.base import Support, register_policy
 from multicolm.policy.mixture import WeightedPolicy
 from multicolm.types import Signal, Tensor
 from multicolm.views import Views
+
+if TYPE_CHECKING:
+    from multicolm.learning.queries import JudgedAnswers
+    from multicolm.learning.training import Training
 
 __all__ = ["UnitePolicy"]
 
@@ -24,9 +29,8 @@ class UnitePolicy(WeightedPolicy):
     A model's probabilities are renormalised over the union. A token that it does not have counts as
     the first one with which it spells the same text; one whose probability is 0 stays at 0.
 
-    This is the second half of the paper. The first, "determine", chooses the models for a task:
-    from the best one on, those that are at most 10 % worse at it and answer in a similar style and
-    length. Compare the models alone on your task, and leave the others out (or weigh them 0).
+    Which models are added up for a task is determined by :meth:`fit_answers`: the best one alone,
+    and those that are at most 0.1 worse in quality and answer at a like length.
 
     Attributes:
         top_k: how many tokens of each model make up the union.
@@ -35,8 +39,8 @@ class UnitePolicy(WeightedPolicy):
 
     Source:
         UniTE, "Determine-then-Ensemble", arXiv 2410.03777 (ICLR 2025), section 4; k = 10 and greedy
-        decoding there. Its code gives a logit of 0 to a token whose first part is in the union
-        already; here it has that part's own.
+        decoding there. It also asks for a like style, which is not judged here. Its code gives a
+        logit of 0 to a token whose first part is in the union already; here it has that part's own.
     """
 
     top_k: int = Field(default=10, ge=1)
@@ -81,6 +85,24 @@ class UnitePolicy(WeightedPolicy):
         whole = torch.full((len(ids), views.n_tokens), _NEVER, device=ids.device)
         # Every token counts once, so the greatest of what is put at one place is its number.
         return whole.scatter_reduce(-1, ids, mixed, "amax")
+
+    def fit_answers(self, answers: JudgedAnswers, training: Training) -> UnitePolicy:
+        """The same policy with equal weights for the models that fit together, and 0 for others.
+
+        Args:
+            answers: of every model alone.
+            training: options (:class:`multicolm.learning.compatible.CompatibleSettings`), and
+                what is reported back.
+
+        Raises:
+            ConfigError: if an option is unknown or out of range.
+            TrainingError: if there is no answer.
+        """
+        from multicolm.learning.compatible import CompatibleSettings, compatible_models
+
+        chosen, report = compatible_models(answers, training.settings(CompatibleSettings))
+        training.report |= report
+        return replace(self, weights={name: float(name in chosen) for name in answers.models})
 
 
 def _is_repeated(

@@ -8,21 +8,16 @@ from typing import Any
 
 import pytest
 import torch
+from tables import UNTAUGHT
 
 import multicolm
 from multicolm import Ensemble, TracedToken, catalog
 from multicolm.cli import main
 from multicolm.decoding.sampling import likeliest
 from multicolm.errors import CapabilityError, InputError
-from multicolm.plugins import policies
 
 PROMPTS = ["What is Dulerex made from?\nResponse:", "What is 2 * x + 15 if x = 7?\nResponse:"]
 OTHERWISE = {"byte-contrastive", "byte-mixture", "byte-proxy-tuning", "chared"}  # not in tokens
-UNTAUGHT = {
-    kind
-    for kind in policies
-    if hasattr(policies.get(kind), "fit") or hasattr(policies.get(kind), "fit_answers")
-}
 SELECTS = ["confidence", "cosd-rule", "max-confidence", "nudging", "random"]
 GREEDY: dict[str, Any] = {"max_new_tokens": 8, "seed": 3}
 DRAWN = {**GREEDY, "temperature": 0.8}

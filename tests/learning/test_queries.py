@@ -14,7 +14,8 @@ METHODS = ["linear", "knn", "mf"]
 
 def judged(states: Tensor, quality: Tensor, costs: tuple[float, ...] = ()) -> JudgedAnswers:
     names = tuple(f"m{k}" for k in range(quality.shape[1]))
-    return JudgedAnswers(names, names, costs or (1.0,) * len(names), states, quality)
+    lengths = torch.full(quality.shape, 20)
+    return JudgedAnswers(names, names, costs or (1.0,) * len(names), states, quality, lengths)
 
 
 def topics(n: int, n_models: int, width: int, seed: int = 0) -> JudgedAnswers:
