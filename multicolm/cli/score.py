@@ -63,6 +63,7 @@ __all__ = ["command"]
     type=Whole(1),
     help="Maximum tokens of one forward pass; by default what takes a few seconds.",
 )
+@click.option("--dry-run", is_flag=True, help="Say what would be read; load and write nothing.")
 @json_option
 def command(
     ensemble: str,
@@ -79,6 +80,7 @@ def command(
     revision: str | None,
     shard_positions: int,
     batch_tokens: int | None,
+    dry_run: bool,
     as_json_: bool,
 ) -> None:
     """Let every model of ENSEMBLE read DATA, and keep its log-probability of each token.
@@ -99,16 +101,17 @@ def command(
     features |= {name: 0 for name in asked if asked[name] and name not in features}
     top_k = max(topk or 0, features.get("topk", 0))
     start = time.perf_counter()
-    index = _scored(
-        config,
-        corpus,
-        out,
-        features=tuple(sorted(features)),
-        top_k=top_k,
-        end_of_text=not no_end,
-        shard_positions=shard_positions,
-        batch_tokens=batch_tokens,
-    )
+    how: _How = {
+        "features": tuple(sorted(features)),
+        "top_k": top_k,
+        "end_of_text": not no_end,
+        "shard_positions": shard_positions,
+        "batch_tokens": batch_tokens,
+    }
+    if dry_run:
+        _say_plan(config, corpus, out, how, as_json_)
+        return
+    index = _scored(config, corpus, out, **how)
     if int(os.environ.get("RANK", "0")) == 0:
         _report(index, out, time.perf_counter() - start, as_json_)
 
@@ -192,6 +195,50 @@ def _scored(config: EnsembleConfig, corpus: Corpus, out: Path, **how: Unpack[_Ho
         )
 
 
+def _say_plan(config: EnsembleConfig, corpus: Corpus, out: Path, how: _How, as_json_: bool) -> None:
+    """What the same command without --dry-run would read. Of the models tokenizers are loaded.
+
+    Raises:
+        MulticolmError: what scoring would find before it loads a model.
+    """
+    there, missing = _there(config, corpus, out, **how)
+    base = config.base_model
+    n_examples, n_tokens = _counts(config, corpus, how["end_of_text"])
+    kept = [f"{base}'s {name}" for name in how["features"]]
+    if as_json_:
+        facts = {"examples": n_examples, "tokens": n_tokens, "to_read": missing, "keeps": kept}
+        click.echo(as_json({"out": str(out), **facts}))
+        return
+    count = "an unknown number of" if n_tokens is None else f"{n_tokens:,}"
+    click.echo(f"{corpus.source.name}: {n_examples:,} completions of {count} tokens of {base}'s")
+    whole = [model.name for model in there.models if model.name not in missing]
+    if whole:
+        click.echo(f"scored already in {out}: {', '.join(whole)}")
+    for name in missing:
+        click.echo(f"to be read by {name}")
+    if missing and kept:
+        click.echo(f"to be kept besides the scores: {', '.join(kept)}")
+
+
+def _counts(config: EnsembleConfig, corpus: Corpus, end_of_text: bool) -> tuple[int, int | None]:
+    """Examples, and tokens of their completions: at most so many, if a context is short.
+
+    Of a base model whose tokenizer is not in a folder of transformers' the tokens are not known.
+    """
+    from multicolm.backend.loading import load_tokenizer
+    from multicolm.tokenizer.huggingface import HuggingFaceTokenizer
+
+    model = config.models[config.base_model]
+    if model.backend in ("llama-cpp", "table"):
+        return sum(1 for _ in corpus), None
+    adapter = HuggingFaceTokenizer(load_tokenizer(config.base_model, model), config.base_model)
+    n_examples = n_tokens = 0
+    for example in corpus:
+        n_examples += 1
+        n_tokens += len(adapter.encode_continuation(example.completion)) + end_of_text
+    return n_examples, n_tokens
+
+
 def _there(
     config: EnsembleConfig, corpus: Corpus, out: Path, **how: Unpack[_How]
 ) -> tuple[Index, list[str]]:
@@ -203,7 +250,12 @@ def _there(
     """
     from multicolm.errors import ArtefactError
     from multicolm.plugins import backends
-    from multicolm.scoring.plan import check_features, check_names, scored_before
+    from multicolm.scoring.plan import (
+        check_features,
+        check_names,
+        scored_before,
+        template_digests,
+    )
     from multicolm.scoring.store import Index, ScoredModel
     from multicolm.training.identities import identities
 
@@ -213,7 +265,7 @@ def _there(
     base = config.models[config.base_model]
     backend = cast("type[Model]", backends.get(base.backend))
     check_features(config.base_model, backend.signals, how["features"])
-    found = identities(config)
+    found, templates = identities(config), template_digests(config, corpus)
     wanted = Index(
         multicolm="",
         source=corpus.source.name,
@@ -230,6 +282,7 @@ def _there(
                 "",
                 config.models[name].cost,
                 how["features"] if name == config.base_model else (),
+                template=templates.get(name, ""),
             )
             for name in config.names
         ),

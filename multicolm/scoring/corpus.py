@@ -80,6 +80,11 @@ class Corpus:
             if number in numbers:
                 yield record
 
+    @property
+    def has_chats(self) -> bool:
+        """Whether a prompt is a chat, which goes through each model's template."""
+        return any(not isinstance(example.prompt, str) for example in self)
+
     def digest(self) -> str:
         """SHA-256 over all examples: equal for equal examples in equal order, in any format."""
         digest = hashlib.sha256()

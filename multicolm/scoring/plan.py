@@ -8,6 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from multicolm.config import EnsembleConfig
 from multicolm.decoding.prompts import encode_prompt
 from multicolm.ensemble import Ensemble
 from multicolm.errors import ArtefactError, CapabilityError, ConfigError, InputError
@@ -35,6 +36,7 @@ __all__ = [
     "plan",
     "refuse_other_corpus",
     "scored_before",
+    "template_digests",
 ]
 
 
@@ -137,6 +139,7 @@ def plan(
             "model's context, or every completion is empty."
         )
     kept = tuple(sorted(set(features)))
+    templates = template_digests(ensemble.config, corpus)
     models = tuple(
         ScoredModel(
             model.name,
@@ -145,6 +148,7 @@ def plan(
             ensemble.costs[k],
             kept if k == 0 else (),
             bridge=_bridge(ensemble.vocabulary, k),
+            template=templates.get(model.name, ""),
         )
         for k, model in enumerate(ensemble.backends)
     )
@@ -161,6 +165,20 @@ def plan(
         shards=tuple(shards),
         files={},
     )
+
+
+def template_digests(config: EnsembleConfig | None, corpus: Corpus) -> dict[str, str]:
+    """Of the chat templates that an ensemble file gives to models, where the corpus has chats.
+
+    A model's own template is part of what it is (:func:`multicolm.backend.identity.identity_of`).
+    """
+    if config is None:
+        return {}
+    given = {name: model.chat_template_text for name, model in config.models.items()}
+    texts = {name: text for name, text in given.items() if text is not None}
+    if not texts or not corpus.has_chats:
+        return {}
+    return {name: hashlib.sha256(text.encode()).hexdigest()[:16] for name, text in texts.items()}
 
 
 def _bridge(vocabulary: Vocabulary, k: int) -> str:
@@ -201,10 +219,10 @@ def join(folder: Path, index: Index, names: Sequence[str] | None = None) -> Inde
             "another context; choose another folder, or the settings that it was begun with."
         )
     # A model that kept more than is asked for now has kept enough.
-    before = {(m.name, m.identity, m.precision): m for m in old.models}
+    before = {(m.name, m.identity, m.precision, m.template): m for m in old.models}
     models = []
     for model in index.models:
-        known = before.get((model.name, model.identity, model.precision))
+        known = before.get((model.name, model.identity, model.precision, model.template))
         kept = {*model.features, *(known.features if known else ())}
         models.append(replace(model, features=tuple(sorted(kept))))
     if names is not None:
@@ -266,6 +284,7 @@ def scored_before(
             and mine.identity == model.identity != ""
             and precisions[model.name] in ("", mine.precision)
             and mine.bridge in bridges
+            and mine.template == model.template
         )
         if same and mine is not None:
             found.append(replace(mine, cost=model.cost))

@@ -83,6 +83,8 @@ class ScoredModel:
         n_unknown: positions that it could not score, as its context does not reach that far.
         bridge: how its tokens and the base model's meet: ``shared``, one vocabulary; ``boundary``,
             where tokens of both begin; ``exact``, anywhere.
+        template: digest of the chat template that it was given in the place of its own, if the
+            corpus has chats; see :func:`multicolm.scoring.plan.template_digests`.
     """
 
     name: str
@@ -92,6 +94,7 @@ class ScoredModel:
     features: tuple[str, ...] = ()
     n_unknown: int = 0
     bridge: str = "shared"
+    template: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,11 +139,13 @@ class Index:
         base = self.models[0]
         facts: list[object] = [FORMAT, self.digest, self.end_of_text, asdict(self.shards[number])]
         facts += [base.identity or base.name]
+        facts += [{"template": base.template}] if base.template else []
         if part != TEXT:
             model = next(model for model in self.models if model.name == part)
             facts += [model.identity or model.name, model.precision, model.features]
             facts += [self.top_k if "topk" in model.features else 0]
             facts += [model.bridge] if model.bridge != "shared" else []
+            facts += [{"template": model.template}] if model.template else []
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
 
     def parts(self) -> Iterator[tuple[str, int]]:

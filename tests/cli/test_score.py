@@ -17,6 +17,9 @@ from tables import TOKENS, random_table
 
 import multicolm
 from multicolm.cli.console import MinuteLog
+from multicolm.config import load_ensemble
+from multicolm.scoring.corpus import open_corpus
+from multicolm.scoring.plan import template_digests
 from multicolm.scoring.store import load_prompt_digests, load_table, read_index
 from multicolm.types import prompt_digest
 
@@ -66,6 +69,7 @@ def test_the_help_tells_the_forms_of_data_and_every_option(run) -> None:
         "--revision",
         "--shard-positions",
         "--batch-tokens",
+        "--dry-run",
         "--json",
         "accelerate launch",
     ):
@@ -144,6 +148,71 @@ def test_only_models_that_have_something_to_read_are_loaded(
     assert loads.pop() == ["first", "second"], "the base model says which tokens they are"
     table = load_table(tmp_path / "out")
     assert table.models == ("first", "second") and table.base["topk"].shape[1] == 3
+
+
+def test_a_dry_run_says_what_would_be_read_and_does_nothing(
+    run, tmp_path, ensemble, data, loads
+) -> None:
+    arguments = ("score", str(ensemble), str(data), "--out", str(tmp_path / "out"))
+    result = run(*arguments, "--dry-run", "--topk", "3")
+    assert result.code == 0, result.err
+    assert result.out.splitlines() == [
+        f"{data}: 30 completions of an unknown number of tokens of first's",
+        "to be read by first",
+        "to be read by second",
+        "to be kept besides the scores: first's topk",
+    ]
+    assert not (tmp_path / "out").exists() and loads == []
+    assert run(*arguments).code == 0
+    before = inodes(tmp_path / "out")
+    said = json.loads(run(*arguments, "--dry-run", "--topk", "3", "--json").out)
+    assert (said["examples"], said["to_read"], said["keeps"]) == (30, ["first"], ["first's topk"])
+    assert "scored already" in run(*arguments, "--dry-run").out
+    assert inodes(tmp_path / "out") == before and len(loads) == 1
+    assert run("score", str(ensemble), "nowhere.jsonl", "--out", "x", "--dry-run").code != 0
+
+
+def test_a_dry_run_counts_tokens_with_the_tokenizer_alone(run, tmp_path, loads) -> None:
+    texts = [{"prompt": "What is Dulerex", "completion": " made from?"} for _ in range(3)]
+    data = write(tmp_path / "d.jsonl", texts)
+    arguments = ("score", "tiny", str(data), "--out", str(tmp_path / "out"))
+    counted = json.loads(run(*arguments, "--dry-run", "--json").out)["tokens"]
+    assert loads == []
+    assert run(*arguments).code == 0
+    assert counted == read_index(tmp_path / "out").n_positions > 9
+
+
+def test_a_model_that_is_given_another_chat_template_reads_chats_anew(run, tmp_path) -> None:
+    chat = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "a"}]}
+    chats = write(tmp_path / "chats.jsonl", [chat])
+    texts = write(tmp_path / "texts.jsonl", [{"prompt": "Hi", "completion": " a"}])
+    files = {}
+    for template in ("own", "plain"):
+        models = {
+            "talk": {"model": "tiny-generalist", "dtype": "float32"},
+            "facts": {"model": "tiny-facts", "dtype": "float32"},
+        }
+        models["facts"] |= {"chat_template": "plain"} if template == "plain" else {}
+        files[template] = tmp_path / f"{template}.yaml"
+        files[template].write_text(yaml.safe_dump({"base_model": "talk", "models": models}))
+    out = tmp_path / "out"
+
+    def to_read(template: str) -> list[str]:
+        result = run("score", str(files[template]), str(chats), "--out", str(out), "--dry-run",
+                     "--json")  # fmt: skip
+        found: list[str] = json.loads(result.out)["to_read"]
+        return found
+
+    assert to_read("own") == ["talk", "facts"]
+    for template, other in (("own", "plain"), ("plain", "own")):
+        before = inodes(out) if out.exists() else {}
+        assert run("score", str(files[template]), str(chats), "--out", str(out)).code == 0
+        written = {n.split("/")[0] for n, inode in inodes(out).items() if before.get(n) != inode}
+        assert not before or written == {"facts"}
+        assert (to_read(template), to_read(other)) == ([], ["facts"])
+    for data, digests in ((chats, ["facts"]), (texts, [])):
+        found = template_digests(load_ensemble(files["plain"]), open_corpus(data))
+        assert sorted(found) == digests
 
 
 def test_an_ensemble_file_whose_policy_is_not_trained_can_be_scored_for_it(
