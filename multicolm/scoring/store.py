@@ -407,12 +407,15 @@ class StoredTable:
         folder: that ``multicolm score`` wrote.
         models: names in the order that is wanted, the table's base model first; all of the table's
             if not given.
+        rollouts: whether labels from roll-outs count, where there are some.
 
     Raises:
         ArtefactError: if a file is missing or damaged, or a model was not scored.
     """
 
-    def __init__(self, folder: str | Path, models: Sequence[str] | None = None) -> None:
+    def __init__(
+        self, folder: str | Path, models: Sequence[str] | None = None, *, rollouts: bool = True
+    ) -> None:
         self.folder = Path(folder)
         index = _finished_index(folder)
         names = [model.name for model in index.models]
@@ -435,7 +438,8 @@ class StoredTable:
         for number in range(len(index.shards)):
             for part in (TEXT, *wanted):
                 self._files.check(part, number)
-        self._rollouts = read_rollouts(self._files) if ROLLOUTS in index.files else None
+        has_rollouts = rollouts and ROLLOUTS in index.files
+        self._rollouts = read_rollouts(self._files) if has_rollouts else None
         self._lengths = [self._length(number) for number in range(len(index.shards))]
         self._opened: tuple[int, _OpenShard] | None = None
 

@@ -18,7 +18,7 @@ from multicolm.learning.networks import NetworkKind
 from multicolm.policy.base import Policy
 from multicolm.policy.co_llm import CoLlmPolicy
 from multicolm.policy.fixed import SinglePolicy
-from multicolm.scoring.store import Index, read_index
+from multicolm.scoring.store import ROLLOUTS, Index, StoredTable, read_index
 from multicolm.training.identities import identities
 from multicolm.training.joint.loop import Schedule, open_accelerator
 from multicolm.training.own_ensemble import How
@@ -51,6 +51,7 @@ class JointSettings(Strict):
         held_out: part of the texts that is kept for measuring, and for choosing the best epoch.
         patience: epochs without a better held-out loss before training stops; 0 never stops.
         seed: of the order of the texts, of the adapter's first weights, and of dropout.
+        ignore_rollouts: learn from the corpus alone where the table has labels from roll-outs.
         init: whether the head is first trained alone, with the base model frozen.
         network: kind of the head; ``linear`` is the published one.
         lora_rank: of the adapter's updates.
@@ -77,6 +78,7 @@ class JointSettings(Strict):
     held_out: float = Field(default=0.1, ge=0, lt=1)
     patience: int = Field(default=2, ge=0)
     seed: int = Field(default=0, ge=0)
+    ignore_rollouts: bool = False
     init: bool = True
     network: NetworkKind = "linear"
     lora_rank: int = Field(default=16, ge=1)
@@ -132,6 +134,14 @@ class Job:
     def scratch(self) -> Path:
         """What is of use to this training alone."""
         return self.folder / ".training" / self.key
+
+    def table(self) -> StoredTable:
+        """The scores, without labels from roll-outs, which are of the base model as it was.
+
+        Raises:
+            ArtefactError: if a file is missing or damaged.
+        """
+        return StoredTable(self.scores, self.names, rollouts=False)
 
     def schedule(self, width: int) -> Schedule:
         """How the loop goes, for hidden states of a width; 0 without a head."""
@@ -197,7 +207,8 @@ def make_job(
 
     Raises:
         ArtefactError: if the table is of other models.
-        CapabilityError: if an assistant has another vocabulary than the base model.
+        CapabilityError: if an assistant has another vocabulary than the base model, or the table
+            has labels from roll-outs.
         ConfigError: if accelerate is set up for something else.
     """
     config: EnsembleConfig = rest["config"]
@@ -214,6 +225,13 @@ def make_job(
                 f"'{config.base_model}', which is trained token by token; train the head alone "
                 "(without --train-base), or the base model alone with --policy single."
             )
+    if ROLLOUTS in index.files and len(names) > 1 and not settings.ignore_rollouts:
+        raise CapabilityError(
+            f"{scores} has labels from roll-outs, which tell what becomes of the text after a "
+            f"token of '{config.base_model}' as it is, and not as training will make it; train the "
+            "head alone (without --train-base), or learn from the corpus alone with --option "
+            "ignore_rollouts=true."
+        )
     accelerator = open_accelerator(settings.mixed_precision)
     facts = {
         **settings.model_dump(),

@@ -47,7 +47,7 @@ class Router:
     def first(cls, job: Job, data: Lessons) -> Router:
         """The head to begin with: the policy's own, one trained on the table, or a blank one."""
         assert isinstance(job.policy, CoLlmPolicy)
-        stored = StoredTable(job.scores, job.names)
+        stored = job.table()
         wanted = rows_of(data.table, data.learnt)
         mean, scale = standardise(divide(stored, wanted, held_out=0.0).learnt, _hidden)
         if job.policy.head is not None:

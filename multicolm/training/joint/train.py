@@ -29,7 +29,6 @@ from multicolm.policy.base import Policy
 from multicolm.policy.co_llm import CoLlmPolicy
 from multicolm.policy.fixed import SinglePolicy
 from multicolm.score_table import ScoreTable
-from multicolm.scoring.store import StoredTable
 from multicolm.training.checkpoint import Checkpoint, finished_checkpoint
 from multicolm.training.joint.data import Lessons, lessons
 from multicolm.training.joint.job import (
@@ -128,7 +127,7 @@ def _run(job: Job) -> Checkpoint:
     job.scratch.mkdir(parents=True, exist_ok=True)
     data = lessons(
         job.scores,
-        scores_in_memory(StoredTable(job.scores, job.names)),
+        scores_in_memory(job.table()),
         max_length=job.settings.max_length,
         held_out=job.settings.held_out,
     )
