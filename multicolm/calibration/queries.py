@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -21,15 +20,13 @@ from multicolm.decoding.text import TextStream
 from multicolm.decoding.token_reader import TokenReader
 from multicolm.ensemble import Ensemble
 from multicolm.errors import CapabilityError
-from multicolm.evaluation.answering import Answering, Plan, Progress
+from multicolm.evaluation.answering import Answering, Progress, plans_alone
 from multicolm.evaluation.ledger import Ledger
 from multicolm.evaluation.task import Task
-from multicolm.files import locked
 from multicolm.learning.queries import JudgedAnswers
 from multicolm.learning.training import Training
 from multicolm.policy.base import Policy
-from multicolm.policy.resolve import resolve_policy
-from multicolm.training.checkpoint import Checkpoint, finished_checkpoint
+from multicolm.training.checkpoint import Checkpoint, made_once, unfinished
 from multicolm.types import Pooling, Prompt
 from multicolm.version import __version__
 
@@ -85,12 +82,9 @@ def train_on_answers(
     run = Answering(ensemble, task, questions, seed=seed, batch_size=batch_size, progress=progress)
     header = run.header("train", split, task.digest(split))
     key = _key(policy, header, ensemble.costs, limit, options or {})
-    with locked(folder):
-        finished = finished_checkpoint(folder, key)
-        if finished is not None:
-            shutil.rmtree(folder / ".training", ignore_errors=True)
-            return finished
-        quality, lengths = _judged(run, ensemble, folder / ".training" / "ledger.jsonl", header)
+
+    def make() -> Checkpoint:
+        quality, lengths = _judged(run, unfinished(folder) / "ledger.jsonl", header)
         on_progress(0, 0, "prompts")
         answers = JudgedAnswers(
             tuple(ensemble.models),
@@ -104,21 +98,17 @@ def train_on_answers(
         fitted = fit(answers, training)
         facts = {
             "source": f"answers to {task.name} ({split})",
-            "digest": task.digest(split),
+            "digest": header["digest"],
             "examples": len(questions),
             "key": key,
             "options": dict(options or {}),
             "report": training.report,
             "prompts": [question.fingerprint for question in questions],
         }
-        checkpoint = Checkpoint(
-            fitted,
-            _provenance(ensemble, license, facts),
-            f"A {policy.name} policy, trained on answers to {task.name}.",
-        )
-        checkpoint.save_pretrained(folder)
-        shutil.rmtree(folder / ".training", ignore_errors=True)
-        return checkpoint.bound_to(folder)
+        summary = f"A {policy.name} policy, trained on answers to {task.name}."
+        return Checkpoint(fitted, _provenance(ensemble, license, facts), summary)
+
+    return made_once(folder, key, make)
 
 
 def _learns_from_answers(
@@ -140,13 +130,10 @@ def _learns_from_answers(
 
 
 def _judged(
-    run: Answering, ensemble: Ensemble, path: Path, header: Mapping[str, Any]
+    run: Answering, path: Path, header: Mapping[str, Any]
 ) -> tuple[Float[Tensor, "prompts models"], Int[Tensor, "prompts models"]]:
     """How good and how long every model's answers are; they are kept in a ledger."""
-    plans = [
-        Plan(f"{name} alone", "model", resolve_policy({"kind": "single", "params": {"model": k}}))
-        for k, name in enumerate(ensemble.models)
-    ]
+    plans = plans_alone(run.ensemble)
     run.check(plans)
     with Ledger.open(path, header) as ledger:
         run.ledger = ledger

@@ -10,10 +10,10 @@ import hashlib
 import itertools
 import json
 import math
-import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeAlias, get_args
 
@@ -25,11 +25,10 @@ from multicolm.evaluation.answering import Answering, Measured, NamedPolicy, Pla
 from multicolm.evaluation.ledger import Ledger
 from multicolm.evaluation.statistics import mean_interval
 from multicolm.evaluation.task import Question, Task
-from multicolm.files import locked
 from multicolm.numbers import as_python, check_seed, check_whole
 from multicolm.policy.base import Policy
 from multicolm.policy.resolve import resolve_policy
-from multicolm.training.checkpoint import Checkpoint, finished_checkpoint
+from multicolm.training.checkpoint import Checkpoint, made_once, unfinished
 from multicolm.training.provenance import read_provenance
 from multicolm.version import __version__
 
@@ -98,67 +97,37 @@ def tune(
     limit = limit if limit is None else check_whole("limit", limit, least=1)
     seed = check_seed(seed)
     batch_size = check_whole("batch_size", batch_size, least=1)
-    budget = as_python(budget)
-    if grid is not None:
-        grid = {name: [as_python(value) for value in values] for name, values in grid.items()}
-    _check_request(policy.policy, tasks, budget, unit, grid)
-    if spend and budget is None:
-        raise InputError("spend says to spend a budget, and there is none; give one, or leave it.")
-    rule = Rule(budget, unit, spend)
-    folder = Path(out)
-    questions = {task.name: task.development(split, limit) for task in tasks}
+    budget, grid = as_python(budget), _plain(grid)
+    _check_request(policy.policy, tasks, budget, unit, spend, grid)
     request = {
         "budget": budget,
         "unit": unit if budget is not None else None,
         "by_metric": not spend,  # what 0.1 calls it
-        "grid": None if grid is None else {name: list(values) for name, values in grid.items()},
+        "grid": grid,
         "limit": limit,
         "seed": seed,
     }
-    digests = {task.name: task.digest(split) for task in tasks}
+    questions = {task.name: task.development(split, limit) for task in tasks}
     bench = _Bench(
-        ensemble, policy.policy, tasks, questions, seed, batch_size, max_new_tokens, progress
+        ensemble, policy, tasks, questions, split, seed, batch_size, max_new_tokens, progress
     )
-    headers = bench.headers(digests, split)
-    key = _key(policy, ensemble, headers, request)
-    with locked(folder):
-        finished = finished_checkpoint(folder, key, "tune")
-        if finished is not None:
-            shutil.rmtree(folder / ".tune", ignore_errors=True)
-            return finished
+    folder, key = Path(out), bench.key(request)
+
+    def make() -> Checkpoint:
         bench.check(grid)
-        with bench.opened(folder / ".tune", headers):
+        rule = Rule(budget, unit, spend)
+        with bench.opened(unfinished(folder, "tune")):
             points = list(_curve(bench, grid, rule))
-        chosen = rule.choose(points)
-        by_task = {
-            task.name: dict(rule.choose([point.on(task.name) for point in points]).params)
-            for task in tasks
-        }
-        facts = {
-            "key": key,
-            "multicolm": __version__,
-            "split": split,
-            "source": ", ".join(f"{task.name} ({split})" for task in tasks),
-            "digest": next(iter(digests.values())) if len(digests) == 1 else "",
-            "metric": ", ".join(dict.fromkeys(task.config.metric.kind for task in tasks)),
-            "questions": sum(map(len, questions.values())),
-            "chosen_by": "spending" if spend else "quality",
-            **{k: v for k, v in request.items() if v is not None and k != "by_metric"},
-            "chosen": dict(chosen.params),
-            "measured": {k: v for k, v in chosen.as_json().items() if k not in chosen.params},
-            **_caution(points, rule, seed),
-            "curve": [point.as_json() for point in points],
-            "prompts": [q.fingerprint for asked in questions.values() for q in asked],
-        }
-        checkpoint = Checkpoint(
-            resolve_policy(policy.policy, chosen.params),
-            _provenance(policy, ensemble, facts),
-            f"A {policy.policy.name} policy, tuned on {facts['source']}.",
-            by_task if len(tasks) > 1 else {},
-        )
-        checkpoint.save_pretrained(folder)
-        shutil.rmtree(folder / ".tune", ignore_errors=True)
-        return checkpoint.bound_to(folder)
+        return bench.checkpoint(points, rule, {"key": key, **request})
+
+    return made_once(folder, key, make, "tune")
+
+
+def _plain(grid: Grid | None) -> Grid | None:
+    """With Python's own numbers."""
+    if grid is None:
+        return None
+    return {name: [as_python(value) for value in values] for name, values in grid.items()}
 
 
 class _Bench:
@@ -167,16 +136,19 @@ class _Bench:
     def __init__(
         self,
         ensemble: Ensemble,
-        policy: Policy,
+        named: NamedPolicy,
         tasks: Sequence[Task],
         questions: Mapping[str, Sequence[Question]],
+        split: str,
         seed: int,
         batch_size: int,
         max_new_tokens: int | None,
         progress: Callable[[Progress], None],
     ) -> None:
-        self.policy = policy
+        self.policy = named.policy
+        self._named = named
         self._ensemble = ensemble
+        self._split = split
         self._seed = seed
         self._runs = {
             task.name: Answering(
@@ -191,9 +163,57 @@ class _Bench:
             for task in tasks
         }
 
-    def headers(self, digests: Mapping[str, str], split: str) -> list[dict[str, Any]]:
-        """Per task, what its answers hang on besides the policy."""
-        return [run.header("tune", split, digests[task]) for task, run in self._runs.items()]
+    @cached_property
+    def headers(self) -> list[dict[str, Any]]:
+        """Per task, what its answers depend on besides the policy."""
+        split = self._split
+        return [run.header("tune", split, run.task.digest(split)) for run in self._runs.values()]
+
+    def key(self, request: Mapping[str, Any]) -> str:
+        """What decides the checkpoint; neither versions do, nor how many texts are written at once.
+
+        Answers that are half done are another matter: their ledgers hold those, too.
+        """
+        no_matter = ("versions", "batch_size")
+        facts = [
+            Plan("", "policy", self.policy).key,
+            [{k: v for k, v in header.items() if k not in no_matter} for header in self.headers],
+            list(self._ensemble.costs),
+            dict(request),
+        ]
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
+
+    def checkpoint(
+        self, points: Sequence[Point], rule: Rule, request: Mapping[str, Any]
+    ) -> Checkpoint:
+        """The policy with the params that a rule chooses, and how these were found."""
+        chosen, runs = rule.choose(points), self._runs.values()
+        by_task = {
+            task: dict(rule.choose([point.on(task) for point in points]).params)
+            for task in self._runs
+        }
+        digests = [header["digest"] for header in self.headers]
+        facts = {
+            "multicolm": __version__,
+            "split": self._split,
+            "source": ", ".join(f"{run.task.name} ({self._split})" for run in runs),
+            "digest": digests[0] if len(digests) == 1 else "",
+            "metric": ", ".join(dict.fromkeys(run.task.config.metric.kind for run in runs)),
+            "questions": sum(len(run.questions) for run in runs),
+            "chosen_by": "spending" if rule.spend else "quality",
+            **{k: v for k, v in request.items() if v is not None and k != "by_metric"},
+            "chosen": dict(chosen.params),
+            "measured": {k: v for k, v in chosen.as_json().items() if k not in chosen.params},
+            **_caution(points, rule, self._seed),
+            "curve": [point.as_json() for point in points],
+            "prompts": [q.fingerprint for run in runs for q in run.questions],
+        }
+        return Checkpoint(
+            resolve_policy(self.policy, chosen.params),
+            _provenance(self._named, self._ensemble, facts),
+            f"A {self.policy.name} policy, tuned on {facts['source']}.",
+            by_task if len(by_task) > 1 else {},
+        )
 
     def check(self, grid: Grid | None) -> None:
         """Find now, before any model has run, what would stop it later.
@@ -228,10 +248,11 @@ class _Bench:
         combinations = itertools.product(*values.values())
         return [dict(zip(values, each, strict=True)) for each in combinations]
 
-    def opened(self, folder: Path, headers: Sequence[Mapping[str, Any]]) -> ExitStack:
+    def opened(self, folder: Path) -> ExitStack:
         """Keep answers in this folder, one ledger per task, until the stack is closed."""
         with ExitStack() as stack:
-            for number, (run, header) in enumerate(zip(self._runs.values(), headers, strict=True)):
+            runs = zip(self._runs.values(), self.headers, strict=True)
+            for number, (run, header) in enumerate(runs):
                 path = folder / str(number) / "ledger.jsonl"
                 run.ledger = stack.enter_context(Ledger.open(path, header))
             return stack.pop_all()
@@ -335,13 +356,19 @@ def _between(points: Mapping[float, Point], rule: Rule) -> float | None:
 
 
 def _check_request(
-    policy: Policy, tasks: Sequence[Task], budget: float | None, unit: str, grid: Grid | None
+    policy: Policy,
+    tasks: Sequence[Task],
+    budget: float | None,
+    unit: str,
+    spend: bool,
+    grid: Grid | None,
 ) -> None:
     """Refuse what makes no sense, whatever the models say.
 
     Raises:
         InputError: if there is no task, or two have one name; if the budget is no number that can
-            be spent; if a param of the grid has no values, or values that are no finite numbers.
+            be spent, or there is none and it is to be spent; if a param of the grid has no values,
+            or values that are no finite numbers.
         CapabilityError: if a share is to be kept of tokens that are nobody's alone.
     """
     if unit not in get_args(Unit):
@@ -366,26 +393,8 @@ def _check_request(
     for name, values in (grid or {}).items():
         if not values or not all(math.isfinite(value) for value in values):
             raise InputError(f"the grid's '{name}' needs finite numbers, one or more.")
-
-
-def _key(
-    policy: NamedPolicy,
-    ensemble: Ensemble,
-    headers: Sequence[Mapping[str, Any]],
-    request: Mapping[str, Any],
-) -> str:
-    """What decides the checkpoint; neither versions do, nor how many texts are written at a time.
-
-    Answers that are half done are another matter: their ledgers stand for those, too.
-    """
-    no_matter = ("versions", "batch_size")
-    facts = [
-        Plan("", "policy", policy.policy).key,
-        [{k: v for k, v in header.items() if k not in no_matter} for header in headers],
-        list(ensemble.costs),
-        dict(request),
-    ]
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
+    if spend and budget is None:
+        raise InputError("spend says to spend a budget, and there is none; give one, or leave it.")
 
 
 def _provenance(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import click
 
@@ -11,7 +12,14 @@ from multicolm.cli.options import Whole, as_json, json_option, parameters, polic
 from multicolm.cli.processes import rank
 from multicolm.errors import ConfigError
 
+if TYPE_CHECKING:
+    from multicolm.config import EnsembleConfig
+    from multicolm.policy.base import Policy
+    from multicolm.training.checkpoint import Checkpoint
+
 __all__ = ["command"]
+
+Bar: TypeAlias = Callable[[float, float, str], None]
 
 
 @click.command
@@ -66,12 +74,9 @@ def command(
     that is loaded; with `--policy single` it is fine-tuned alone. The checkpoint is an ensemble
     then. Under `accelerate launch` or `torchrun` the processes share each batch.
     """
-    from multicolm.cli.console import print_table, work_bar
+    from multicolm.cli.console import work_bar
     from multicolm.config import load_ensemble
     from multicolm.policy.resolve import resolve_policy
-    from multicolm.training.identities import identities
-    from multicolm.training.report import report_lines, report_title
-    from multicolm.training.train import train
 
     config = load_ensemble(ensemble)
     if policy is None:
@@ -84,47 +89,82 @@ def command(
         )
     if task is not None and train_base is not None:
         raise ConfigError("--train-base learns from SCORES, not from the answers of a --task.")
+    shared: dict[str, Any] = {"options": parameters(options, "--option"), "license": license_}
     with work_bar("steps") as bar:
-        shared: dict[str, Any] = {"options": parameters(options, "--option"), "license": license_}
         if task is not None:
-            import multicolm
-            from multicolm.calibration.queries import train_on_answers
-            from multicolm.evaluation.task import load_task
-
-            asked = load_task(task)
-            checkpoint = train_on_answers(
-                multicolm.load(config),
-                chosen,
-                asked,
-                out,
-                split=split,
-                limit=limit,
-                progress=lambda p: bar(p.done, p.total, p.row),
-                on_progress=bar,
-                **shared,
-            )
-        elif train_base is None:
-            models = identities(config)
-            checkpoint = train(chosen, str(scores), out, models=models, on_progress=bar, **shared)
+            checkpoint = _on_answers(config, chosen, task, out, bar, split, limit, shared)
         else:
-            from multicolm.training.joint.train import train_joint
-
-            checkpoint = train_joint(
-                chosen, str(scores), out, config=config, how=train_base, on_progress=bar, **shared
-            )
+            checkpoint = _on_scores(config, chosen, str(scores), out, bar, train_base, shared)
     if rank() > 0:
         return  # The first process of `accelerate launch` speaks for all.
-    facts: dict[str, Any] = checkpoint.provenance["train"]
     if as_json_:
-        click.echo(as_json({"out": str(out), "kind": checkpoint.policy.name, **facts["report"]}))
-        return
-    if facts["report"]:
-        print_table([report_title(facts["report"]), ""], report_lines(facts["report"]))
-        if "note" in facts["report"]:
-            click.echo(facts["report"]["note"], err=True)
-    if train_base is None:
-        use = f"use it with --policy {_as_path(out)}"
+        report = checkpoint.provenance["train"]["report"]
+        click.echo(as_json({"out": str(out), "kind": checkpoint.policy.name, **report}))
     else:
+        _print(checkpoint, out, is_ensemble=train_base is not None)
+
+
+def _on_answers(
+    config: EnsembleConfig,
+    policy: Policy,
+    task: str,
+    out: Path,
+    bar: Bar,
+    split: str,
+    limit: int | None,
+    shared: Mapping[str, Any],
+) -> Checkpoint:
+    import multicolm
+    from multicolm.calibration.queries import train_on_answers
+    from multicolm.evaluation.task import load_task
+
+    asked = load_task(task)
+    return train_on_answers(
+        multicolm.load(config),
+        policy,
+        asked,
+        out,
+        split=split,
+        limit=limit,
+        progress=lambda p: bar(p.done, p.total, p.row),
+        on_progress=bar,
+        **shared,
+    )
+
+
+def _on_scores(
+    config: EnsembleConfig,
+    policy: Policy,
+    scores: str,
+    out: Path,
+    bar: Bar,
+    train_base: Literal["lora", "full"] | None,
+    shared: Mapping[str, Any],
+) -> Checkpoint:
+    if train_base is None:
+        from multicolm.training.identities import identities
+        from multicolm.training.train import train
+
+        return train(policy, scores, out, models=identities(config), on_progress=bar, **shared)
+    from multicolm.training.joint.train import train_joint
+
+    return train_joint(
+        policy, scores, out, config=config, how=train_base, on_progress=bar, **shared
+    )
+
+
+def _print(checkpoint: Checkpoint, out: Path, *, is_ensemble: bool) -> None:
+    """What was measured, and how the checkpoint is used."""
+    from multicolm.cli.console import print_table
+    from multicolm.training.report import report_lines, report_title
+
+    report: dict[str, Any] = checkpoint.provenance["train"]["report"]
+    if report:
+        print_table([report_title(report), ""], report_lines(report))
+        if "note" in report:
+            click.echo(report["note"], err=True)
+    use = f"use it with --policy {_as_path(out)}"
+    if is_ensemble:
         use = f'an ensemble: multicolm generate {_as_path(out)} "PROMPT"'
     click.echo(f"{out}: a {checkpoint.policy.name} policy; {use}")
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -160,6 +161,34 @@ class Measured:
         return self.n_mixed + int(sum(self.total("written", name) for name in models))
 
 
+def plans_of(ensemble: Ensemble, named: Sequence[NamedPolicy], alone: bool) -> list[Plan]:
+    """A row for every model alone, if these are wanted, and for every policy."""
+    plans = [Plan(each.name, "policy", each.policy) for each in named]
+    return [*plans_alone(ensemble), *plans] if alone else plans
+
+
+def plans_alone(ensemble: Ensemble) -> list[Plan]:
+    """A row for every model alone."""
+    return [
+        Plan(f"{name} alone", "model", resolve_policy({"kind": "single", "params": {"model": k}}))
+        for k, name in enumerate(ensemble.models)
+    ]
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Refuse a table in which two rows have one name.
+
+    Raises:
+        InputError: naming it.
+    """
+    for name, count in Counter(names).items():
+        if count > 1:
+            raise InputError(
+                f"two rows of the table are called '{name}'; name each policy once, or copy it to "
+                "a file of another name."
+            )
+
+
 def named_policy(source: str | Path | Policy) -> NamedPolicy:
     """A policy by whatever a user may write for it, which is also its name in the table.
 
@@ -203,6 +232,7 @@ class Answering:
             other row does so before it is timed itself. ``None``: time is of no interest.
         settings: of the generation.
         sampling: how tokens are drawn.
+        ensemble, task, questions, seed, batch_size: as given.
     """
 
     ledger: Ledger
@@ -223,14 +253,19 @@ class Answering:
         self.sampling = Sampling(
             self.settings.temperature, self.settings.top_k, self.settings.top_p
         )
-        self._ensemble = ensemble
-        self._task = task
-        self._questions = questions
+        self.ensemble = ensemble
+        self.task = task
+        self.questions = questions
         self._arguments: dict[str, Any] = self.settings.model_dump(exclude=ASIDE)
-        self._seed = seed
-        self._batch_size = batch_size
+        self.seed = seed
+        self.batch_size = batch_size
         self._progress = progress
         self._warm: set[str] = set()
+
+    @property
+    def has_completions(self) -> bool:
+        """Whether there are gold completions of every question."""
+        return all(question.completions for question in self.questions)
 
     def header(self, verb: str, split: str, digest: str) -> dict[str, Any]:
         """What all answers of a ledger share. Not the policies: each row has a key of its own.
@@ -240,20 +275,20 @@ class Answering:
             split: that the questions are of.
             digest: of that split.
         """
-        task = self._task
+        task = self.task
         asked = task.config.model_dump(mode="json", exclude={"summary", "source", "data"})
         if isinstance(task.metric, FunctionMetric):
             asked["metric"]["code"] = code_digest(task.metric.function)
         return {
             "verb": verb,
-            "models": [[m.name, m.identity, m.precision] for m in self._ensemble.backends],
+            "models": [[m.name, m.identity, m.precision] for m in self.ensemble.backends],
             "task": task.name,
             "asked": asked,
             "split": split,
             "digest": digest,
-            "seed": self._seed,
+            "seed": self.seed,
             "settings": self.settings.model_dump(mode="json", exclude=ASIDE),
-            "batch_size": self._batch_size,
+            "batch_size": self.batch_size,
             "versions": versions(),
         }
 
@@ -263,9 +298,9 @@ class Answering:
         Raises:
             MulticolmError: if a policy does not fit, or a question cannot be asked or judged.
         """
-        for question in self._questions:
-            self._task.score("", question)
-        asked = [question.asked for question in self._questions]
+        for question in self.questions:
+            self.task.score("", question)
+        asked = [question.asked for question in self.questions]
         every_model_reads = any(plan.kind == "model" for plan in plans)
         for number, plan in enumerate(plans):
             # Reading all prompts with every policy would only say the same once more.
@@ -274,7 +309,7 @@ class Answering:
             try:
                 self._stream(plan, prompts).close()
             except InputError as error:
-                raise InputError(f"task '{self._task.name}': {error}") from error
+                raise InputError(f"task '{self.task.name}': {error}") from error
 
     def row(self, plan: Plan) -> Measured:
         """Answer all questions, as far as the ledger does not hold the answers."""
@@ -307,9 +342,9 @@ class Answering:
 
     def _chunks(self, plan: Plan) -> Iterator[tuple[str, Sequence[Question]]]:
         """Keys and questions of what is answered at a time."""
-        size = _CHUNK_BATCHES * self._batch_size
-        for start in range(0, len(self._questions), size):
-            questions = self._questions[start : start + size]
+        size = _CHUNK_BATCHES * self.batch_size
+        for start in range(0, len(self.questions), size):
+            questions = self.questions[start : start + size]
             yield f"chunk {plan.key} {start}-{start + len(questions)}", questions
 
     def _answer(
@@ -322,7 +357,7 @@ class Answering:
         """Answer a chunk, and note it as done."""
         self._tell(plan, done, 0)
         if plan.policy is None:
-            with torch_threads(self._ensemble.backends, self.settings.threads):
+            with torch_threads(self.ensemble.backends, self.settings.threads):
                 chunk = self._oracle(questions)
         else:
             if self.warm_up is not None:
@@ -339,7 +374,7 @@ class Answering:
         qualities = Measured(plan, done).qualities
         mean = _mean(qualities) if qualities else None
         n_done = len(qualities) + n_more
-        self._progress(Progress(plan.name, n_done, len(self._questions), mean, finished))
+        self._progress(Progress(plan.name, n_done, len(self.questions), mean, finished))
 
     def _first_use(self, plan: Plan) -> None:
         """Write a few tokens with the row's policy, unless it or one of its kind has done so.
@@ -351,7 +386,7 @@ class Answering:
         if name in self._warm:
             return
         self._warm.add(name)
-        first = [self._questions[0].asked]
+        first = [self.questions[0].asked]
         n_tokens = min(_WARM_UP_TOKENS, self.settings.max_new_tokens)
         with self._stream(plan, first, max_new_tokens=n_tokens) as stream:
             for _ in stream.finished():
@@ -359,8 +394,8 @@ class Answering:
 
     def _stream(self, plan: Plan, prompts: Sequence[Any], **more: Any) -> Any:
         arguments = {**self._arguments, **more}
-        return self._ensemble.stream(
-            prompts, plan.policy, seed=self._seed, batch_size=self._batch_size, **arguments
+        return self.ensemble.stream(
+            prompts, plan.policy, seed=self.seed, batch_size=self.batch_size, **arguments
         )
 
     def _chunk(
@@ -373,7 +408,7 @@ class Answering:
             answers: Answers = stream.answers
         qualities = []
         for question, answer in zip(questions, answers, strict=True):
-            qualities.append(self._task.score(answer.text, question))
+            qualities.append(self.task.score(answer.text, question))
             record = {
                 "text": answer.text,
                 "quality": qualities[-1],
@@ -388,7 +423,7 @@ class Answering:
 
     def _oracle(self, questions: Sequence[Question]) -> dict[str, Any]:
         """Whether first choices alone can write a right completion of each question."""
-        models, vocabulary = self._ensemble.backends, self._ensemble.vocabulary
+        models, vocabulary = self.ensemble.backends, self.ensemble.vocabulary
         riddles = [
             Riddle(
                 [encode_prompt(q.asked, k, model, vocabulary) for k, model in enumerate(models)],
@@ -396,7 +431,7 @@ class Answering:
             )
             for q in questions
         ]
-        found = can_be_written(self._ensemble, riddles, batch_size=len(riddles))
+        found = can_be_written(self.ensemble, riddles, batch_size=len(riddles))
         return {
             "qualities": [float(bool(flag)) for flag in found],
             "unknown": sum(flag is None for flag in found),
@@ -405,7 +440,7 @@ class Answering:
     def answers(self, plan: Plan, n: int | None = None) -> list[Mapping[str, Any]]:
         """What the ledger holds of the first ``n`` answers of a row that was run."""
         key = f"answer {plan.key}"
-        return [self.ledger.get(f"{key} {q.id}") for q in self._questions[:n]]
+        return [self.ledger.get(f"{key} {q.id}") for q in self.questions[:n]]
 
 
 def _account(answers: Answers, qualities: Sequence[float]) -> dict[str, Any]:

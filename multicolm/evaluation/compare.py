@@ -12,9 +12,8 @@ run before, nothing is computed again.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,16 @@ from multicolm.config import load_task_params
 from multicolm.decoding.threads import torch_threads
 from multicolm.ensemble import Ensemble
 from multicolm.errors import ArtefactError, InputError
-from multicolm.evaluation.answering import ASIDE, Answering, Measured, NamedPolicy, Plan, Progress
+from multicolm.evaluation.answering import (
+    ASIDE,
+    Answering,
+    Measured,
+    NamedPolicy,
+    Plan,
+    Progress,
+    check_names,
+    plans_of,
+)
 from multicolm.evaluation.answering import named_policy as named_policy
 from multicolm.evaluation.baselines import (
     question_oracle,
@@ -102,9 +110,8 @@ def compare(
         alone: whether to run every model alone; gains are measured against the best of them.
         random: whether to run, for every policy that let several models write, random routing with
             matched shares.
-        oracle: whether to count what the best choice of models could do: of one for each question
-            (from the answers of models alone), and of one for each token (where the task has gold
-            completions).
+        oracle: whether to count what the best choice of a model for each question could do (from
+            the answers of models alone), and for each token (with gold completions).
         sweep: how many other values to try of the first param that a policy calls tunable.
         traces: of how many questions to keep the traces, for every model and policy.
         max_new_tokens: the most tokens of an answer; the task's if not given.
@@ -121,21 +128,14 @@ def compare(
         ArtefactError: if the ledger or what a checkpoint says of its origin is damaged.
         MulticolmError: if the task, its data or a policy cannot be used.
     """
-    limit = limit if limit is None else check_whole("limit", limit, least=1)
-    seed = check_seed(seed)
-    batch_size = check_whole("batch_size", batch_size, least=1)
-    sweep = check_whole("sweep", sweep, least=0)
-    traces = check_whole("traces", traces, least=0)
-    if not isinstance(task, Task):
-        task = load_task(task)
-    named = [p if isinstance(p, NamedPolicy) else named_policy(p) for p in policies]
-    named = [_suited(each, task.name) for each in named]
+    limit, seed, batch_size, sweep, traces = _numbers(limit, seed, batch_size, sweep, traces)
+    task = task if isinstance(task, Task) else load_task(task)
+    named = [_suited(each, task.name) for each in policies]
     plans = _plans(ensemble, named, alone, sweep)
-    questions = task.sample(split, limit)
     run = Answering(
         ensemble,
         task,
-        questions,
+        task.sample(split, limit),
         seed=seed,
         batch_size=batch_size,
         max_new_tokens=max_new_tokens,
@@ -143,62 +143,31 @@ def compare(
     )
     run.check(plans)
     digest = task.digest(split)
-    warnings = _contamination(named, digest, questions)
-    per_token = oracle and all(question.completions for question in questions)
-    if oracle and not per_token:
-        warnings.append(f"Task '{task.name}' has no gold completions, hence no oracle of tokens.")
-    folder = Path(out)
-    header = run.header("compare", split, digest)
-    run.warm_up = [plan for plan in plans if plan.kind == "model"]
-    team = Team(folder, header, run, rank, n_ranks, wait)
-    with team.main_ledger() as ledger:
-        run.ledger = ledger
-        team.answer(plans)
-        measured = [run.row(plan) for plan in plans if plan.kind != "sweep"]
-        more = list(random_by_token(measured, ensemble.models)) if random else []
-        if per_token:
-            more.append(Plan(TOKEN_ORACLE, "oracle", None, note=_ORACLE_NOTE))
-        team.answer(more)
-        if rank > 0:
-            wait()
-            return read_comparison(folder)
-        binary = {value for row in measured for value in row.qualities} <= {0, 1}
-        measured += [run.row(plan) for plan in more if plan.kind == "random"]
-        measured += random_by_question(measured, ensemble.models) if random else []
-        measured += [run.row(plan) for plan in plans if plan.kind == "sweep"]
-        measured += question_oracle(measured, ensemble.models) if oracle else []
-        measured += [run.row(plan) for plan in more if plan.kind == "oracle"]
-        with torch_threads(ensemble.backends, run.settings.threads):
-            traced, unread = _traced(run, ensemble, measured, questions[:traces])
-        comparison = Comparison(
-            ensemble=title or ", ".join(ensemble.models),
-            models=tuple(ensemble.models),
-            identities=tuple(model.identity for model in ensemble.backends),
-            costs=tuple(ensemble.costs),
-            task=task.name,
-            metric=task.config.metric.kind,
-            split=split,
-            digest=digest,
-            seed=seed,
-            settings={
-                **run.settings.model_dump(mode="json", exclude=ASIDE),
-                "batch_size": batch_size,
-                "limit": limit,
-            },
-            versions=versions(),
-            machine=machine(ensemble) + (f", {n_ranks} processes" if n_ranks > 1 else ""),
-            rows=_corrected(_results(measured, ensemble, seed)),
-            warnings=(*warnings, *unread),
-            binary=binary,
-            intervals=_BINARY if binary else _OTHER,
-            timing=_TIMING,
-        )
-        comparison = replace(comparison, findings=findings(comparison))
-        from multicolm.evaluation.report import write_report
-
-        write_report(comparison, traced, folder)
+    warnings = _warnings(run, named, digest, oracle)
+    made = _Made(run, split, digest, limit, title or ", ".join(ensemble.models), n_ranks, warnings)
+    team = Team(Path(out), made.header, run, rank, n_ranks, wait)
+    with team.main_ledger() as run.ledger:
+        measured = _measured(team, run, plans, random=random, oracle=oracle)
+        mine = made.report(measured, traces, Path(out)) if rank == 0 else None
         wait()
-    return comparison
+    return mine or read_comparison(Path(out))
+
+
+def _numbers(
+    limit: int | None, seed: int, batch_size: int, sweep: int, traces: int
+) -> tuple[int | None, int, int, int, int]:
+    """The numbers of a comparison, as Python's own.
+
+    Raises:
+        InputError: naming one that is out of range.
+    """
+    return (
+        limit if limit is None else check_whole("limit", limit, least=1),
+        check_seed(seed),
+        check_whole("batch_size", batch_size, least=1),
+        check_whole("sweep", sweep, least=0),
+        check_whole("traces", traces, least=0),
+    )
 
 
 # --- plans ---------------------------------------------------------------------------------------
@@ -210,29 +179,19 @@ def _plans(ensemble: Ensemble, named: Sequence[NamedPolicy], alone: bool, sweep:
     Raises:
         InputError: if there is none, or two have one name.
     """
-    plans: list[Plan] = []
-    if alone:
-        for k, name in enumerate(ensemble.models):
-            policy = resolve_policy({"kind": "single", "params": {"model": k}})
-            plans.append(Plan(f"{name} alone", "model", policy))
-    plans += [Plan(each.name, "policy", each.policy) for each in named]
+    plans = plans_of(ensemble, named, alone)
     for each in named:
         plans += _sweep_plans(each, sweep)
     # The names of rows that are added later are derived from these, or the oracles'.
-    counts = Counter([*(plan.name for plan in plans), TOKEN_ORACLE, QUESTION_ORACLE])
-    twice = [name for name, count in counts.items() if count > 1]
-    if twice:
-        raise InputError(
-            f"two rows of the table are called '{twice[0]}'; name each policy once, or copy it to "
-            "a file of another name."
-        )
+    check_names([*(plan.name for plan in plans), TOKEN_ORACLE, QUESTION_ORACLE])
     if not plans:
         raise InputError("there is nothing to compare; name a policy, or run the models alone.")
     return plans
 
 
-def _suited(named: NamedPolicy, task: str) -> NamedPolicy:
+def _suited(policy: NamedPolicy | str | Path | Policy, task: str) -> NamedPolicy:
     """The policy with the params that its checkpoint has for this task, if it has some."""
+    named = policy if isinstance(policy, NamedPolicy) else named_policy(policy)
     params = {} if named.folder is None else load_task_params(named.folder, task)
     return replace(named, policy=resolve_policy(named.policy, params)) if params else named
 
@@ -253,7 +212,101 @@ def _sweep_plans(named: NamedPolicy, n: int) -> Iterator[Plan]:
             yield Plan(name, "sweep", policy, of=named.name, point={param: value})
 
 
+def _measured(
+    team: Team, run: Answering, plans: Sequence[Plan], *, random: bool, oracle: bool
+) -> list[Measured]:
+    """Every row of the table, in its order, answered as far as it is not yet."""
+    models = run.ensemble.models
+    run.warm_up = [plan for plan in plans if plan.kind == "model"]
+    team.answer(plans)
+    measured = [run.row(plan) for plan in plans if plan.kind != "sweep"]
+    more = list(random_by_token(measured, models)) if random else []
+    if oracle and run.has_completions:
+        more.append(Plan(TOKEN_ORACLE, "oracle", None, note=_ORACLE_NOTE))
+    team.answer(more)
+    measured += [run.row(plan) for plan in more if plan.kind == "random"]
+    measured += random_by_question(measured, models) if random else []
+    measured += [run.row(plan) for plan in plans if plan.kind == "sweep"]
+    measured += question_oracle(measured, models) if oracle else []
+    return measured + [run.row(plan) for plan in more if plan.kind == "oracle"]
+
+
 # --- results -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Made:
+    """How a comparison was made.
+
+    Attributes:
+        run: that has answered the questions.
+        split: that these are of.
+        digest: of that split.
+        limit: that they were sampled by.
+        title: what the results call the ensemble.
+        n_ranks: how many processes shared the work.
+        warnings: what a reader has to know.
+    """
+
+    run: Answering
+    split: str
+    digest: str
+    limit: int | None
+    title: str
+    n_ranks: int
+    warnings: Sequence[str]
+
+    @property
+    def header(self) -> dict[str, Any]:
+        """Of the ledger."""
+        return self.run.header("compare", self.split, self.digest)
+
+    def report(self, measured: Sequence[Measured], n_traced: int, folder: Path) -> Comparison:
+        """Write the files of the report into a folder.
+
+        Args:
+            measured: every row.
+            n_traced: for how many questions the traces are kept.
+            folder: of the results.
+        """
+        from multicolm.evaluation.report import write_report
+
+        run = self.run
+        with torch_threads(run.ensemble.backends, run.settings.threads):
+            traced, unread = _traced(run, measured, run.questions[:n_traced])
+        comparison = self._comparison(measured, (*self.warnings, *unread))
+        comparison = replace(comparison, findings=findings(comparison))
+        write_report(comparison, traced, folder)
+        return comparison
+
+    def _comparison(self, measured: Sequence[Measured], warnings: tuple[str, ...]) -> Comparison:
+        run, ensemble = self.run, self.run.ensemble
+        alone = [row for row in measured if row.plan.kind in ("model", "policy")]
+        binary = {value for row in alone for value in row.qualities} <= {0, 1}
+        processes = f", {self.n_ranks} processes" if self.n_ranks > 1 else ""
+        return Comparison(
+            ensemble=self.title,
+            models=tuple(ensemble.models),
+            identities=tuple(model.identity for model in ensemble.backends),
+            costs=tuple(ensemble.costs),
+            task=run.task.name,
+            metric=run.task.config.metric.kind,
+            split=self.split,
+            digest=self.digest,
+            seed=run.seed,
+            settings={
+                **run.settings.model_dump(mode="json", exclude=ASIDE),
+                "batch_size": run.batch_size,
+                "limit": self.limit,
+            },
+            versions=versions(),
+            machine=machine(ensemble) + processes,
+            rows=_corrected(_results(measured, ensemble, run.seed)),
+            warnings=warnings,
+            binary=binary,
+            intervals=_BINARY if binary else _OTHER,
+            timing=_TIMING,
+        )
 
 
 def _results(measured: Sequence[Measured], ensemble: Ensemble, seed: int) -> Iterator[RowResult]:
@@ -347,13 +400,10 @@ def _work(row: Measured, ensemble: Ensemble) -> dict[str, Any]:
 
 
 def _traced(
-    run: Answering,
-    ensemble: Ensemble,
-    measured: Sequence[Measured],
-    questions: Sequence[Question],
+    run: Answering, measured: Sequence[Measured], questions: Sequence[Question]
 ) -> tuple[list[TracedAnswer], list[str]]:
     """The answers of every model and policy to some questions, and what a reader has to know."""
-    reader = Explainer(ensemble, run.sampling)
+    reader = Explainer(run.ensemble, run.sampling)
     traced: list[TracedAnswer] = []
     for row in measured:
         if row.plan.kind in ("model", "policy") and row.plan.policy is not None:
@@ -364,6 +414,19 @@ def _traced(
 
 
 # --- what readers have to know -------------------------------------------------------------------
+
+
+def _warnings(run: Answering, named: Sequence[NamedPolicy], digest: str, oracle: bool) -> list[str]:
+    """What is known before anything has run.
+
+    Raises:
+        ArtefactError: if a checkpoint's ``provenance.json`` is damaged.
+    """
+    warnings = _contamination(named, digest, run.questions)
+    if oracle and not run.has_completions:
+        name = run.task.name
+        warnings.append(f"Task '{name}' has no gold completions, hence no oracle of tokens.")
+    return warnings
 
 
 def _contamination(

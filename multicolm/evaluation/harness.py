@@ -26,7 +26,13 @@ from multicolm.errors import (
     MulticolmError,
     ServerError,
 )
-from multicolm.evaluation.answering import NamedPolicy, Plan, named_policy
+from multicolm.evaluation.answering import (
+    NamedPolicy,
+    Plan,
+    check_names,
+    named_policy,
+    plans_of,
+)
 from multicolm.evaluation.harness_ledger import RowRequests, Rows
 from multicolm.evaluation.harness_results import FILE, HarnessFigure, HarnessResults, as_bytes
 from multicolm.evaluation.harness_tasks import Unit, load_units, quiet
@@ -35,7 +41,6 @@ from multicolm.evaluation.results import read_comparison, read_traces
 from multicolm.files import write_whole
 from multicolm.numbers import check_seed, check_whole
 from multicolm.policy.base import Policy
-from multicolm.policy.resolve import resolve_policy
 from multicolm.scoring.likelihood import Kind, LikelihoodReader
 
 __all__ = ["Likelihoods", "Progress", "check_generation", "evaluate_tasks"]
@@ -138,17 +143,11 @@ def evaluate_tasks(
     limit = limit if limit is None else check_whole("limit", limit, least=1)
     if num_fewshot is not None:
         num_fewshot = check_whole("num_fewshot", num_fewshot, least=0)
-    seed = check_seed(seed)
-    batch_size = check_whole("batch_size", batch_size, least=1)
-    named = [p if isinstance(p, NamedPolicy) else named_policy(p) for p in policies]
+    seed, batch_size = check_seed(seed), check_whole("batch_size", batch_size, least=1)
     check_generation(gen_kwargs)
-    plans = _plans(ensemble, named, alone)
-    for plan in plans:
-        ensemble.check(plan.checked)
-    with quiet():
-        units = load_units(tasks, include_path, num_fewshot, gen_kwargs, limit)
-    for unit in units:
-        _check_unit(unit, confirm_run_unsafe_code)
+    plans = _plans(ensemble, policies, alone)
+    units = load_units(tasks, include_path, num_fewshot, gen_kwargs, limit)
+    _check_units(units, confirm_run_unsafe_code)
     # Found out now, so that no policy is refused when others have run for hours.
     rows = {unit.name: list(_rows(ensemble, plans, unit, likelihood)) for unit in units}
     settings = {
@@ -162,34 +161,10 @@ def evaluate_tasks(
         "batch_size": batch_size,
     }
     run = _Run(ensemble, settings, confirm_run_unsafe_code, progress)
-    header = {
-        "verb": "eval",
-        "models": [[m.name, m.identity, m.precision] for m in ensemble.backends],
-        "settings": settings,
-        "versions": _versions(),
-    }
-    # The ensemble's own, which count where a task has texts drawn.
-    own = {"top_k": ensemble.generation.top_k, "top_p": ensemble.generation.top_p}
-    if drawing := {name: value for name, value in own.items() if value is not None}:
-        header["drawing"] = drawing
-    figures: list[HarnessFigure] = []
-    with nullcontext() if out is None else Rows.open(Path(out), header) as done:
-        for unit in units:
-            for row in rows[unit.name]:
-                figures += run.figures(row, unit, done)
-        results = HarnessResults(
-            ensemble=title or ", ".join(ensemble.models),
-            models=tuple(ensemble.models),
-            identities=tuple(model.identity for model in ensemble.backends),
-            settings=settings,
-            versions=_versions(),
-            machine=machine(ensemble),
-            figures=tuple(_in_columns(figures)),
-            warnings=tuple(_warnings(figures)),
-        )
-        if out is not None:
-            _write(results, Path(out))
-    return results
+    if out is None:
+        return run.results(units, rows, title, None)
+    with Rows.open(Path(out), run.header) as done:
+        return _written(run.results(units, rows, title, done), Path(out))
 
 
 def check_generation(gen_kwargs: Mapping[str, Any] | None) -> None:
@@ -210,14 +185,14 @@ def check_generation(gen_kwargs: Mapping[str, Any] | None) -> None:
     generation_settings(gen_kwargs)
 
 
-def _check_unit(unit: Unit, confirm_run_unsafe_code: bool) -> None:
+def _check_units(units: Sequence[Unit], confirm_run_unsafe_code: bool) -> None:
     """Refuse tasks that run what models wrote, unless that is wanted, and those that show pictures.
 
     Raises:
         InputError: if nobody has said that such code may run.
         CapabilityError: if a task has more than text.
     """
-    for task in unit.tasks:
+    for task in (task for unit in units for task in unit.tasks):
         name = task.config.task
         if getattr(task, "UNSAFE_CODE", False) and not confirm_run_unsafe_code:
             raise InputError(
@@ -231,27 +206,22 @@ def _check_unit(unit: Unit, confirm_run_unsafe_code: bool) -> None:
 # --- rows ----------------------------------------------------------------------------------------
 
 
-def _plans(ensemble: Ensemble, named: Sequence[NamedPolicy], alone: bool) -> list[Plan]:
+def _plans(
+    ensemble: Ensemble, policies: Sequence[NamedPolicy | str | Path | Policy], alone: bool
+) -> list[Plan]:
     """The rows, before it is known by which likelihoods they are judged.
 
     Raises:
         InputError: if there is none, or two have one name.
+        CapabilityError: if a policy does not fit the ensemble.
     """
-    plans = []
-    if alone:
-        for k, name in enumerate(ensemble.models):
-            policy = resolve_policy({"kind": "single", "params": {"model": k}})
-            plans.append(Plan(f"{name} alone", "model", policy))
-    plans += [Plan(each.name, "policy", each.policy) for each in named]
-    names = [plan.name for plan in plans]
-    twice = [name for name in names if names.count(name) > 1]
-    if twice:
-        raise InputError(
-            f"two rows of the table are called '{twice[0]}'; name each policy once, or copy it to "
-            "a file of another name."
-        )
+    named = [p if isinstance(p, NamedPolicy) else named_policy(p) for p in policies]
+    plans = plans_of(ensemble, named, alone)
+    check_names([plan.name for plan in plans])
     if not plans:
         raise InputError("there is nothing to judge; name a policy, or run the models alone.")
+    for plan in plans:
+        ensemble.check(plan.checked)
     return plans
 
 
@@ -295,6 +265,47 @@ class _Run:
         self._settings = settings
         self._confirm = confirm_run_unsafe_code
         self._progress = progress
+
+    @property
+    def header(self) -> dict[str, Any]:
+        """What all answers of a ledger share."""
+        generation = self._ensemble.generation
+        # The ensemble's own, which count where a task has texts drawn.
+        own = {"top_k": generation.top_k, "top_p": generation.top_p}
+        drawing = {name: value for name, value in own.items() if value is not None}
+        return {
+            "verb": "eval",
+            "models": [[m.name, m.identity, m.precision] for m in self._ensemble.backends],
+            "settings": self._settings,
+            "versions": _versions(),
+            **({"drawing": drawing} if drawing else {}),
+        }
+
+    def results(
+        self,
+        units: Sequence[Unit],
+        rows: Mapping[str, Sequence[_Row]],
+        title: str | None,
+        done: Rows | None,
+    ) -> HarnessResults:
+        """All figures, of every task's rows by its name; without asking again what is kept."""
+        figures = [
+            figure
+            for unit in units
+            for row in rows[unit.name]
+            for figure in self.figures(row, unit, done)
+        ]
+        ensemble = self._ensemble
+        return HarnessResults(
+            ensemble=title or ", ".join(ensemble.models),
+            models=tuple(ensemble.models),
+            identities=tuple(model.identity for model in ensemble.backends),
+            settings=self._settings,
+            versions=_versions(),
+            machine=machine(ensemble),
+            figures=tuple(_in_columns(figures)),
+            warnings=tuple(_warnings(figures)),
+        )
 
     def figures(self, row: _Row, unit: Unit, done: Rows | None) -> list[HarnessFigure]:
         """What a row comes to on a task; without asking again what is kept."""
@@ -453,7 +464,7 @@ def _warnings(figures: Sequence[HarnessFigure]) -> Iterator[str]:
             )
 
 
-def _write(results: HarnessResults, folder: Path) -> None:
+def _written(results: HarnessResults, folder: Path) -> HarnessResults:
     """The figures, as data and as a table; and on the page of a comparison that is there."""
     write_whole(folder / FILE, as_bytes(results))
     write_whole(folder / "lm_eval.md", results.as_markdown())
@@ -461,3 +472,4 @@ def _write(results: HarnessResults, folder: Path) -> None:
         from multicolm.evaluation.report import write_report
 
         write_report(read_comparison(folder), read_traces(folder), folder)
+    return results

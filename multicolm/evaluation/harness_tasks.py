@@ -48,6 +48,19 @@ class Unit:
         return any(task.OUTPUT_TYPE != "generate_until" for task in self.tasks)
 
 
+@contextmanager
+def quiet() -> Iterator[None]:
+    """The harness tells its log what it does; only what goes wrong is worth a line here."""
+    logger = logging.getLogger("lm_eval")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
+@quiet()
 def load_units(
     names: Sequence[str],
     include_path: Sequence[str | Path],
@@ -158,15 +171,3 @@ def _digest(tasks: Any, limit: int | None) -> str:
 
 def _first(documents: Any, n: int) -> list[Any]:
     return [document for document, _ in zip(documents, range(n), strict=False)]
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """The harness tells its log what it does; only what goes wrong is worth a line here."""
-    logger = logging.getLogger("lm_eval")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)

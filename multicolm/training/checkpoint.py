@@ -10,7 +10,8 @@ README.md           the same for people
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import shutil
+from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -21,7 +22,7 @@ from huggingface_hub import ModelHubMixin
 from multicolm.artefacts import Artefact
 from multicolm.config.policy_code import code_of
 from multicolm.errors import ArtefactError
-from multicolm.files import links_out, write_whole
+from multicolm.files import links_out, locked, write_whole
 from multicolm.plugins import policies
 from multicolm.policy.base import Policy
 from multicolm.policy.resolve import resolve_policy
@@ -30,7 +31,7 @@ from multicolm.training.own_ensemble import copy_ensemble
 from multicolm.training.provenance import read_provenance
 from multicolm.transfer import download, hub_errors
 
-__all__ = ["Checkpoint", "finished_checkpoint"]
+__all__ = ["Checkpoint", "finished_checkpoint", "made_once", "unfinished"]
 
 
 class Checkpoint(
@@ -202,6 +203,42 @@ def finished_checkpoint(
         f"{folder} holds another checkpoint (of other data, params or settings); choose another "
         "folder, or delete this one."
     )
+
+
+def made_once(
+    folder: Path,
+    key: str,
+    make: Callable[[], Checkpoint],
+    part: Literal["train", "tune"] = "train",
+) -> Checkpoint:
+    """The checkpoint of a key in a folder, made and saved if it is not there yet.
+
+    The folder belongs to this process until then. What an unfinished making kept in it is removed
+    in the end.
+
+    Args:
+        folder: of the checkpoint.
+        key: what decides it; see :func:`finished_checkpoint`.
+        make: makes it; may keep what it has so far in :func:`unfinished`.
+        part: whether it is trained or tuned.
+
+    Raises:
+        InputError: if another process is at work in the folder.
+        ArtefactError: if it holds another checkpoint.
+    """
+    with locked(folder):
+        checkpoint = finished_checkpoint(folder, key, part)
+        if checkpoint is None:
+            made = make()
+            made.save_pretrained(folder)
+            checkpoint = made.bound_to(folder)
+        shutil.rmtree(unfinished(folder, part), ignore_errors=True)
+        return checkpoint
+
+
+def unfinished(folder: Path, part: Literal["train", "tune"] = "train") -> Path:
+    """Where a training or tuning keeps what it can go on from."""
+    return folder / {"train": ".training", "tune": ".tune"}[part]
 
 
 def _plain(value: Any) -> Any:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import inspect
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
 from multicolm.errors import CapabilityError, ConfigError
-from multicolm.files import locked
 from multicolm.learning.training import Training
 from multicolm.policy.base import Policy
+from multicolm.score_table import ScoreTable
 from multicolm.scoring.store import StoredTable, load_table, n_rollouts, read_index
-from multicolm.training.checkpoint import Checkpoint, finished_checkpoint
+from multicolm.training.checkpoint import Checkpoint, made_once, unfinished
 from multicolm.training.provenance import check_identities, training_key, training_provenance
 
 __all__ = ["train"]
@@ -59,40 +58,21 @@ def train(
         ConfigError: if an option is unknown or out of range.
         TrainingError: if there is nothing to learn from, or training diverges.
     """
-    fit = getattr(policy, "fit", None)
-    if fit is None and hasattr(policy, "fit_answers"):
-        raise CapabilityError(
-            f"policy '{policy.name}' learns from judged answers and not from scores; give --task "
-            "in the place of the score table."
-        )
-    if fit is None:
-        raise CapabilityError(
-            f"policy '{policy.name}' has nothing to learn: it has no method `fit(table)`. Its "
-            "params can be found with `multicolm tune`."
-        )
+    fit = _fit_of(policy)
     folder = Path(out)
     index = read_index(scores)
     if models is not None:
         check_identities(models, {m.name: m.identity for m in index.models}, str(scores))
     names = list(models) if models is not None else [m.name for m in index.models]
     key = training_key(policy, index.files, names, options or {})
-    with locked(folder):
-        finished = finished_checkpoint(folder, key)
-        if finished is not None:
-            shutil.rmtree(folder / ".training", ignore_errors=True)
-            return finished
+
+    def make() -> Checkpoint:
         # Policies that read block by block get a table on disk; the others all of it in memory.
         streams = getattr(policy, "streams", False)
         table = StoredTable(scores, names) if streams else load_table(scores, names)
         # A folder for each key, so that no training goes on from the state of another.
-        training = Training(options or {}, folder / ".training" / key, on_progress, save_every)
-        wants_training = "training" in inspect.signature(fit).parameters
-        if options and not wants_training:
-            raise ConfigError(
-                f"policy '{policy.name}' takes no training options: its `fit` has no parameter "
-                f"`training`; got {', '.join(options)}."
-            )
-        fitted = cast("Policy", fit(table, training) if wants_training else fit(table))
+        training = Training(options or {}, unfinished(folder) / key, on_progress, save_every)
+        fitted = _fitted(policy, fit, table, training)
         if labelled := n_rollouts(scores):
             training.report["positions_judged_by_rollouts"] = labelled
         provenance = training_provenance(
@@ -103,10 +83,47 @@ def train(
             options=dict(options or {}),
             report=training.report,
         )
-        checkpoint = Checkpoint(fitted, provenance, _summary(fitted, index.source))
-        checkpoint.save_pretrained(folder)
-        shutil.rmtree(folder / ".training", ignore_errors=True)
-        return checkpoint.bound_to(folder)
+        return Checkpoint(fitted, provenance, _summary(fitted, index.source))
+
+    return made_once(folder, key, make)
+
+
+def _fit_of(policy: Policy) -> Callable[..., Any]:
+    """The method that learns from a score table.
+
+    Raises:
+        CapabilityError: if the policy has none.
+    """
+    fit: Callable[..., Any] | None = getattr(policy, "fit", None)
+    if fit is not None:
+        return fit
+    if hasattr(policy, "fit_answers"):
+        raise CapabilityError(
+            f"policy '{policy.name}' learns from judged answers and not from scores; give --task "
+            "in the place of the score table."
+        )
+    raise CapabilityError(
+        f"policy '{policy.name}' has nothing to learn: it has no method `fit(table)`. Its "
+        "params can be found with `multicolm tune`."
+    )
+
+
+def _fitted(
+    policy: Policy, fit: Callable[..., Any], table: ScoreTable | StoredTable, training: Training
+) -> Policy:
+    """What a policy learns; ``fit`` is given the training if it has a parameter for it.
+
+    Raises:
+        ConfigError: if there are options, and no parameter for them.
+    """
+    if "training" in inspect.signature(fit).parameters:
+        return cast("Policy", fit(table, training))
+    if training.options:
+        raise ConfigError(
+            f"policy '{policy.name}' takes no training options: its `fit` has no parameter "
+            f"`training`; got {', '.join(training.options)}."
+        )
+    return cast("Policy", fit(table))
 
 
 def _summary(policy: Policy, source: str) -> str:
