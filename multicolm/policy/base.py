@@ -458,6 +458,9 @@ class Segments:
 class SegmentPolicy(Policy):
     """Rates what the models propose to write next; the best proposal is written.
 
+    Where tokens are sampled, the models of this process draw their proposals with the same noise,
+    each from its own distribution: those that agree propose the same.
+
     A proposal ends where a word does, and a token of every model: the first such place after
     ``shortest`` of its writer's tokens. Whoever shows ``text`` can propose; to judge the proposals
     of others takes ``token_logprobs``, and one model at least has to.

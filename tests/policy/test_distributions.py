@@ -219,3 +219,54 @@ def test_a_lottery_with_sampling_follows_the_linear_mixture() -> None:
 def test_one_model_follows_its_own_distribution() -> None:
     drawn = draws({"kind": "single", "params": {"model": "target"}})
     assert p_value(drawn, joint(target_step(Sampling(1.0)))) > 1e-3
+
+
+def test_spec_fuse_writes_drafts_that_win_the_vote_as_often_as_they_are_drawn() -> None:
+    """Drafts of one token each, drawn by both models; the two rounds are worked out by hand.
+
+    Both draw with the same noise, so models that agree draft the same; how often each two tokens
+    come together is simulated.
+    """
+    models, rate = (DRAFT, TARGET), 3.0
+    noise = torch.rand(200_000, 4, generator=torch.Generator().manual_seed(0)).log().neg()
+
+    def after(ids: list[int]) -> list[torch.Tensor]:
+        return [model.logits_after(ids).double().softmax(-1) for model in models]
+
+    def together(probs: list[torch.Tensor]) -> torch.Tensor:
+        first, second = ((noise / p.float()).argmin(-1) for p in probs)
+        return (4 * first + second).bincount(minlength=16).view(4, 4) / len(noise)
+
+    def rounds(ids: list[int], log_w: list[float], number: int) -> dict[tuple[int, ...], float]:
+        found: dict[tuple[int, ...], float] = Counter()  # type: ignore[assignment]
+        probs = after(ids)
+        drafted = together(probs)
+        for i, j in product(range(4), repeat=2):
+            chance, winner, weights, n = float(drafted[i, j]), i, log_w, number
+            if chance == 0:
+                continue
+            if i != j:
+                n += 1
+                votes = [[p[i] / (p[i] + p[j]), p[j] / (p[i] + p[j])] for p in probs]
+                # A draft is compared with the other one by the other's writer alone.
+                wins = [votes[1][0] >= votes[1][1], votes[0][1] >= votes[0][0]]
+                rewards = [max(float(won), 1.0) for won in wins]
+                eta = rate / (n * 2**0.5)
+                weights = [w + eta * r for w, r in zip(log_w, rewards, strict=True)]
+                share = torch.tensor(weights, dtype=torch.float64).softmax(-1)
+                rated = [sum(float(share[k] * votes[k][d]) for k in range(2)) for d in range(2)]
+                winner = (i, j)[max(range(2), key=lambda d: rated[d])]
+            if len(ids) == 2:
+                found[ids[1], winner] += chance
+                continue
+            for pair, p in rounds([*ids, winner], weights, n).items():
+                found[pair] += chance * p
+        return found
+
+    policy = {"kind": "spec-fuse", "params": {"shortest": 1, "longest": 1, "learning_rate": rate}}
+    wanted = {pair: 0.0 for pair in product(range(4), repeat=2)} | rounds([3], [0.0, 0.0], 0)
+    assert sum(wanted.values()) == pytest.approx(1.0, abs=1e-5)
+    drawn = draws(policy)
+    assert p_value(drawn, wanted) > 1e-3
+    # Another distribution would be told from it by so many texts.
+    assert p_value(drawn, wanted | {(0, 0): wanted[0, 0] + 0.1}) < 1e-3
