@@ -233,7 +233,7 @@ def find_served_model(server: Service, wanted: str | None) -> _Listing:
     known = {
         entry["id"]: entry
         for entry in listed
-        if isinstance(entry, dict) and isinstance(entry.get("id"), str)
+        if isinstance(entry, dict) and _name(entry.get("id")) is not None
     }
     if wanted is None and len(known) != 1:
         named = ", ".join(sorted(known)[:_MOST_LISTED])[:1000] or "no model by name"
@@ -244,7 +244,7 @@ def find_served_model(server: Service, wanted: str | None) -> _Listing:
         )
     served = wanted if wanted is not None else next(iter(known))
     if served not in known:
-        raise server.error("GET /v1/models", unknown("served model", served, known))
+        raise server.error("GET /v1/models", unknown("served model", served, known)[:1000])
     entry = known[served]
     # llama.cpp's server tells more here, and its texts share this room if it chose their number.
     more_known = entry.get("meta")
@@ -272,7 +272,7 @@ def _length(given: dict[str, Any], field: str) -> int | None:
 
 
 def _name(given: Any) -> str | None:
-    return given[:_LONGEST_NAME] if isinstance(given, str) else None
+    return given if isinstance(given, str) and len(given) <= _LONGEST_NAME else None
 
 
 class _Trial:

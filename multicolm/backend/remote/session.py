@@ -28,6 +28,7 @@ _MOST_REMEMBERED = 64  # places of one text; a row over a whole vocabulary may h
 # What one more text costs a server, counted in numbers of its answer: with vLLM on a CPU a number
 # took 8 microseconds and a text with a common beginning 1 millisecond.
 _A_TEXT = 128
+_MOST_PADDING = 1 << 12  # ids of a model beyond those of its tokenizer
 _MOST_NUMBERS = 1 << 16  # of one text in one answer, so that guesses that fail stay cheap
 
 
@@ -347,6 +348,8 @@ class RemoteSession(Session):
 
     def _whole(self, row: Likeliest) -> Likeliest:
         n_told = self._abilities.n_told
+        if (last := max(row.ids, default=0)) >= self._width + _MOST_PADDING:
+            raise self._changed(f"it names token {last}, and its vocabulary had {self._width}")
         if len(row.ids) < n_told:
             raise self._changed(f"it returns {len(row.ids)} tokens instead of {n_told}")
         # A server returns a token that was given or written, too, were it not among the likeliest.
