@@ -36,7 +36,13 @@ def names_a_shape(annotations: Iterable[str]) -> bool:
 
 def checked(function: Callable[..., Any]) -> Callable[..., Any]:
     """A function whose arguments and result are checked at every call."""
+    every = function.__annotations__
+    # The others may name what is only imported for mypy, which checks them.
+    function.__annotations__ = {
+        name: note for name, note in every.items() if _SHAPE.search(str(note))
+    }
     inner = beartype(function)
+    function.__annotations__ = every
 
     @functools.wraps(function)
     def call(*arguments: Any, **named: Any) -> Any:

@@ -98,7 +98,7 @@ def test_who_wrote_before_is_only_told_to_those_who_say_so(what: str) -> None:
     def select(views: Views) -> torch.Tensor:
         return getattr(views, what).clamp(0, 1)
 
-    assert "has to say so with `history = True`" in complaint(policy(SelectPolicy, select))
+    assert "must declare `history = True`" in complaint(policy(SelectPolicy, select))
     PAIR.generate(["a"], policy(SelectPolicy, select, history=True), max_new_tokens=3)
 
 

@@ -453,7 +453,7 @@ class TestText:
             ("if p_draft <= 1: keep\nelse: drop", "mine:2: 'drop' cannot be read"),
             (
                 "if p_draft <= 1: keep\nelse: if p_draft <= 2: keep\nelse: keep",
-                "mine:2: a question needs a line of its own",
+                "mine:2: a question needs its own line",
             ),
             ("if p_draft <= 1:\n\tkeep\nelse: keep", "mine:2: indented by a tab; use spaces."),
             ("else: keep", "mine:1: 'else: keep' cannot be read"),

@@ -237,7 +237,7 @@ def test_without_code_of_its_own_there_is_nothing_to_trust(tmp_path: Path) -> No
     (tmp_path / "policy.yaml").write_text("kind: confidence\n")
     done = CliRunner().invoke(show, [str(tmp_path), "--trust"])
     assert isinstance(done.exception, CapabilityError)
-    assert "names no Python code of its own; leave --trust" in str(done.exception)
+    assert "names no Python code; leave out --trust" in str(done.exception)
 
 
 class OfAModule(SelectPolicy):

@@ -422,7 +422,7 @@ def test_saved_in_another_folder_it_is_the_same_ensemble(
     shutil.rmtree(tmp_path / "out")
     assert multicolm.load(load_ensemble(tmp_path / "far" / "away")).generate("text 1 is")
     card = (tmp_path / "far" / "away" / "README.md").read_text()
-    assert "an ensemble of its own" in card and "--policy" not in card
+    assert "The folder is an ensemble" in card and "--policy" not in card
 
 
 def test_a_checkpoint_that_is_finished_is_not_made_again(home: Home, tmp_path: Path) -> None:
@@ -606,7 +606,7 @@ def test_the_command_trains_the_base_model_and_the_result_generates(
     command = ["train", str(home.ensemble), str(home.scores), "--policy", "co-llm", *pairs]
     assert main([*command, "--train-base", "lora", "--out", str(out)]) == 0
     printed = capfd.readouterr().out
-    assert "an ensemble of its own" in printed and "base nll nats before" in printed
+    assert "an ensemble" in printed and "base nll nats before" in printed
     assert main(["generate", str(out), "text 3 is", "--max-new-tokens", "5"]) == 0
     assert capfd.readouterr().out.strip()
 
@@ -626,7 +626,7 @@ def test_two_processes_give_the_weights_of_one(home: Home, tmp_path: Path) -> No
         env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("an ensemble of its own") == 1
+    assert done.stdout.count("the folder is an ensemble") == 1
     assert read_provenance(tmp_path / "two")["train"]["processes"] == 2
     one, two = (load_file(tmp_path / n / "base" / "model.safetensors") for n in ("one", "two"))
     for name, tensor in one.items():

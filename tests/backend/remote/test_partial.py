@@ -312,8 +312,8 @@ def test_models_that_all_propose_and_never_judge_are_refused(serve: Serve) -> No
     alone = Ensemble([remote(fake)])
     with pytest.raises(
         CapabilityError,
-        match=f"'cool-fusion' needs a model that tells .* \\(signal token_logprobs\\), and 'facts' "
-        f"\\(server {fake.url}\\) do not; add a local model",
+        match=rf"'cool-fusion' needs a model that returns .* \(signal token_logprobs\), and "
+        rf"'facts' \(server {fake.url}\) do not; add a local model",
     ):
         alone.generate(PROMPTS[0], "cool-fusion")
 
