@@ -22,6 +22,9 @@ from multicolm.errors import (
     MulticolmWarning,
     ServerError,
 )
+from multicolm.exact.byte_vocabulary import ByteVocabulary
+from multicolm.exact.character_vocabulary import CharacterVocabulary
+from multicolm.exact.paths import covers
 from multicolm.live import Live
 from multicolm.numbers import as_python, check_seed, check_whole
 from multicolm.plugins import backends
@@ -37,9 +40,6 @@ from multicolm.policy.resolve import resolve_policy
 from multicolm.streaming import Answers, Run, Stream
 from multicolm.tokenizer.bridged import join
 from multicolm.tokenizer.bridges import Pair, pairs
-from multicolm.tokenizer.byte_vocabulary import ByteVocabulary
-from multicolm.tokenizer.canonical import covers
-from multicolm.tokenizer.character_vocabulary import CharacterVocabulary
 from multicolm.tokenizer.chats import not_special_here
 from multicolm.tokenizer.shared import SharedVocabulary
 from multicolm.tokenizer.vocabulary import Vocabulary
@@ -108,7 +108,7 @@ class Ensemble:
         self.vocabulary: Vocabulary = (
             SharedVocabulary(self.models, tokenizers)
             if bridge == "shared"
-            else join(self.models, tokenizers, exact=bridge == "exact")
+            else join(self.models, tokenizers, covers if bridge == "exact" else None)
         )
         if bridge == "exact":
             self._refuse_unknown()

@@ -7,24 +7,22 @@ time. Everything else (which rows, catching up, translating tokens) is the loop'
 
 from __future__ import annotations
 
-import codecs
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 from jaxtyping import Float, Int
 
 from multicolm.config import ModelConfig
-from multicolm.errors import CapabilityError, InputError, ModelError
+from multicolm.errors import CapabilityError, ModelError
 from multicolm.renamed import Renamed, forbid_old_names
 from multicolm.tokenizer.base import TokenizerAdapter
 from multicolm.types import Signal, Tensor
 
-if TYPE_CHECKING:
-    from multicolm.backend.byte_session import ByteSession
-
 __all__ = ["Model", "ModelOutput", "Session", "TokenSession"]
+
+_EXACT = "multicolm.exact.probabilities"
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,6 +162,8 @@ class Model(ABC):
     hidden_size: int | None = None
     precision: str = "float32"
     n_likeliest = Renamed("max_top_logprobs", ModelError)
+    next_byte_logprobs = Renamed(f"{_EXACT}.next_byte_logprobs(model, prefix)", ModelError)
+    span_logprob = Renamed(f"{_EXACT}.span_logprob(model, prefix, span)", ModelError)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -205,90 +205,8 @@ class Model(ABC):
     def open(self, n_rows: int) -> Session:
         """A session of ``n_rows`` empty rows."""
 
-    def next_byte_logprobs(self, prefix: str | bytes) -> Float[Tensor, "257"]:
-        """What the model expects after a text, byte by byte, under the exact byte bridge.
-
-        Marginal over all tokens that spell the text, as :mod:`multicolm.tokenizer.cover` defines
-        it. The text begins as the tokenizer begins texts. Where it puts nothing in front, the
-        first token of the text's own encoding is taken for certain: nothing predicts it.
-
-        Args:
-            prefix: the text; as bytes it may end within a character.
-
-        Returns:
-            Natural logs for the 256 bytes and, the last one, for the end of the text.
-
-        Raises:
-            InputError: if nothing stands before the first prediction, the model cannot write the
-                text, or it is neither text nor bytes.
-            VocabularyError: if the bridge does not cover the tokenizer.
-        """
-        session = self._read(_as_bytes(prefix, "the prefix"))
-        logprobs: Float[Tensor, "257"] = session.next_byte_logprobs([0])[0]
-        return logprobs
-
-    def span_logprob(self, prefix: str | bytes, span: str | bytes) -> float:
-        """How likely the model finds some text or bytes after a text, in nats.
-
-        Args:
-            prefix: the text, as in :meth:`next_byte_logprobs`.
-            span: what follows; it need not end where a token or a character does.
-
-        Raises:
-            InputError: as :meth:`next_byte_logprobs`.
-            VocabularyError: if the bridge does not cover the tokenizer.
-        """
-        prefix, span = _as_bytes(prefix, "the prefix"), _as_bytes(span, "the span")
-        session = self._read(prefix)
-        before = session.logprob(0)
-        if before == float("-inf"):
-            raise InputError(
-                f"model '{self.name}' cannot write the {len(prefix)} bytes before the span."
-            )
-        session.feed([0], [span])
-        return session.logprob(0) - before
-
-    def _read(self, prefix: bytes) -> ByteSession:
-        from multicolm.backend.byte_session import ByteSession
-
-        session = ByteSession(self, 1, prune=0.0)
-        start = self.tokenizer.encode("")
-        given = [] if start else self.tokenizer.encode_continuation(_characters(prefix))[:1]
-        session.begin(0, start, given)
-        taken = self.tokenizer.decode(given)
-        if not prefix.startswith(taken):
-            raise InputError(
-                f"model '{self.name}' cannot write a text that begins with {prefix[:8]!r}: its "
-                "tokenizer turns it into another one; normalise the text first."
-            )
-        session.feed([0], [prefix[len(taken) :]])
-        return session
-
 
 def __getattr__(name: str) -> NoReturn:
     if name == "Look":
         raise ImportError("multicolm.backend.base.Look of 0.1 is called ModelOutput now.")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def _as_bytes(text: str | bytes, what: str) -> bytes:
-    """A text in UTF-8, or bytes as they are.
-
-    Raises:
-        InputError: if it is neither, or no Unicode.
-    """
-    if isinstance(text, bytes | bytearray):
-        return bytes(text)
-    if not isinstance(text, str):
-        raise InputError(f"{what} is a {type(text).__name__}; allowed are text and bytes.")
-    try:
-        return text.encode()
-    except UnicodeEncodeError as error:
-        raise InputError(
-            f"{what} is not valid Unicode at character {error.start}; read it as UTF-8 first."
-        ) from error
-
-
-def _characters(content: bytes) -> str:
-    """The characters of a text that may break off within one."""
-    return codecs.getincrementaldecoder("utf-8")("ignore").decode(content)

@@ -11,11 +11,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from multicolm.backend.base import Model, ModelOutput
-from multicolm.backend.byte_session import ByteSession, Pieces
 from multicolm.decoding.reader import Reader
 from multicolm.decoding.row import Row
+from multicolm.exact.byte_session import ByteSession, Pieces
+from multicolm.exact.lattice import N_OUTCOMES
 from multicolm.tokenizer.bridged import BridgedVocabulary
-from multicolm.tokenizer.cover import N_OUTCOMES
 from multicolm.tokenizer.incremental import IncrementalEncoder
 from multicolm.types import Usage
 

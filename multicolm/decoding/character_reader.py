@@ -13,7 +13,7 @@ from multicolm.backend.base import Model, ModelOutput, Session
 from multicolm.decoding.reader import Reader
 from multicolm.decoding.row import Row
 from multicolm.errors import InputError, ModelError
-from multicolm.tokenizer.character_vocabulary import CharacterVocabulary
+from multicolm.exact.character_vocabulary import CharacterVocabulary
 from multicolm.types import Usage
 
 __all__ = ["CharacterReader"]

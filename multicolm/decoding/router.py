@@ -35,10 +35,10 @@ from multicolm.decoding.segments import SegmentWriter
 from multicolm.decoding.settle import PolicyDesk, Verdict, ends_text
 from multicolm.decoding.slots import Slots
 from multicolm.decoding.token_reader import TokenReader
+from multicolm.exact.byte_vocabulary import ByteVocabulary
+from multicolm.exact.character_vocabulary import CharacterVocabulary
 from multicolm.policy.base import Policy, SegmentPolicy
 from multicolm.tokenizer.bridged import BridgedVocabulary
-from multicolm.tokenizer.byte_vocabulary import ByteVocabulary
-from multicolm.tokenizer.character_vocabulary import CharacterVocabulary
 from multicolm.tokenizer.vocabulary import Outcomes, Vocabulary
 from multicolm.types import MIXTURE, Piece
 from multicolm.views import ModelNames, implied

@@ -1,7 +1,7 @@
 """Mixtures across vocabularies on bytes: 256 of them, and the end of a text.
 
 Every model shows the exact probabilities of the next byte, summed over all ways in which its own
-tokens can spell the text (:mod:`multicolm.backend.byte_session`). On these 257 outcomes mixtures,
+tokens can spell the text (:mod:`multicolm.exact.byte_session`). On these 257 outcomes mixtures,
 differences and contrasts are what they are on the tokens of one vocabulary.
 """
 

@@ -26,7 +26,6 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from multicolm.backend.base import ModelOutput
-from multicolm.backend.byte_session import ByteSession, span_logprobs
 from multicolm.backend.checked import open_session
 from multicolm.decoding.choosing import Choosing
 from multicolm.decoding.draft import Draft, Positions, Shown
@@ -38,6 +37,7 @@ from multicolm.decoding.text import TextStream
 from multicolm.decoding.token_reader import TokenReader
 from multicolm.ensemble import Ensemble
 from multicolm.errors import CapabilityError, InputError, ModelError, PolicyError
+from multicolm.exact.byte_session import ByteSession, span_logprobs
 from multicolm.policy.base import Policy, VerifyPolicy
 from multicolm.scoring.passages import Passage, PassageReader
 from multicolm.scoring.places import Places, ToldPositions

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from multicolm.backend.base import Model
-from multicolm.backend.byte_session import span_logprobs
 from multicolm.ensemble import Ensemble
 from multicolm.errors import InputError, ModelError, MulticolmError
+from multicolm.exact.byte_session import span_logprobs
 from multicolm.files import locked, sha256, write_whole
 from multicolm.scoring.corpus import Corpus, Example
 from multicolm.scoring.numbers import Numbers

@@ -35,7 +35,7 @@ class TokenizerAdapter(ABC):
     def settings(self) -> dict[str, object] | None:
         """How continuations are cut, as a ``tokenizer.json`` says it; ``None`` if that is unknown.
 
-        :mod:`multicolm.tokenizer.canonical` works out from them which tokens may follow which.
+        :mod:`multicolm.exact.canonical` works out from them which tokens may follow which.
         """
         return None
 

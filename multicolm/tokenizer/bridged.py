@@ -10,9 +10,9 @@ the tokens that were written.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from jaxtyping import Float, Int
@@ -20,7 +20,6 @@ from torch import Tensor
 
 from multicolm.errors import VocabularyError
 from multicolm.tokenizer.base import TokenizerAdapter
-from multicolm.tokenizer.canonical import covers
 from multicolm.tokenizer.incremental import IncrementalEncoder
 from multicolm.tokenizer.shared import SharedVocabulary
 from multicolm.tokenizer.vocabulary import TokenAligner, Vocabulary
@@ -29,16 +28,20 @@ from multicolm.views import ModelNames
 __all__ = ["BridgedVocabulary", "join"]
 
 
+Covers: TypeAlias = Callable[[TokenizerAdapter], str | None]
+"""Why the exact bridge does not cover a tokenizer; ``None`` if it does."""
+
+
 def join(
-    models: ModelNames, tokenizers: Sequence[TokenizerAdapter], *, exact: bool = False
+    models: ModelNames, tokenizers: Sequence[TokenizerAdapter], covers: Covers | None = None
 ) -> Vocabulary:
     """One vocabulary for all models: theirs if they share one, else the union of several.
 
     Args:
         models: the names, the base model first.
         tokenizers: of each.
-        exact: whether assistants go on within their own tokens too, where their tokenizers are
-            covered by the exact bridge.
+        covers: of the exact bridge, if assistants go on within their own tokens too, where it
+            covers their tokenizers.
     """
     groups: list[list[int]] = []
     shared: list[SharedVocabulary] = []
@@ -57,7 +60,7 @@ def join(
             shared.append(SharedVocabulary(ModelNames([models[k]]), [tokenizers[k]]))
     if len(groups) == 1:
         return shared[0]
-    return BridgedVocabulary(models, tokenizers, groups, shared, exact=exact)
+    return BridgedVocabulary(models, tokenizers, groups, shared, covers)
 
 
 class BridgedVocabulary(Vocabulary):
@@ -72,7 +75,7 @@ class BridgedVocabulary(Vocabulary):
         tokenizers: of each.
         groups: per group, its models by ascending index; the base model's group first.
         shared: per group, its vocabulary.
-        exact: whether assistants go on within their own tokens, where that is possible.
+        covers: see :func:`join`.
     """
 
     def __init__(
@@ -81,8 +84,7 @@ class BridgedVocabulary(Vocabulary):
         tokenizers: Sequence[TokenizerAdapter],
         groups: Sequence[Sequence[int]],
         shared: Sequence[SharedVocabulary],
-        *,
-        exact: bool = False,
+        covers: Covers | None = None,
     ) -> None:
         self.models = models
         self.shared = tuple(shared)
@@ -97,10 +99,10 @@ class BridgedVocabulary(Vocabulary):
         for g in range(len(groups)):
             self._ids.append(self._add(g, known))
         self.refusals = tuple(
-            (covers(tokenizer) or "") if exact and self.groups[k] else ""
+            (covers(tokenizer) or "") if covers and self.groups[k] else ""
             for k, tokenizer in enumerate(tokenizers)
         )
-        self._exact = exact
+        self._exact = covers is not None
         for k in range(len(models)):
             if self.is_exact(k):
                 self._add_ends_of_tokens(k, known)

@@ -15,10 +15,10 @@ from transformers import LlamaConfig
 
 import multicolm
 from multicolm import Ensemble, SelectPolicy, Views
-from multicolm.backend.byte_session import ByteSession
 from multicolm.backend.table import TableModel
 from multicolm.backend.transformers import TransformersModel
 from multicolm.errors import CapabilityError, VocabularyError
+from multicolm.exact.byte_session import ByteSession
 from multicolm.plugins import policies
 from multicolm.testing import check_removable, check_routing
 

@@ -12,12 +12,12 @@ from tables import random_table
 
 import multicolm
 from multicolm import Ensemble
-from multicolm.backend.byte_session import ByteSession
 from multicolm.backend.table import TableModel
 from multicolm.errors import CapabilityError
+from multicolm.exact.byte_session import ByteSession
+from multicolm.exact.byte_vocabulary import END
 from multicolm.policy.gac import GacPolicy
 from multicolm.testing import check_policy, check_routing
-from multicolm.tokenizer.byte_vocabulary import END
 
 BASE = ("a", "b", "c", " ", "d", " d", "e", ".")
 LEFT = ("a", "b", "c", " ", "d", "e", "ab", "bc", "<stop>")

@@ -163,7 +163,7 @@ def test_the_trace_of_the_embedded_models_joins_to_their_text() -> None:
 
 
 def test_every_character_of_a_vocabulary_can_be_written() -> None:
-    from multicolm.tokenizer.character_vocabulary import CharacterVocabulary
+    from multicolm.exact.character_vocabulary import CharacterVocabulary
     from multicolm.views import ModelNames
 
     tokenizer = adapter("llama3")

@@ -14,9 +14,9 @@ from tables import random_table
 
 import multicolm
 from multicolm import Ensemble, catalog
-from multicolm.backend.byte_session import ByteSession
 from multicolm.backend.table import TableModel
 from multicolm.errors import CapabilityError
+from multicolm.exact.byte_session import ByteSession
 from multicolm.learning.losses import marginal_loss
 from multicolm.scoring.corpus import open_corpus
 from multicolm.scoring.score import score

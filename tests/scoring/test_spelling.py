@@ -16,9 +16,9 @@ from tokenizer.built import COMPOSING, KINDS, adapter, built, random_text
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from multicolm import Ensemble
-from multicolm.backend.byte_session import span_logprobs
 from multicolm.backend.transformers import TransformersModel
 from multicolm.errors import InputError
+from multicolm.exact.byte_session import span_logprobs
 from multicolm.policy.resolve import resolve_policy
 from multicolm.scoring.corpus import open_corpus
 from multicolm.scoring.likelihood import LikelihoodReader

@@ -17,7 +17,7 @@ import pytest
 
 import multicolm
 from multicolm import catalog
-from multicolm.backend.byte_session import ByteSession
+from multicolm.exact.byte_session import ByteSession
 
 pytest.importorskip("genlm.bytes", reason="genlm-bytes is not installed: pip install '.[genlm]'")
 

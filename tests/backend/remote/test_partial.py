@@ -14,9 +14,9 @@ from fake_vllm import TEXT_ONLY, FakeVllm, Manners
 from remote_worlds import PROMPTS, ensemble, local, remote
 
 from multicolm import Ensemble, SelectPolicy, VerifyPolicy
-from multicolm.backend.byte_session import ByteSession
 from multicolm.decoding.sampling import Sampling
 from multicolm.errors import CapabilityError, MulticolmWarning, PolicyError
+from multicolm.exact.byte_session import ByteSession
 from multicolm.views import View, Views
 
 Serve = Callable[..., FakeVllm]

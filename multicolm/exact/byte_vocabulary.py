@@ -14,7 +14,7 @@ END = 256
 class ByteVocabulary(Outcomes):
     """257 outcomes: the support of policies that mix bytes.
 
-    Models follow such a text through :class:`multicolm.backend.byte_session.ByteSession`.
+    Models follow such a text through :class:`multicolm.exact.byte_session.ByteSession`.
 
     Args:
         models: the names.

@@ -24,7 +24,8 @@ from tiny_models import byte_level, sentencepiece
 from tokenizers import normalizers, pre_tokenizers
 
 from multicolm.errors import VocabularyError
-from multicolm.tokenizer.canonical import Canonical, canonical, covers
+from multicolm.exact.canonical import Canonical
+from multicolm.exact.paths import canonical, covers
 from multicolm.tokenizer.huggingface import HuggingFaceTokenizer
 from multicolm.tokenizer.literal import LiteralTokenizer
 

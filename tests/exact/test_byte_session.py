@@ -14,11 +14,12 @@ from byte_worlds import Reference, Written, adapter, peaked, support_of
 from torch import Tensor
 
 from multicolm.backend.base import Model
-from multicolm.backend.byte_session import ByteSession, span_logprobs
 from multicolm.backend.table import TableModel
 from multicolm.backend.transformers import TransformersModel
 from multicolm.config import ModelConfig
 from multicolm.errors import InputError, ModelError, VocabularyError
+from multicolm.exact.byte_session import ByteSession, span_logprobs
+from multicolm.exact.probabilities import next_byte_logprobs, span_logprob
 
 TINY = Path(__file__).parents[2] / "registry" / "tiny"
 TEXT = "What is 12 * x + 15 if x = 7?\n\n  It's 99, naïvely 你好.".encode()
@@ -158,19 +159,19 @@ def test_tables_are_followed_exactly() -> None:
 
 def test_a_model_says_what_follows_a_text_of_its_own() -> None:
     model = tiny()
-    logprobs = model.next_byte_logprobs(TEXT)
+    logprobs = next_byte_logprobs(model, TEXT)
     assert logprobs.shape == (257,) and float(logprobs.exp().sum()) == pytest.approx(1)
-    spans = [model.span_logprob(TEXT, bytes([x])) for x in (32, 46, 10)]
+    spans = [span_logprob(model, TEXT, bytes([x])) for x in (32, 46, 10)]
     assert spans == pytest.approx(logprobs[[32, 46, 10]].tolist(), abs=1e-4)
     half = "你".encode()[:2]
-    assert float(model.next_byte_logprobs(b"a" + half).exp().sum()) == pytest.approx(1)
-    assert model.span_logprob(TEXT, b"") == 0
-    assert torch.equal(model.next_byte_logprobs(TEXT.decode()), logprobs), "text as its bytes"
-    assert model.span_logprob(TEXT.decode(), "é") == model.span_logprob(TEXT, "é".encode())
+    assert float(next_byte_logprobs(model, b"a" + half).exp().sum()) == pytest.approx(1)
+    assert span_logprob(model, TEXT, b"") == 0
+    assert torch.equal(next_byte_logprobs(model, TEXT.decode()), logprobs), "text as its bytes"
+    assert span_logprob(model, TEXT.decode(), "é") == span_logprob(model, TEXT, "é".encode())
     with pytest.raises(InputError, match=r"^the span is not valid Unicode at character 1; read"):
-        model.span_logprob(TEXT, "a\ud800")
+        span_logprob(model, TEXT, "a\ud800")
     with pytest.raises(InputError, match="model 'math-own' needs a token to begin with"):
-        model.next_byte_logprobs(b"")
+        next_byte_logprobs(model, b"")
 
 
 def test_what_cannot_be_served_is_said_in_one_sentence() -> None:

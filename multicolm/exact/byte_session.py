@@ -1,4 +1,4 @@
-"""One model's texts, byte by byte, exactly; see :mod:`multicolm.tokenizer.cover`.
+"""One model's texts, byte by byte, exactly; see :mod:`multicolm.exact.lattice`.
 
 A row follows all token paths of the model that cover its bytes. The paths are read in *lanes*: a
 lane is one row of an ordinary session of the model. A path takes the free lane that holds the
@@ -21,8 +21,8 @@ from torch import Tensor
 from multicolm.backend.base import Model
 from multicolm.backend.checked import open_session
 from multicolm.errors import CapabilityError, InputError, ModelError
-from multicolm.tokenizer.canonical import canonical
-from multicolm.tokenizer.cover import Frontier, Node, SortedBytes, TokenLattice, log_sum
+from multicolm.exact.lattice import Frontier, Node, SortedBytes, TokenLattice, log_sum
+from multicolm.exact.paths import canonical
 
 __all__ = ["ByteSession", "Continuation", "Pieces", "span_logprobs"]
 

@@ -9,7 +9,7 @@ true. Hypotheses die with the first character that proves them wrong; all that a
 for some continuation as far as the expressions go.
 
 A hypothesis holds, per stage, the ordered threads of the match that it is in
-(:mod:`multicolm.tokenizer.patterns`), and the threads that were promised never to match.
+(:mod:`multicolm.exact.patterns`), and the threads that were promised never to match.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from multicolm.tokenizer.patterns import MATCH, Threads
+from multicolm.exact.patterns import MATCH, Threads
 
 __all__ = ["DEAD", "START", "Splitter", "Stage"]
 

@@ -10,8 +10,8 @@ import pytest
 from byte_worlds import MAKERS, Reference, adapter, peaked, support_of
 
 from multicolm.errors import InputError
-from multicolm.tokenizer.canonical import canonical
-from multicolm.tokenizer.cover import SortedBytes, TokenLattice
+from multicolm.exact.lattice import SortedBytes, TokenLattice
+from multicolm.exact.paths import canonical
 
 CHARACTERS = "the 'l1\n你"
 

@@ -24,7 +24,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from multicolm.errors import InputError
-from multicolm.tokenizer.canonical import Canonical, State
+from multicolm.exact.canonical import Canonical, State
 
 __all__ = ["END", "N_OUTCOMES", "Branch", "Frontier", "Node", "SortedBytes", "TokenLattice"]
 

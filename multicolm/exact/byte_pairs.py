@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Int
 
+from multicolm.exact.boundaries import BoundaryIndex
+from multicolm.exact.canonical import Canonical, State, sorted_slots
+from multicolm.exact.patterns import Atoms, Threads, UnknownPattern
+from multicolm.exact.plan import BLANK, NotCovered, Plan, plan_of
+from multicolm.exact.pretokens import DEAD, START, Splitter, Stage
 from multicolm.tokenizer.base import TokenizerAdapter
-from multicolm.tokenizer.canonical import Canonical, State, sorted_slots
-from multicolm.tokenizer.patterns import Atoms, Threads, UnknownPattern
-from multicolm.tokenizer.plan import BLANK, NotCovered, Plan, plan_of
-from multicolm.tokenizer.pretokens import DEAD, START, Splitter, Stage
-from multicolm.tokenizer.seams import BoundaryIndex
 
 __all__ = ["BytePairs"]
 
