@@ -151,9 +151,14 @@ def threshold_for_right_tokens(
     is right. It pays where p > h / (1 + h). All hand-overs of a text have to come true, so a part
     of them that is to be found would be a part of the texts to the power of their number.
 
+    What h is matters where p decides, and it is not the same everywhere: where the network is sure
+    of the base model assistants are often wrong, and nobody asks them. So positions count by
+    p (1 - p), the variance of what p predicts, as in the Fisher information of a logistic model.
+    The threshold that had most held-out tokens right is no rival: a maximum over a few hundred
+    tokens follows chance.
+
     Args:
-        handed: p. Positions count by p (1 - p) for h, which is wanted where p decides; where the
-            network is sure, the assistants are often wrong and nobody asks them.
+        handed: p.
         base_right: whether the base model is right.
         assistant_right: whether the assistant is that would write there.
     """
