@@ -25,7 +25,6 @@ LONG_CLASSES = {
     "ensemble.Ensemble": 330,
     "scoring.likelihood.LikelihoodReader": 474,
     "serving.engine.Engine": 371,
-    "exact.byte_pairs.BytePairs": 320,
 }
 LONG_FUNCTIONS: dict[str, int] = {}
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -16,6 +15,7 @@ from multicolm.exact.canonical import Canonical, State, sorted_slots
 from multicolm.exact.patterns import Atoms, Threads, UnknownPattern
 from multicolm.exact.plan import BLANK, NotCovered, Plan, plan_of
 from multicolm.exact.pretokens import DEAD, START, Splitter, Stage
+from multicolm.exact.token_strings import TokenStrings, unfinished
 from multicolm.tokenizer.base import TokenizerAdapter
 
 __all__ = ["BytePairs"]
@@ -37,36 +37,6 @@ class _Path(NamedTuple):
     groups: tuple[tuple[int, int], ...]
     tail: bytes
     last: int
-
-
-@dataclass(frozen=True)
-class _Part:
-    """The tokens that may follow an unfinished character (or none), as strings of atoms.
-
-    Attributes:
-        slots: their slots, ascending.
-        columns: per place in the string: the tokens that reach it (their numbers), and the atoms.
-        n_atoms: per token, the length of its string.
-        tails: per token, the bytes of the unfinished character it ends with.
-    """
-
-    slots: Int[np.ndarray, "some"]
-    columns: list[tuple[np.ndarray, np.ndarray]]
-    n_atoms: Int[np.ndarray, "some"]
-    tails: list[bytes]
-
-
-@dataclass
-class _Row:
-    """What the tokens of a part lead to from one place of the splitter.
-
-    Attributes:
-        outcome: per token the arrival, or the place if it ends with an unfinished character; -1.
-        is_live: which of them can be continued to a text, behind a cut (True) and else (False).
-    """
-
-    outcome: Int[np.ndarray, "some"]
-    is_live: dict[bool, Bool[np.ndarray, "some"]] = field(default_factory=dict)
 
 
 _OFF, _CLOSED = 0, 1
@@ -114,12 +84,12 @@ class BytePairs(Canonical):
         vocab: dict[str, int] = model["vocab"]
         self._ignores_merges = bool(model.get("ignore_merges"))
         symbols = _symbols(vocab, plan.is_byte_level)
-        self._bytes = (
+        byte_ids = (
             set()
             if plan.is_byte_level
             else {i for piece, i in vocab.items() if _BYTE.fullmatch(piece)}
         )
-        self._seams = _seams(vocab, model["merges"], {*symbols.values(), *self._bytes})
+        self._seams = _seams(vocab, model["merges"], {*symbols.values(), *byte_ids})
         added = {
             i: c for c, i in (plan.raw_added | plan.late_added).items() if i < adapter.n_tokens
         }
@@ -135,20 +105,21 @@ class BytePairs(Canonical):
         self._is_made = np.array(
             [i in usable and bool(self._seams.is_made[i]) for i in ids], dtype=bool
         )
-        self._known = (
+        known = (
             frozenset()
             if plan.is_byte_level
             else frozenset(p.replace(BLANK, " ") for p in symbols) | {BLANK}
         )
         self._build_splitter(plan)
+        self._strings = TokenStrings(
+            self.ids, self.contents, self._is_plain, byte_ids, known, self._atoms, self._splitter
+        )
         self._added = [
             (self.slot_of[i], [self._atoms.of(character) for character in content])
             for i, content in added.items()
             if adapter.token_bytes(i) == content.encode()
         ]
         self._words = self._unmade_words(vocab, symbols)
-        self._parts: dict[bytes, _Part] = {}
-        self._rows: dict[tuple[int, bytes], _Row] = {}
         self._added_after: dict[int, dict[int, int]] = {}
         self._lives: dict[_Path, bool] = {}
         self.start: State = _Path(((_OFF, START),), b"", -1)
@@ -188,74 +159,11 @@ class BytePairs(Canonical):
                     encodings.append([self.slot_of[part] for part in made])
         return _Words(encodings)
 
-    # Tokens as strings of atoms.
-
-    def _part(self, tail: bytes) -> _Part:
-        if tail not in self._parts:
-            self._parts[tail] = self._make_part(tail)
-        return self._parts[tail]
-
-    def _make_part(self, tail: bytes) -> _Part:
-        # A byte that goes on with a character is one of 80..BF, so these tokens are neighbours.
-        slots = [
-            slot
-            for slot in np.flatnonzero(self._is_plain).tolist()
-            if (0x80 <= self.contents[slot][0] < 0xC0) == bool(tail)
-        ]
-        read = [(slot, *self._characters(tail, slot)) for slot in slots]
-        fitting = [(slot, text, rest) for slot, text, rest in read if text is not None]
-        self._atoms.learn(character for _, text, _ in fitting for character in text)
-        strings = [[self._atoms.of(character) for character in text] for _, text, _ in fitting]
-        n_atoms = np.array([len(string) for string in strings], dtype=np.int64)
-        columns = []
-        for place in range(int(n_atoms.max(initial=0))):
-            reaching = np.flatnonzero(n_atoms > place)
-            atoms = np.array([strings[i][place] for i in reaching.tolist()], dtype=np.int64)
-            columns.append((reaching, atoms))
-        return _Part(
-            np.array([slot for slot, _, _ in fitting], dtype=np.int64),
-            columns,
-            n_atoms,
-            [rest for _, _, rest in fitting],
-        )
-
-    def _characters(self, tail: bytes, slot: int) -> tuple[str | None, bytes]:
-        """The characters that a token completes behind a tail, and the new tail; None: none."""
-        content = tail + self.contents[slot]
-        cut = _unfinished(content)
-        try:
-            text = content[: len(content) - cut].decode()
-        except UnicodeDecodeError:
-            return None, b""
-        rest = content[len(content) - cut :]
-        if int(self.ids[slot]) in self._bytes and text in self._known:
-            return None, b""  # bytes stand only for characters without a token
-        return text, rest
-
-    def _row(self, place: int, tail: bytes) -> _Row:
-        key = (place, tail)
-        if key not in self._rows:
-            part, splitter = self._part(tail), self._splitter
-            state = np.full(len(part.slots), splitter.of_text(place), dtype=np.int64)
-            outcome = np.full(len(part.slots), DEAD, dtype=np.int64)
-            has_tail = np.array([bool(rest) for rest in part.tails], dtype=bool)
-            for column, (reaching, atoms) in enumerate(part.columns):
-                alive = state[reaching] >= 0
-                reaching, atoms = reaching[alive], atoms[alive]
-                arrivals = splitter.steps(state[reaching], atoms).astype(np.int64)
-                is_last = (part.n_atoms[reaching] == column + 1) & ~has_tail[reaching]
-                outcome[reaching[is_last]] = arrivals[is_last]
-                whole = np.array(splitter.whole, dtype=np.int64)
-                state[reaching] = np.where(arrivals >= 0, whole[arrivals], DEAD)
-            outcome[has_tail] = state[has_tail]
-            self._rows[key] = _Row(outcome)
-        return self._rows[key]
-
     def _live(self, place: int, tail: bytes, behind_cut: bool) -> Bool[np.ndarray, "some"]:
         """Tokens after which a text can be finished, whatever token stood before."""
-        row = self._row(place, tail)
+        row = self._strings.row(place, tail)
         if behind_cut not in row.is_live:
-            part = self._part(tail)
+            part = self._strings.part(tail)
             usable = (self._is_plain if behind_cut else self._is_made)[part.slots]
             possible = (row.outcome >= 0) & usable
             has_tail = np.array([bool(rest) for rest in part.tails], dtype=bool)
@@ -303,12 +211,12 @@ class BytePairs(Canonical):
         for word, at in state.groups:
             cut = DEAD if state.tail or not self._words.may_stop(word) else self._splitter.cut[at]
             if cut != DEAD:
-                part = self._part(b"")
+                part = self._strings.part(b"")
                 mask[part.slots] |= self._live(cut, b"", behind_cut=True)
                 mask[list(self._added_behind(cut))] = True
             whole = at if state.tail else self._splitter.whole[at]
             if whole != DEAD and word != _CLOSED:
-                part = self._part(state.tail)
+                part = self._strings.part(state.tail)
                 if part.slots.size:
                     live = self._live(whole, state.tail, behind_cut=False)
                     mask[part.slots] |= live & self._neighbours(state.last)[part.slots]
@@ -343,14 +251,14 @@ class BytePairs(Canonical):
                 arrival = self._added_behind(cut).get(slot, DEAD)
                 if arrival != DEAD:
                     found.setdefault(_CLOSED, set()).add(arrival)
-                outcome, rest = self._outcome(cut, b"", slot)
+                outcome, rest = self._strings.outcome(cut, b"", slot)
                 if outcome != DEAD:
                     found.setdefault(self._first(slot), set()).add(outcome)
                     tail = rest
             whole = at if state.tail else self._splitter.whole[at]
             if whole == DEAD or word == _CLOSED or not self._is_made[slot]:
                 continue
-            outcome, rest = self._outcome(whole, state.tail, slot)
+            outcome, rest = self._strings.outcome(whole, state.tail, slot)
             if outcome != DEAD and self._seams.allows(
                 int(self.ids[state.last]), int(self.ids[slot])
             ):
@@ -360,13 +268,6 @@ class BytePairs(Canonical):
             return None
         join = self._splitter.join_places if tail else self._splitter.join_arrivals
         return _Path(tuple((word, join(ats)) for word, ats in sorted(found.items())), tail, slot)
-
-    def _outcome(self, place: int, tail: bytes, slot: int) -> tuple[int, bytes]:
-        part = self._part(tail)
-        i = int(np.searchsorted(part.slots, slot))
-        if i == len(part.slots) or part.slots[i] != slot:
-            return DEAD, b""
-        return int(self._row(place, tail).outcome[i]), part.tails[i]
 
     def _can_be_finished(self, path: _Path) -> bool:
         """Whether some tokens after a path make it a complete text; searched without haste."""
@@ -402,7 +303,7 @@ class BytePairs(Canonical):
     def _some_fits(self, tail: bytes, places: Sequence[int]) -> bool:
         if len(tail) == 1 and tail[0] >= 0xF0:  # these are many, and the first will often do
             longer = (tail + bytes([byte]) for byte in range(0x80, 0xC0))
-            return any(self._some_fits(more, places) for more in longer if _unfinished(more) == 2)
+            return any(self._some_fits(more, places) for more in longer if unfinished(more) == 2)
         atoms = self._atoms.behind(tail)
         return any(self._splitter.step(place, atom) != DEAD for place in places for atom in atoms)
 
@@ -417,7 +318,7 @@ class BytePairs(Canonical):
             for place, tail in places:
                 if place == DEAD:
                     continue
-                part, outcome = self._part(tail), self._row(place, tail).outcome
+                part, outcome = self._strings.part(tail), self._strings.row(place, tail).outcome
                 ready: list[int] = []
                 others: list[int] = []
                 for i in np.flatnonzero(outcome >= 0).tolist():
@@ -457,24 +358,3 @@ def _seams(
         lengths[i] = len(piece)
     ranked = [(vocab[a], vocab[b], vocab[a + b]) for a, b in pairs]
     return BoundaryIndex(len(lengths), symbols, ranked, lengths)
-
-
-def _unfinished(content: bytes) -> int:
-    """How many bytes at the end may be the beginning of a character."""
-    for n in range(1, min(3, len(content)) + 1):
-        byte = content[-n]
-        if byte & 0xC0 == 0x80:
-            continue
-        length = 4 if byte >= 0xF0 else 3 if byte >= 0xE0 else 2 if byte >= 0xC2 else 0
-        if length <= n or byte > 0xF4:
-            return 0
-        if n > 1:
-            # Not every second byte makes a character (RFC 3629).
-            low, high = _SECOND.get(byte, (0x80, 0xBF))
-            if not low <= content[1 - n] <= high:
-                return 0
-        return n
-    return 0
-
-
-_SECOND = {0xE0: (0xA0, 0xBF), 0xED: (0x80, 0x9F), 0xF0: (0x90, 0xBF), 0xF4: (0x80, 0x8F)}
