@@ -41,6 +41,7 @@ __all__ = [
     "TrainingError",
     "UnknownNameError",
     "VocabularyError",
+    "shorten",
     "unknown",
 ]
 
@@ -150,4 +151,9 @@ def unknown(noun: str, name: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
     hint = f" Did you mean '{near[0]}'?" if near else ""
     listing = ", ".join(names) if names else "none"
-    return f"unknown {noun} '{name}'.{hint} Known: {listing}."
+    return f"unknown {noun} '{shorten(name)}'.{hint} Known: {listing}."
+
+
+def shorten(text: str, most: int = 100) -> str:
+    """A text of somebody else as messages repeat it: at most so many characters."""
+    return text if len(text) <= most else f"{text[: most - 3]}..."

@@ -14,7 +14,7 @@ from typing import Any
 
 from multicolm.backend.identity import identity_of
 from multicolm.backend.remote.model import RemoteModel
-from multicolm.backend.remote.probe import Wish
+from multicolm.backend.remote.probe import RequestedModel
 from multicolm.backend.remote.service import Service
 from multicolm.config import ModelConfig
 from multicolm.errors import ModelError
@@ -139,7 +139,7 @@ class VllmEngineModel(RemoteModel):
             name,
             Engine(name, config.location, options),
             tokenizer,
-            Wish(name, config.logprobs),
+            RequestedModel(name, config.logprobs),
             look_ahead=config.look_ahead,
             context_length=length,
         )

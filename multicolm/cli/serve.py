@@ -89,7 +89,7 @@ def command(
     another threshold. Ctrl-C ends it.
     """
     try:
-        from multicolm.serving.app import Limits
+        from multicolm.serving.limits import Limits
         from multicolm.serving.server import Server, Settings
     except ImportError as error:
         raise ConfigError(
@@ -113,7 +113,7 @@ def command(
 
     def ready() -> None:
         click.echo(f"{served} is served at {server.address}; Ctrl-C ends it.", err=True)
-        click.echo(f"models: {', '.join(server.menu.ids())}", err=True)
+        click.echo(f"models: {', '.join(server.catalog.ids())}", err=True)
         if api_key is None and host not in ("127.0.0.1", "localhost", "::1"):
             click.echo("Anybody who reaches this address may ask: set MULTICOLM_API_KEY.", err=True)
 

@@ -6,9 +6,11 @@ import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias, TypeVar, get_args
+from typing import Annotated, Any, TypeAlias, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+
+from multicolm.errors import shorten
 
 __all__ = ["Place", "Problem", "Strict", "check", "problems_of", "show", "unknown_key"]
 
@@ -49,18 +51,28 @@ def check(schema: type[M], data: object) -> tuple[M | None, list[Problem]]:
         return None, problems_of(error, schema, data)
 
 
-def problems_of(error: ValidationError, schema: Any, data: object) -> list[Problem]:
-    """Pydantic's complaints in our words; at most one for each place."""
+def problems_of(
+    error: ValidationError, schema: Any, data: object, most: int | None = None
+) -> list[Problem]:
+    """Pydantic's complaints in our words; at most one for each place.
+
+    Args:
+        error: of pydantic.
+        schema: of the data.
+        data: what is wrong.
+        most: how many places are wanted; each costs a search for the nearest name.
+    """
     found: dict[Place, Problem] = {}
     for item in error.errors(include_url=False):
-        place = _inside(item["loc"], data)
         kind, context = item["type"], item.get("ctx", {})
+        at_key = kind in ("extra_forbidden", "missing")
+        place = item["loc"] if at_key else _inside(item["loc"], data)
+        if len(found) == most and place not in found:
+            break
         if kind == "extra_forbidden":
-            place = item["loc"]
             allowed = _fields(_schema_at(schema, place[:-1]))
             problem = Problem(place, unknown_key(str(place[-1]), allowed), at_key=True)
         elif kind == "missing":
-            place = item["loc"]
             info = _fields(_schema_at(schema, place[:-1])).get(str(place[-1]))
             hint = f": {info.description}" if info is not None and info.description else ""
             problem = Problem(place, f"required, but missing{hint}.")
@@ -78,7 +90,7 @@ def unknown_key(key: str, allowed: Iterable[str]) -> str:
     names = sorted(allowed)
     near = difflib.get_close_matches(key, names, n=1, cutoff=0.6)
     hint = f" Did you mean '{near[0]}'?" if near else ""
-    return f"unknown key '{key}'.{hint} Allowed: {', '.join(names) or 'none'}."
+    return f"unknown key '{shorten(key)}'.{hint} Allowed: {', '.join(names) or 'none'}."
 
 
 def show(value: object) -> str:
@@ -134,6 +146,10 @@ def _wording(kind: str, context: Mapping[str, Any], item: Mapping[str, Any]) -> 
         return "must not be empty."
     if kind == "too_short":
         return f"must hold {context['min_length']} or more, got {context['actual_length']}."
+    if kind == "too_long":
+        return f"must hold at most {context['max_length']}; send fewer."
+    if kind == "string_too_long":
+        return f"must have at most {context['max_length']} characters, got {len(item['input'])}."
     word = _WORDS.get(kind.split("_")[0])
     if word is None:
         return f"{item['msg'][0].lower()}{item['msg'][1:]}, got {got}."
@@ -170,6 +186,7 @@ def _inside(place: Sequence[str | int], data: object) -> Place:
 def _schema_at(schema: Any, place: Place) -> Any:
     for step in place:
         schema = _fields(schema)[str(step)].annotation if _fields(schema) else get_args(schema)[-1]
+        schema = get_args(schema)[0] if get_origin(schema) is Annotated else schema
     return schema
 
 

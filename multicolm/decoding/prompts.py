@@ -7,6 +7,7 @@ from typing import Any, cast
 
 from multicolm.backend.base import Model
 from multicolm.errors import InputError
+from multicolm.exact.bounds import least_tokens
 from multicolm.tokenizer.vocabulary import Vocabulary
 from multicolm.types import Message, OwnTokens, Prompt
 
@@ -42,6 +43,8 @@ def prompt_ids(
         _check_ids(cast("Sequence[int]", prompt), where, vocabulary.size)
     ids: list[list[int]] = []
     for k, model in enumerate(models):
+        if k in used:
+            _check_bytes(prompt, where, model)
         own = encode_prompt(prompt, k, model, vocabulary) if k in used else []
         if k in used and not own:
             raise InputError(f"{where} is empty for model '{model.name}'; write at least a word.")
@@ -53,6 +56,27 @@ def prompt_ids(
             )
         ids.append(own)
     return ids
+
+
+def _check_bytes(prompt: Prompt, where: str, model: Model) -> None:
+    """Refuse a text or chat that cannot fit, before it is made into tokens, which takes longer."""
+    limit = model.context_length
+    if limit is None or isinstance(prompt, OwnTokens) or _is_ids(prompt):
+        return
+    if isinstance(prompt, str):
+        n_bytes = len(prompt.encode())
+    elif sum(len(message["content"]) for message in cast("Sequence[Message]", prompt)) > limit:
+        text = model.tokenizer.chat_text(cast("Sequence[Message]", prompt)) or ""
+        # A special token may stand for the blanks beside it, too.
+        n_bytes = len("".join(text.split()).encode())
+    else:
+        return
+    least = least_tokens(model.tokenizer, n_bytes)
+    if least > limit:
+        raise InputError(
+            f"{where} has {n_bytes} bytes, which are {least} tokens or more, and the context of "
+            f"model '{model.name}' holds {limit}; shorten it."
+        )
 
 
 def _is_ids(prompt: Any) -> bool:

@@ -1,6 +1,6 @@
 """One thread that owns the models, and writes the texts of all who ask, batched with each other.
 
-Whoever asks gets a ticket per text and hears about it by calls from that thread. Everything that
+Whoever asks gets a handle per text and hears about it by calls from that thread. Everything that
 belongs to a text is let go when it is finished, has failed, or is cancelled.
 """
 
@@ -32,7 +32,7 @@ from multicolm.errors import (
 )
 from multicolm.live import Live
 from multicolm.numbers import check_whole
-from multicolm.serving.menu import Choice
+from multicolm.serving.catalog import Choice
 from multicolm.serving.passes import SharedSlots
 from multicolm.types import MIXTURE, Answer, Piece, Prompt, TracedToken, Usage
 
@@ -43,10 +43,10 @@ __all__ = [
     "Engine",
     "Event",
     "Failed",
+    "GenerationRequest",
     "Grown",
-    "Order",
+    "Handle",
     "Stats",
-    "Ticket",
 ]
 
 _LOG = logging.getLogger("multicolm.serving")
@@ -57,7 +57,7 @@ Outcome: TypeAlias = Literal["finished", "cancelled", "failed"]
 
 
 @dataclass(frozen=True, slots=True)
-class Order:
+class GenerationRequest:
     """A text that somebody wants.
 
     Attributes:
@@ -117,10 +117,10 @@ Event: TypeAlias = Begun | Grown | Ended | Failed
 
 
 @dataclass(eq=False, slots=True)
-class Ticket:
+class Handle:
     """A text on its way; hand it back to :meth:`Engine.cancel`. The rest is the engine's own."""
 
-    order: Order
+    request: GenerationRequest
     deliver: Callable[[Event], None]
     number: int
     since: float
@@ -129,13 +129,13 @@ class Ticket:
 
 
 @dataclass(eq=False)
-class _Shop:
+class PolicyWorker:
     """One policy at work, and who waits for what from it."""
 
     choice: Choice
     live: Live
-    waiting: dict[int, Ticket] = field(default_factory=dict)
-    active: dict[int, Ticket] = field(default_factory=dict)
+    waiting: dict[int, Handle] = field(default_factory=dict)
+    active: dict[int, Handle] = field(default_factory=dict)
 
     @property
     def is_idle(self) -> bool:
@@ -217,18 +217,18 @@ class Engine:
         self._numbers = itertools.count()
         # What follows is shared with other threads, and touched under this lock alone.
         self._news = threading.Condition()
-        self._coming: deque[Ticket] = deque()
-        self._leaving: deque[Ticket] = deque()
+        self._coming: deque[Handle] = deque()
+        self._leaving: deque[Handle] = deque()
         self._n_texts = 0
         self._deadline: float | None = None
-        self._shops: dict[str, _Shop] = {}
+        self._workers: dict[str, PolicyWorker] = {}
         self._retired = dict.fromkeys(ensemble.models, Usage())
         self._written = dict.fromkeys([*ensemble.models, MIXTURE], 0)
         self._outcomes: dict[Outcome, int] = dict.fromkeys(("finished", "cancelled", "failed"), 0)
         self._durations: deque[float] = deque(maxlen=_PAST)
         # What follows is the working thread's own.
         self._slots = SharedSlots(ensemble.backends, max_concurrent)
-        self._queue: dict[int, Ticket] = {}
+        self._queue: dict[int, Handle] = {}
         self._n_active = 0
         self._n_broken_off = 0
         self._thread = threading.Thread(target=self._work, name="multicolm-engine", daemon=True)
@@ -251,7 +251,7 @@ class Engine:
 
     @property
     def is_open(self) -> bool:
-        """Whether it works, and takes orders."""
+        """Whether it works, and takes requests."""
         return self._thread.is_alive() and self._deadline is None
 
     @property
@@ -260,13 +260,13 @@ class Engine:
         return self.max_concurrent + self.max_waiting
 
     def submit(
-        self, orders: Sequence[Order], listeners: Sequence[Callable[[Event], None]]
-    ) -> list[Ticket]:
+        self, requests: Sequence[GenerationRequest], listeners: Sequence[Callable[[Event], None]]
+    ) -> list[Handle]:
         """Ask for some texts, for all of them or for none.
 
         Args:
-            orders: what is wanted.
-            listeners: per order, what is called about it from the engine's thread; it must not
+            requests: what is wanted.
+            listeners: per request, what is called about it from the engine's thread; it must not
                 wait. The last call is with :class:`Ended` or :class:`Failed`; after a cancellation
                 there may be none.
 
@@ -277,28 +277,28 @@ class Engine:
         with self._news:
             if not self.is_open:
                 raise ClosedError("the server is shutting down; ask again when it is back.")
-            if self._n_texts + len(orders) > self.capacity:
+            if self._n_texts + len(requests) > self.capacity:
                 raise BusyError(
                     f"{self._n_texts} of {self.capacity} places are taken; ask again later.",
-                    retry_after=self._time_to_wait(),
+                    retry_after=self.time_to_wait(),
                 )
-            self._n_texts += len(orders)
-            tickets = [
-                Ticket(order, told, next(self._numbers), self._clock())
-                for order, told in zip(orders, listeners, strict=True)
+            self._n_texts += len(requests)
+            handles = [
+                Handle(request, told, next(self._numbers), self._clock())
+                for request, told in zip(requests, listeners, strict=True)
             ]
-            self._coming.extend(tickets)
+            self._coming.extend(handles)
             self._news.notify()
-        return tickets
+        return handles
 
-    def cancel(self, ticket: Ticket) -> None:
+    def cancel(self, handle: Handle) -> None:
         """Write no further in a text; its place is free before the next round of the loop."""
         with self._news:
-            self._leaving.append(ticket)
+            self._leaving.append(handle)
             self._news.notify()
 
     def close(self, grace: float = 0.0) -> Closing:
-        """Take no more orders, finish what runs, and end.
+        """Take no more requests, finish what runs, and end.
 
         Args:
             grace: after so many seconds what is not finished is broken off, with
@@ -318,8 +318,8 @@ class Engine:
         """How it stands now."""
         with self._news:
             models = dict(self._retired)
-            for shop in self._shops.values():
-                models = {name: models[name] + used for name, used in shop.live.usage.items()}
+            for worker in self._workers.values():
+                models = {name: models[name] + used for name, used in worker.live.usage.items()}
             models[MIXTURE] = Usage()
             models = {
                 name: used + Usage(tokens_written=self._written[name])
@@ -335,12 +335,11 @@ class Engine:
                 dict(self._outcomes),
             )
 
-    def _time_to_wait(self) -> int:
+    def time_to_wait(self) -> int:
         """In how many seconds, about, a place will be free."""
-        if not self._durations:
-            return 1
-        typical = sorted(self._durations)[len(self._durations) // 2]
-        return min(60, max(1, math.ceil(typical)))
+        with self._news:
+            durations = sorted(self._durations)
+        return min(60, max(1, math.ceil(durations[len(durations) // 2]))) if durations else 1
 
     # From here on everything runs in the engine's own thread.
 
@@ -350,8 +349,8 @@ class Engine:
             with torch_threads(ensemble.backends, ensemble.generation.threads):
                 while self._listen():
                     self._admit()
-                    at_work = [shop for shop in self._shops.values() if shop.active]
-                    self._slots.run([partial(self._round, shop) for shop in at_work])
+                    at_work = [worker for worker in self._workers.values() if worker.active]
+                    self._slots.run([partial(self._round, worker) for worker in at_work])
         except BaseException:
             _LOG.exception("the engine has stopped")
             raise
@@ -373,156 +372,156 @@ class Engine:
             self._coming.clear()
             self._leaving.clear()
             late = self._deadline is not None and self._clock() >= self._deadline
-        for ticket in coming:
-            self._accept(ticket)
-        for ticket in leaving:
-            self._let_go(ticket)
+        for handle in coming:
+            self._accept(handle)
+        for handle in leaving:
+            self._let_go(handle)
         return not late
 
-    def _accept(self, ticket: Ticket) -> None:
+    def _accept(self, handle: Handle) -> None:
         """Read the prompt of a new text, and let it wait for a slot."""
-        order = ticket.order
+        request = handle.request
         try:
-            shop = self._shop(order.choice)
-            row = shop.live.row(order.prompt, order.number, order.settings, order.seed)
+            worker = self._worker(request.choice)
+            row = worker.live.row(request.prompt, request.number, request.settings, request.seed)
         except Exception as error:
-            self._fail(ticket, error)
+            self._fail(handle, error)
             return
-        row.number = ticket.number
-        ticket.row = row
-        shop.waiting[ticket.number] = ticket
-        self._queue[ticket.number] = ticket
+        row.number = handle.number
+        handle.row = row
+        worker.waiting[handle.number] = handle
+        self._queue[handle.number] = handle
         n_prompt = next(len(ids) for ids in row.prompt_ids if ids)
-        self._tell(ticket, Begun(n_prompt))
+        self._tell(handle, Begun(n_prompt))
 
-    def _shop(self, choice: Choice) -> _Shop:
+    def _worker(self, choice: Choice) -> PolicyWorker:
         """Where a policy works; those that nobody has used for longest are closed."""
-        shop = self._shops.get(choice.key)
-        if shop is None:
-            shop = _Shop(choice, self._open(choice))
-        idle = [s for s in self._shops.values() if s.is_idle and s is not shop]
+        worker = self._workers.get(choice.key)
+        if worker is None:
+            worker = PolicyWorker(choice, self._open(choice))
+        idle = [w for w in self._workers.values() if w.is_idle and w is not worker]
         with self._news:
             # The last one in a dict is the one that was used last.
-            self._shops.pop(choice.key, None)
-            self._shops[choice.key] = shop
-            for old in idle[: max(0, len(self._shops) - _KEPT)]:
+            self._workers.pop(choice.key, None)
+            self._workers[choice.key] = worker
+            for old in idle[: max(0, len(self._workers) - _KEPT)]:
                 self._retire(old)
-        return shop
+        return worker
 
     def _open(self, choice: Choice) -> Live:
         return self.ensemble.live(choice.policy, slots=self._slots)
 
-    def _retire(self, shop: _Shop) -> None:
+    def _retire(self, worker: PolicyWorker) -> None:
         """Let go of a policy and its caches, but not of what was counted; under the lock."""
-        for name, used in shop.live.usage.items():
+        for name, used in worker.live.usage.items():
             self._retired[name] += used
-        del self._shops[shop.choice.key]
+        del self._workers[worker.choice.key]
 
     def _admit(self) -> None:
         """Give slots to those who wait, first come, first served."""
         while self._queue and self._n_active < self.max_concurrent:
-            number, ticket = next(iter(self._queue.items()))
-            shop = self._shops[ticket.order.choice.key]
+            number, handle = next(iter(self._queue.items()))
+            worker = self._workers[handle.request.choice.key]
             # Nobody overtakes who waits for room, or those who work would never be done.
-            if not shop.active and not self._has_room(shop):
+            if not worker.active and not self._has_room(worker):
                 return
             del self._queue[number]
-            shop.active[number] = shop.waiting.pop(number)
-            assert ticket.row is not None
-            shop.live.add(ticket.row)
+            worker.active[number] = worker.waiting.pop(number)
+            assert handle.row is not None
+            worker.live.add(handle.row)
             self._n_active += 1
 
-    def _has_room(self, shop: _Shop) -> bool:
+    def _has_room(self, worker: PolicyWorker) -> bool:
         """Whether a policy can begin to work; those that have caches and no texts give them up."""
-        if not shop.live.router.has_own_sessions:
+        if not worker.live.router.has_own_sessions:
             return True
-        others = [s for s in self._shops.values() if s is not shop and s.has_caches]
-        idle = [s for s in others if s.is_idle][: max(0, len(others) + 1 - _KEPT)]
+        others = [w for w in self._workers.values() if w is not worker and w.has_caches]
+        idle = [w for w in others if w.is_idle][: max(0, len(others) + 1 - _KEPT)]
         with self._news:
             for old in idle:
                 self._retire(old)
         return len(others) - len(idle) < _KEPT or not self._n_active
 
-    def _round(self, shop: _Shop) -> None:
+    def _round(self, worker: PolicyWorker) -> None:
         """One round of a policy's loop, and the news of it."""
         try:
-            pieces = shop.live.step()
-            answers = {row.number: shop.live.answer(row) for row in shop.live.finished()}
+            pieces = worker.live.step()
+            answers = {row.number: worker.live.answer(row) for row in worker.live.finished()}
             new: dict[int, list[Piece]] = {}
             for piece in pieces:
                 new.setdefault(piece.row, []).append(piece)
-            for number, ticket in shop.active.items():
-                self._tell_growth(shop.live, ticket, new.get(number, ()))
+            for number, handle in worker.active.items():
+                self._tell_growth(worker.live, handle, new.get(number, ()))
         except Exception as error:
-            self._start_over(shop, error)
+            self._start_over(worker, error)
             return
         for number, answer in answers.items():
-            ticket = shop.active.pop(number)
+            handle = worker.active.pop(number)
             self._n_active -= 1
-            self._end(ticket, "finished", answer.trace.tokens)
-            self._tell(ticket, Ended(answer))
+            self._end(handle, "finished", answer.trace.tokens)
+            self._tell(handle, Ended(answer))
 
-    def _tell_growth(self, live: Live, ticket: Ticket, pieces: Sequence[Piece]) -> None:
-        row = ticket.row
+    def _tell_growth(self, live: Live, handle: Handle, pieces: Sequence[Piece]) -> None:
+        row = handle.row
         assert row is not None
-        if not pieces and len(row.written) == ticket.n_told:
+        if not pieces and len(row.written) == handle.n_told:
             return
-        tokens = live.tokens(row, ticket.n_told)
-        ticket.n_told += len(tokens)
+        tokens = live.tokens(row, handle.n_told)
+        handle.n_told += len(tokens)
         if pieces or tokens:
-            self._tell(ticket, Grown(tuple(pieces), tuple(tokens)))
+            self._tell(handle, Grown(tuple(pieces), tuple(tokens)))
 
-    def _start_over(self, shop: _Shop, error: Exception) -> None:
+    def _start_over(self, worker: PolicyWorker, error: Exception) -> None:
         """A round has failed: those who were in it fail, those who wait do not.
 
         Unless the policy cannot be opened once more: then they fail, too.
         """
-        failed = list(shop.active.values())
-        for ticket in failed:
-            assert ticket.row is not None
-            shop.live.cancel(ticket.row)  # its slot is for others too
-        shop.active.clear()
+        failed = list(worker.active.values())
+        for handle in failed:
+            assert handle.row is not None
+            worker.live.cancel(handle.row)  # its slot is for others too
+        worker.active.clear()
         self._n_active -= len(failed)
         with self._news:
-            self._retire(shop)
-        for ticket in failed:
-            self._fail(ticket, error)
-        if not shop.waiting:
+            self._retire(worker)
+        for handle in failed:
+            self._fail(handle, error)
+        if not worker.waiting:
             return
         try:
-            shop.live = self._open(shop.choice)
+            worker.live = self._open(worker.choice)
         except Exception as again:
-            for number, ticket in shop.waiting.items():
+            for number, handle in worker.waiting.items():
                 del self._queue[number]
-                self._fail(ticket, again)
+                self._fail(handle, again)
             return
         with self._news:
-            self._shops[shop.choice.key] = shop
+            self._workers[worker.choice.key] = worker
 
-    def _let_go(self, ticket: Ticket) -> None:
+    def _let_go(self, handle: Handle) -> None:
         """Stop writing a text, if it is not finished."""
-        shop = self._shops.get(ticket.order.choice.key)
-        if shop is None or ticket.row is None:
+        worker = self._workers.get(handle.request.choice.key)
+        if worker is None or handle.row is None:
             return
-        if shop.active.pop(ticket.number, None) is not None:
+        if worker.active.pop(handle.number, None) is not None:
             self._n_active -= 1
-            shop.live.cancel(ticket.row)
-        elif shop.waiting.pop(ticket.number, None) is not None:
-            del self._queue[ticket.number]
+            worker.live.cancel(handle.row)
+        elif worker.waiting.pop(handle.number, None) is not None:
+            del self._queue[handle.number]
         else:
             return
-        self._end(ticket, "cancelled", shop.live.tokens(ticket.row))
+        self._end(handle, "cancelled", worker.live.tokens(handle.row))
 
-    def _fail(self, ticket: Ticket, error: Exception) -> None:
+    def _fail(self, handle: Handle, error: Exception) -> None:
         if not isinstance(error, MulticolmError):
             _LOG.error("a text could not be written", exc_info=error)
         elif not isinstance(error, InputError | ConfigError | CapabilityError | ClosedError):
             _LOG.error("a text could not be written: %s", error)
-        self._end(ticket, "failed", ())
+        self._end(handle, "failed", ())
         # Its frames, which have been logged, hold caches, and whoever asked may keep it.
-        self._tell(ticket, Failed(error.with_traceback(None)))
+        self._tell(handle, Failed(error.with_traceback(None)))
 
-    def _end(self, ticket: Ticket, outcome: Outcome, tokens: Sequence[TracedToken]) -> None:
+    def _end(self, handle: Handle, outcome: Outcome, tokens: Sequence[TracedToken]) -> None:
         """Free the place of a text."""
         with self._news:
             self._n_texts -= 1
@@ -530,8 +529,8 @@ class Engine:
             for token in tokens:
                 self._written[token.model] += 1
             if outcome == "finished":
-                self._durations.append(self._clock() - ticket.since)
-        ticket.row = None
+                self._durations.append(self._clock() - handle.since)
+        handle.row = None
 
     def _break_off(self) -> None:
         """Nothing is written any more: tell those who still wait for something."""
@@ -539,18 +538,18 @@ class Engine:
             self._deadline = self._clock() if self._deadline is None else self._deadline
             left = [*self._coming]
             self._coming.clear()
-            for shop in list(self._shops.values()):
-                left += [*shop.active.values(), *shop.waiting.values()]
-                self._retire(shop)
+            for worker in list(self._workers.values()):
+                left += [*worker.active.values(), *worker.waiting.values()]
+                self._retire(worker)
         self._queue.clear()
         self._n_active = 0
         self._n_broken_off = len(left)
-        for ticket in left:
-            self._fail(ticket, ClosedError("the server has shut down before this was finished."))
+        for handle in left:
+            self._fail(handle, ClosedError("the server has shut down before this was finished."))
 
-    def _tell(self, ticket: Ticket, event: Event) -> None:
+    def _tell(self, handle: Handle, event: Event) -> None:
         try:
-            ticket.deliver(event)
+            handle.deliver(event)
         except Exception:
             # Whoever asked is gone; that must not cost the others anything.
             _LOG.exception("an event could not be delivered")

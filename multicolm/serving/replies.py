@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from multicolm.errors import shorten
 from multicolm.types import Answer, FinishReason, Piece, TracedToken, Usage, finite
 
 __all__ = ["Replies", "Written", "as_event", "failure"]
@@ -19,6 +20,7 @@ _REASONS: dict[FinishReason, str] = {
     "length": "length",
     "context": "length",
 }
+_LONGEST_MESSAGE = 2000  # characters
 _IMPOSSIBLE = -9999.0  # what OpenAI gives for a log-probability that JSON cannot hold
 
 
@@ -71,27 +73,29 @@ class Replies:
     logprobs: bool
     top_logprobs: int = 0
 
-    def whole(self, texts: Sequence[Written]) -> dict[str, Any]:
-        """Everything at once."""
-        choices = []
-        for index, written in enumerate(texts):
-            answer = written.answer
-            assert answer is not None
-            offsets = self._offsets(written, written.tokens)
-            choices.append(
-                {
-                    "index": index,
-                    **self._said(answer.text),
-                    "logprobs": self._logprobs(written.tokens, offsets),
-                    "finish_reason": _REASONS[answer.finish_reason],
-                    "multicolm": {
-                        **_provenance(written.pieces, written.tokens, offsets),
-                        **_end(answer),
-                    },
-                }
-            )
+    def whole(self, choices: Sequence[bytes], texts: Sequence[Written]) -> bytes:
+        """Everything at once, of what :meth:`choice` gives for each text."""
         kind = "chat.completion" if self.kind == "chat" else "text_completion"
-        return {**self._head(kind), "choices": choices, **self._usage(texts)}
+        head = _as_bytes({**self._head(kind), **self._usage(texts)})
+        return b"".join((head[:-1], b', "choices": [', b", ".join(choices), b"]}"))
+
+    def choice(self, index: int, written: Written) -> bytes:
+        """One text, all of it."""
+        answer = written.answer
+        assert answer is not None
+        offsets = self._offsets(written, written.tokens)
+        return _as_bytes(
+            {
+                "index": index,
+                **self._said(answer.text),
+                "logprobs": self._logprobs(written.tokens, offsets),
+                "finish_reason": _REASONS[answer.finish_reason],
+                "multicolm": {
+                    **_provenance(written.pieces, written.tokens, offsets),
+                    **_end(answer),
+                },
+            }
+        )
 
     def opening(self, index: int) -> dict[str, Any]:
         """The first chunk of a chat: who speaks."""
@@ -202,15 +206,25 @@ class Replies:
 
 def as_event(data: Mapping[str, Any] | str) -> bytes:
     """One server-sent event."""
-    text = data if isinstance(data, str) else json.dumps(data, ensure_ascii=False, allow_nan=False)
-    return f"data: {text}\n\n".encode()
+    return b"data: %b\n\n" % (data.encode() if isinstance(data, str) else _as_bytes(data))
+
+
+def _as_bytes(data: Mapping[str, Any]) -> bytes:
+    return json.dumps(data, ensure_ascii=False, allow_nan=False).encode()
 
 
 def failure(
     message: str, kind: str, param: str | None = None, code: str | None = None
 ) -> dict[str, Any]:
-    """An error as those of OpenAI look."""
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+    """An error as those of OpenAI look; it repeats little of what the client sent."""
+    return {
+        "error": {
+            "message": shorten(message, _LONGEST_MESSAGE),
+            "type": kind,
+            "param": param,
+            "code": code,
+        }
+    }
 
 
 def _by_text(token: TracedToken) -> dict[str, float]:

@@ -18,14 +18,16 @@ from multicolm.ensemble import Ensemble
 from multicolm.errors import InputError
 from multicolm.keys import check_key
 from multicolm.numbers import check_number, check_whole
-from multicolm.serving.app import Limits, create_app
+from multicolm.serving.app import create_app
+from multicolm.serving.catalog import Catalog
 from multicolm.serving.connection import connections
 from multicolm.serving.engine import Closing, Engine
-from multicolm.serving.menu import Menu
+from multicolm.serving.limits import Limits
 
 __all__ = ["Server", "Settings"]
 
 _LOOPBACK = ("127.0.0.1", "localhost", "::1", "[::1]")
+_SENDING = 1 << 17  # bytes on their way to a client
 _LAST_WORDS = 5  # seconds for clients to read the end of what they asked for
 
 
@@ -37,7 +39,7 @@ class Settings:
         host: the address to listen at; only this machine can reach the one that is the default.
         port: 0 takes any that is free.
         api_key: that clients must show; anybody may ask if ``None``.
-        allowed: see :class:`multicolm.serving.menu.Menu`.
+        allowed: see :class:`multicolm.serving.catalog.Catalog`.
         limits: what a request may be at the most.
         max_concurrent: how many texts are written at a time.
         max_waiting: how many more may wait.
@@ -73,7 +75,7 @@ class Server:
     Attributes:
         address: where it can be reached while it runs.
         engine: writes the texts.
-        menu: which policies clients may choose.
+        catalog: which policies clients may choose.
 
     Raises:
         InputError: if a setting is out of range, or the address cannot be listened at.
@@ -82,21 +84,22 @@ class Server:
 
     def __init__(self, ensemble: Ensemble, name: str, settings: Settings | None = None) -> None:
         settings = settings or Settings()
-        self.menu = Menu(ensemble, name, settings.allowed)
+        self.catalog = Catalog(ensemble, name, settings.allowed)
         self.engine = Engine(
             ensemble, max_concurrent=settings.max_concurrent, max_waiting=settings.max_waiting
         )
         local = settings.host in _LOOPBACK
         app = create_app(
             self.engine,
-            self.menu,
+            self.catalog,
             api_key=settings.api_key,
             limits=settings.limits,
             hosts=_LOOPBACK if local and settings.api_key is None else None,
         )
         config = uvicorn.Config(
             app,
-            http=connections(settings.limits.head_seconds),
+            http=connections(settings.limits.head_seconds, settings.limits.send_seconds),
+            ws="none",
             log_config=None,
             access_log=False,
             lifespan="off",
@@ -149,7 +152,10 @@ def _listening(host: str, port: int) -> socket.socket:
     """
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        return socket.create_server((host, port), family=family, backlog=2048)
+        listening = socket.create_server((host, port), family=family, backlog=2048)
+        # Connections inherit it: what a client has not read is not kept in megabytes of the kernel.
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SENDING)
+        return listening
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise InputError(

@@ -142,6 +142,14 @@ class TokenizerAdapter(ABC):
         """Where texts can be cut; ``None`` if not known, so that they are encoded as a whole."""
         return None
 
+    def chat_text(self, messages: Sequence[Message]) -> str | None:
+        """A chat in this model's own template, with names of special tokens; ``None``: not known.
+
+        Raises:
+            InputError: if there is no template, or the template refuses the messages.
+        """
+        return None
+
     @abstractmethod
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of a chat in this model's own template, ready for the reply.

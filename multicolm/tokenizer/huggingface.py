@@ -110,10 +110,18 @@ class HuggingFaceTokenizer(TokenizerAdapter):
         return []
 
     def _encode_with_specials(self, text: str) -> list[int]:
-        encoded = self._tokenizer(
-            text, add_special_tokens=False, split_special_tokens=False, verbose=False
-        )
-        return list(encoded["input_ids"])
+        return list(self._with_specials.encode(text, add_special_tokens=False).ids)
+
+    @cached_property
+    def _with_specials(self) -> Any:
+        """The tokenizer that reads names of special tokens, a copy that nobody else sets up."""
+        from tokenizers import Tokenizer
+
+        tokenizer = Tokenizer.from_str(self._tokenizer.backend_tokenizer.to_str())
+        tokenizer.encode_special_tokens = False
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        return tokenizer
 
     def _readable(self, ids: list[int]) -> list[int]:
         for token_id in ids:
@@ -175,20 +183,38 @@ class HuggingFaceTokenizer(TokenizerAdapter):
         Raises:
             InputError: if there is no template, or the template refuses the messages.
         """
+        # What the tokenizer puts at the start of a text is in the template if it should be there.
+        text, hides = self._rendered(messages)
+        if not hides:
+            return self._readable(self._encode_with_specials(text))
+        # The names that are left are the template's: they and those of the messages change places.
+        text = replaced(text, {**self._stand_ins, **self._names})
+        return self._readable(list(self._of_stand_ins.encode(text, add_special_tokens=False).ids))
+
+    def chat_text(self, messages: Sequence[Message]) -> str:
+        """A chat in the model's own template, with names of special tokens.
+
+        Raises:
+            InputError: if there is no template, or the template refuses the messages.
+        """
+        text, hides = self._rendered(messages)
+        return replaced(text, self._names) if hides else text
+
+    def _rendered(self, messages: Sequence[Message]) -> tuple[str, bool]:
+        """A chat in the template, and whether stand-ins hide names that are text of a message."""
         template = self._tokenizer.chat_template
         if not template or (isinstance(template, dict) and "default" not in template):
             raise no_template(self._name, template or ())
-        # What the tokenizer puts at the start of a text is in the template if it should be there.
         stand_ins = self._stand_ins
         if not any(name in text for text in strings_of(messages) for name in stand_ins):
-            text = rendered(self._name, self._in_template, messages)
-            return self._readable(self._encode_with_specials(text))
+            return rendered(self._name, self._in_template, messages), False
         hidden = hidden_in(messages, stand_ins)
-        text = rendered(self._name, self._in_template, hidden, stand_ins)
-        # The names that are left are the template's: they and those of the messages change places.
-        back = {stand_in: name for name, stand_in in stand_ins.items()}
-        text = replaced(text, {**stand_ins, **back})
-        return self._readable(list(self._of_stand_ins.encode(text, add_special_tokens=False).ids))
+        return rendered(self._name, self._in_template, hidden, stand_ins), True
+
+    @cached_property
+    def _names(self) -> dict[str, str]:
+        """The name of a special token for each stand-in."""
+        return {stand_in: name for name, stand_in in self._stand_ins.items()}
 
     def _in_template(self, messages: list[dict[str, Any]]) -> Any:
         return self._tokenizer.apply_chat_template(

@@ -68,9 +68,13 @@ class LiteralTokenizer(TokenizerAdapter):
         """Behind every token that no longer one could have replaced."""
         return self._cuts
 
-    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+    def chat_text(self, messages: Sequence[Message]) -> str:
         """The messages' contents, one after another."""
-        return self.encode("".join(message["content"] for message in messages))
+        return "".join(message["content"] for message in messages)
+
+    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+        """The tokens of :meth:`chat_text`."""
+        return self.encode(self.chat_text(messages))
 
     def token_bytes(self, token_id: int) -> bytes:
         """What the token adds to a text."""

@@ -19,7 +19,7 @@ from tokenizers import processors
 from multicolm import Ensemble
 from multicolm.backend.base import Model
 from multicolm.backend.remote.model import LlamaCppServerModel, RemoteModel
-from multicolm.backend.remote.probe import Wish
+from multicolm.backend.remote.probe import RequestedModel
 from multicolm.backend.remote.transport import Server
 from multicolm.backend.transformers import TransformersModel
 from multicolm.config import ModelConfig
@@ -95,7 +95,7 @@ def behind(url: Url, name: str, **settings: Any) -> RemoteModel:
 
 def random_model(url: Url, reference: Model) -> RemoteModel:
     """Of a model whose tokenizer is nowhere but in the reference."""
-    return LlamaCppServerModel("m", Server(url, "m"), reference.tokenizer, Wish())
+    return LlamaCppServerModel("m", Server(url, "m"), reference.tokenizer, RequestedModel())
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ from multicolm.decoding.row import Row
 from multicolm.decoding.token_reader import TokenReader
 from multicolm.errors import BusyError, ClosedError, InputError
 from multicolm.live import Live
+from multicolm.serving.catalog import Catalog, Choice
 from multicolm.serving.engine import (
     _LOG,
     Begun,
@@ -23,11 +24,10 @@ from multicolm.serving.engine import (
     Engine,
     Event,
     Failed,
+    GenerationRequest,
     Grown,
-    Order,
-    Ticket,
+    Handle,
 )
-from multicolm.serving.menu import Choice, Menu
 
 SHORT = GenerationConfig(max_new_tokens=3)
 ENDLESS = GenerationConfig(max_new_tokens=1_000_000)
@@ -39,7 +39,7 @@ class Desk:
     def __init__(self, gate: Gate, **places: int) -> None:
         self.gate = gate
         ensemble = gate.ensemble()
-        self.menu = Menu(ensemble, "duo")
+        self.catalog = Catalog(ensemble, "duo")
         self.engine = Engine(ensemble, **{"max_concurrent": 2, "max_waiting": 2, **places})
         self.news: dict[int, queue.Queue[Event]] = {}
 
@@ -49,19 +49,21 @@ class Desk:
         policy: str = "default",
         prompt: str = "a",
         choice: Choice | None = None,
-    ) -> Ticket:
-        order = Order(prompt, choice or self.menu.choose("duo", policy), settings, seed=0)
+    ) -> Handle:
+        request = GenerationRequest(
+            prompt, choice or self.catalog.choose("duo", policy), settings, seed=0
+        )
         news: queue.Queue[Event] = queue.Queue()
-        [ticket] = self.engine.submit([order], [news.put])
-        self.news[ticket.number] = news
-        return ticket
+        [handle] = self.engine.submit([request], [news.put])
+        self.news[handle.number] = news
+        return handle
 
-    def next(self, ticket: Ticket) -> Event:
-        return self.news[ticket.number].get(timeout=SECONDS)
+    def next(self, handle: Handle) -> Event:
+        return self.news[handle.number].get(timeout=SECONDS)
 
-    def end(self, ticket: Ticket) -> Ended | Failed:
+    def end(self, handle: Handle) -> Ended | Failed:
         while True:
-            event = self.next(ticket)
+            event = self.next(handle)
             if isinstance(event, Ended | Failed):
                 return event
 
@@ -83,31 +85,31 @@ def desk() -> Iterator[Desk]:
 
 def test_a_text_begins_grows_and_ends(desk: Desk) -> None:
     desk.gate.open.set()
-    ticket = desk.ask()
-    assert desk.next(ticket) == Begun(1)
+    handle = desk.ask()
+    assert desk.next(handle) == Begun(1)
     grown: list[Grown] = []
-    while isinstance(event := desk.next(ticket), Grown):
+    while isinstance(event := desk.next(handle), Grown):
         grown.append(event)
     assert isinstance(event, Ended)
     assert tuple(token for e in grown for token in e.tokens) == event.answer.trace.tokens
     assert "".join(piece.text for e in grown for piece in e.pieces) == event.answer.text
     assert event.answer.finish_reason == "length"
-    assert desk.news[ticket.number].empty()
+    assert desk.news[handle.number].empty()
 
 
 def test_there_are_as_many_places_as_it_says_and_a_request_gets_all_or_none(desk: Desk) -> None:
     first = desk.ask(ENDLESS)
     rest = [desk.ask() for _ in range(2)]
-    order = Order("a", desk.menu.choose("duo"), SHORT, seed=0)
+    request = GenerationRequest("a", desk.catalog.choose("duo"), SHORT, seed=0)
     with pytest.raises(BusyError, match="3 of 4 places are taken") as caught:
-        desk.engine.submit([order, order], [print, print])
+        desk.engine.submit([request, request], [print, print])
     assert caught.value.retry_after >= 1
     last = desk.ask()
     until(lambda: desk.engine.stats().active == 2)
     assert desk.engine.stats().waiting == 2
     desk.gate.open.set()
-    for ticket in (*rest, last):
-        assert isinstance(desk.end(ticket), Ended)
+    for handle in (*rest, last):
+        assert isinstance(desk.end(handle), Ended)
     desk.engine.cancel(first)
     until(lambda: desk.engine.stats().active == 0)
     assert desk.engine.stats().outcomes == {"finished": 3, "cancelled": 1, "failed": 0}
@@ -141,36 +143,37 @@ def test_clients_that_all_want_other_thresholds_are_served_at_once_from_the_same
     desk = Desk(Gate(), max_concurrent=8, max_waiting=4)
     with desk.engine:
         desk.gate.open.set()
-        wanted = [desk.menu.choose(f"duo:confidence@0.{i}") for i in range(1, 8)]
+        wanted = [desk.catalog.choose(f"duo:confidence@0.{i}") for i in range(1, 8)]
         endless = [desk.ask(ENDLESS, choice=choice) for choice in wanted]
         until(lambda: desk.engine.stats().active == 7)
-        for ticket in endless:
-            assert isinstance(desk.next(ticket), Begun) and isinstance(desk.next(ticket), Grown)
+        for handle in endless:
+            assert isinstance(desk.next(handle), Begun) and isinstance(desk.next(handle), Grown)
         assert desk.gate.n_opened == 2  # one session of each model
-        for ticket in endless:
-            desk.engine.cancel(ticket)
+        for handle in endless:
+            desk.engine.cancel(handle)
 
 
 def test_policies_that_need_caches_of_their_own_do_not_multiply_them() -> None:
     desk = Desk(Gate(tokens=("a", "b", ".")), max_concurrent=8, max_waiting=4)
     wanted = [
-        desk.menu.choose("duo", "byte-mixture", {"weights": [1.0, float(i)]}) for i in range(1, 8)
+        desk.catalog.choose("duo", "byte-mixture", {"weights": [1.0, float(i)]})
+        for i in range(1, 8)
     ]
     most = 0
 
     def with_caches() -> int:
-        return sum(bool(s.active or s.live.router.readers) for s in desk.engine._shops.values())
+        return sum(bool(s.active or s.live.router.readers) for s in desk.engine._workers.values())
 
     with desk.engine:
         desk.gate.open.set()
         endless = [desk.ask(ENDLESS, choice=choice) for choice in wanted]
         until(lambda: desk.engine.stats().active == 4)
         late = desk.ask(choice=wanted[0])  # its policy is at work, and others came before
-        for done, ticket in enumerate(endless):
+        for done, handle in enumerate(endless):
             until(lambda n=done: desk.engine.stats().active >= min(4, len(wanted) - n))
             most = max(most, with_caches())
-            assert isinstance(desk.next(ticket), Begun) and isinstance(desk.next(ticket), Grown)
-            desk.engine.cancel(ticket)
+            assert isinstance(desk.next(handle), Begun) and isinstance(desk.next(handle), Grown)
+            desk.engine.cancel(handle)
         assert isinstance(desk.end(late), Ended)
         assert max(most, with_caches()) == 4
         assert isinstance(desk.end(desk.ask()), Ended)
@@ -190,11 +193,11 @@ def test_a_model_that_breaks_costs_those_it_was_writing_and_nobody_else(desk: De
     waiting = [desk.ask(), desk.ask(policy="average")]
     until(lambda: desk.engine.stats().active == 2)
     desk.gate.open.set()
-    for ticket in writing:
-        failed = desk.end(ticket)
+    for handle in writing:
+        failed = desk.end(handle)
         assert isinstance(failed, Failed) and str(failed.error) == "out of memory"
-    for ticket in waiting:
-        assert isinstance(desk.end(ticket), Ended)
+    for handle in waiting:
+        assert isinstance(desk.end(handle), Ended)
     assert desk.engine.stats().outcomes == {"finished": 2, "cancelled": 0, "failed": 2}
     assert isinstance(desk.end(desk.ask()), Ended)
 
@@ -231,8 +234,8 @@ def test_a_policy_that_cannot_be_opened_once_more_fails_all_who_wait_for_it_and_
     monkeypatch.setattr(desk.engine.ensemble, "live", no_room)
     desk.gate.errors.append(RuntimeError("out of memory"))
     desk.gate.open.set()
-    for ticket, kind in zip(broken, (RuntimeError, RuntimeError, MemoryError), strict=True):
-        event = desk.end(ticket)
+    for handle, kind in zip(broken, (RuntimeError, RuntimeError, MemoryError), strict=True):
+        event = desk.end(handle)
         assert isinstance(event, Failed) and isinstance(event.error, kind)
     assert isinstance(desk.end(desk.ask()), Ended)
     assert desk.engine.stats().active == desk.engine.stats().waiting == 0
@@ -267,7 +270,7 @@ def test_a_text_that_cannot_be_begun_keeps_no_place(
             patch.setattr(TokenReader, "start", breaks)
             failed = desk.end(desk.ask())
         assert isinstance(failed, Failed) and str(failed.error) == "no room"
-    assert all(isinstance(desk.end(ticket), Ended) for ticket in [desk.ask() for _ in range(3)])
+    assert all(isinstance(desk.end(handle), Ended) for handle in [desk.ask() for _ in range(3)])
     until(lambda: desk.engine.stats().active == 0)
     assert desk.engine._slots.free == [0, 1]
 
@@ -277,8 +280,8 @@ def test_a_listener_that_breaks_costs_nobody_anything(desk: Desk) -> None:
         raise ValueError("not listening")
 
     desk.gate.open.set()
-    order = Order("a", desk.menu.choose("duo"), SHORT, seed=0)
-    desk.engine.submit([order], [broken])
+    request = GenerationRequest("a", desk.catalog.choose("duo"), SHORT, seed=0)
+    desk.engine.submit([request], [broken])
     assert isinstance(desk.end(desk.ask()), Ended)
     until(lambda: desk.engine.stats().outcomes["finished"] == 2)
 
@@ -286,10 +289,10 @@ def test_a_listener_that_breaks_costs_nobody_anything(desk: Desk) -> None:
 def test_closing_finishes_what_there_is_and_takes_nothing_new() -> None:
     desk = Desk(Gate())
     desk.engine.start()
-    tickets = [desk.ask() for _ in range(4)]
+    handles = [desk.ask() for _ in range(4)]
     desk.gate.open.set()
     closing = desk.engine.close(grace=SECONDS)
-    assert all(isinstance(desk.end(ticket), Ended) for ticket in tickets)
+    assert all(isinstance(desk.end(handle), Ended) for handle in handles)
     assert closing.finished <= 4 and closing.broken_off == 0
     with pytest.raises(ClosedError, match="shutting down"):
         desk.ask()
@@ -299,12 +302,12 @@ def test_what_is_not_finished_in_time_is_told_so() -> None:
     desk = Desk(Gate())
     desk.engine.start()
     desk.gate.open.set()
-    tickets = [desk.ask(ENDLESS) for _ in range(4)]
+    handles = [desk.ask(ENDLESS) for _ in range(4)]
     until(lambda: desk.engine.stats().active == 2)
     closing = desk.engine.close(grace=0.2)
     assert (closing.finished, closing.broken_off) == (0, 4)
-    for ticket in tickets:
-        failed = desk.end(ticket)
+    for handle in handles:
+        failed = desk.end(handle)
         assert isinstance(failed, Failed) and isinstance(failed.error, ClosedError)
     assert not desk.engine.is_open
 
@@ -321,20 +324,21 @@ def test_nothing_of_a_text_is_kept(desk: Desk) -> None:
     policies = ["default", "average", *(f"confidence@{n / 10}" for n in range(9))]
     for policy in policies:
         name, _, number = policy.partition("@")
-        choice = desk.menu.choose(f"duo:{name}@{number}" if number else f"duo:{name}")
+        choice = desk.catalog.choose(f"duo:{name}@{number}" if number else f"duo:{name}")
         news: queue.Queue[Event] = queue.Queue()
         left: queue.Queue[Event] = queue.Queue()
-        tickets = desk.engine.submit(
-            [Order("a", choice, SHORT, 0), Order("a", choice, ENDLESS, 0)], [news.put, left.put]
+        handles = desk.engine.submit(
+            [GenerationRequest("a", choice, SHORT, 0), GenerationRequest("a", choice, ENDLESS, 0)],
+            [news.put, left.put],
         )
         while not isinstance(news.get(timeout=SECONDS), Ended):
             pass
-        desk.engine.cancel(tickets[1])
+        desk.engine.cancel(handles[1])
         until(lambda: desk.engine.stats().active == 0)
-    del tickets
+    del handles
     forwards = desk.engine.stats().models["base"].forwards
     assert forwards >= 3 * len(policies)  # those of policies that are closed are still counted
-    assert len(desk.engine._shops) <= 4
+    assert len(desk.engine._workers) <= 4
     # A text that ends while the loop turns may be a local variable there until it turns again.
     assert isinstance(desk.end(desk.ask()), Ended)
     gc.collect()

@@ -23,9 +23,9 @@ from multicolm.errors import (
     ServerError,
     UnknownNameError,
 )
-from multicolm.serving.app import Limits
-from multicolm.serving.asked import ChatAsked, CompletionAsked, Refusal, read
-from multicolm.serving.menu import Menu
+from multicolm.serving.catalog import Catalog
+from multicolm.serving.limits import Limits
+from multicolm.serving.protocol import ChatCompletionRequest, CompletionRequest, Refusal, read
 from multicolm.serving.server import Server
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
@@ -180,23 +180,23 @@ NOTHING: dict[str, list[Any]] = {
 """Values that ask for nothing."""
 
 
-@pytest.mark.parametrize("schema", [CompletionAsked, ChatAsked])
+@pytest.mark.parametrize("schema", [CompletionRequest, ChatCompletionRequest])
 @pytest.mark.parametrize(("name", "value"), [(n, v) for n, vs in NOTHING.items() for v in vs])
 def test_what_asks_for_nothing_changes_nothing(name: str, value: Any, schema: Any) -> None:
     turn = {"role": "user", "content": "a"}
-    plain = {"model": "tiny", "prompt": "a"} if schema is CompletionAsked else {
+    plain = {"model": "tiny", "prompt": "a"} if schema is CompletionRequest else {
         "model": "tiny",
         "messages": [turn],
     }  # fmt: skip
     own = GenerationConfig()
     asked = read(json.dumps({**plain, name: value}).encode(), schema)
     assert asked.settings(own, 64) == read(json.dumps(plain).encode(), schema).settings(own, 64)
-    assert (asked.prompts(), asked.n) == (["a"] if schema is CompletionAsked else [[turn]], 1)
+    assert (asked.prompts(), asked.n) == (["a"] if schema is CompletionRequest else [[turn]], 1)
 
 
 def test_a_number_after_the_at_sign_is_written_as_in_json(server: Server) -> None:
     for number in ("0.3", ".3", "3e-1", "+0.30", "1", "1."):
-        choice = server.menu.choose(f"tiny:confidence@{number}")
+        choice = server.catalog.choose(f"tiny:confidence@{number}")
         assert choice.params["threshold"] == float(number)
 
 
@@ -216,10 +216,12 @@ def test_the_openapi_document_describes_the_bodies_that_are_taken(
     assert described["requestBody"]["required"]
     body = described["requestBody"]["content"]["application/json"]["schema"]
     assert "$ref" not in json.dumps(body) and body["additionalProperties"] is False
-    asked: Any = ChatAsked if route == CHAT else CompletionAsked
+    asked: Any = ChatCompletionRequest if route == CHAT else CompletionRequest
     plain: dict[str, Any] = {"model": "tiny"}
     plain |= (
-        {"messages": [{"role": "user", "content": "a"}]} if asked is ChatAsked else {"prompt": "a"}
+        {"messages": [{"role": "user", "content": "a"}]}
+        if asked is ChatCompletionRequest
+        else {"prompt": "a"}
     )
     assert set(plain) == set(body["required"])
     for name, schema in body["properties"].items():
@@ -232,28 +234,28 @@ def test_top_k_that_is_off_is_off_where_the_ensemble_has_one() -> None:
     own = GenerationConfig(top_k=5)
     for value, wanted in ((None, 5), (-1, None), (0, None), (3, 3)):
         body = json.dumps({"model": "tiny", "prompt": "a", "top_k": value}).encode()
-        assert read(body, CompletionAsked).settings(own, 64).top_k == wanted
+        assert read(body, CompletionRequest).settings(own, 64).top_k == wanted
 
 
 def test_as_many_texts_as_are_chosen_from_are_all_of_them() -> None:
     body: dict[str, Any] = {"model": "tiny", "prompt": "a", "n": 3, "best_of": 3}
-    assert read(json.dumps(body).encode(), CompletionAsked).n == 3
+    assert read(json.dumps(body).encode(), CompletionRequest).n == 3
     with pytest.raises(Refusal, match="'best_of' is not supported: ask for n texts, and choose"):
-        read(json.dumps(body | {"best_of": 4}).encode(), CompletionAsked)
+        read(json.dumps(body | {"best_of": 4}).encode(), CompletionRequest)
 
 
 def test_a_message_may_say_who_speaks_and_that_no_tools_were_called() -> None:
     said: dict[str, Any] = {"role": "assistant", "content": "a", "name": "bob", "tool_calls": []}
     said |= {"annotations": [], "refusal": None, "audio": None, "function_call": None}
     body = json.dumps({"model": "tiny", "messages": [said]}).encode()
-    assert read(body, ChatAsked).prompts() == [[{"role": "assistant", "content": "a"}]]
+    assert read(body, ChatCompletionRequest).prompts() == [[{"role": "assistant", "content": "a"}]]
 
 
 @pytest.mark.parametrize(
     "model",
     ["tinny", "tiny:nope", "tiny:co-llm", "tiny:../../etc/passwd", "tiny:policy.py:Class", ""],
 )
-def test_a_client_names_what_is_on_the_menu_and_nothing_else(server: Server, model: str) -> None:
+def test_a_client_names_what_is_served_and_nothing_else(server: Server, model: str) -> None:
     status, message, param = complain(server, model=model)
     assert (status, param) == (404, "model")
     assert message.startswith("unknown ")
@@ -488,7 +490,7 @@ def test_an_error_in_the_middle_of_a_stream_is_told(small: Server, gate: Gate) -
     body = {"model": "duo", "prompt": "a", "stream": True}
     reply = ask(small, COMPLETIONS, body, headers=KEY)
     assert reply.status == 200
-    assert "something broke" in reply.body.decode()
+    assert "internal error" in reply.body.decode()
     assert "business" not in reply.body.decode() and "[DONE]" not in reply.body.decode()
     gate.errors.append(RuntimeError("once more"))
     reply = ask(small, COMPLETIONS, {"model": "duo", "prompt": "a"}, headers=KEY)
@@ -532,18 +534,18 @@ def test_what_a_models_server_cannot_do_is_told_without_its_address(
         model.server = ""
 
 
-def test_the_operator_says_what_is_on_the_menu(small: Server, alone: Ensemble) -> None:
+def test_the_operator_says_what_is_served(small: Server, alone: Ensemble) -> None:
     listed = ask(small, "/v1/models", headers=KEY).json["data"]
     assert [entry["id"] for entry in listed] == ["duo"]
-    menu = Menu(alone, "tiny", ["confidence", "mine=margin"])
-    assert menu.ids() == ["tiny", "tiny:confidence", "tiny:mine"]
-    assert menu.choose("tiny:mine@0.25").policy.as_config() == {
+    catalog = Catalog(alone, "tiny", ["confidence", "mine=margin"])
+    assert catalog.ids() == ["tiny", "tiny:confidence", "tiny:mine"]
+    assert catalog.choose("tiny:mine@0.25").policy.as_config() == {
         "kind": "margin",
         "params": {"threshold": 0.25},
     }
     with pytest.raises(InputError, match="no threshold of deferral"):
-        menu.choose("tiny@0.25")
-    assert Menu(Ensemble(alone.backends, policy="entropy"), "tiny", []).choose(
+        catalog.choose("tiny@0.25")
+    assert Catalog(Ensemble(alone.backends, policy="entropy"), "tiny", []).choose(
         "tiny@0.25"
     ).params == {"threshold": 0.25}
     for allowed, said, kind in (
@@ -553,21 +555,21 @@ def test_the_operator_says_what_is_on_the_menu(small: Server, alone: Ensemble) -
         ("co-llm", "train", CapabilityError),
     ):
         with pytest.raises(kind, match=said):
-            Menu(alone, "tiny", [allowed])
+            Catalog(alone, "tiny", [allowed])
     with pytest.raises(ConfigError, match="stands for two policies"):
-        Menu(alone, "tiny", ["margin", "margin=confidence"])
+        Catalog(alone, "tiny", ["margin", "margin=confidence"])
 
 
 def test_a_param_that_is_a_file_is_the_operators_to_set(alone: Ensemble) -> None:
     from multicolm.plugins import policies
 
-    menu = Menu(alone, "tiny", ["confidence"])
+    catalog = Catalog(alone, "tiny", ["confidence"])
     for kind, param in (("co-llm", "head"), ("cosd-tree", "tree"), ("mlp-router", "network")):
-        dish = menu.dishes["confidence"]
-        menu.dishes[kind] = type(dish)(kind, policies.get(kind)())
+        model = catalog.models["confidence"]
+        catalog.models[kind] = type(model)(kind, policies.get(kind)())
         for name in (param, "made_for"):
             with pytest.raises(InputError, match=f"{name} of policy '{kind}' is the operator's"):
-                menu.choose("tiny", kind, {name: "/etc/passwd"})
+                catalog.choose("tiny", kind, {name: "/etc/passwd"})
 
 
 @pytest.mark.parametrize("limits", [{"max_body": 0}, {"max_new_tokens": 0}])

@@ -19,7 +19,7 @@ from serving_worlds import SECONDS, ask, running
 import multicolm
 from multicolm import Ensemble
 from multicolm.decoding.row import Row
-from multicolm.serving.engine import Ticket
+from multicolm.serving.engine import Handle
 from multicolm.serving.server import Server
 
 N_CLIENTS = 64
@@ -147,7 +147,7 @@ def wave(server: Server, texts: list[str], first: int) -> Counter[str]:
 
 
 def left_over(server: Server) -> int:
-    """Texts and tickets that are still there once all clients are gone."""
+    """Texts and handles that are still there once all clients are gone."""
     end = time.monotonic() + SECONDS
     while server.engine.stats().active or server.engine.stats().waiting:
         assert time.monotonic() < end, "places are not freed"
@@ -155,7 +155,7 @@ def left_over(server: Server) -> int:
     # What the loop has touched last is let go with its next turn.
     assert ask(server, PATH, {"model": "tiny", "prompt": "A", "max_tokens": 1}).status == 200
     gc.collect()
-    return sum(type(thing) in (Row, Ticket) for thing in gc.get_objects())
+    return sum(type(thing) in (Row, Handle) for thing in gc.get_objects())
 
 
 @pytest.mark.slow

@@ -170,7 +170,7 @@ def test_a_server_with_a_key_is_asked_with_it(browser: Browser) -> None:
     gate.open.set()
     with running(gate.ensemble(), "duo", api_key="secret", grace=0.0) as server:
         page = opened(browser, server.address)
-        until(lambda: "missing API key" in page.inner_text("#status"))
+        until(lambda: "invalid API key" in page.inner_text("#status"))
         page.evaluate(
             "document.getElementById('key').value = 'secret';"
             "document.getElementById('key').dispatchEvent(new Event('change'))"

@@ -8,10 +8,16 @@ from collections.abc import Callable
 from typing import ClassVar
 
 from multicolm.backend.base import Model
-from multicolm.backend.remote.probe import Wish, find_served_model, fingerprint, is_same, probe
+from multicolm.backend.remote.probe import (
+    RequestedModel,
+    find_served_model,
+    fingerprint,
+    is_same,
+    probe,
+)
 from multicolm.backend.remote.service import Service
 from multicolm.backend.remote.session import RemoteSession
-from multicolm.backend.remote.written import Writing
+from multicolm.backend.remote.written import PromptFormat
 from multicolm.config import ModelConfig
 from multicolm.errors import ConfigError
 from multicolm.keys import check_key
@@ -28,7 +34,7 @@ class RemoteModel(Model):
         name: its name in the ensemble.
         server: the server.
         tokenizer: of the model.
-        wish: what is asked of the server.
+        requested: what is asked of the server.
         look_ahead: the most tokens to ask for at a time.
         context_length: the most tokens of a text, where the server does not say.
 
@@ -47,7 +53,7 @@ class RemoteModel(Model):
         name: str,
         server: Service,
         tokenizer: TokenizerAdapter,
-        wish: Wish | None = None,
+        requested: RequestedModel | None = None,
         *,
         look_ahead: int = 16,
         context_length: int | None = None,
@@ -58,7 +64,7 @@ class RemoteModel(Model):
         self._server = server
         self._look_ahead = look_ahead
         self._ids = tokenizer.encode("What is 2 + 2?")
-        found = probe(server, tokenizer, wish or Wish(), name)
+        found = probe(server, tokenizer, requested or RequestedModel(), name)
         self._abilities = found
         self.max_top_logprobs = found.max_top_logprobs
         self.context_length = found.context_length or context_length
@@ -96,7 +102,7 @@ class RemoteModel(Model):
             name,
             server,
             tokenizer,
-            Wish(config.served_model, config.logprobs),
+            RequestedModel(config.served_model, config.logprobs),
             look_ahead=config.look_ahead,
             context_length=context_length,
         )
@@ -116,7 +122,7 @@ class RemoteModel(Model):
 
     def open(self, n_rows: int) -> RemoteSession:
         """A session of ``n_rows`` empty rows."""
-        writing = Writing(
+        prompt_format = PromptFormat(
             self.tokenizer,
             takes_ids=self._abilities.takes_ids,
             tells_ids=self._abilities.max_top_logprobs != 0,
@@ -125,7 +131,7 @@ class RemoteModel(Model):
         )
         width = max(self.tokenizer.n_tokens, self._abilities.width)
         return RemoteSession(
-            self._server, self._abilities, writing, self.name, width, n_rows, self._look_ahead
+            self._server, self._abilities, prompt_format, self.name, width, n_rows, self._look_ahead
         )
 
     def _check(self) -> None:

@@ -17,7 +17,15 @@ from multicolm.errors import ServerError, VocabularyError, unknown
 from multicolm.tokenizer.base import TokenizerAdapter
 from multicolm.types import Signal
 
-__all__ = ["NEUTRAL", "Abilities", "Wish", "find_served_model", "fingerprint", "is_same", "probe"]
+__all__ = [
+    "NEUTRAL",
+    "Abilities",
+    "RequestedModel",
+    "find_served_model",
+    "fingerprint",
+    "is_same",
+    "probe",
+]
 
 NEUTRAL: dict[str, Any] = {
     "repeat_penalty": 1.0,
@@ -45,7 +53,7 @@ _ANOTHER = 0.25  # nats; a model that was fine-tuned differs by more somewhere i
 
 
 @dataclass(frozen=True, slots=True)
-class Wish:
+class RequestedModel:
     """What the ensemble file asks of a server.
 
     Attributes:
@@ -118,7 +126,7 @@ class Abilities:
         return None if self.how_many in _ALL else self.how_many
 
     @property
-    def capabilities(self) -> dict[str, Any]:
+    def request_parameters(self) -> dict[str, Any]:
         """Parameters of every request: what it shall not do that it does if it is not told."""
         return {**(NEUTRAL if self.is_neutral else {}), **_without(self.untold)}
 
@@ -165,25 +173,29 @@ class _Listing:
     root: str | None = None
 
 
-def probe(server: Service, tokenizer: TokenizerAdapter, wish: Wish, name: str) -> Abilities:
+def probe(
+    server: Service, tokenizer: TokenizerAdapter, requested: RequestedModel, name: str
+) -> Abilities:
     """Find out what a server can do.
 
     Args:
         server: whom to ask.
         tokenizer: of the model, as it is known here.
-        wish: what the ensemble file asks for.
+        requested: what the ensemble file asks for.
         name: of the model in the ensemble.
 
     Raises:
         ServerError: if the server does not answer, or does not serve the model.
         VocabularyError: if it reads texts in other tokens than ``tokenizer``.
     """
-    listing = find_served_model(server, wish.served_model)
+    listing = find_served_model(server, requested.served_model)
     trial = _Trial(server, listing.served_model, tokenizer)
     warm = trial.warm_up()
     takes_ids = trial.ask([trial.ids], 1) is not None
     trial.untold = trial.find_untold() if takes_ids else ()
-    how_many, row = trial.max_top_logprobs(wish.logprobs) if takes_ids else (0, Likeliest([], []))
+    how_many, row = (
+        trial.max_top_logprobs(requested.logprobs) if takes_ids else (0, Likeliest([], []))
+    )
     abilities = Abilities(
         served_model=listing.served_model,
         answers_as=warm,
@@ -202,12 +214,12 @@ def probe(server: Service, tokenizer: TokenizerAdapter, wish: Wish, name: str) -
         root=listing.root,
     )
     trial.check_tokenizer(abilities, name)
-    wanted = None if wish.logprobs == "all" else wish.logprobs
+    wanted = None if requested.logprobs == "all" else requested.logprobs
     max_top_logprobs = abilities.max_top_logprobs
-    if wish.logprobs is not None and wanted != max_top_logprobs:
+    if requested.logprobs is not None and wanted != max_top_logprobs:
         raise server.error(
             "probe",
-            f"the ensemble file asks for `logprobs: {wish.logprobs}`, and the server returns "
+            f"the ensemble file asks for `logprobs: {requested.logprobs}`, and the server returns "
             f"{'all' if max_top_logprobs is None else max_top_logprobs or 'no'} tokens; start it "
             "with a higher limit (vLLM: --max-logprobs), or ask for less.",
         )
@@ -493,7 +505,7 @@ def fingerprint(server: Service, abilities: Abilities, ids: Sequence[int]) -> li
             n_tokens,
             width=abilities.width,
             logprobs=logprobs,
-            **abilities.capabilities,
+            **abilities.request_parameters,
         )[0]
     except Unreadable as error:
         raise server.error("POST /v1/completions", str(error)) from error

@@ -18,7 +18,7 @@ from multicolm.backend.remote.answers import Completion, Likeliest, Unreadable
 from multicolm.backend.remote.completions import completions
 from multicolm.backend.remote.probe import Abilities
 from multicolm.backend.remote.service import Service
-from multicolm.backend.remote.written import Writing
+from multicolm.backend.remote.written import PromptFormat
 from multicolm.errors import CapabilityError, MulticolmError, ServerError
 
 __all__ = ["RemoteSession"]
@@ -104,7 +104,7 @@ class RemoteSession(Session):
     Args:
         server: the server.
         abilities: what it can do.
-        writing: how texts are put to it, and what it writes is read.
+        prompt_format: how texts are put to it, and what it writes is read.
         name: of the model, for messages.
         width: number of columns of logits.
         n_rows: number of texts.
@@ -115,7 +115,7 @@ class RemoteSession(Session):
         self,
         server: Service,
         abilities: Abilities,
-        writing: Writing,
+        prompt_format: PromptFormat,
         name: str,
         width: int,
         n_rows: int,
@@ -123,7 +123,7 @@ class RemoteSession(Session):
     ) -> None:
         self._server = server
         self._abilities = abilities
-        self._writing = writing
+        self._prompt_format = prompt_format
         self._name = name
         self._width = width
         self._texts = [_Text() for _ in range(n_rows)]
@@ -256,7 +256,7 @@ class RemoteSession(Session):
         """Ask how texts go on, as far as that is likely to be of use."""
         n_tokens = max(text.plan(self._most_ahead) for text in texts)
         n_tokens = min([n_tokens, *(self._room(text) for text in texts)])
-        n_tokens = self._writing.at_least(n_tokens)
+        n_tokens = self._prompt_format.at_least(n_tokens)
         answers = self._ask([text.ids for text in texts], n_tokens)
         for text, answer in zip(texts, answers, strict=True):
             tokens, rows = self._read(answer, n_tokens)
@@ -264,7 +264,7 @@ class RemoteSession(Session):
 
     def _fill(self, places: Sequence[tuple[_Text, int]]) -> None:
         """Ask what comes next at places within texts: each is the end of a text of its own."""
-        n_tokens = self._writing.at_least(1)
+        n_tokens = self._prompt_format.at_least(1)
         answers = self._ask([text.ids[:place] for text, place in places], n_tokens)
         for (text, place), answer in zip(places, answers, strict=True):
             text.known[place] = self._read(answer, n_tokens)[1][0]
@@ -286,7 +286,7 @@ class RemoteSession(Session):
         scoring: bool = False,
         about: Sequence[int] = (),
     ) -> list[Completion]:
-        prompts = [self._writing.prompt(ids) for ids in texts]
+        prompts = [self._prompt_format.prompt(ids) for ids in texts]
         answers = []
         for some in self._requests([len(ids) + n_tokens for ids in texts]):
             answers += self._send([prompts[i] for i in some], n_tokens, scoring, about)
@@ -325,7 +325,7 @@ class RemoteSession(Session):
                 logprobs=1 if about else abilities.how_many or None,
                 scoring=abilities.scoring if scoring else None,
                 **named,
-                **abilities.capabilities,
+                **abilities.request_parameters,
             )
         except Unreadable as error:
             raise self._changed(str(error)) from error
@@ -340,7 +340,7 @@ class RemoteSession(Session):
             ServerError: if they are not as the server gave them when it was probed.
         """
         if self._abilities.max_top_logprobs == 0:
-            tokens = self._writing.tokens(answer, n_asked)
+            tokens = self._prompt_format.tokens(answer, n_asked)
             return tokens, [Likeliest([token], [float("inf")]) for token in tokens]
         if not answer.rows or len(answer.rows) != len(answer.tokens):
             raise self._changed("it gave no log-probabilities by token id")

@@ -13,12 +13,12 @@ from multicolm.backend.remote.answers import Completion
 from multicolm.errors import CapabilityError, ServerError
 from multicolm.tokenizer.base import TokenizerAdapter
 
-__all__ = ["Writing"]
+__all__ = ["PromptFormat"]
 
 _A_FEW = 4  # tokens: the last one that a text shows may be cut short
 
 
-class Writing:
+class PromptFormat:
     """How one model's texts go to its server and come back.
 
     Args:

@@ -11,7 +11,7 @@ from fake_vllm import FakeVllm
 from multicolm import Ensemble
 from multicolm.backend.base import Model
 from multicolm.backend.remote.model import RemoteModel, VllmModel
-from multicolm.backend.remote.probe import Wish
+from multicolm.backend.remote.probe import RequestedModel
 from multicolm.backend.remote.transport import Server
 from multicolm.backend.transformers import TransformersModel
 from multicolm.config import ModelConfig
@@ -69,7 +69,7 @@ def remote(fake: FakeVllm, **settings: Any) -> RemoteModel:
         sleep=cls.sleep,
     )
     tokenizer = local(given.model.removeprefix("tiny-")).tokenizer
-    wish = Wish(given.served_model, given.logprobs)
+    wish = RequestedModel(given.served_model, given.logprobs)
     return cls(fake.name, server, tokenizer, wish, look_ahead=given.look_ahead, context_length=512)
 
 

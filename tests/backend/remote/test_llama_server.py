@@ -15,7 +15,7 @@ from remote_worlds import local, remote
 from multicolm.backend.base import Model
 from multicolm.backend.remote.answers import Unreadable, top_rows
 from multicolm.backend.remote.model import LlamaCppServerModel
-from multicolm.backend.remote.probe import Wish
+from multicolm.backend.remote.probe import RequestedModel
 from multicolm.backend.remote.transport import Server
 from multicolm.errors import ServerError
 from multicolm.testing import check_against, check_model
@@ -23,7 +23,7 @@ from multicolm.testing import check_against, check_model
 
 def behind(fake: FakeLlama, **wish: Any) -> LlamaCppServerModel:
     server = Server(fake.url, "m", sleep=lambda _: None)
-    return LlamaCppServerModel("m", server, fake.model.tokenizer, Wish(**wish))
+    return LlamaCppServerModel("m", server, fake.model.tokenizer, RequestedModel(**wish))
 
 
 @pytest.fixture

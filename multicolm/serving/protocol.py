@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar, cast
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar, cast
 
-from pydantic import Field
+from pydantic import Field, ValidationError, model_validator
+from pydantic_core import from_json
 
 from multicolm.config import GenerationConfig
-from multicolm.config.wording import Strict, check
-from multicolm.errors import InputError
+from multicolm.config.wording import Strict, problems_of
+from multicolm.errors import InputError, shorten
 from multicolm.types import Message, Prompt
 
 __all__ = [
     "MOST_ALTERNATIVES",
-    "ChatAsked",
-    "CompletionAsked",
+    "ChatCompletionRequest",
+    "CompletionRequest",
     "Extension",
     "Refusal",
     "StreamOptions",
@@ -25,9 +27,21 @@ __all__ = [
     "schema_of",
 ]
 
-_MOST_TEXTS = 128
 MOST_ALTERNATIVES = 20  # to each token, as OpenAI and vLLM have it
-_MOST_STOPS = 16  # each is looked for behind every token, in the thread that writes for all
+# What is read for one client is not done for others: so nothing in a body is longer than this.
+_MOST_TEXTS = 128
+_MOST_MESSAGES = 2048  # as OpenAI has it
+_MOST_PARTS = 256  # of a message
+_MOST_FIELDS = 128  # of one object
+_MOST_VALUES = 20_000  # lists and objects in a body
+_LONGEST_NAME = 256  # characters
+_LONGEST_PARAMS = 16_384  # characters of JSON
+_MOST_STOPS = 16  # each is looked for after every token, in the thread that writes for all
+_LONGEST_STOP = 1024  # characters
+
+T = TypeVar("T")
+_List: TypeAlias = Annotated[list[T], Field(fail_fast=True)]
+_Name: TypeAlias = Annotated[str, Field(max_length=_LONGEST_NAME)]
 
 _HARMLESS = frozenset(
     {
@@ -91,6 +105,9 @@ _PROMPTS = (
 )
 
 
+_STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
+
+
 _CONTENT = (
     'must be text, or a list of parts {"type": "text", "text": ...}; images, audio and files are '
     "not served."
@@ -109,7 +126,19 @@ class Refusal(InputError):
         self.param = param
 
 
-class Extension(Strict):
+class _Body(Strict):
+    """An object in a body."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_few_fields(cls, data: Any) -> Any:
+        # Pydantic complains of each one that is not known.
+        if isinstance(data, Mapping) and len(data) > _MOST_FIELDS:
+            raise ValueError(f"must have at most {_MOST_FIELDS} fields, got {len(data)}.")
+        return data
+
+
+class Extension(_Body):
     """What only multicolm understands.
 
     Attributes:
@@ -117,11 +146,11 @@ class Extension(Strict):
         params: params that replace those of the policy.
     """
 
-    policy: str | None = None
-    params: dict[str, Any] = Field(default_factory=dict)
+    policy: _Name | None = None
+    params: dict[_Name, Any] = Field(default_factory=dict, max_length=_MOST_FIELDS)
 
 
-class StreamOptions(Strict):
+class StreamOptions(_Body):
     """How a text is streamed.
 
     Attributes:
@@ -131,13 +160,13 @@ class StreamOptions(Strict):
     include_usage: bool = False
 
 
-class _Asked(Strict):
-    model: str
+class _BaseRequest(_Body):
+    model: _Name
     stream: bool = False
     stream_options: StreamOptions | None = None
     n: int = Field(default=1, ge=1, le=_MOST_TEXTS)
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
-    stop: str | list[str] | None = None
+    stop: str | _List[str] | None = None
     temperature: float | None = Field(default=None, ge=0)
     top_p: float | None = Field(default=None, gt=0, le=1)
     top_k: int | None = Field(default=None, ge=-1)  # -1 and 0: all tokens
@@ -199,10 +228,10 @@ class _Asked(Strict):
         )
 
 
-class CompletionAsked(_Asked):
+class CompletionRequest(_BaseRequest):
     """The body of ``POST /v1/completions``."""
 
-    prompt: str | list[int] | list[str] | list[list[int]]
+    prompt: str | _List[int] | _List[str] | _List[_List[int]]
     logprobs: int | None = Field(default=None, ge=0, le=MOST_ALTERNATIVES)
 
     def prompts(self) -> list[Prompt]:
@@ -222,14 +251,14 @@ class CompletionAsked(_Asked):
         return "logprobs", self.logprobs or 0
 
 
-class _Part(Strict):
+class _Part(_Body):
     type: Literal["text"]
     text: str
 
 
-class _Turn(Strict):
-    role: str = Field(min_length=1)
-    content: str | list[_Part]
+class _Turn(_Body):
+    role: str = Field(min_length=1, max_length=_LONGEST_NAME)
+    content: str | Annotated[_List[_Part], Field(max_length=_MOST_PARTS)]
 
     @property
     def text(self) -> str:
@@ -237,10 +266,10 @@ class _Turn(Strict):
         return content if isinstance(content, str) else "".join(part.text for part in content)
 
 
-class ChatAsked(_Asked):
+class ChatCompletionRequest(_BaseRequest):
     """The body of ``POST /v1/chat/completions``."""
 
-    messages: list[_Turn] = Field(min_length=1)
+    messages: _List[_Turn] = Field(min_length=1, max_length=_MOST_MESSAGES)
     max_completion_tokens: int | None = None
     logprobs: bool = False
     top_logprobs: int = Field(default=0, ge=0, le=MOST_ALTERNATIVES)
@@ -267,7 +296,7 @@ class ChatAsked(_Asked):
         return "max_tokens", self.max_tokens
 
 
-A = TypeVar("A", CompletionAsked, ChatAsked)
+R = TypeVar("R", bound=_BaseRequest)
 
 
 @dataclass(frozen=True)
@@ -292,7 +321,7 @@ def _same(value: object, neutral: object) -> bool:
     return value == neutral and isinstance(value, bool) == isinstance(neutral, bool)
 
 
-def schema_of(asked: type[CompletionAsked] | type[ChatAsked]) -> dict[str, Any]:
+def schema_of(asked: type[CompletionRequest] | type[ChatCompletionRequest]) -> dict[str, Any]:
     """What a body may hold, as JSON Schema for an OpenAPI document; nothing refers elsewhere.
 
     Fields that change nothing are in it, those that are not served with the values that are taken.
@@ -309,7 +338,11 @@ def schema_of(asked: type[CompletionAsked] | type[ChatAsked]) -> dict[str, Any]:
         return [whole(part) for part in value] if isinstance(value, list) else value
 
     found: dict[str, Any] = whole(schema)
-    fields: dict[str, Any] = found["properties"]
+    fields: dict[str, Any] = {
+        name: field if name in found["required"] else {"anyOf": [field, {"type": "null"}]}
+        for name, field in found["properties"].items()
+    }
+    found["properties"] = fields
     fields |= {name: {} for name in sorted(_HARMLESS)}
     fields |= {name: {"enum": [*taken, None]} for name, (taken, _) in _REFUSED.items()}
     if "messages" in fields:
@@ -319,16 +352,18 @@ def schema_of(asked: type[CompletionAsked] | type[ChatAsked]) -> dict[str, Any]:
     return found
 
 
-def read(body: bytes, schema: type[A]) -> A:
+def read(content: bytes, schema: type[R]) -> R:
     """A request's body, checked.
 
     Raises:
         Refusal: if it is no JSON, asks for what is not served, or has a field that is not known or
             of the wrong type; it names the field.
     """
-    data = _parsed(body)
+    data = _parsed(content)
     if not isinstance(data, Mapping):
         raise Refusal("the body must be a JSON object with `model` and what it is to answer.")
+    if len(data) > _MOST_FIELDS:
+        raise Refusal(f"the body must have at most {_MOST_FIELDS} fields, got {len(data)}.")
     given = {
         name: value for name, value in data.items() if value is not None and name not in _HARMLESS
     }
@@ -341,20 +376,22 @@ def read(body: bytes, schema: type[A]) -> A:
         if field.name == "messages":
             given["messages"] = _without_nothing(field.value)
     given = {name: value for name, value in given.items() if name not in _REFUSED}
-    asked, problems = check(schema, given)
-    if asked is None:
-        first = problems[0]
+    try:
+        body = schema.model_validate(given)
+    except ValidationError as error:
+        [first] = problems_of(error, schema, given, most=1)
         if first.place[:1] == ("prompt",) and "prompt" in given:
-            raise Refusal(_PROMPTS, "prompt")
-        where = ".".join(map(str, first.place))
+            raise Refusal(_PROMPTS, "prompt") from error
+        where = shorten(".".join(map(str, first.place)))
         if first.place[:1] == ("messages",) and first.place[2:3] == ("content",):
             if first.text.startswith("required"):
-                raise Refusal(f"'{where}' is missing; say what was said.", where)
-            raise Refusal(f"'{where}' {_CONTENT}", where)
+                raise Refusal(f"'{where}' is missing; say what was said.", where) from error
+            raise Refusal(f"'{where}' {_CONTENT}", where) from error
         lead = f"'{where}': " if where and not first.at_key else ""
-        raise Refusal(f"{lead}{first.text}".replace("unknown key", "unknown field"), where or None)
-    _check_together(asked)
-    return asked
+        text = f"{lead}{first.text}".replace("unknown key", "unknown field")
+        raise Refusal(text, where or None) from error
+    _check_together(body)
+    return body
 
 
 def _parsed(body: bytes) -> Any:
@@ -363,27 +400,36 @@ def _parsed(body: bytes) -> Any:
     Raises:
         Refusal: if it is no JSON, or holds what a reply in JSON could not repeat.
     """
+    _check_values(body)
     try:
-        data = json.loads(body)
-        json.dumps(data, ensure_ascii=False, allow_nan=False).encode()
-    except UnicodeEncodeError as error:
-        raise Refusal(
-            "the body holds text that is not valid Unicode: one half of a pair of surrogates; "
-            "send whole characters."
-        ) from error
-    except RecursionError as error:
-        raise Refusal("the body is not JSON that is served: it is nested too deep.") from error
+        return from_json(body, allow_inf_nan=False)
     except ValueError as error:
+        why = str(error)
+        if "hex escape" in why or "surrogate" in why:
+            raise Refusal(
+                "the body holds text that is not valid Unicode: one half of a pair of surrogates; "
+                "send whole characters."
+            ) from error
         raise Refusal(
-            "the body is not JSON, or has a number in it that is not finite; send an object in "
-            "UTF-8."
+            f"the body is not JSON that is served: {shorten(why)}; send an object in UTF-8."
         ) from error
-    return data
+
+
+def _check_values(body: bytes) -> None:
+    """Refuse a body that holds so many lists and objects that parsing it would hold up the others.
+
+    Raises:
+        Refusal: if there are too many.
+    """
+    if body.count(b"[") + body.count(b"{") > _MOST_VALUES:
+        body = _STRING.sub(b"", body)  # those in texts are text
+        if body.count(b"[") + body.count(b"{") > _MOST_VALUES:
+            raise Refusal(f"the body must hold at most {_MOST_VALUES} lists and objects.")
 
 
 def _without_nothing(messages: Any) -> Any:
     """Messages as clients hand them back, without what says nothing in them."""
-    if not isinstance(messages, Sequence) or isinstance(messages, str):
+    if not isinstance(messages, list) or len(messages) > _MOST_MESSAGES:
         return messages
     return [
         {name: value for name, value in turn.items() if not _says_nothing(name, value)}
@@ -399,32 +445,50 @@ def _says_nothing(name: str, value: Any) -> bool:
     return name in _NOTHING_IN_TURNS and bool(value == _NOTHING_IN_TURNS[name])
 
 
-def _check_together(asked: CompletionAsked | ChatAsked) -> None:
+def _check_together(body: _BaseRequest) -> None:
     """Refuse what is right field by field, and not together.
 
     Raises:
         Refusal: naming the field.
     """
-    if asked.stream_options is not None and not asked.stream:
+    if body.stream_options is not None and not body.stream:
         raise Refusal(
             "'stream_options' goes with \"stream\": true; leave it out.", "stream_options"
         )
-    if isinstance(asked.stop, list) and len(asked.stop) > _MOST_STOPS:
+    if isinstance(body.stop, list) and len(body.stop) > _MOST_STOPS:
         raise Refusal(
-            f"'stop' must hold at most {_MOST_STOPS} texts on this server, got {len(asked.stop)}; "
+            f"'stop' must hold at most {_MOST_STOPS} texts on this server, got {len(body.stop)}; "
             "send fewer.",
             "stop",
         )
-    if isinstance(asked, CompletionAsked):
-        if not asked.prompt:
-            raise Refusal("'prompt' is empty; write at least a word.", "prompt")
+    longest = max(
+        map(len, [body.stop] if isinstance(body.stop, str) else body.stop or []), default=0
+    )
+    if longest > _LONGEST_STOP:
+        raise Refusal(
+            f"'stop' must have at most {_LONGEST_STOP} characters, got {longest}.", "stop"
+        )
+    try:
+        params = len(json.dumps(body.multicolm.params, ensure_ascii=False, allow_nan=False))
+    except ValueError as error:  # such as 1e999
+        raise Refusal(
+            "'multicolm.params' holds a number that is not finite.", "multicolm.params"
+        ) from error
+    if params > _LONGEST_PARAMS:
+        raise Refusal(
+            f"'multicolm.params' must have at most {_LONGEST_PARAMS} characters, got {params}.",
+            "multicolm.params",
+        )
+    if isinstance(body, CompletionRequest) and not body.prompt:
+        raise Refusal("'prompt' is empty; write at least a word.", "prompt")
+    if not isinstance(body, ChatCompletionRequest):
         return
-    if asked.top_logprobs and not asked.logprobs:
+    if body.top_logprobs and not body.logprobs:
         raise Refusal(
             "'top_logprobs' goes with \"logprobs\": true; add it, or leave this out.",
             "top_logprobs",
         )
-    both = (asked.max_tokens, asked.max_completion_tokens)
+    both = (body.max_tokens, body.max_completion_tokens)
     if None not in both and both[0] != both[1]:
         raise Refusal(
             "'max_tokens' and 'max_completion_tokens' say different things; give one of them.",

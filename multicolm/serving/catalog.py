@@ -23,7 +23,7 @@ from multicolm.ensemble import Ensemble
 from multicolm.errors import ConfigError, InputError, MulticolmError, UnknownNameError, unknown
 from multicolm.policy.base import Policy
 
-__all__ = ["DEFAULT", "Choice", "Dish", "Menu", "NotServedError"]
+__all__ = ["DEFAULT", "Catalog", "Choice", "NotServedError", "ServedModel"]
 
 DEFAULT = "default"
 """What the ensemble's own policy is called."""
@@ -49,7 +49,7 @@ class Choice:
     """A policy that a client has chosen.
 
     Attributes:
-        name: of the policy on the menu.
+        name: of the policy in the catalog.
         policy: the policy.
         params: that the client has given.
     """
@@ -65,7 +65,7 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Dish:
+class ServedModel:
     """A policy that may be chosen.
 
     Attributes:
@@ -79,7 +79,7 @@ class Dish:
     summary: str = ""
 
 
-class Menu:
+class Catalog:
     """What clients may choose from.
 
     Args:
@@ -99,23 +99,23 @@ class Menu:
     ) -> None:
         self.served = served
         self._ensemble = ensemble
-        own = Dish(DEFAULT, ensemble.policy, f"the ensemble's own, {ensemble.policy.name}")
-        self.dishes: dict[str, Dish] = {DEFAULT: own}
-        for dish in _presets(ensemble) if allowed is None else map(self._read, allowed):
-            if dish.name == DEFAULT:
+        own = ServedModel(DEFAULT, ensemble.policy, f"the ensemble's own, {ensemble.policy.name}")
+        self.models: dict[str, ServedModel] = {DEFAULT: own}
+        for model in _presets(ensemble) if allowed is None else map(self._read, allowed):
+            if model.name == DEFAULT:
                 continue
-            if dish.name in self.dishes:
-                raise ConfigError(f"--allow-policy: '{dish.name}' stands for two policies.")
-            self.dishes[dish.name] = dish
+            if model.name in self.models:
+                raise ConfigError(f"--allow-policy: '{model.name}' stands for two policies.")
+            self.models[model.name] = model
 
-    def _read(self, written: str) -> Dish:
+    def _read(self, written: str) -> ServedModel:
         """A policy that the operator allows.
 
         Raises:
             MulticolmError: if there is none, or it does not fit.
         """
         if written == DEFAULT:
-            return self.dishes[DEFAULT]
+            return self.models[DEFAULT]
         name, _, source = written.partition("=")
         if not source and (is_path(name) or ".py:" in name):
             raise ConfigError(
@@ -128,11 +128,11 @@ class Menu:
         policy = self._ensemble.resolve(source or name)
         self._ensemble.check(policy)
         known = not source and name in catalog.names("policies")
-        return Dish(name, policy, load_policy_file(name).summary if known else "")
+        return ServedModel(name, policy, load_policy_file(name).summary if known else "")
 
     def ids(self) -> list[str]:
         """What a client may write for a model, the ensemble's own policy first."""
-        others = [f"{self.served}:{name}" for name in self.dishes if name != DEFAULT]
+        others = [f"{self.served}:{name}" for name in self.models if name != DEFAULT]
         return [self.served, *others]
 
     def choose(
@@ -162,10 +162,10 @@ class Menu:
                 )
             name = policy
         name = name or DEFAULT
-        if name not in self.dishes:
+        if name not in self.models:
             param = "model" if policy is None else "multicolm.policy"
-            raise NotServedError(unknown("policy", name, self.dishes), param)
-        chosen = self.dishes[name].policy
+            raise NotServedError(unknown("policy", name, self.models), param)
+        chosen = self.models[name].policy
         given = dict(params or {})
         if given:
             _check_params(name, chosen, given)
@@ -191,7 +191,7 @@ class Menu:
         return name or None, threshold
 
 
-def _presets(ensemble: Ensemble) -> list[Dish]:
+def _presets(ensemble: Ensemble) -> list[ServedModel]:
     """The presets that fit an ensemble."""
     fit = []
     for name in catalog.names("policies"):
@@ -200,7 +200,7 @@ def _presets(ensemble: Ensemble) -> list[Dish]:
             ensemble.check(policy)
         except MulticolmError:
             continue
-        fit.append(Dish(name, policy, load_policy_file(name).summary))
+        fit.append(ServedModel(name, policy, load_policy_file(name).summary))
     return fit
 
 
