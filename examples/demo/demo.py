@@ -75,15 +75,18 @@ def one_line(answer: Answer, screen: Screen, width: int) -> Text:
     return line
 
 
-def learn(console: Console, ensemble: Ensemble, names: Sequence[str]) -> dict[str, Policy]:
+def learn(
+    console: Console, ensemble: Ensemble, names: Sequence[str], n_questions: int
+) -> dict[str, Policy]:
     """The policies that can learn, trained on the training questions of the embedded world."""
     policies = {name: ensemble.resolve(name) for name in names}
     learners = {name: policy for name, policy in policies.items() if hasattr(policy, "fit")}
-    corpus = open_corpus(catalog.registry() / "tiny" / "questions" / "train.jsonl")
+    file = catalog.registry() / "tiny" / "questions" / "train.jsonl"
+    corpus = open_corpus(file, limit=n_questions)
     start = time.perf_counter()
     with (
         tempfile.TemporaryDirectory() as folder,
-        console.status("three models read 1200 training questions"),
+        console.status(f"three models read {n_questions} training questions"),
     ):
         score(ensemble, corpus, Path(folder), features=["hidden"])
         table = load_table(folder)
@@ -98,7 +101,7 @@ def learn(console: Console, ensemble: Ensemble, names: Sequence[str]) -> dict[st
                 trained[name] = checkpoint.policy
     n_trained = time.perf_counter() - start - n_read
     console.print(
-        f"Learned on 1200 training questions, read once by each model ({n_read:.0f} s): "
+        f"Learned on {n_questions} training questions, read once by each model ({n_read:.0f} s): "
         f"{', '.join(trained)} ({n_trained:.0f} s)\n",
         soft_wrap=True,
     )
@@ -161,6 +164,7 @@ def main() -> None:
     """Parse, ask, print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--per-kind", type=int, default=10, help="questions of each of six kinds")
+    parser.add_argument("--train", type=int, default=1200, help="training questions to learn from")
     arguments = parser.parse_args()
     console = Console(highlight=False, markup=False)
     ensemble = multicolm.load("tiny")
@@ -171,7 +175,7 @@ def main() -> None:
     for question in few:
         console.print(f"  {question.prompt.splitlines()[0]}  (right: {question.answer})")
     presets = catalog.names("policies")
-    learned = learn(console, ensemble, presets)
+    learned = learn(console, ensemble, presets, arguments.train)
     # What was learned stands last, where one looks first.
     order = [name for name in presets if name not in learned] + list(learned)
     for name in order:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import pytest
 
 import multicolm
@@ -16,10 +14,8 @@ ROOT = Path(__file__).parents[2]
 OWN = "examples/own_policy/surer.py:Surer"
 
 
-def run(*command: str) -> str:
-    done = subprocess.run(
-        [sys.executable, *command], capture_output=True, text=True, cwd=ROOT, check=False
-    )
+def run(*arguments: str) -> str:
+    done = forked.command(arguments, ROOT)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -31,7 +27,7 @@ def test_a_policy_of_ones_own_takes_at_most_thirty_lines() -> None:
 
 def test_a_policy_of_ones_own_runs_from_the_command_line() -> None:
     shown = run(
-        *("-m", "multicolm", "generate", "tiny", "What is Dulerex made from?", "--trace"),
+        *("generate", "tiny", "What is Dulerex made from?", "--trace"),
         *("--policy", OWN, "--set", "threshold=0.8"),
     )
     assert "[generalist]" in shown
@@ -49,12 +45,14 @@ def test_a_policy_of_ones_own_keeps_the_laws(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_the_ensemble_file_validates_and_writes() -> None:
     file = "examples/ensemble_file/duo.yaml"
-    assert "duo.yaml" in run("-m", "multicolm", "validate", file)
-    assert run("-m", "multicolm", "generate", file, "What is Dulerex made from?", "--trace")
+    assert "duo.yaml" in run("validate", file)
+    assert run("generate", file, "What is Dulerex made from?", "--trace")
 
 
 def test_the_demo_shows_every_policy_and_a_table() -> None:
-    shown = run("examples/demo/demo.py", "--per-kind", "1")
+    done = forked.program(ROOT / "examples/demo/demo.py", "--per-kind", "1", "--train", "100")
+    assert done.returncode == 0, done.stderr
+    shown = done.stdout
     from multicolm import catalog
 
     for name in catalog.names("policies"):
@@ -62,16 +60,19 @@ def test_the_demo_shows_every_policy_and_a_table() -> None:
     assert "tokens/s" in shown
 
 
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Every twelfth training question: the examples are run, not their figures measured."""
+    questions = (ROOT / "registry/tiny/questions/train.jsonl").read_text(encoding="utf-8")
+    some = tmp_path_factory.mktemp("questions") / "some.jsonl"
+    some.write_text("".join(questions.splitlines(keepends=True)[::12]), encoding="utf-8")
+    return str(some)
+
+
 @pytest.mark.slow
-def test_the_co_llm_example_goes_from_raw_data_to_a_report(tmp_path: Path) -> None:
-    done = subprocess.run(
-        ["sh", "examples/co-llm/run.sh", str(tmp_path)],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        check=False,
-        env={**os.environ, "LIMIT": "12", "MULTICOLM": f"{sys.executable} -m multicolm"},
-    )
+def test_the_co_llm_example_goes_from_raw_data_to_a_report(tmp_path: Path, data: str) -> None:
+    words = ["sh", "examples/co-llm/run.sh", str(tmp_path)]
+    done = forked.script(words, ROOT, {"DATA": data, "LIMIT": "12"})
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "comparison" / "report.html").is_file()
     table = (tmp_path / "comparison" / "table.md").read_text(encoding="utf-8")
@@ -80,23 +81,11 @@ def test_the_co_llm_example_goes_from_raw_data_to_a_report(tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-def test_the_any_tokenizer_example_compares_models_of_three_vocabularies(tmp_path: Path) -> None:
-    questions = (ROOT / "registry/tiny/questions/train.jsonl").read_text(encoding="utf-8")
-    some = tmp_path / "some.jsonl"
-    some.write_text("".join(questions.splitlines(keepends=True)[::12]), encoding="utf-8")
-    done = subprocess.run(
-        ["sh", "examples/any-tokenizer/run.sh", str(tmp_path)],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        check=False,
-        env={
-            **os.environ,
-            "DATA": str(some),
-            "LIMIT": "6",
-            "MULTICOLM": f"{sys.executable} -m multicolm",
-        },
-    )
+def test_the_any_tokenizer_example_compares_models_of_three_vocabularies(
+    tmp_path: Path, data: str
+) -> None:
+    words = ["sh", "examples/any-tokenizer/run.sh", str(tmp_path)]
+    done = forked.script(words, ROOT, {"DATA": data, "LIMIT": "6"})
     assert done.returncode == 0, done.stderr
     assert "bridge generalist - facts: boundary (81 % of the tokens" in done.stdout
     for folder in ("comparison", "exact/comparison"):
@@ -105,7 +94,7 @@ def test_the_any_tokenizer_example_compares_models_of_three_vocabularies(tmp_pat
 
 def test_the_harness_judges_the_embedded_models_by_the_tasks_of_the_example(tmp_path: Path) -> None:
     shown = run(
-        *("-m", "multicolm", "eval", "tiny", "--tasks", "tiny_answer,tiny_text", "--limit", "4"),
+        *("eval", "tiny", "--tasks", "tiny_answer,tiny_text", "--limit", "4"),
         *("--include-path", "examples/lm-eval", "--policy", "average", "--out", str(tmp_path)),
     )
     assert "exact_match (last-answer)" in shown
