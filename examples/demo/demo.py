@@ -26,11 +26,11 @@ import multicolm
 from multicolm import Answer, Ensemble, Policy, catalog
 from multicolm.calibration.queries import train_on_answers
 from multicolm.cli.console import Screen
+from multicolm.evaluation.oracle import Riddle, can_be_written
 from multicolm.evaluation.task import load_task
 from multicolm.scoring.corpus import open_corpus
 from multicolm.scoring.score import score
 from multicolm.scoring.store import load_table
-from multicolm.tiny.measure import load, oracle
 from multicolm.tiny.world import Question, build_world
 
 # What the presets leave open in an ensemble of three. Base and assistants are no strong and weak
@@ -152,12 +152,14 @@ def measured(
     ]
 
 
-def the_oracle(asked: Sequence[Question]) -> list[str]:
+def the_oracle(ensemble: Ensemble, asked: Sequence[Question]) -> list[str]:
     """How many questions the right choice of writers could answer."""
-    folder = catalog.registry() / "tiny"
-    loaded = [load(folder / name) for name in ("generalist", "facts", "math")]
-    score = oracle([model for model, _ in loaded], loaded[0][1], asked)
-    return [f"{score.overall:.0f} %", "", "", ""]
+    riddles = [
+        Riddle([model.tokenizer.encode(q.prompt) for model in ensemble.backends], q.responses)
+        for q in asked
+    ]
+    n_right = sum(found is True for found in can_be_written(ensemble, riddles))
+    return [f"{100 * n_right / len(asked):.0f} %", "", "", ""]
 
 
 def main() -> None:
@@ -197,7 +199,7 @@ def main() -> None:
     ]
     for name, policy, params in track(runs, "measuring", console=console, transient=True):
         table.add_row(name, *measured(ensemble, policy, params, asked))
-    table.add_row("perfect choice of writers", *the_oracle(asked))
+    table.add_row("perfect choice of writers", *the_oracle(ensemble, asked))
     console.print(table)
     console.print(
         "\nNo model answers these alone; with the right writer at every token nearly all are\n"

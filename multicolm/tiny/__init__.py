@@ -1,7 +1,5 @@
-"""The embedded tiny world: three small models that can only answer questions together.
+"""The embedded tiny world: invented medicines, sums, and the questions that are asked about them.
 
-A generalist knows how questions are asked and answered, a facts expert knows two hundred invented
-medicines, and a maths expert can multiply, add and square. `world` makes up the facts and the
-questions, `corpora` writes what each model reads, `training` trains, `measure` checks.
-`python -m multicolm.tiny` rebuilds all of it; the trained weights are in `registry/tiny`.
+The models that answer them are in `registry/tiny`; in the repository,
+`python tools/make_embedded.py` makes them anew.
 """

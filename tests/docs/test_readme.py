@@ -136,5 +136,5 @@ def test_links_to_files_lead_somewhere() -> None:
 
 def test_the_readme_names_the_command_for_its_figures() -> None:
     assert "make bench" in README
-    assert "python -m multicolm.tiny --only-measure registry/tiny" in README
+    assert "python tools/make_embedded.py --only-measure registry/tiny" in README
     assert "examples/co-llm/run.sh" in README

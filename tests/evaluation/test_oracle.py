@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from embedded import measure
 from tables import TOKENS, random_table
 
 import multicolm
@@ -19,7 +20,6 @@ from multicolm.ensemble import Ensemble
 from multicolm.evaluation import oracle
 from multicolm.evaluation.oracle import Riddle, can_be_written
 from multicolm.evaluation.task import load_task
-from multicolm.tiny import measure
 from multicolm.tiny.world import SPLITS, build_world, read_answer, right_completions
 
 WORDS = ["q", "a", "b", "c", "ab", "<end>"]

@@ -4,10 +4,10 @@ import json
 
 import pytest
 from click.testing import CliRunner
+from embedded.build import BuildError, build, missing, prepare
+from embedded.training import PLANS
+from make_embedded import main
 
-from multicolm.tiny.__main__ import main
-from multicolm.tiny.build import BuildError, build, missing, prepare
-from multicolm.tiny.training import PLANS
 from multicolm.tiny.world import SPLITS, build_world
 
 WORLD = build_world()

@@ -4,13 +4,13 @@ import itertools
 import re
 
 import pytest
-
-from multicolm.tiny.corpora import (
+from embedded.corpora import (
     equation,
     facts_documents,
     generalist_documents,
     math_documents,
 )
+
 from multicolm.tiny.world import (
     ATTRIBUTES,
     CLASSES,

@@ -1,11 +1,8 @@
 """The oracle and the scores, on models small enough to be sure of."""
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
-
-from multicolm.tiny.build import prepare
-from multicolm.tiny.measure import (
+from embedded.build import prepare
+from embedded.measure import (
     Measurement,
     Score,
     can_be_written,
@@ -13,6 +10,9 @@ from multicolm.tiny.measure import (
     refuse_another_world,
     score,
 )
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
 from multicolm.tiny.world import Question, build_world
 
 ALPHABET = ["<|end|>", "a", "b", "c"]

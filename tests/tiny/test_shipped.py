@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from embedded.measure import TOGETHER, alone, load, oracle, read_records
+from embedded.training import PLANS
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from multicolm.tiny.measure import TOGETHER, alone, load, oracle, read_records
-from multicolm.tiny.training import PLANS
 from multicolm.tiny.world import KINDS, SPLITS, build_world
 
 FOLDER = Path(__file__).parents[2] / "registry" / "tiny"

@@ -7,10 +7,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-from multicolm.tiny import training
-from multicolm.tiny.training import (
+from embedded import training
+from embedded.training import (
     DOCUMENTS,
     PLANS,
     batches,
@@ -20,6 +18,8 @@ from multicolm.tiny.training import (
     optimise,
     train,
 )
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
 from multicolm.tiny.world import build_world, stream
 
 WORLD = build_world()

@@ -1,9 +1,11 @@
 """The tiny world is deterministic, its splits are disjoint, and its answers are right."""
 
 import itertools
+import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -22,6 +24,7 @@ from multicolm.tiny.world import (
 )
 
 WORLD = build_world()
+TOOLS = Path(__file__).parents[2] / "tools"
 
 
 def test_equal_seeds_give_equal_worlds():
@@ -127,6 +130,12 @@ def test_the_answer_is_what_stands_between_the_last_answer_mark_and_the_full_sto
 
 
 def test_the_world_and_its_corpora_do_not_need_torch():
-    code = "import multicolm.tiny.corpora, multicolm.tiny.world, sys; print('torch' in sys.modules)"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    code = "import embedded.corpora, multicolm.tiny.world, sys; print('torch' in sys.modules)"
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PYTHONPATH": f"{TOOLS}:{TOOLS.parent}"},
+    )
     assert run.stdout.strip() == "False"

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from multicolm.tiny.corpora import facts_documents, generalist_documents, math_documents
+from embedded.corpora import facts_documents, generalist_documents, math_documents
 from multicolm.tiny.world import END, World, stream
 
 CONTEXT_TOKENS: Final = 512

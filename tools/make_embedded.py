@@ -1,4 +1,4 @@
-"""`python -m multicolm.tiny`: rebuilds the embedded models, or measures a folder of them."""
+"""`python tools/make_embedded.py`: rebuilds the embedded models, or measures a folder of them."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ def main(out: Path, seed: int, measured: Path | None, workers: int) -> None:
 
 
 def _build(console: Console, world: World, out: Path, workers: int) -> None:
-    from multicolm.tiny.build import BuildError, build, missing, prepare
-    from multicolm.tiny.training import PLANS
+    from embedded.build import BuildError, build, missing, prepare
+    from embedded.training import PLANS
 
     started_s = time.monotonic()
     columns = (
@@ -82,9 +82,8 @@ def _build(console: Console, world: World, out: Path, workers: int) -> None:
 
 def _measure(console: Console, world: World, folder: Path) -> None:
     import torch
+    from embedded.measure import measure
     from transformers.utils.logging import disable_progress_bar
-
-    from multicolm.tiny.measure import measure
 
     torch.set_num_threads(1)
     disable_progress_bar()  # type: ignore[no-untyped-call]

@@ -22,7 +22,7 @@ from typing import Final
 
 from transformers.utils.logging import disable_progress_bar
 
-from multicolm.tiny.training import PLANS, train
+from embedded.training import PLANS, train
 from multicolm.tiny.world import SPLITS, World, build_world
 
 MARK: Final = "build.json"
