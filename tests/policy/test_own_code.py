@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from click.testing import CliRunner
+from learning_worlds import world, write_table
 from serving_worlds import ask, running
 from tables import random_table
 
@@ -27,6 +28,7 @@ from multicolm.evaluation.task import completion_task
 from multicolm.hub.kinds import _check_declared
 from multicolm.policy.resolve import resolve_policy
 from multicolm.training.checkpoint import Checkpoint
+from multicolm.training.train import train
 
 DUO = Ensemble([random_table("base", 0), random_table("left", 1)])
 
@@ -137,7 +139,7 @@ def test_a_checkpoint_of_any_kind_writes_as_the_policy_that_it_keeps(own: Path, 
     assert yaml.safe_load((folder / "policy.yaml").read_text())["kind"] == f"own.py:{name}"
 
 
-def test_it_works_in_an_ensemble_file_and_in_a_server(own: Path) -> None:
+def test_it_works_in_an_ensemble_file(own: Path) -> None:
     folder = saved(own)
     later()
     file = folder.parent / "ensemble.yaml"
@@ -146,11 +148,37 @@ def test_it_works_in_an_ensemble_file_and_in_a_server(own: Path) -> None:
     for policy in ("./Gap", "{kind: ./Gap/own.py:Gap, params: {gap: 0.45}}"):
         file.write_text(f"{models}policy: {policy}\n")
         assert multicolm.load(file).policy == resolve_policy(folder)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_server_writes_with_a_checkpoint_of_any_kind(own: Path, name: str) -> None:
+    folder = saved(own, name)
+    own.unlink()
+    later()
     with running(Ensemble(DUO.backends, policy=folder)) as server:
         sent = {"model": "tiny", "prompt": "ab", "max_tokens": 9, "temperature": 0}
         [choice] = ask(server, "/v1/completions", sent).json["choices"]
     [answer] = DUO.generate(["ab"], folder, max_new_tokens=9)
     assert choice["text"] == answer.text
+
+
+def test_what_was_trained_can_be_trained_again_and_only_what_learns_is(own: Path) -> None:
+    scores = write_table(own.parent / "scores", [world(2, 40)])
+    first, second = own.parent / "ck" / "gap", own.parent / "ck" / "again"
+    made = train(resolve_policy(f"{own}:Gap"), scores, first).policy
+    own.unlink()
+    later()
+    found = resolve_policy(first)
+    assert found.as_config() == made.as_config()
+    assert made.as_config()["params"] != {"gap": 2.0}
+    again = train(found, scores, second)
+    later()
+    assert resolve_policy(second).as_config() == again.policy.as_config() == made.as_config()
+    assert text(second) == text(first)
+    for name in ("Mixed", "Longest"):
+        own.write_text(SOURCE)
+        with pytest.raises(CapabilityError, match=r"nothing to learn: it has no method `fit"):
+            train(resolve_policy(saved(own, name)), scores, own.parent / "none")
 
 
 def test_what_was_tuned_can_be_compared_and_tuned_again(own: Path) -> None:
