@@ -303,6 +303,12 @@ def _param_problems(cls: type, params: Mapping[str, Any], place: Place) -> list[
         if key not in allowed
     ]
     known = {key: as_python(value) for key, value in params.items() if key in allowed}
+    problems += [
+        Problem((*place, *inside), f"must be less than 2^63 either way, got {show(value)}.")
+        for key, given in known.items()
+        for inside, value in _parts(key, given)
+        if isinstance(value, int) and abs(value) >= 1 << 63  # what tensors hold
+    ]
     try:
         TypeAdapter(cls).validate_python(known)
     except ValidationError as error:

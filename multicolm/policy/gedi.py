@@ -9,6 +9,7 @@ from jaxtyping import Float
 from pydantic import Field
 
 from multicolm.policy.base import MixPolicy, Needs, register_policy
+from multicolm.policy.logit_arithmetic import MOST_STRENGTH
 from multicolm.types import Signal, Tensor
 from multicolm.views import ModelNames, Role, Views
 
@@ -50,7 +51,7 @@ class GediPolicy(MixPolicy):
         only, GeDi cuts tokens off after weighing; neither is needed here.
     """
 
-    alpha: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
+    alpha: Annotated[float, Field(ge=0, le=MOST_STRENGTH, allow_inf_nan=False)] = 1.0
     attribute: Role = 1
     opposite: Role = 2
     normalise: bool = False

@@ -7,13 +7,16 @@ from collections.abc import Sequence
 from typing import Annotated, ClassVar
 
 from jaxtyping import Float
-from pydantic import Field, FiniteFloat
+from pydantic import Field
 
 from multicolm.policy.base import MixPolicy, Needs, Schedule, register_policy
 from multicolm.types import Signal, Tensor
 from multicolm.views import ModelNames, Role, Views
 
-__all__ = ["ContrastivePolicy", "ProxyTuningPolicy"]
+__all__ = ["MOST_STRENGTH", "ContrastivePolicy", "ProxyTuningPolicy"]
+
+MOST_STRENGTH = 1e6
+"""A factor of log-probabilities beyond which nothing changes but that sums become infinite."""
 
 _NEVER = float("-inf")
 
@@ -55,7 +58,7 @@ class ProxyTuningPolicy(_Arithmetic):
         arXiv 2401.08565, section 2; alpha = 1 there.
     """
 
-    alpha: FiniteFloat = 1.0
+    alpha: Annotated[float, Field(ge=-MOST_STRENGTH, le=MOST_STRENGTH, allow_inf_nan=False)] = 1.0
     expert: Role = 1
     antiexpert: Role = 2
 
@@ -95,7 +98,7 @@ class ContrastivePolicy(_Arithmetic):
     """
 
     alpha: Annotated[float, Field(ge=0, le=1)] = 0.1
-    beta: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.5
+    beta: Annotated[float, Field(ge=0, le=MOST_STRENGTH, allow_inf_nan=False)] = 0.5
     expert: Role = "assistant"
     amateur: Role = "base"
 

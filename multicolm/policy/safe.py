@@ -101,7 +101,7 @@ class SafePolicy(AveragePolicy):
 
         probs = mixed.exp()
         # No more tokens than that can have so much.
-        top, ids = probs.topk(min(int(1 / self.sharpen), probs.shape[-1]))
+        top, ids = probs.topk(int(min(1 / self.sharpen, probs.shape[-1])))
         attracts = top > self.sharpen
         attracts &= views.base.logprobs[rows[:, None], ids] > float("-inf")
         n = int(attracts.long().cumsum(-1).argmax(-1).max()) + 1  # after these none attracts

@@ -206,6 +206,29 @@ def test_weights_whose_sum_is_infinite_are_served(server: Server) -> None:
     assert ask(server, COMPLETIONS, body).status == 200
 
 
+EXTREMES: list[Any] = [5e-324, 1e-320, 1e308, -1e308, 10**400, -(2**63)]
+EXTREMES += [[1e308] * 3, [5e-324] * 3, [1e-320, 0, 0], [10**400] * 3]
+
+
+def test_no_number_that_a_client_can_send_breaks_a_policy(server: Server) -> None:
+    policies = [
+        "average",
+        "proxy-tuning",
+        "contrastive",
+        "byte-contrastive",
+        "gedi",
+        "safe",
+        "bild",
+    ]
+    for name in policies:
+        for param in server.catalog.models[name].policy.as_config()["params"]:
+            for value in EXTREMES:
+                extension = {"policy": name, "params": {param: value}}
+                body = {"model": "tiny", "prompt": "a", "max_tokens": 2, "multicolm": extension}
+                reply = ask(server, COMPLETIONS, body)
+                assert reply.status in (200, 400), (name, param, value, reply.body)
+
+
 @pytest.mark.parametrize("route", [COMPLETIONS, CHAT])
 def test_the_openapi_document_describes_the_bodies_that_are_taken(
     server: Server, route: str
