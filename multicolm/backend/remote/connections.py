@@ -21,10 +21,21 @@ from urllib.request import getproxies, proxy_bypass
 
 import httpcore
 
-__all__ = ["Deadline", "TooLong", "WronglyEncoded", "ascii_url", "connections", "read_body"]
+__all__ = [
+    "KEPT",
+    "Deadline",
+    "Events",
+    "TooLong",
+    "WronglyEncoded",
+    "ascii_url",
+    "connections",
+    "read_body",
+]
 
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
-_KEPT = 5.0  # seconds that a connection without a request stays open
+KEPT = 5.0
+"""Seconds that a connection without a request stays open."""
+
 # So little is sent in one go, or not at all: a peer that takes byte after byte gains no time.
 _PIECE = 1 << 14
 _GZIP_OR_ZLIB = zlib.MAX_WBITS | 32
@@ -67,12 +78,34 @@ class Deadline(threading.local):
         return left if most is None else min(left, most)
 
 
-class _Stream(httpcore.NetworkStream):
-    """A connection that is closed to a request whose deadline has passed."""
+class Events:
+    """Numbers what happens to connections, in order.
 
-    def __init__(self, stream: httpcore.NetworkStream, deadline: Deadline) -> None:
+    Attributes:
+        last: the number of the last event.
+    """
+
+    def __init__(self) -> None:
+        self.last = 0
+        self._lock = threading.Lock()
+
+    def new(self) -> int:
+        """The number of one that happens now."""
+        with self._lock:
+            self.last += 1
+            return self.last
+
+
+class _Stream(httpcore.NetworkStream):
+    """A connection that is closed to a request whose deadline has passed.
+
+    ``get_extra_info("opened")`` is the number of the event that it was opened.
+    """
+
+    def __init__(self, stream: httpcore.NetworkStream, deadline: Deadline, opened: int) -> None:
         self._stream = stream
         self._deadline = deadline
+        self._opened = opened
 
     def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
         return self._stream.read(max_bytes, self._deadline.left(timeout))
@@ -91,17 +124,19 @@ class _Stream(httpcore.NetworkStream):
         timeout: float | None = None,
     ) -> httpcore.NetworkStream:
         left = self._deadline.left(timeout)
-        return _Stream(self._stream.start_tls(ssl_context, server_hostname, left), self._deadline)
+        stream = self._stream.start_tls(ssl_context, server_hostname, left)
+        return _Stream(stream, self._deadline, self._opened)
 
     def get_extra_info(self, info: str) -> Any:
-        return self._stream.get_extra_info(info)
+        return self._opened if info == "opened" else self._stream.get_extra_info(info)
 
 
 class _Backend(httpcore.SyncBackend):
     """Connects within the deadline."""
 
-    def __init__(self, deadline: Deadline) -> None:
+    def __init__(self, deadline: Deadline, events: Events) -> None:
         self._deadline = deadline
+        self._events = events
 
     def connect_tcp(
         self,
@@ -127,7 +162,7 @@ class _Backend(httpcore.SyncBackend):
             except (httpcore.ConnectError, httpcore.ConnectTimeout) as error:
                 failed = error
             else:
-                return _Stream(stream, self._deadline)
+                return _Stream(stream, self._deadline, self._events.new())
         raise failed
 
 
@@ -142,14 +177,14 @@ def ascii_url(url: str) -> str:
     return parts._replace(netloc=host, path=quote(parts.path, safe="/%:@!$&'()*+,;=~")).geturl()
 
 
-def connections(url: str, deadline: Deadline) -> httpcore.ConnectionPool:
+def connections(url: str, deadline: Deadline, events: Events) -> httpcore.ConnectionPool:
     """Connections to the server of a URL, through the proxy that the environment names."""
     return httpcore.ConnectionPool(
         ssl_context=httpcore.default_ssl_context() if url.startswith("https:") else None,
         proxy=_proxy(url),
         max_connections=None,
-        keepalive_expiry=_KEPT,
-        network_backend=_Backend(deadline),
+        keepalive_expiry=KEPT,
+        network_backend=_Backend(deadline, events),
     )
 
 

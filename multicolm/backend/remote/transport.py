@@ -2,11 +2,13 @@
 
 Every request asks for something that is computed anew and changes nothing, so each may be sent
 again. After a failure, or on a connection that had to be opened anew, the server may be another
-one: no answer is used from then on until :attr:`Server.check` has found that it is not.
+one. A connection does not outlive the process behind it: so an answer is used if it came on a
+connection that :attr:`Server.check` has passed on, or after the opening of which it has passed.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import random
@@ -14,7 +16,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
 from typing import Any
@@ -32,7 +34,9 @@ except ImportError as error:
     ) from error
 
 from multicolm.backend.remote.connections import (
+    KEPT,
     Deadline,
+    Events,
     TooLong,
     WronglyEncoded,
     ascii_url,
@@ -50,7 +54,6 @@ _LONGEST_COMPLAINT = 1 << 16  # bytes
 # Of an answer as it is written, per value of it: an empty list takes three bytes there, and a
 # hundred in memory.
 _BYTES_PER_VALUE = 8
-_CONNECTED = "connection.connect_tcp.complete"
 
 
 class _Failed(Exception):
@@ -102,6 +105,27 @@ class _Request:
     final_500: bool
 
 
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    """What came back.
+
+    Attributes:
+        status: of HTTP.
+        headers: by names in small letters.
+        content: its body.
+        opened: the event that its connection was opened, if that gives reason to doubt; else 0.
+        keeps_alive: whether the connection is kept.
+        read: the JSON object that the body is, once it was read.
+    """
+
+    status: int
+    headers: dict[str, str]
+    content: bytes
+    opened: int
+    keeps_alive: bool
+    read: dict[str, Any] = field(default_factory=dict)
+
+
 class Server(Service):
     """A server that runs a model.
 
@@ -133,11 +157,13 @@ class Server(Service):
         self._retries = retries
         self._sleep = sleep
         self._keeps_alive = False
-        # Reasons to doubt that it is the same model, found by any thread; and how many of them a
-        # check has done away with.
-        self._n_doubts = 0
-        self._n_settled = 0
-        self._doubting, self._checking = threading.Lock(), threading.Lock()
+        self._asked_at = time.monotonic()
+        # What any thread saw happen, in order: openings of connections, and failures; the last
+        # failure, and the last event before a check that passed.
+        self._events = Events()
+        self._failed = 0
+        self._checked = 0
+        self._checking = threading.Lock()
         self._own = _OfThread()
         self._connect_timeout = connect_timeout
         self._headers: dict[bytes | str, bytes | str] = {
@@ -153,7 +179,7 @@ class Server(Service):
             self._base = ascii_url(self.url)
         except UnicodeError as error:
             raise ConfigError(f"model '{model}': url: no server is called {self.url}.") from error
-        self._connections = connections(self._base, self._deadline)
+        self._connections = connections(self._base, self._deadline, self._events)
         weakref.finalize(self, self._connections.close)
 
     @property
@@ -205,19 +231,29 @@ class Server(Service):
         )
         if not self._own.is_checking:
             self._own.end = time.monotonic() + request.limit * (1 + self._retries)
-        answer = self._try(request)
-        if self._n_settled < self._n_doubts and not self._own.is_checking:
-            self._see_that_it_is_the_same()
-        return answer
+        for n_checks in itertools.count():
+            checked = self._checked
+            answer = self._try(request)
+            # Where no connection is kept, a check and the answer after it cannot share one.
+            opened = answer.opened if answer.keeps_alive or not n_checks else 0
+            doubt = max(opened, self._failed)
+            if self._own.is_checking or checked >= doubt:
+                break
+            # On another connection, it may have been another one that answered.
+            self._own.opened = -1
+            self._see_that_it_is_the_same(doubt)
+            if self.check is None or self._own.opened == answer.opened:
+                break
+        return answer.read
 
-    def _try(self, request: _Request) -> dict[str, Any]:
+    def _try(self, request: _Request) -> _Answer:
         """Send a request until it is answered, or is not worth it."""
         n_failed = 0
 
         def count(state: tenacity.RetryCallState) -> None:
             nonlocal n_failed
             n_failed += 1
-            self._doubt()
+            self._failed = max(self._failed, self._events.new())
 
         attempts = tenacity.Retrying(
             stop=self._gives_up,
@@ -240,21 +276,18 @@ class Server(Service):
         self._sleep(seconds)
         self._own.end += time.monotonic() - begin
 
-    def _doubt(self) -> None:
-        with self._doubting:
-            self._n_doubts += 1
-
-    def _see_that_it_is_the_same(self) -> None:
-        """Ask who answers; a check that fails settles nothing, and will be made again."""
+    def _see_that_it_is_the_same(self, doubt: int) -> None:
+        """Ask who answers, if nobody has since an event; a check that fails will be made again."""
         # Another thread may be at it; its time is not this one's.
         if not self._checking.acquire(timeout=max(0.0, self._own.end - time.monotonic())):
             raise self.error("check after a new connection", "no whole answer in time.")
         try:
-            n_doubts = self._n_doubts
-            if self.check is not None and self._n_settled < n_doubts:
-                self._own.is_checking = True
-                self.check()
-            self._n_settled = n_doubts
+            if self._checked < doubt:
+                last = self._events.last
+                if self.check is not None:
+                    self._own.is_checking = True
+                    self.check()
+                self._checked = last
         finally:
             self._own.is_checking = False
             self._checking.release()
@@ -268,13 +301,14 @@ class Server(Service):
             return True
         return state.attempt_number > min(self._retries, failed.retries)
 
-    def _attempt(self, request: _Request) -> dict[str, Any]:
+    def _attempt(self, request: _Request) -> _Answer:
         self._own.n_calls += 1
-        status, headers, content = self._exchange(request)
+        answer = self._exchange(request)
+        status, content = answer.status, answer.content
         if status != 200:
             reason = f"HTTP {status}: {_message(content)}"
             if status in _BUSY and not (request.final_500 and status == 500):
-                pause = _retry_after(headers)
+                pause = _retry_after(answer.headers)
                 asks = "" if pause is None else f" (it asks to wait {pause:g} s)"
                 raise _Failed(f"{reason}{asks}", status, pause)
             raise self.error(request.what, reason, status)
@@ -287,14 +321,14 @@ class Server(Service):
             )
         try:
             # It has a limit of depth, and takes no text that is none.
-            answer = from_json(content)
+            read = from_json(content)
         except ValueError as error:
             raise _Failed(f"the answer is no JSON ({_shorten(content)})") from error
-        if not isinstance(answer, dict):
+        if not isinstance(read, dict):
             raise self.error(request.what, f"the answer is no JSON object ({_shorten(content)})")
-        return answer
+        return replace(answer, read=read)
 
-    def _exchange(self, request: _Request) -> tuple[int, dict[str, str], bytes]:
+    def _exchange(self, request: _Request) -> _Answer:
         """Send a request once, and read the answer as long as the time lasts."""
         limit = request.limit
         try:
@@ -318,19 +352,16 @@ class Server(Service):
                 f"the answer does not end: what was asked for has {request.most} bytes at the most",
             ) from error
 
-    def _send(self, request: _Request) -> tuple[int, dict[str, str], bytes]:
+    def _send(self, request: _Request) -> _Answer:
         self._deadline.end = min(time.monotonic() + request.limit, self._own.end)
-        events: set[str] = set()
         with self._connections.stream(
             request.method,
             f"{self._base}{request.path}",
             headers=self._headers,
             content=request.content,
-            extensions={
-                "timeout": {"connect": self._connect_timeout, "pool": request.limit},
-                "trace": lambda event, _: events.add(event),
-            },
+            extensions={"timeout": {"connect": self._connect_timeout, "pool": request.limit}},
         ) as response:
+            opened = response.extensions["network_stream"].get_extra_info("opened")
             headers = {
                 name.decode("ascii", "replace").lower(): value.decode("latin-1")
                 for name, value in response.headers
@@ -341,12 +372,16 @@ class Server(Service):
                 content = read_body(parts, encoding, request.most)
             else:
                 content = _beginning(parts, encoding)
-        # A server that keeps no connection says so; of another, a new one is a sign.
-        if self._keeps_alive and _CONNECTED in events:
-            self._doubt()
         closes = "close" in headers.get("connection", "").lower()
-        self._keeps_alive = response.extensions["http_version"] != b"HTTP/1.0" and not closes
-        return response.status, headers, content
+        keeps_alive = response.extensions["http_version"] != b"HTTP/1.0" and not closes
+        # Of a server that keeps connections, a new one is a sign. Of one that keeps none, time in
+        # which nobody asked is: no model is loaded in less without a request that fails.
+        was_away = time.monotonic() - self._asked_at > KEPT
+        opened = opened if self._keeps_alive or was_away else 0
+        self._asked_at = time.monotonic()
+        self._keeps_alive |= keeps_alive
+        self._own.opened = opened
+        return _Answer(response.status, headers, content, opened, keeps_alive)
 
 
 class _OfThread(threading.local):
@@ -357,11 +392,13 @@ class _OfThread(threading.local):
         is_checking: whether it is about to find out who answers.
         end: when its request has to be over, further attempts and checks included, in seconds of
             the monotonic clock.
+        opened: the event that the connection of its last answer was opened.
     """
 
     n_calls = 0
     is_checking = False
     end = math.inf
+    opened = 0
 
 
 def _pause(state: tenacity.RetryCallState) -> float:

@@ -11,6 +11,7 @@ import contextlib
 import json
 import socket
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -108,7 +109,11 @@ class FakeVllm:
     def _start(self, port: int) -> None:
         self._ended.clear()
         handler = type("Handler", (_Handler,), {"fake": self})
-        self._server = ThreadingHTTPServer(("127.0.0.1", port), handler)
+        while True:
+            with contextlib.suppress(OSError):  # who asks may have the port for a moment
+                self._server = ThreadingHTTPServer(("127.0.0.1", port), handler)
+                break
+            time.sleep(0.01)
         self._server.daemon_threads = True
         self.port = self._server.server_address[1]
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,))
@@ -304,6 +309,8 @@ class _Handler(BaseHTTPRequestHandler):
     def setup(self) -> None:
         super().setup()
         with self.fake._lock:
+            if self.server is not self.fake._server or self.fake._ended.is_set():
+                _shut(self.request)  # it was accepted by one that has died
             self.fake._open.add(self.request)
 
     def finish(self) -> None:
@@ -328,7 +335,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         fake = self.fake
-        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        content = self.rfile.read(int(self.headers["content-length"]))
+        if self.fake._ended.is_set():
+            raise ConnectionResetError("dead")
+        body = json.loads(content)
         if fake.api_key and self.headers.get("authorization") != f"Bearer {fake.api_key}":
             return self._send(401, {"error": "Unauthorized"})
         fault = fake.faults.popleft() if fake.faults else None

@@ -17,6 +17,7 @@ from fake_vllm import FakeVllm, Manners
 from remote_worlds import PROMPTS, ensemble, impatient, local, remote
 
 from multicolm import Ensemble
+from multicolm.backend.remote import transport
 from multicolm.backend.remote.transport import Server, _retry_after
 from multicolm.errors import ServerError
 
@@ -324,6 +325,30 @@ def test_a_server_that_keeps_no_connections_is_not_suspected(serve: Serve) -> No
     for token in IDS:
         session.feed([0], [[token]], [1])
     assert len(fake.requests) == n_before + len(IDS)
+
+
+@pytest.mark.parametrize("keeps_alive", [True, False])
+def test_a_server_that_was_not_asked_for_a_while_may_have_become_another_one(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch, keeps_alive: bool
+) -> None:
+    fake = serve("facts", Manners(keeps_alive=keeps_alive))
+    model = remote(fake)
+    monkeypatch.setattr(transport, "KEPT", 0.0)
+    fake.restart(model=local("math"))
+    with pytest.raises(ServerError, match="is another model now"):
+        forward(model)
+
+
+def test_a_connection_that_is_closed_now_and_then_does_not_make_new_ones_harmless(
+    serve: Serve,
+) -> None:
+    fake = serve()
+    model = remote(fake)
+    fake.restart(manners=Manners(keeps_alive=False))
+    forward(model)
+    fake.restart(model=local("math"))
+    with pytest.raises(ServerError, match="is another model now"):
+        forward(model)
 
 
 # What is kept

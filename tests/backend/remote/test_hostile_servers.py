@@ -129,7 +129,7 @@ def test_attempts_and_the_check_after_them_have_one_end() -> None:
 def test_who_waits_for_the_check_of_another_thread_waits_no_longer_than_for_its_own() -> None:
     with speaking(drip(OK + b"content-length: 2\r\nconnection: close\r\n\r\n{}", b"")) as url:
         server = asking(url, retries=0)
-        server._doubt()
+        server._failed = server._events.new()
         begun, over = threading.Event(), threading.Event()
 
         def check() -> None:
