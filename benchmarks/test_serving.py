@@ -8,16 +8,16 @@ import pytest
 from questions import PROMPTS
 
 from multicolm import Ensemble
-from multicolm.serving.passes import SharedSlots
+from multicolm.decoding.runner import Runner
 
 POLICIES = ["max-confidence", "average", "cosd-rule", "confidence"]
 
 
 def write(ensemble: Ensemble, n_texts: int, *, shared: bool) -> None:
     """Texts of four policies, a round of each in turn, or all rounds together."""
-    slots = SharedSlots(ensemble.backends, 4 * n_texts)
+    runner = Runner(ensemble.backends, 4 * n_texts)
     lives = [
-        ensemble.live(policy, slots=slots) if shared else ensemble.live(policy, n_slots=n_texts)
+        ensemble.live(policy, runner=runner) if shared else ensemble.live(policy, n_slots=n_texts)
         for policy in POLICIES
     ]
     wanted = ensemble.generation.updated({"max_new_tokens": 48})
@@ -26,7 +26,7 @@ def write(ensemble: Ensemble, n_texts: int, *, shared: bool) -> None:
             live.add(live.row(prompt, number, wanted, 0))
     while at_work := [live for live in lives if live.busy]:
         if shared:
-            slots.run([live.step for live in at_work])
+            runner.run([live.loop.step() for live in at_work])
         else:
             for live in at_work:
                 live.step()

@@ -6,15 +6,16 @@ import secrets
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, SupportsIndex, TypedDict, cast
+from typing import Any, Literal, SupportsIndex, cast
 
 from typing_extensions import Unpack
 
 from multicolm.backend.base import Model
+from multicolm.checking import Shown, check_policy, check_signals, facts_of
 from multicolm.config import EnsembleConfig, GenerationConfig, PolicyConfig, load_ensemble
-from multicolm.decoding.slots import Slots
+from multicolm.decoding.plan import Plan
+from multicolm.decoding.runner import Runner
 from multicolm.errors import (
     CapabilityError,
     ConfigError,
@@ -31,10 +32,6 @@ from multicolm.plugins import backends
 from multicolm.policy.base import (
     ModelFacts,
     Policy,
-    Schedule,
-    SegmentPolicy,
-    check_used,
-    checked_prompt_states,
 )
 from multicolm.policy.resolve import resolve_policy
 from multicolm.streaming import Answers, Run, Stream
@@ -47,9 +44,8 @@ from multicolm.types import (
     MIXTURE,
     GenerationSettings,
     Prompt,
-    Signal,
 )
-from multicolm.views import ModelNames, implied
+from multicolm.views import ModelNames
 
 __all__ = ["Answers", "Ensemble", "Stream", "load"]
 
@@ -114,7 +110,7 @@ class Ensemble:
             self._refuse_unknown()
         self._characters: CharacterVocabulary | None = None  # made when it is first asked for
         self.policy = resolve_policy(policy or {"kind": "single"}, base_dir=base_dir)
-        self.check(self.policy)
+        self._sentences = self.check(self.policy)
 
     @classmethod
     def from_config(cls, config: EnsembleConfig) -> Ensemble:
@@ -129,15 +125,15 @@ class Ensemble:
         }
         # The policy first: what does not fit should not cost the loading of weights.
         policy = resolve_policy(config.policy, base_dir=config.base_dir)
-        _check_signals(
-            policy, ModelNames(config.names), [_Shown(c.signals) for c in classes.values()]
+        check_signals(
+            policy, ModelNames(config.names), [Shown(c.signals) for c in classes.values()]
         )
         models = [cls_.from_config(name, config.models[name]) for name, cls_ in classes.items()]
         for model in models:
             _warn_of_template(model, config.models[model.name].chat_template_text)
         return cls(
             models,
-            policy=config.policy,
+            policy=policy,
             generation=config.generation,
             config=config,
             base_dir=config.base_dir,
@@ -212,19 +208,19 @@ class Ensemble:
         Raises:
             MulticolmError: see :meth:`generate`.
         """
-        chosen = self.policy if policy is None and not params else self.resolve(policy, params)
-        self._warn_of(chosen)
+        plan, name = self._plan(policy, params)
         wanted = self.generation.updated(dict(settings))
         batch_size = check_whole("batch_size", batch_size, least=1)
         asked = _as_list(prompts)
         seeds = _seeds(seed if seed is not None else wanted.seed, len(asked))
-        live = self._live(
-            chosen,
-            policy,
+        runner = Runner(self.backends, max(1, min(batch_size, len(asked))), clock)
+        live = Live(
+            plan,
+            self.vocabulary,
+            name,
+            runner,
             schedule=wanted.schedule,
             block_size=wanted.block_size,
-            slots=Slots(self.backends, max(1, min(batch_size, len(asked)))),
-            clock=clock,
         )
         rows = [
             live.row(prompt, number, wanted, seeds[number]) for number, prompt in enumerate(asked)
@@ -238,7 +234,7 @@ class Ensemble:
         *,
         params: Mapping[str, Any] | None = None,
         n_slots: int = 16,
-        slots: Slots | None = None,
+        runner: Runner | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> Live:
         """A policy at work, for texts that come and go; what servers are made of.
@@ -247,7 +243,7 @@ class Ensemble:
             policy: see :meth:`generate`.
             params: params that replace those of the policy.
             n_slots: how many texts are written at a time.
-            slots: places that several policies share, instead of so many of its own.
+            runner: what several policies share, with its places, instead of one of its own.
             clock: current time in seconds.
 
         Raises:
@@ -255,23 +251,30 @@ class Ensemble:
             CapabilityError: if the policy needs what these models cannot show.
         """
         n_slots = check_whole("n_slots", n_slots, least=1)
-        chosen = self.policy if policy is None and not params else self.resolve(policy, params)
-        self._warn_of(chosen)
-        return self._live(
-            chosen,
-            policy,
+        plan, name = self._plan(policy, params)
+        return Live(
+            plan,
+            self.vocabulary,
+            name,
+            runner or Runner(self.backends, n_slots, clock),
             schedule=self.generation.schedule,
             block_size=self.generation.block_size,
-            slots=slots or Slots(self.backends, n_slots),
-            clock=clock,
         )
 
-    def _live(self, chosen: Policy, asked: PolicySource | None, **how: Unpack[_How]) -> Live:
-        name = asked if isinstance(asked, str) else chosen.name
-        written_in = self.written_in(chosen)
-        return Live(
-            self.backends, self.vocabulary, written_in, chosen, name, costs=self.costs, **how
-        )
+    def _plan(
+        self, source: PolicySource | None, params: Mapping[str, Any] | None
+    ) -> tuple[Plan, str]:
+        """A policy over these models, resolved and checked once, and its name for answers."""
+        own = source is None and not params
+        policy = self.policy if own else self.resolve(source, params)
+        for sentence in self._sentences if own else self.check(policy):
+            warnings.warn(sentence, MulticolmWarning, stacklevel=4)
+        name = source if isinstance(source, str) else policy.name
+        return self.plan(policy), name
+
+    def plan(self, policy: Policy) -> Plan:
+        """What loops have to know of a policy over these models."""
+        return Plan.of(policy, self.backends, self.models, self.written_in(policy), self.costs)
 
     def resolve(
         self, policy: PolicySource | None, params: Mapping[str, Any] | None = None
@@ -291,7 +294,7 @@ class Ensemble:
     @property
     def facts(self) -> list[ModelFacts]:
         """What each model is, the base model first."""
-        return [ModelFacts(m.name, m.identity, m.hidden_size) for m in self.backends]
+        return facts_of(self.backends)
 
     @property
     def costs(self) -> list[float]:
@@ -320,10 +323,6 @@ class Ensemble:
             return self._characters
         return self.vocabulary
 
-    def _warn_of(self, policy: Policy) -> None:
-        for sentence in self.check(policy):
-            warnings.warn(sentence, MulticolmWarning, stacklevel=4)
-
     def check(self, policy: Policy) -> list[str]:
         """Refuse a policy that does not fit these models, before anything is read or written.
 
@@ -333,59 +332,7 @@ class Ensemble:
         Raises:
             CapabilityError: if it needs what a model cannot show, or was made for other models.
         """
-        check_used(policy, self.models)
-        shown = [_Shown(m.shows, m.server, m.max_top_logprobs) for m in self.backends]
-        sentences = _check_signals(policy, self.models, shown)
-        self._check_vocabulary(policy)
-        self._check_prompts(policy)
-        policy.check_models(self.facts)
-        return sentences
-
-    def _check_prompts(self, policy: Policy) -> None:
-        """Refuse a policy that wants to know what cannot be known of a prompt or a text.
-
-        Raises:
-            CapabilityError: naming the policy.
-        """
-        if isinstance(policy, SegmentPolicy) and (policy.narrows or policy.names_models):
-            raise CapabilityError(
-                f"policy '{policy.name}' rates what all models that it uses propose, and defines "
-                "text_uses() or models_at(), by which some do not; leave models out with uses()."
-            )
-        reads = policy.prompts or policy.likelihoods or bool(policy.prompt_states(self.models))
-        if policy.support in ("bytes", "characters") and reads:
-            raise CapabilityError(
-                f"policy '{policy.name}' reads what models make of the prompt or of the text so "
-                f"far, and writes in {policy.support}; such a policy writes in tokens (support "
-                "shared or union)."
-            )
-
-    def _check_vocabulary(self, policy: Policy) -> None:
-        """Refuse a policy whose distributions are over what these models do not share.
-
-        Raises:
-            CapabilityError: naming the policy and two models, or a model whose tokenizer the exact
-                bridge does not cover.
-        """
-        used = sorted(policy.uses(self.models))
-        if policy.support == "bytes":
-            for k in used:
-                if reason := covers(self.backends[k].tokenizer):
-                    raise CapabilityError(
-                        f"policy '{policy.name}' needs model '{self.models[k]}' byte by byte: "
-                        f"{reason}"
-                    )
-        if policy.acts in ("select", "segment") or policy.support != "shared":
-            return
-        for k in used[1:]:
-            if self.vocabulary.groups[k] != self.vocabulary.groups[used[0]]:
-                one, other = self.models[used[0]], self.models[k]
-                raise CapabilityError(
-                    f"policy '{policy.name}' compares the models' probabilities token by token, "
-                    f"and '{one}' and '{other}' have different vocabularies; choose a policy that "
-                    "selects one model per token, such as cosd-rule, one that mixes bytes, such as "
-                    "byte-mixture, or models of one family."
-                )
+        return check_policy(policy, self.backends, self.models, self.vocabulary)
 
 
 def _warn_of_template(model: Model, template: str | None) -> None:
@@ -399,15 +346,6 @@ def _warn_of_template(model: Model, template: str | None) -> None:
         MulticolmWarning,
         stacklevel=4,
     )
-
-
-class _How(TypedDict):
-    """Arguments of :class:`multicolm.live.Live`."""
-
-    schedule: Schedule | None
-    block_size: int
-    slots: Slots
-    clock: Callable[[], float]
 
 
 def _as_list(prompts: str | Sequence[Prompt]) -> list[Prompt]:
@@ -445,84 +383,6 @@ def _seeds(seed: SupportsIndex | Sequence[SupportsIndex] | None, n_prompts: int)
     if len(seeds) != n_prompts:
         raise InputError(f"got {len(seeds)} seeds for {n_prompts} prompts; give one for each.")
     return seeds
-
-
-@dataclass(frozen=True, slots=True)
-class _Shown:
-    """What a model shows, as far as it is known.
-
-    Attributes:
-        signals: of the model, or of its backend at most.
-        server: where it runs.
-        max_top_logprobs: of how many of its likeliest tokens it tells; ``None`` for all.
-    """
-
-    signals: frozenset[Signal]
-    server: str = ""
-    max_top_logprobs: int | None = None
-
-    @property
-    def where(self) -> str:
-        """Its server, behind its name."""
-        return f" (server {self.server})" if self.server else ""
-
-
-def _check_signals(policy: Policy, models: ModelNames, shown: Sequence[_Shown]) -> list[str]:
-    """Refuse a policy that needs what a model cannot show.
-
-    Returns:
-        How the policy treats what a server does not tell, one sentence per model.
-
-    Raises:
-        CapabilityError: naming the policy, the model, its server, and the signal.
-    """
-    needs = policy.needs(models)
-    states = checked_prompt_states(policy, models)
-    sentences = []
-    for k, its in enumerate(shown):
-        wanted = needs.of(k) | ({"hidden"} if k in states else frozenset())
-        wanted |= {"token_logprobs"} if policy.likelihoods and needs.of(k) else frozenset()
-        missing = wanted - implied(its.signals)
-        if missing == {"logprobs"} and policy.partial and its.max_top_logprobs:
-            sentences.append(
-                f"policy '{policy.name}' knows only the {its.max_top_logprobs} likeliest tokens of "
-                f"model '{models[k]}' ({its.server}): {policy.partial}."
-            )
-        elif missing:
-            raise CapabilityError(
-                f"policy '{policy.name}' needs {' and '.join(sorted(missing))} of model "
-                f"'{models[k]}'{its.where}, which shows only {', '.join(sorted(its.signals))}; "
-                "choose another policy, or another backend for that model."
-            )
-    if isinstance(policy, SegmentPolicy):
-        sentences += _check_judges(policy, models, shown)
-    return sentences
-
-
-def _check_judges(policy: Policy, models: ModelNames, shown: Sequence[_Shown]) -> list[str]:
-    """Refuse models that propose where none can judge.
-
-    Returns:
-        Who proposes and does not judge, one sentence each.
-
-    Raises:
-        CapabilityError: naming the policy and the models.
-    """
-    used = sorted(policy.uses(models))
-    silent = [k for k in used if "token_logprobs" not in implied(shown[k].signals)]
-    if silent == used:
-        listed = " and ".join(f"'{models[k]}'{shown[k].where}" for k in silent)
-        raise CapabilityError(
-            f"policy '{policy.name}' needs a model that returns the log-probabilities of what "
-            f"another one proposes (signal token_logprobs), and {listed} do not; add a local "
-            "model, or a "
-            "server that returns tokens that are named, such as vLLM's."
-        )
-    return [
-        f"policy '{policy.name}' lets model '{models[k]}'{shown[k].where} propose and not "
-        "judge: it does not return the log-probabilities of given text."
-        for k in silent
-    ]
 
 
 def load(source: str | Path | EnsembleConfig) -> Ensemble:

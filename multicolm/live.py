@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import time
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
 from itertools import accumulate
 
-from multicolm.backend.base import Model
 from multicolm.config import GenerationConfig
+from multicolm.decoding.loop import loop_for
+from multicolm.decoding.plan import Plan
 from multicolm.decoding.prompts import prompt_ids
-from multicolm.decoding.router import Router
 from multicolm.decoding.row import Row, Written
+from multicolm.decoding.runner import Runner
 from multicolm.decoding.sampling import Sampling, row_key
-from multicolm.decoding.slots import Slots
 from multicolm.decoding.text import TextStream
-from multicolm.errors import CapabilityError
-from multicolm.policy.base import Policy, Schedule
+from multicolm.errors import CapabilityError, ModelError
+from multicolm.policy.base import Schedule
 from multicolm.tokenizer.incremental import IncrementalEncoder
 from multicolm.tokenizer.vocabulary import Vocabulary
 from multicolm.types import MIXTURE, Alternative, Answer, Piece, Prompt, Trace, TracedToken, Usage
-from multicolm.views import ModelNames
 
 __all__ = ["Live"]
 
@@ -35,65 +33,47 @@ class Live:
     two threads at a time.
 
     Args:
-        models: the base model first.
-        vocabulary: the tokens of prompts and of traces.
-        written_in: what is written in, for this policy; ``vocabulary`` itself, or bytes or
-            characters.
-        policy: decides who writes.
+        plan: the policy and its models.
+        vocabulary: the tokens of prompts and of traces; what is written in, unless that is bytes
+            or characters.
         name: the policy's, for answers.
+        runner: runs the models, and has the places of the texts that are written; others wait.
         schedule: how models are run; ``None`` takes what suits the policy.
         block_size: tokens that the base model drafts at a time under ``block``.
-        slots: places of the texts that are written; others wait.
-        clock: current time in seconds.
-        costs: per model, of one forward pass for one text; 1 each if not given.
 
     Attributes:
-        router: the loop itself.
-
-    Raises:
-        CapabilityError: if the policy speaks of a model that is not there.
+        loop: the decode loop itself.
     """
 
     def __init__(
         self,
-        models: Sequence[Model],
+        plan: Plan,
         vocabulary: Vocabulary,
-        written_in: Vocabulary,
-        policy: Policy,
         name: str,
+        runner: Runner,
         *,
         schedule: Schedule | None = None,
         block_size: int = 8,
-        slots: Slots,
-        clock: Callable[[], float] = time.perf_counter,
-        costs: Sequence[float] | None = None,
     ) -> None:
-        self._models = tuple(models)
-        self._names = ModelNames(model.name for model in models)
+        self._models = plan.models
+        self._names = plan.names
         self._vocabulary = vocabulary
-        self._policy = policy
-        self._written_in = written_in
+        self._policy = policy = plan.policy
+        self._written_in = written_in = plan.vocabulary
         self._name = name
-        self._used = sorted(policy.uses(self._names))
+        self._used = plan.used
+        self._runner = runner
         drafts = (schedule or policy.schedule) == "block"
         # Elsewhere what the base model drafts is not in the others' tokens, or in tokens at all.
         own = written_in is vocabulary and (policy.support == "shared" or vocabulary.is_shared)
         # What is remembered after a token is known once the token is.
         self._block_size = block_size if drafts and own and not policy.keeps_state else 1
-        self.router = Router(
-            models,
-            written_in,
-            policy,
-            block_size=self._block_size,
-            slots=slots,
-            clock=clock,
-            costs=costs,
-        )
+        self.loop = loop_for(plan, runner, self._block_size)
 
     @property
     def busy(self) -> bool:
         """Whether any text is being written or waits for it."""
-        return self.router.busy
+        return self.loop.busy
 
     def row(self, prompt: Prompt, number: int, wanted: GenerationConfig, seed: int) -> Row:
         """A text to be written; it is not begun before it is added.
@@ -124,7 +104,7 @@ class Live:
             text=TextStream(wanted.stop),
             draft_length=self._block_size,
             sampling=sampling,
-            models=tuple(self._used),
+            models=self._used,
             n_alternatives=wanted.top_logprobs,
             meter=None if in_tokens else IncrementalEncoder(self._models[0].tokenizer),
         )
@@ -161,30 +141,43 @@ class Live:
             row: of :meth:`row`; the policy writes tokens.
             written: tokens of the ensemble's vocabulary, and the index of each one's writer.
         """
-        self.router.resume(row, [Written(token, writer, 0.0, None) for token, writer in written])
+        self.loop.resume(row, [Written(token, writer, 0.0, None) for token, writer in written])
 
     def add(self, row: Row) -> None:
         """Let a text be written as soon as there is a slot for it."""
-        self.router.add(row)
+        self.loop.add(row)
 
     def cancel(self, row: Row) -> None:
         """Write no further in a text; its slot is free at once."""
-        self.router.cancel(row)
+        self.loop.cancel(row)
 
     def step(self) -> list[Piece]:
-        """One round of the loop; see :meth:`multicolm.decoding.router.Router.step`."""
-        return self.router.step()
+        """One round of the loop; see :meth:`multicolm.decoding.loop.Loop.step`.
+
+        Raises:
+            ModelError: if a model failed in one of the texts.
+        """
+        [pieces] = self._runner.run([self.loop.step()])
+        for _, error in self.failed():
+            raise error
+        return pieces
+
+    def failed(self) -> list[tuple[Row, ModelError]]:
+        """The texts in which a model failed since this was asked last, and why."""
+        failed = list(self.loop.failed)
+        self.loop.failed.clear()
+        return failed
 
     def finished(self) -> list[Row]:
         """The texts that were finished since this was asked last."""
-        rows = list(self.router.finished)
-        self.router.finished.clear()
+        rows = list(self.loop.finished)
+        self.loop.finished.clear()
         return rows
 
     @property
     def usage(self) -> dict[str, Usage]:
         """Per model, what it did for all texts so far; what they have written is not counted."""
-        readers = self.router.readers
+        readers = self.loop.readers.opened
         return {
             name: readers[k].usage if k in readers else Usage()
             for k, name in enumerate(self._names)

@@ -86,7 +86,7 @@ class Stream(Iterator[Piece]):
         yield from self._done()
 
     def _done(self) -> Iterator[tuple[int, Answer]]:
-        done = self._run.live.router.finished
+        done = self._run.live.loop.finished
         while done:
             row = done.popleft()
             yield row.number, self._run.answer(row)
@@ -108,7 +108,10 @@ class Run:
         start = clock()
         try:
             with torch_threads(models, threads):
-                yield from self.live.router.run(self.rows)
+                for row in self.rows:
+                    self.live.add(row)
+                while self.live.busy:
+                    yield from self.live.step()
         except ServerError as error:
             done = sum(row.finish_reason is not None for row in self.rows)
             n_open = sum(len(row.written) for row in self.rows if row.finish_reason is None)

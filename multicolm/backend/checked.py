@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from multicolm.backend.base import Model, ModelOutput, Session
@@ -12,12 +15,12 @@ from multicolm.errors import ModelError
 __all__ = ["CheckedSession", "open_session", "refuse_no_numbers"]
 
 
-def open_session(model: Model, n_rows: int) -> Session:
+def open_session(model: Model, n_rows: int) -> CheckedSession:
     """A session of ``n_rows`` empty rows that refuses predictions that are no numbers.
 
     Whatever runs a model for somebody opens it here.
     """
-    return CheckedSession(model, model.open(n_rows))
+    return CheckedSession(model, n_rows)
 
 
 class CheckedSession(Session):
@@ -25,11 +28,30 @@ class CheckedSession(Session):
 
     That takes the greatest logit of each prediction, little beside the product that made them, and
     waits for the device, as the account of the pass's time does anyway.
+
+    Args:
+        model: the model.
+        n_rows: how many texts.
+
+    Attributes:
+        model: the model.
     """
 
-    def __init__(self, model: Model, session: Session) -> None:
-        self._model = model
-        self.inner = session
+    def __init__(self, model: Model, n_rows: int) -> None:
+        self.model = model
+        self._n_rows = n_rows
+        self._inner: Session | None = model.open(n_rows)
+
+    @property
+    def inner(self) -> Session:
+        """The model's own session; opened anew after :meth:`reset`."""
+        if self._inner is None:
+            self._inner = self.model.open(self._n_rows)
+        return self._inner
+
+    def reset(self) -> None:
+        """Forget all rows, whose caches are in an unknown state after a pass that broke."""
+        self._inner = None
 
     @property
     def lengths(self) -> list[int]:  # type: ignore[override]  # those of the session
@@ -49,9 +71,41 @@ class CheckedSession(Session):
         Raises:
             ModelError: if a prediction is no distribution.
         """
-        output = self.inner.feed(rows, tokens, n_last, hidden=hidden)
-        refuse_no_numbers(self._model, output.logits)
+        output, errors = self.feed_each(rows, tokens, n_last, hidden=hidden)
+        for error in errors.values():
+            raise error
         return output
+
+    def feed_each(
+        self,
+        rows: Sequence[int],
+        tokens: Sequence[Sequence[int]],
+        n_last: Sequence[int],
+        *,
+        hidden: bool = False,
+    ) -> tuple[ModelOutput, dict[int, ModelError]]:
+        """Like :meth:`feed`, for rows that do not depend on each other.
+
+        Returns:
+            The predictions, and by number among ``rows`` why a row failed: one of its predictions
+            is no distribution. All of its predictions are even then.
+        """
+        output = self.inner.feed(rows, tokens, n_last, hidden=hidden)
+        fine = _fine(self.model, output.logits)
+        if fine is None or bool(fine.all()):
+            return output, {}
+        errors: dict[int, ModelError] = {}
+        broken = torch.zeros_like(fine)
+        first = 0
+        for number, n in enumerate(n_last):
+            lines = slice(first, first + n)
+            if not bool(fine[lines].all()):
+                errors[number] = _error(self.model, output.logits[lines])
+                broken[lines] = True
+            first += n
+        even = -math.log(output.logits.shape[-1])
+        logits = torch.where(broken[:, None], even, output.logits)
+        return replace(output, logits=logits), errors
 
     def logprobs_of(
         self,
@@ -81,21 +135,34 @@ def refuse_no_numbers(model: Model, logits: Tensor) -> None:
     Raises:
         ModelError: naming the model, the type it computes in, and what to do.
     """
+    fine = _fine(model, logits)
+    if fine is not None and not bool(fine.all()):
+        raise _error(model, logits)
+
+
+def _fine(model: Model, logits: Tensor) -> Tensor | None:
+    """Per prediction whether it is a distribution; ``None`` if there are none."""
     if not logits.numel():
-        return
-    # The greatest of a row is NaN if anything in the row is. Columns of a padded head belong to no
-    # token, and may hold anything.
-    top = logits[:, : model.tokenizer.n_tokens].amax(-1)
-    fine = top.isfinite() if model.max_top_logprobs is None else ~top.isnan()
-    if bool(fine.all()):
-        return
-    worst = top[~fine]
-    if bool(worst.isnan().any()):
+        return None
+    top = _greatest(model, logits)
+    return top.isfinite() if model.max_top_logprobs is None else ~top.isnan()
+
+
+def _greatest(model: Model, logits: Tensor) -> Tensor:
+    """The greatest logit of each prediction, which is NaN if anything in it is."""
+    # Columns of a padded head belong to no token, and may hold anything.
+    return logits[:, : model.tokenizer.n_tokens].amax(-1)
+
+
+def _error(model: Model, logits: Tensor) -> ModelError:
+    """What to say of predictions of which one or more are no distributions."""
+    top = _greatest(model, logits)
+    if bool(top.isnan().any()):
         what = "no numbers (NaN)"
     else:
-        what = "infinite" if bool((worst > 0).any()) else "all minus infinity"
+        what = "infinite" if bool((top == math.inf).any()) else "all minus infinity"
     where = f"server {model.server}" if model.server else f"computing in {model.precision}"
-    raise ModelError(
+    return ModelError(
         f"model '{model.name}' ({where}) predicts logits that are {what}; {_advice(model)}."
     )
 

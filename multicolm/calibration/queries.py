@@ -13,6 +13,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from multicolm.artefacts import Artefact
+from multicolm.backend.checked import open_session
+from multicolm.backend.passes import run_alone
 from multicolm.decoding.prompts import encode_prompt
 from multicolm.decoding.row import Row
 from multicolm.decoding.sampling import Sampling
@@ -182,10 +184,10 @@ def prompt_states(
             )
             for slot, prompt in enumerate(prompts[start : start + batch_size])
         ]
-        reader = TokenReader(model, 0, vocabulary, model.open(len(rows)), lambda: 0.0)
+        reader = TokenReader(model, 0, vocabulary, open_session(model, len(rows)))
         for row in rows:
             reader.start(row)
-        found.append(reader.prompt_hidden(rows, {pooling})[pooling].cpu())
+        found.append(run_alone(reader.prompt_hidden(rows, {pooling}))[pooling].cpu())
     return torch.cat(found)
 
 

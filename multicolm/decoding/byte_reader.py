@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from multicolm.backend.base import Model, ModelOutput
+from multicolm.backend.passes import Passes
 from multicolm.decoding.reader import Reader
 from multicolm.decoding.row import Row
 from multicolm.exact.byte_session import ByteSession, Pieces
@@ -29,16 +30,14 @@ class _Bytes(Reader):
         model: the model.
         index: its index in the ensemble.
         n_slots: how many rows there can be at a time.
-        clock: current time in seconds.
 
     Raises:
         VocabularyError: if the model's tokenizer is not covered by the exact bridge.
     """
 
-    def __init__(self, model: Model, index: int, n_slots: int, clock: Callable[[], float]) -> None:
+    def __init__(self, model: Model, index: int, n_slots: int) -> None:
         self._model = model
         self._index = index
-        self._clock = clock
         self._session = ByteSession(model, n_slots)
         self._ends: list[list[int]] = [[0] for _ in range(n_slots)]  # in bytes, per place
         self._n_fed = [0] * n_slots
@@ -57,7 +56,7 @@ class _Bytes(Reader):
     @abstractmethod
     def _shown(
         self, slots: Sequence[int], places: Sequence[Sequence[int]]
-    ) -> Float[Tensor, "looks vocab"]:
+    ) -> Passes[Float[Tensor, "looks vocab"]]:
         """What the model predicts behind some numbers of bytes of the texts in some slots."""
 
     def start(self, row: Row) -> None:
@@ -92,7 +91,7 @@ class _Bytes(Reader):
         places: Sequence[Sequence[int]],
         *,
         hidden: bool = False,
-    ) -> ModelOutput:
+    ) -> Passes[ModelOutput]:
         """What the model predicts at some places of each row.
 
         Args:
@@ -101,25 +100,26 @@ class _Bytes(Reader):
             hidden: has to be false: what is summed over many paths has no hidden state.
         """
         assert not hidden
-        start = self._clock()
         session = self._session
         n_forwards, n_read, n_calls = session.n_forwards, session.n_read, session.n_calls
+        seconds = session.seconds
         for row, wanted in zip(rows, places, strict=True):
             self._feed(row, wanted[-1])
         ends = [
             [self._ends[row.slot][place] for place in wanted]
             for row, wanted in zip(rows, places, strict=True)
         ]
-        shown, unspelled = self._shown_where_spelled([row.slot for row in rows], ends)
-        self._model.synchronize()
+        shown, unspelled = yield from self._shown_where_spelled([row.slot for row in rows], ends)
+        for row in rows:
+            row.error = session.errors.get(row.slot, row.error)
         passes, read = session.n_forwards - n_forwards, session.n_read - n_read
         calls = session.n_calls - n_calls
-        self._share_out(rows, Usage(passes, read, 0, self._clock() - start, calls))
+        self._share_out(rows, Usage(passes, read, 0, session.seconds - seconds, calls))
         return ModelOutput(shown, None, passes, calls, unspelled=unspelled)
 
     def _shown_where_spelled(
         self, slots: Sequence[int], places: Sequence[Sequence[int]]
-    ) -> tuple[Float[Tensor, "looks vocab"], tuple[int, ...]]:
+    ) -> Passes[tuple[Float[Tensor, "looks vocab"], tuple[int, ...]]]:
         """What the model predicts, and the lines of texts that it cannot spell."""
         covered = [
             [self._session.is_covered(slot, place) for place in wanted]
@@ -127,7 +127,7 @@ class _Bytes(Reader):
         ]
         flags = [flag for each in covered for flag in each]
         if all(flags):
-            return self._shown(slots, places), ()
+            return (yield from self._shown(slots, places)), ()
         some = [slot for slot, each in zip(slots, covered, strict=True) if any(each)]
         kept = [
             [place for place, flag in zip(wanted, each, strict=True) if flag]
@@ -135,7 +135,8 @@ class _Bytes(Reader):
         ]
         shown = torch.zeros(len(flags), self._n_outcomes)
         if some:
-            shown[torch.tensor(flags)] = self._shown(some, [wanted for wanted in kept if wanted])
+            spelled = yield from self._shown(some, [wanted for wanted in kept if wanted])
+            shown[torch.tensor(flags)] = spelled
         return shown, tuple(line for line, flag in enumerate(flags) if not flag)
 
     def _feed(self, row: Row, place: int) -> None:
@@ -172,8 +173,8 @@ class ByteReader(_Bytes):
 
     def _shown(
         self, slots: Sequence[int], places: Sequence[Sequence[int]]
-    ) -> Float[Tensor, "looks vocab"]:
-        return self._session.next_byte_logprobs(slots, places).float()
+    ) -> Passes[Float[Tensor, "looks vocab"]]:
+        return (yield from self._session.read_next_bytes(slots, places)).float()
 
 
 class ExactReader(_Bytes):
@@ -184,7 +185,6 @@ class ExactReader(_Bytes):
         index: its index in the ensemble.
         vocabulary: what the ensemble writes in.
         n_slots: how many rows there can be at a time.
-        clock: current time in seconds.
     """
 
     def __init__(
@@ -193,9 +193,8 @@ class ExactReader(_Bytes):
         index: int,
         vocabulary: BridgedVocabulary,
         n_slots: int,
-        clock: Callable[[], float],
     ) -> None:
-        super().__init__(model, index, n_slots, clock)
+        super().__init__(model, index, n_slots)
         self._vocabulary = vocabulary
         self._starts, self._ids = vocabulary.ends_of_tokens(index)
         self._end = min(vocabulary.end_ids(index), default=-1)
@@ -218,8 +217,8 @@ class ExactReader(_Bytes):
 
     def _shown(
         self, slots: Sequence[int], places: Sequence[Sequence[int]]
-    ) -> Float[Tensor, "looks vocab"]:
-        found = self._session.pieces_of(slots, places)
+    ) -> Passes[Float[Tensor, "looks vocab"]]:
+        found = yield from self._session.read_pieces(slots, places)
         shown = torch.full((len(found), self._vocabulary.size), float("-inf"))
         for line, pieces in zip(shown, found, strict=True):
             self._spread(pieces, line)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from jaxtyping import Float
 
-from multicolm.backend.base import Model, ModelOutput, Session
+from multicolm.backend.base import Model, ModelOutput
+from multicolm.backend.checked import CheckedSession
+from multicolm.backend.passes import ForwardPass, Passes
 from multicolm.decoding.reader import Reader
 from multicolm.decoding.row import Row
 from multicolm.errors import InputError, ModelError
@@ -61,7 +63,6 @@ class CharacterReader(Reader):
         index: its index in the ensemble.
         vocabulary: the characters.
         session: one of the model's, in which a row's slot is its row.
-        clock: current time in seconds.
 
     Source:
         CharED, arXiv 2407.11009, algorithm 1.
@@ -72,15 +73,13 @@ class CharacterReader(Reader):
         model: Model,
         index: int,
         vocabulary: CharacterVocabulary,
-        session: Session,
-        clock: Callable[[], float],
+        session: CheckedSession,
     ) -> None:
         self._model = model
         self._index = index
         self._vocabulary = vocabulary
         self._sorted = vocabulary.sorted(index)
         self._ends = np.array(sorted(model.tokenizer.end_ids), dtype=np.int64)
-        self._clock = clock
         self._session = session
         self._tables: dict[int, _Table] = {}
         self.usage = Usage()
@@ -108,7 +107,7 @@ class CharacterReader(Reader):
         places: Sequence[Sequence[int]],
         *,
         hidden: bool = False,
-    ) -> ModelOutput:
+    ) -> Passes[ModelOutput]:
         """What the model would write next at one place of each row: its next character.
 
         Args:
@@ -121,7 +120,7 @@ class CharacterReader(Reader):
         waiting = {row: place for row, [place] in zip(rows, places, strict=True)}
         # A row that was cut back may have to ask several times; else this is one round.
         while waiting := {r: place for r, place in waiting.items() if not self._follow(r, place)}:
-            n_passes += self._ask(list(waiting))
+            n_passes += yield from self._ask(list(waiting))
         shown = np.stack([self._shown(self._tables[row.slot]) for row in rows])
         return ModelOutput(torch.from_numpy(shown).log().float(), None, n_passes)
 
@@ -173,7 +172,7 @@ class CharacterReader(Reader):
     def _content(self, table: _Table) -> bytes:
         return b"".join(self._vocabulary.token_bytes(c) for c in table.written)
 
-    def _ask(self, rows: Sequence[Row]) -> int:
+    def _ask(self, rows: Sequence[Row]) -> Passes[int]:
         """Ask for the next token of some rows; returns the number of passes."""
         ordered = sorted(rows, key=lambda row: row.slot)
         slots = [row.slot for row in ordered]
@@ -183,10 +182,9 @@ class CharacterReader(Reader):
             keep = min(self._session.lengths[slot], len(self._tables[slot].own) - 1)
             self._session.truncate(slot, keep)
             fed.append(self._tables[slot].own[keep:])
-        start = self._clock()
-        output = self._session.feed(slots, fed, [1] * len(slots))
-        self._model.synchronize()
-        self._account(ordered, fed, self._clock() - start, output)
+        [result] = yield [ForwardPass(self._session, slots, fed, [1] * len(slots))]
+        output = result.output
+        self._account(ordered, fed, result)
         known = output.logits[:, : self._model.tokenizer.n_tokens].float().softmax(-1)
         for slot, probs in zip(slots, known.cpu().double().numpy(), strict=True):
             table = self._tables[slot]

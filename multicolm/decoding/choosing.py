@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 import torch
 
+from multicolm.decoding.decider import Decider
 from multicolm.decoding.draft import Draft
-from multicolm.decoding.settle import PolicyDesk
+from multicolm.decoding.kinds import check_answer
 
 __all__ = ["Choosing", "grouped"]
 
@@ -16,20 +17,21 @@ class Choosing:
     """Finds out which models are to be run at which positions of a draft, and notes it there.
 
     Args:
-        desk: asks the policy.
+        decider: asks the policy.
 
     Attributes:
         by_place: whether the policy may see other models at one position than at another.
     """
 
-    def __init__(self, desk: PolicyDesk) -> None:
-        self._desk = desk
-        self._names = desk.policy.names_models
-        self.by_place = self._names or desk.policy.narrows
+    def __init__(self, decider: Decider) -> None:
+        self._decider = decider
+        self._plan = decider.plan
+        self._names = decider.policy.names_models
+        self.by_place = self._names or decider.policy.narrows
 
     def always(self, draft: Draft, which: Sequence[int]) -> dict[int, list[int]]:
         """Per model that is looked at always, at which of the positions its text may use it."""
-        rows, always = draft.positions.rows, sorted(self._desk.needs.always)
+        rows, always = draft.positions.rows, sorted(self._plan.needs.always)
         for i in which:
             draft.seen[i] = tuple(k for k in always if k in rows[i].models)
         wanted = {k: [i for i in which if k in draft.seen[i]] for k in always}
@@ -43,14 +45,16 @@ class Choosing:
         Raises:
             PolicyError: if the policy does not answer with one flag per position and model.
         """
-        desk, rows = self._desk, draft.positions.rows
-        wanted: dict[int, list[int]] = {k: [] for k in sorted(desk.needs.deferred)}
+        decider, rows, n_models = self._decider, draft.positions.rows, len(self._plan.models)
+        wanted: dict[int, list[int]] = {k: [] for k in sorted(self._plan.needs.deferred)}
         for group in self.split(draft, which):
-            flags = [[True] * len(desk.models)] * len(group)
+            flags = [[True] * n_models] * len(group)
             if self._names:
-                views = desk.seen(draft, group)
-                answer = desk.policy.models_at(views)
-                desk.check(answer, views, "models_at", {torch.bool}, width=len(desk.models))
+                views = decider.seen(draft, group)
+                answer = decider.policy.models_at(views)
+                check_answer(
+                    decider.policy, answer, views, "models_at", {torch.bool}, width=n_models
+                )
                 flags = answer.tolist()
             for i, line in zip(group, flags, strict=True):
                 new = [k for k in wanted if line[k] and k in rows[i].models]

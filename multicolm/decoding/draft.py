@@ -257,6 +257,7 @@ class Draft:
             was asked about besides its likeliest: [positions, n].
         seen: per position number, the models that the policy sees there; empty if it sees all
             that were looked at.
+        forced: per position, the token of a text that is known; ``None`` where texts are written.
     """
 
     positions: Positions
@@ -268,6 +269,13 @@ class Draft:
     closed: dict[int, set[int]] = field(default_factory=dict)
     candidates: dict[int, Tensor] = field(default_factory=dict)
     seen: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    forced: Sequence[int] | None = None
+
+    def draw(self, which: Sequence[int], logits: Tensor) -> Tensor:
+        """Tokens at the positions numbered ``which``: drawn from ``logits`` there, or known."""
+        if self.forced is None:
+            return self.positions.at(which).draw(logits)
+        return torch.tensor([self.forced[i] for i in which], device=logits.device)
 
     def goes_on(self, i: int) -> tuple[int, int] | None:
         """Who goes on at position ``i`` if nobody else does, and with which token, if known."""

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from multicolm.backend.base import ModelOutput
+from multicolm.backend.passes import Passes
+from multicolm.decoding.decider import Decider
 from multicolm.decoding.draft import Draft, Positions, Shown
+from multicolm.decoding.readers import Readers
 from multicolm.decoding.row import Row
-from multicolm.decoding.settle import PolicyDesk
+from multicolm.decoding.sampling import Noise
 
 __all__ = ["Drafter"]
 
@@ -31,31 +34,22 @@ class Drafter:
     wait to be decided while others draft on.
 
     Args:
-        look: runs the base model at one place of every row.
-        desk: asks the policy.
-        positions: makes positions of rows and places.
-        fits: whether every model in use can read a row's draft and one token behind it.
-        end_ids: tokens with which the base model ends a text.
+        decider: asks the policy.
+        readers: the models; the first one drafts.
+        noise: what tokens are drawn with.
     """
 
-    def __init__(
-        self,
-        forward: Callable[[Sequence[Row], Sequence[int]], ModelOutput],
-        desk: PolicyDesk,
-        positions: Callable[[Sequence[Row], Sequence[int]], Positions],
-        fits: Callable[[Row, int], bool],
-        end_ids: frozenset[int],
-    ) -> None:
-        self._forward = forward
-        self._desk = desk
-        self._positions = positions
-        self._fits = fits
-        self._end_ids = end_ids
+    def __init__(self, decider: Decider, readers: Readers, noise: Noise) -> None:
+        self._decider = decider
+        self._readers = readers
+        self._noise = noise
+        self._hidden = "hidden" in decider.plan.needs.of(0)
+        self._end_ids = decider.plan.end_ids[0]
         self._steps: list[_Step] = []
 
-    def advance(self, rows: Sequence[Row]) -> list[Row]:
+    def advance(self, rows: Sequence[Row]) -> Passes[list[Row]]:
         """Draft one more token in every row; returns the rows whose drafts end with it."""
-        step = self._draft_one(rows)
+        step = yield from self._draft_one(rows)
         self._steps.append(_Step(step, {row: i for i, row in enumerate(rows)}))
         ended = []
         for row, token, deferring in zip(rows, step.tokens, step.deferring, strict=True):
@@ -66,28 +60,30 @@ class Drafter:
         return ended
 
     def _ends(self, row: Row, token: int, deferring: bool) -> bool:
-        policy = self._desk.policy
+        policy = self._decider.policy
         if deferring and policy.can_defer and (policy.certain or row.deferral_ends_drafts):
             return True
         n_next = row.n_drafted + 1
         n_wanted = min(row.draft_length, row.max_new_tokens - len(row.written))
-        return token in self._end_ids or n_next >= n_wanted or not self._fits(row, token)
+        return token in self._end_ids or n_next >= n_wanted or not self._readers.fits(row, token)
 
-    def _draft_one(self, rows: Sequence[Row]) -> Draft:
+    def _draft_one(self, rows: Sequence[Row]) -> Passes[Draft]:
         """One token of the base model in every row, and whether the policy defers there."""
         places = [len(row.ids) for row in rows]
-        output = self._forward(rows, places)
-        positions = self._positions(rows, places)
+        output = yield from self._readers[0].forward(
+            rows, [[p] for p in places], hidden=self._hidden
+        )
+        positions = Positions(rows, places, self._noise)
         every = range(len(rows))
         step = Draft(positions, {0: Shown.of(output, every)})
         step.tokens = positions.draw(output.logits).tolist()
         step.deferring = [True] * len(rows)
         step.scores = [None] * len(rows)
-        if self._desk.policy.can_defer:
-            views = self._desk.views(positions, every, step.shown)
-            step.deferring = self._desk.defers(views)
-            if self._desk.policy.assistants == "deferred":
-                step.scores = self._desk.scores(views)
+        if self._decider.policy.can_defer:
+            views = self._decider.views(positions, every, step.shown)
+            step.deferring = self._decider.defers(views)
+            if self._decider.policy.assistants == "deferred":
+                step.scores = self._decider.scores(views)
         return step
 
     def take(self, rows: Sequence[Row]) -> Draft:

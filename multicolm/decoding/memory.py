@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from multicolm.decoding.choosing import grouped
+from multicolm.decoding.decider import Decider
+from multicolm.decoding.decision import Decision
 from multicolm.decoding.draft import Draft, Positions
 from multicolm.decoding.row import Row
-from multicolm.decoding.settle import PolicyDesk, Verdict
 from multicolm.errors import PolicyError
 from multicolm.policy.base import NewTokens, Policy, SegmentPolicy, Segments
 
@@ -21,19 +22,19 @@ class Memory:
     """Asks a policy what it remembers of texts, and checks what it answers.
 
     Args:
-        desk: shows the policy what there is to see.
+        decider: shows the policy what there is to see.
 
     Attributes:
         updates: whether what it remembers changes with the tokens.
     """
 
-    def __init__(self, desk: PolicyDesk) -> None:
-        self._desk = desk
-        self._policy = desk.policy
-        kind = type(desk.policy)
-        self._narrows = desk.policy.narrows
+    def __init__(self, decider: Decider) -> None:
+        self._decider = decider
+        self._policy = decider.policy
+        kind = type(decider.policy)
+        self._narrows = decider.policy.narrows
         self._kept: tuple[int, torch.dtype] | None = None  # width and dtype, the same for all texts
-        self.updates = desk.policy.keeps_state and kind.update is not Policy.update
+        self.updates = decider.policy.keeps_state and kind.update is not Policy.update
 
     def begin(self, positions: Positions) -> None:
         """Ask about new texts, one position each; their prompts have been read where needed.
@@ -42,13 +43,13 @@ class Memory:
             PolicyError: if the policy breaks its contract.
         """
         if self._policy.keeps_state:
-            state = self._policy.initial_state(self._desk.text_views(positions))
+            state = self._policy.initial_state(self._decider.text_views(positions))
             self._keep(positions, state, "initial_state")
         if self._narrows:
-            flags = self._policy.text_uses(self._desk.text_views(positions))
+            flags = self._policy.text_uses(self._decider.text_views(positions))
             self._narrow(positions, flags)
 
-    def update(self, draft: Draft, verdict: Verdict) -> None:
+    def update(self, draft: Draft, decision: Decision) -> None:
         """Ask about the tokens that were decided: at most one of each row.
 
         Raises:
@@ -57,15 +58,15 @@ class Memory:
         if not self.updates:
             return
         # What is seen at a place must not depend on what is seen at others.
-        decided = sorted(verdict.tokens)
+        decided = sorted(decision.tokens)
         ran = [tuple(k for k, m in draft.shown.items() if m.knows([i])) for i in decided]
         for which in grouped(decided, ran):
-            views = self._desk.views(draft.positions, which, draft.shown)
+            views = self._decider.views(draft.positions, which, draft.shown)
             device = views.costs.device
             written = NewTokens(
-                torch.tensor([verdict.tokens[i] for i in which], device=device),
-                torch.tensor([verdict.writers[i] for i in which], device=device),
-                torch.tensor([verdict.logprobs[i] for i in which], device=device),
+                torch.tensor([decision.tokens[i] for i in which], device=device),
+                torch.tensor([decision.writers[i] for i in which], device=device),
+                torch.tensor([decision.logprobs[i] for i in which], device=device),
             )
             self._keep(draft.positions.at(which), self._policy.update(views, written), "update")
 
@@ -101,8 +102,8 @@ class Memory:
             row.state = line
 
     def _narrow(self, positions: Positions, flags: Tensor) -> None:
-        models, always = self._desk.models, self._desk.needs.always
-        uses = self._policy.uses(models)
+        plan = self._decider.plan
+        models, always, uses = plan.names, plan.needs.always, {*plan.used}
         shape = (len(positions), len(models))
         if not isinstance(flags, Tensor) or flags.dtype != torch.bool or flags.shape != shape:
             got = f"{flags.dtype} {list(flags.shape)}" if isinstance(flags, Tensor) else type(flags)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from multicolm.backend.base import Model, ModelOutput, Session
+from multicolm.backend.base import Model, ModelOutput
+from multicolm.backend.checked import CheckedSession
+from multicolm.backend.passes import ForwardPass, Passes, TokenQuery
 from multicolm.decoding.reader import Reader
 from multicolm.decoding.row import Row
 from multicolm.tokenizer.vocabulary import TokenAligner, Vocabulary
@@ -80,7 +82,6 @@ class OwnTokens(Reader):
         index: its index in the ensemble.
         vocabulary: what the ensemble writes in.
         session: one of the model's, in which a row's slot is its row.
-        clock: current time in seconds.
         scores: whether it scores the texts, for :meth:`text_nll`.
     """
 
@@ -89,15 +90,13 @@ class OwnTokens(Reader):
         model: Model,
         index: int,
         vocabulary: Vocabulary,
-        session: Session,
-        clock: Callable[[], float],
+        session: CheckedSession,
         *,
         scores: bool = False,
     ) -> None:
         self._model = model
         self._index = index
         self._vocabulary = vocabulary
-        self._clock = clock
         self._session = session
         self._straight = vocabulary.is_straight(index)
         self._aligners: dict[int, TokenAligner] = {}
@@ -130,10 +129,10 @@ class OwnTokens(Reader):
 
     def logprobs_of(
         self, rows: Sequence[Row], places: Sequence[int], ids: Sequence[Int[Tensor, "_"]]
-    ) -> list[Float[Tensor, "_"]]:
+    ) -> Passes[list[Float[Tensor, "_"]]]:
         """Log-probabilities of given own tokens at places that were just looked at, in nats."""
         lengths = [self._reach(row.slot, place) for row, place in zip(rows, places, strict=True)]
-        return self._told(rows, lengths, [line.tolist() for line in ids])
+        return (yield from self._told(rows, lengths, [line.tolist() for line in ids]))
 
     def _told(
         self,
@@ -141,12 +140,12 @@ class OwnTokens(Reader):
         lengths: Sequence[int],
         ids: Sequence[Sequence[int]],
         after: Sequence[Sequence[int]] | None = None,
-    ) -> list[Float[Tensor, "_"]]:
+    ) -> Passes[list[Float[Tensor, "_"]]]:
         """Ask a server for the log-probabilities of tokens; see :meth:`Session.logprobs_of`."""
         wanted = sorted({token for line in ids for token in line})
-        start = self._clock()
-        output = self._session.logprobs_of([row.slot for row in rows], lengths, wanted, after)
-        seconds = self._clock() - start
+        slots = [row.slot for row in rows]
+        [result] = yield [TokenQuery(self._session, slots, lengths, wanted, after)]
+        output, seconds = result.output, result.seconds
         self.usage += Usage(output.n_passes, 0, 0, seconds, output.n_calls)
         for row in dict.fromkeys(rows):
             row.usage[self._index] += Usage(1, 0, 0, seconds / len(set(rows)), output.n_calls)
@@ -154,19 +153,20 @@ class OwnTokens(Reader):
         index = [[column[token] for token in line] for line in ids]
         return [line[at] for line, at in zip(output.logits, index, strict=True)]
 
-    def prompt_mean_nll(self, row: Row) -> float:
+    def prompt_mean_nll(self, row: Row) -> Passes[float]:
         """How unlikely the model finds the row's prompt, in nats per token of the base model's."""
         own = self._aligners[row.slot].own
         n_at_once = self._n_at_once
         nats = 0.0
         for begin in range(1, len(own), n_at_once):
             part = own[: begin + n_at_once]
-            nats -= float(self._own_logprobs([row], [part], [len(part) - begin])[0].double().sum())
+            [found] = yield from self._own_logprobs([row], [part], [len(part) - begin])
+            nats -= float(found.double().sum())
         return nats / row.prompt_length
 
     def prompt_hidden(
         self, rows: Sequence[Row], pooling: Collection[Pooling]
-    ) -> dict[Pooling, Float[Tensor, "rows hidden"]]:
+    ) -> Passes[dict[Pooling, Float[Tensor, "rows hidden"]]]:
         """The model's last hidden states of the rows' prompts, pooled in the ways asked for.
 
         What it predicts after them is kept, so that the first look costs no pass.
@@ -174,12 +174,13 @@ class OwnTokens(Reader):
         order = sorted(rows, key=lambda row: row.slot)
         means: dict[int, Tensor] = {}
         if "mean" in pooling:
-            means = {row.slot: self._read_for_mean(row) for row in order}
+            for row in order:
+                means[row.slot] = yield from self._read_for_mean(row)
         else:
             for row in order:
                 last = len(self._aligners[row.slot].own) - 1
                 self._session.truncate(row.slot, min(self._session.lengths[row.slot], last))
-            self._read_prompts(order, [1] * len(order))
+            yield from self._read_prompts(order, [1] * len(order))
         found: dict[Pooling, Tensor] = {}
         for how in pooling:
             states = [
@@ -188,7 +189,7 @@ class OwnTokens(Reader):
             found[how] = torch.stack([state.float() for state in states if state is not None])
         return found
 
-    def _read_for_mean(self, row: Row) -> Float[Tensor, "hidden"]:
+    def _read_for_mean(self, row: Row) -> Passes[Float[Tensor, "hidden"]]:
         """Read a prompt in parts whose logits fit into memory, and average its hidden states."""
         n_tokens = len(self._aligners[row.slot].own)
         n_at_once = self._n_at_once
@@ -196,18 +197,18 @@ class OwnTokens(Reader):
         total: Tensor | float = 0.0
         for begin in range(0, n_tokens, n_at_once):
             part = min(n_at_once, n_tokens - begin)
-            states = self._read_prompts([row], [part], begin + part)
+            states = yield from self._read_prompts([row], [part], begin + part)
             total = total + states.float().sum(0)
         assert isinstance(total, Tensor)
         return total / n_tokens
 
     def _read_prompts(
         self, rows: Sequence[Row], n_last: Sequence[int], end: int | None = None
-    ) -> Float[Tensor, "looks hidden"]:
+    ) -> Passes[Float[Tensor, "looks hidden"]]:
         """Read prompts on, up to ``end`` tokens, and remember what is shown after the last."""
         slots = [row.slot for row in rows]
         fed = [self._aligners[slot].own[self._session.lengths[slot] : end] for slot in slots]
-        output = self._run(rows, fed, n_last, hidden=True)
+        output = yield from self._run(rows, fed, n_last, hidden=True)
         assert output.hidden is not None
         line = -1
         for slot, n in zip(slots, n_last, strict=True):
@@ -218,7 +219,7 @@ class OwnTokens(Reader):
             self._tallies[slot].pending = (n_own, output.logits[line])
         return output.hidden
 
-    def draft_nll(self, rows: Sequence[Row]) -> list[tuple[float, int]]:
+    def draft_nll(self, rows: Sequence[Row]) -> Passes[list[tuple[float, int]]]:
         """How unlikely the model finds what stands after the written tokens of some rows."""
         ends = self._vocabulary.end_ids(None)
         order = sorted(range(len(rows)), key=lambda i: rows[i].slot)
@@ -238,27 +239,27 @@ class OwnTokens(Reader):
                 n_last.append(len(tokens) - first)
         nats = dict.fromkeys(order, (0.0, 0))
         if asked:
-            logprobs = self._own_logprobs([rows[i] for i in asked], own, n_last)
+            logprobs = yield from self._own_logprobs([rows[i] for i in asked], own, n_last)
             for i, each in zip(asked, logprobs, strict=True):
                 nats[i] = (-float(each.sum()), len(each))
         return [nats[i] for i in range(len(rows))]
 
     def _own_logprobs(
         self, rows: Sequence[Row], own: Sequence[Sequence[int]], n_last: Sequence[int]
-    ) -> list[Float[Tensor, "_"]]:
+    ) -> Passes[list[Float[Tensor, "_"]]]:
         """Log-probabilities of the last own tokens of texts; ``rows`` by ascending slot.
 
         The last token of all may be ``_END``: any with which the model ends a text.
         """
         if self._model.max_top_logprobs is not None:
-            return self._told_logprobs(rows, own, n_last)
+            return (yield from self._told_logprobs(rows, own, n_last))
         slots = [row.slot for row in rows]
         fed = []
         for slot, tokens, n in zip(slots, own, n_last, strict=True):
             first = min(self._session.lengths[slot], len(tokens) - n - 1)
             self._session.truncate(slot, first)
             fed.append(tokens[first:-1])
-        output = self._run(rows, fed, n_last)
+        output = yield from self._run(rows, fed, n_last)
         # Columns of a padded head belong to no token.
         logprobs = output.logits[:, : self._model.tokenizer.n_tokens].float().log_softmax(-1)
         gold = torch.tensor([t for ids, n in zip(own, n_last, strict=True) for t in ids[-n:]])
@@ -270,7 +271,7 @@ class OwnTokens(Reader):
 
     def _told_logprobs(
         self, rows: Sequence[Row], own: Sequence[Sequence[int]], n_last: Sequence[int]
-    ) -> list[Float[Tensor, "_"]]:
+    ) -> Passes[list[Float[Tensor, "_"]]]:
         """The same, of a server that has to be asked about each token by name."""
         ends = sorted(self._model.tokenizer.end_ids)
         asked, lengths, after, gold = [], [], [], []
@@ -281,7 +282,8 @@ class OwnTokens(Reader):
                 lengths.append(held)
                 after.append(tokens[held:place])
                 gold.append(ends if tokens[place] == _END else [tokens[place]])
-        told = [line.logsumexp(-1) for line in self._told(asked, lengths, gold, after)]
+        lines = yield from self._told(asked, lengths, gold, after)
+        told = [line.logsumexp(-1) for line in lines]
         return list(torch.split(torch.stack(told), list(n_last)))
 
     def _run(
@@ -291,13 +293,12 @@ class OwnTokens(Reader):
         n_last: Sequence[int],
         *,
         hidden: bool = False,
-    ) -> ModelOutput:
+    ) -> Passes[ModelOutput]:
         """One pass of the model, in its own vocabulary; ``rows`` by ascending slot."""
-        start = self._clock()
-        output = self._session.feed([row.slot for row in rows], fed, n_last, hidden=hidden)
-        self._model.synchronize()
-        self._account(rows, fed, self._clock() - start, output)
-        return output
+        slots = [row.slot for row in rows]
+        [result] = yield [ForwardPass(self._session, slots, fed, n_last, hidden)]
+        self._account(rows, fed, result)
+        return result.output
 
     def _forget(self, slot: int) -> None:
         """What was read and shown after a place where the text has changed is void."""

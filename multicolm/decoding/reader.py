@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from multicolm.backend.base import ModelOutput
+from multicolm.backend.passes import Passes, PassResult
 from multicolm.decoding.row import Row
 from multicolm.types import Pooling, Usage
 
@@ -44,7 +45,7 @@ class Reader(ABC):
         places: Sequence[Sequence[int]],
         *,
         hidden: bool = False,
-    ) -> ModelOutput:
+    ) -> Passes[ModelOutput]:
         """What the model predicts at some places of each row.
 
         Args:
@@ -59,7 +60,7 @@ class Reader(ABC):
 
     def logprobs_of(
         self, rows: Sequence[Row], places: Sequence[int], ids: Sequence[Int[Tensor, "_"]]
-    ) -> list[Float[Tensor, "_"]]:
+    ) -> Passes[list[Float[Tensor, "_"]]]:
         """Log-probabilities of given own tokens at places that were just looked at, in nats.
 
         Asked of models in servers that do not tell of all tokens.
@@ -71,7 +72,7 @@ class Reader(ABC):
         """
         raise NotImplementedError(f"a {type(self).__name__} returns all tokens")
 
-    def prompt_mean_nll(self, row: Row) -> float:
+    def prompt_mean_nll(self, row: Row) -> Passes[float]:
         """How unlikely the model finds the row's prompt, in nats per token of the base model's.
 
         Its own first token, which nothing predicts, does not count. Asked before anything is
@@ -81,14 +82,14 @@ class Reader(ABC):
 
     def prompt_hidden(
         self, rows: Sequence[Row], pooling: Collection[Pooling]
-    ) -> dict[Pooling, Float[Tensor, "rows hidden"]]:
+    ) -> Passes[dict[Pooling, Float[Tensor, "rows hidden"]]]:
         """The model's last hidden states of the rows' prompts, pooled in the ways asked for.
 
         Asked before anything is written.
         """
         raise NotImplementedError(f"a {type(self).__name__} has no hidden states of prompts")
 
-    def draft_nll(self, rows: Sequence[Row]) -> list[tuple[float, int]]:
+    def draft_nll(self, rows: Sequence[Row]) -> Passes[list[tuple[float, int]]]:
         """How unlikely the model finds what stands after the written tokens of some rows.
 
         Returns:
@@ -127,11 +128,13 @@ class Reader(ABC):
         return dict.fromkeys(places, True)
 
     def _account(
-        self, rows: Sequence[Row], fed: Sequence[Sequence[int]], seconds: float, output: ModelOutput
+        self, rows: Sequence[Row], fed: Sequence[Sequence[int]], result: PassResult
     ) -> None:
-        """Note what was fed together, for all rows and for each."""
+        """Note what was fed together, for all rows and for each; and which of them failed."""
+        output, seconds = result.output, result.seconds
         n_read = sum(map(len, fed))
-        seconds = seconds if output.seconds is None else output.seconds
+        for number, error in result.errors.items():
+            rows[number].error = error
         self.usage += Usage(output.n_passes, n_read, 0, seconds, output.n_calls)
         calls = output.calls_of or [0] * len(rows)
         for row, new, n_calls in zip(rows, fed, calls, strict=True):

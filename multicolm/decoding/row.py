@@ -10,6 +10,7 @@ from torch import Tensor
 
 from multicolm.decoding.sampling import Likeliest, Sampling
 from multicolm.decoding.text import TextStream
+from multicolm.errors import ModelError
 from multicolm.tokenizer.incremental import IncrementalEncoder
 from multicolm.types import FinishReason, Pooling, Prompt, Usage
 
@@ -68,6 +69,7 @@ class Row:
         usage: per model, what it did.
         noise_used: whether anything random has had a part in the text.
         finish_reason: why it ended; ``None`` while it goes on.
+        error: why it cannot go on, if a model failed in this text alone.
     """
 
     number: int
@@ -96,6 +98,7 @@ class Row:
     meter: IncrementalEncoder | None = None
     noise_used: bool = False
     finish_reason: FinishReason | None = None
+    error: ModelError | None = None
 
     def __post_init__(self) -> None:
         self.lengths = [len(ids) for ids in self.prompt_ids]

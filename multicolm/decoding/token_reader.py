@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from multicolm.backend.base import ModelOutput
+from multicolm.backend.passes import Passes
 from multicolm.decoding.own_tokens import Last, OwnTokens
 from multicolm.decoding.row import Row
 
@@ -74,7 +75,7 @@ class TokenReader(OwnTokens):
         places: Sequence[Sequence[int]],
         *,
         hidden: bool = False,
-    ) -> ModelOutput:
+    ) -> Passes[ModelOutput]:
         """What the model predicts at some places of each row.
 
         Args:
@@ -97,7 +98,9 @@ class TokenReader(OwnTokens):
             if known is not None and reach == [known.n_own] and known.shows(hidden):
                 remembered[i] = known
                 continue
-            first = self._first_to_score(rows[i], reach[0]) if self._scores else reach[0]
+            first = reach[0]
+            if self._scores:
+                first = yield from self._first_to_score(rows[i], first)
             # The prediction at the end of a text that was cut has to be made once more.
             if self._session.lengths[slot] >= first:
                 self._session.truncate(slot, first - 1)
@@ -108,7 +111,8 @@ class TokenReader(OwnTokens):
         asked = [i for i in order if i not in remembered]
         output = None
         if asked:
-            output = self._feed([rows[i] for i in asked], slots, fed, reached, firsts, hidden)
+            some = [rows[i] for i in asked]
+            output = yield from self._feed(some, slots, fed, reached, firsts, hidden)
         return _arrange(output, len(rows), asked, reached, remembered)
 
     def _feed(
@@ -119,15 +123,15 @@ class TokenReader(OwnTokens):
         reached: Sequence[Sequence[int]],
         firsts: Sequence[int],
         hidden: bool,
-    ) -> ModelOutput:
+    ) -> Passes[ModelOutput]:
         """Run the model, and remember what it shows at the last place of each row."""
         n_last = [r[-1] - first + 1 for r, first in zip(reached, firsts, strict=True)]
-        output = self._run(rows, fed, n_last, hidden=hidden)
+        output = yield from self._run(rows, fed, n_last, hidden=hidden)
         if self._scores:
             for row, first, logits in zip(
                 rows, firsts, torch.split(output.logits, n_last), strict=True
             ):
-                self._tally(row, first, logits)
+                yield from self._tally(row, first, logits)
             n_early = [reach[0] - first for reach, first in zip(reached, firsts, strict=True)]
             output = _without_early(output, n_last, n_early)
             n_last = [n - early for n, early in zip(n_last, n_early, strict=True)]
@@ -149,24 +153,27 @@ class TokenReader(OwnTokens):
         reach = self._aligners[row.slot].reach(place)
         return math.nan if reach is None else tally.nats[reach - tally.n_prompt]
 
-    def _first_to_score(self, row: Row, reach: int) -> int:
+    def _first_to_score(self, row: Row, reach: int) -> Passes[int]:
         """After how many own tokens the model has to be looked at first, to score the text.
 
         A long text that it has not read yet is scored in parts whose logits fit into memory.
         """
         tally = self._tallies[row.slot]
         if tally.pending is not None and tally.pending[0] == tally.end < reach:
-            self._tally(row, tally.end, tally.pending[1][None])
+            yield from self._tally(row, tally.end, tally.pending[1][None])
         n_at_once = self._n_at_once
         own = self._aligners[row.slot].own
         while reach - tally.end > n_at_once:
             first, end = tally.end, tally.end + n_at_once
             self._session.truncate(row.slot, min(self._session.lengths[row.slot], first - 1))
             fed = own[self._session.lengths[row.slot] : end - 1]
-            self._tally(row, first, self._run([row], [fed], [n_at_once]).logits)
+            output = yield from self._run([row], [fed], [n_at_once])
+            yield from self._tally(row, first, output.logits)
         return min(reach, tally.end)
 
-    def _tally(self, row: Row, first: int, logits: Float[Tensor, "looks own_vocab"]) -> None:
+    def _tally(
+        self, row: Row, first: int, logits: Float[Tensor, "looks own_vocab"]
+    ) -> Passes[None]:
         """Score own tokens of a text with what is shown after ``first`` of them and on."""
         own, tally = self._aligners[row.slot].own, self._tallies[row.slot]
         tally.pending = (first + len(logits) - 1, logits[-1])
@@ -179,7 +186,8 @@ class TokenReader(OwnTokens):
         chosen = logprobs.gather(-1, torch.tensor(gold, device=shown.device)[:, None])[:, 0].cpu()
         for i, (token, value) in enumerate(zip(gold, chosen.tolist(), strict=True)):
             if partial and not math.isfinite(value):
-                value = float(self._told([row], [first + i], [[token]])[0])
+                [told] = yield from self._told([row], [first + i], [[token]])
+                value = float(told)
             tally.add(first + i, value)
 
 

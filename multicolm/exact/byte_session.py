@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from multicolm.backend.base import Model
 from multicolm.backend.checked import open_session
+from multicolm.backend.passes import ForwardPass, Passes, run_alone
 from multicolm.errors import CapabilityError, InputError, ModelError
 from multicolm.exact.lattice import Frontier, Node, SortedBytes, TokenLattice, log_sum
 from multicolm.exact.paths import canonical
@@ -83,6 +84,8 @@ class _Lanes:
         self.n_forwards = 0
         self.n_calls = 0
         self.n_read = 0
+        self.seconds = 0.0
+        self.errors: dict[int, ModelError] = {}  # per row
         # Of these nodes only sums over some ranges are wanted: long texts have many.
         self.asked: dict[Node, set[tuple[int, int]]] = {}
         self._model = model
@@ -101,7 +104,7 @@ class _Lanes:
     def _of(self, row: int) -> range:
         return range(row * self._n_lanes, (row + 1) * self._n_lanes)
 
-    def learn(self, prompts: dict[int, list[int]], wanted: dict[int, list[Node]]) -> None:
+    def learn(self, prompts: dict[int, list[int]], wanted: dict[int, list[Node]]) -> Passes[None]:
         """Read the paths of wanted nodes, per row, and tell the nodes what is predicted."""
         jobs = [job for row, nodes in wanted.items() for job in _jobs(row, prompts[row], nodes)]
         while jobs:
@@ -114,14 +117,14 @@ class _Lanes:
                     later.append(job)
                 else:
                     now[lane] = job
-            self._feed(now)
+            yield from self._feed(now)
             jobs = later
 
     def _lane(self, job: _Job, taken: dict[int, _Job]) -> int | None:
         free = [lane for lane in self._of(job.row) if lane not in taken]
         return max(free, key=lambda lane: _n_common(self._held[lane], job.ids), default=None)
 
-    def _feed(self, jobs: dict[int, _Job]) -> None:
+    def _feed(self, jobs: dict[int, _Job]) -> Passes[None]:
         self._check_length(max(len(job.ids) for job in jobs.values()))
         lanes = sorted(jobs)
         new: list[list[int]] = []
@@ -135,7 +138,10 @@ class _Lanes:
             new.append(job.ids[keep:])
             n_last.append(len(job.ids) - first)
             self._held[lane] = list(job.ids)
-        output = self._session.feed(lanes, new, n_last)
+        [result] = yield [ForwardPass(self._session, lanes, new, n_last)]
+        output = result.output
+        self.errors |= {lanes[n] // self._n_lanes: e for n, e in result.errors.items()}
+        self.seconds += result.seconds
         self.n_forwards += output.n_passes
         self.n_calls += output.n_calls
         self.n_read += sum(map(len, new))
@@ -253,6 +259,16 @@ class ByteSession:
         """Tokens read so far."""
         return self._lanes.n_read
 
+    @property
+    def seconds(self) -> float:
+        """What the forward passes took so far."""
+        return self._lanes.seconds
+
+    @property
+    def errors(self) -> Mapping[int, ModelError]:
+        """Per row for which the model predicted what is no distribution, the reason."""
+        return self._lanes.errors
+
     def begin(self, row: int, prompt_ids: Sequence[int], given: Sequence[int] = ()) -> None:
         """Begin a new text.
 
@@ -275,6 +291,7 @@ class ByteSession:
             list(prompt_ids), TokenLattice(self._lanes.paths, self._lanes.table, slots)
         )
         self._lanes.clear(row)
+        self._lanes.errors.pop(row, None)
 
     def feed(self, rows: Sequence[int], contents: Sequence[bytes]) -> None:
         """Append bytes to texts; the model is asked when its predictions are."""
@@ -306,17 +323,16 @@ class ByteSession:
             raise InputError(f"row {row} of the byte session has no text yet; begin one.")
         return at
 
-    def _learn(self, asked: Sequence[tuple[int, Frontier]], predict: bool) -> None:
+    def _learn(self, asked: Sequence[tuple[int, Frontier]], predict: bool) -> Passes[None]:
         """Learn what is needed of some places; what is pruned may turn out to count."""
         of_row: dict[int, list[Frontier]] = {}
         for row, frontier in asked:
             of_row.setdefault(row, []).append(frontier)
         if len(asked) > len(of_row):
             # Many places of a text at once: first along its likeliest path, all in one go.
-            self._read(
-                {row: self._row(row).cover.trunk(f, predict=predict) for row, f in of_row.items()}
-            )
-        while self._read({row: self._wanted(row, f, predict) for row, f in of_row.items()}):
+            trunks = {r: self._row(r).cover.trunk(f, predict=predict) for r, f in of_row.items()}
+            yield from self._read(trunks)
+        while (yield from self._read({r: self._wanted(r, f, predict) for r, f in of_row.items()})):
             pass
         for row, frontier in asked if predict else ():
             if self._row(row).cover.log_mass(frontier) == -math.inf:
@@ -330,11 +346,11 @@ class ByteSession:
         found = (cover.wanted(f, predict=predict, prune=self._prune) for f in frontiers)
         return list(dict.fromkeys(itertools.chain.from_iterable(found)))
 
-    def _read(self, wanted: dict[int, list[Node]]) -> bool:
+    def _read(self, wanted: dict[int, list[Node]]) -> Passes[bool]:
         """Read some paths; returns whether there were any."""
         wanted = {row: nodes for row, nodes in wanted.items() if nodes}
         if wanted:
-            self._lanes.learn({row: self._row(row).prompt for row in wanted}, wanted)
+            yield from self._lanes.learn({row: self._row(row).prompt for row in wanted}, wanted)
         return bool(wanted)
 
     def _tidy(self, rows: Iterable[int]) -> None:
@@ -343,14 +359,14 @@ class ByteSession:
 
     def _asked_at(
         self, rows: Sequence[int], places: Sequence[Sequence[int]] | None
-    ) -> list[tuple[int, Frontier]]:
+    ) -> Passes[list[tuple[int, Frontier]]]:
         """The branches at some places of texts, learned."""
         if places is None:
             asked = [(row, self._frontier(row)) for row in rows]
         else:
             pairs = zip(rows, places, strict=True)
             asked = [(row, self._frontier(row, place)) for row, each in pairs for place in each]
-        self._learn(asked, predict=True)
+        yield from self._learn(asked, predict=True)
         return asked
 
     def next_byte_logprobs(
@@ -370,7 +386,13 @@ class ByteSession:
             InputError: if the model cannot write one of the texts.
             ModelError: if it puts all of its probability on what may not follow.
         """
-        asked = self._asked_at(rows, places)
+        return run_alone(self.read_next_bytes(rows, places))
+
+    def read_next_bytes(
+        self, rows: Sequence[int], places: Sequence[Sequence[int]] | None = None
+    ) -> Passes[Float[Tensor, "looks 257"]]:
+        """:meth:`next_byte_logprobs` as a computation that wants passes."""
+        asked = yield from self._asked_at(rows, places)
         outcomes = [self._row(row).cover.outcomes(frontier) for row, frontier in asked]
         self._tidy(rows)
         return torch.from_numpy(np.stack(outcomes)).log()
@@ -378,7 +400,7 @@ class ByteSession:
     def logprob(self, row: int) -> float:
         """Natural log of M(text so far): that the model's text begins with these bytes."""
         frontier = self._frontier(row)
-        self._learn([(row, frontier)], predict=False)
+        run_alone(self._learn([(row, frontier)], predict=False))
         self._tidy([row])
         return self._row(row).cover.log_mass(frontier)
 
@@ -394,7 +416,13 @@ class ByteSession:
         Raises:
             InputError: if the model cannot write one of the texts.
         """
-        asked = self._asked_at(rows, places)
+        return run_alone(self.read_pieces(rows, places))
+
+    def read_pieces(
+        self, rows: Sequence[int], places: Sequence[Sequence[int]] | None = None
+    ) -> Passes[list[Pieces]]:
+        """:meth:`pieces_of` as a computation that wants passes."""
+        asked = yield from self._asked_at(rows, places)
         pieces = [self._pieces(row, frontier) for row, frontier in asked]
         self._tidy(rows)
         return pieces
@@ -426,12 +454,12 @@ class ByteSession:
 
         The mean of 1 - Z over the branches by their part of the text's mass.
         """
-        self._asked_at([row], None)
+        run_alone(self._asked_at([row], None))
         return sum(w * b.node.left_out for b, w in self._row(row).cover.weights())
 
     def mean_left_out(self, row: int) -> float:
         """The mean of 1 - Z per token, along the most likely path so far."""
-        self._asked_at([row], None)
+        run_alone(self._asked_at([row], None))
         branch, _ = max(self._row(row).cover.weights(), key=lambda pair: pair[1])
         n_given = self._row(row).cover.root.n_tokens
         shares = [node.left_out for node in branch.node.chain()[n_given:]]
@@ -490,7 +518,7 @@ def span_logprobs(
                 asked[node.parent].add((node.slot, node.slot + 1))
                 node = node.parent
     reader.asked = asked
-    reader.learn({0: list(prompt_ids)}, {0: wanted})
+    run_alone(reader.learn({0: list(prompt_ids)}, {0: wanted}))
     masses = [cover.log_mass(frontier) for frontier in frontiers]
     if end:
         masses.append(log_sum([b.log_end for b in frontiers[-1]]))

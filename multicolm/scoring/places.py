@@ -3,48 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
-from multicolm.decoding.draft import Positions
 from multicolm.decoding.row import Row, Written
 from multicolm.decoding.sampling import Noise
 
-__all__ = ["Places", "ToldPositions"]
-
-
-@dataclass(frozen=True)
-class ToldPositions(Positions):
-    """Places of a text that is known: whatever is drawn there is its token.
-
-    Attributes:
-        gold: per position, that token.
-        numbers: per position, what it is numbered in ``likeliest``.
-        likeliest: at which something was drawn, the most likely token.
-    """
-
-    gold: Sequence[int] = ()
-    numbers: Sequence[int] = ()
-    likeliest: dict[int, int] = field(default_factory=dict)
-
-    def draw(self, logits: Float[Tensor, "positions vocab"]) -> Int[Tensor, "positions"]:
-        """The tokens that stand there."""
-        self.likeliest.update(zip(self.numbers, logits.argmax(-1).tolist(), strict=True))
-        return torch.tensor(self.gold, device=logits.device)
-
-    def at(self, which: Sequence[int]) -> ToldPositions:
-        """Some of these positions."""
-        return ToldPositions(
-            [self.rows[i] for i in which],
-            [self.places[i] for i in which],
-            self.noise,
-            [self.gold[i] for i in which],
-            [self.numbers[i] for i in which],
-            self.likeliest,
-        )
+__all__ = ["Places"]
 
 
 class Places:

@@ -14,12 +14,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from types import TracebackType
 from typing import Literal, TypeAlias
 
+from multicolm.backend.passes import Passes
 from multicolm.config import GenerationConfig
 from multicolm.decoding.row import Row
+from multicolm.decoding.runner import Runner
 from multicolm.decoding.threads import torch_threads
 from multicolm.ensemble import Ensemble
 from multicolm.errors import (
@@ -33,7 +34,6 @@ from multicolm.errors import (
 from multicolm.live import Live
 from multicolm.numbers import check_whole
 from multicolm.serving.catalog import Choice
-from multicolm.serving.passes import SharedSlots
 from multicolm.types import MIXTURE, Answer, Piece, Prompt, TracedToken, Usage
 
 __all__ = [
@@ -144,8 +144,8 @@ class PolicyWorker:
     @property
     def has_caches(self) -> bool:
         """Whether it has caches of its own; most policies share those of all."""
-        router = self.live.router
-        return router.has_own_sessions and bool(self.active or router.readers)
+        loop = self.live.loop
+        return loop.has_own_sessions and bool(self.active or loop.readers.opened)
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,7 +227,7 @@ class Engine:
         self._outcomes: dict[Outcome, int] = dict.fromkeys(("finished", "cancelled", "failed"), 0)
         self._durations: deque[float] = deque(maxlen=_PAST)
         # What follows is the working thread's own.
-        self._slots = SharedSlots(ensemble.backends, max_concurrent)
+        self._runner = Runner(ensemble.backends, max_concurrent, clock)
         self._queue: dict[int, Handle] = {}
         self._n_active = 0
         self._n_broken_off = 0
@@ -350,7 +350,7 @@ class Engine:
                 while self._listen():
                     self._admit()
                     at_work = [worker for worker in self._workers.values() if worker.active]
-                    self._slots.run([partial(self._round, worker) for worker in at_work])
+                    self._runner.run([self._round(worker) for worker in at_work])
         except BaseException:
             _LOG.exception("the engine has stopped")
             raise
@@ -398,7 +398,7 @@ class Engine:
         """Where a policy works; those that nobody has used for longest are closed."""
         worker = self._workers.get(choice.key)
         if worker is None:
-            worker = PolicyWorker(choice, self._open(choice))
+            worker = PolicyWorker(choice, self.ensemble.live(choice.policy, runner=self._runner))
         idle = [w for w in self._workers.values() if w.is_idle and w is not worker]
         with self._news:
             # The last one in a dict is the one that was used last.
@@ -407,9 +407,6 @@ class Engine:
             for old in idle[: max(0, len(self._workers) - _KEPT)]:
                 self._retire(old)
         return worker
-
-    def _open(self, choice: Choice) -> Live:
-        return self.ensemble.live(choice.policy, slots=self._slots)
 
     def _retire(self, worker: PolicyWorker) -> None:
         """Let go of a policy and its caches, but not of what was counted; under the lock."""
@@ -433,7 +430,7 @@ class Engine:
 
     def _has_room(self, worker: PolicyWorker) -> bool:
         """Whether a policy can begin to work; those that have caches and no texts give them up."""
-        if not worker.live.router.has_own_sessions:
+        if not worker.live.loop.has_own_sessions:
             return True
         others = [w for w in self._workers.values() if w is not worker and w.has_caches]
         idle = [w for w in others if w.is_idle][: max(0, len(others) + 1 - _KEPT)]
@@ -442,24 +439,27 @@ class Engine:
                 self._retire(old)
         return len(others) - len(idle) < _KEPT or not self._n_active
 
-    def _round(self, worker: PolicyWorker) -> None:
+    def _round(self, worker: PolicyWorker) -> Passes[None]:
         """One round of a policy's loop, and the news of it."""
         try:
-            pieces = worker.live.step()
+            pieces = yield from worker.live.loop.step()
+            for row, error in worker.live.failed():  # and no other text
+                self._fail(self._taken_out(worker, row.number), error)
             answers = {row.number: worker.live.answer(row) for row in worker.live.finished()}
-            new: dict[int, list[Piece]] = {}
-            for piece in pieces:
-                new.setdefault(piece.row, []).append(piece)
             for number, handle in worker.active.items():
-                self._tell_growth(worker.live, handle, new.get(number, ()))
+                new = [piece for piece in pieces if piece.row == number]
+                self._tell_growth(worker.live, handle, new)
         except Exception as error:
             self._start_over(worker, error)
             return
         for number, answer in answers.items():
-            handle = worker.active.pop(number)
-            self._n_active -= 1
+            handle = self._taken_out(worker, number)
             self._end(handle, "finished", answer.trace.tokens)
             self._tell(handle, Ended(answer))
+
+    def _taken_out(self, worker: PolicyWorker, number: int) -> Handle:
+        self._n_active -= 1
+        return worker.active.pop(number)
 
     def _tell_growth(self, live: Live, handle: Handle, pieces: Sequence[Piece]) -> None:
         row = handle.row
@@ -489,7 +489,7 @@ class Engine:
         if not worker.waiting:
             return
         try:
-            worker.live = self._open(worker.choice)
+            worker.live = self.ensemble.live(worker.choice.policy, runner=self._runner)
         except Exception as again:
             for number, handle in worker.waiting.items():
                 del self._queue[number]

@@ -85,8 +85,8 @@ def check(ensemble: Ensemble, policy: Any, prompts: list[str], seed: int, n_slot
         [alone] = ensemble.generate([prompt], policy, seed=number, **settings)
         assert shown(answer) == shown(alone), (prompt, settings)
         assert crowd.text.get(number, "") == answer.text
-    assert live.router._slots.free == list(range(n_slots))
-    assert live.router._active == [] and not live.router._undecided
+    assert live.loop._slots.free == list(range(n_slots))
+    assert live.loop._active == [] and not getattr(live.loop, "_drafted", [])
 
 
 @pytest.mark.parametrize("kind", READY)
@@ -164,7 +164,7 @@ def test_its_caches_are_free_as_soon_as_nobody_holds_it(mixed: Ensemble, policy:
         live.add(live.row("a", 0, GenerationConfig(max_new_tokens=3), seed=0))
         while live.busy:
             live.step()
-        held = [weakref.ref(reader) for reader in live.router.readers.values()]
+        held = [weakref.ref(reader) for reader in live.loop.readers.opened.values()]
         assert held and all(ref() is not None for ref in held)
         del live
         assert [ref() for ref in held] == [None] * len(held)
@@ -183,7 +183,7 @@ def test_nor_do_keys_and_values_wait_for_the_garbage_collector(cached: Ensemble)
             live.step()
         held = [
             weakref.ref(layer.keys)
-            for reader in live.router.readers.values()
+            for reader in live.loop.readers.opened.values()
             for layer in reader._session.inner._cache.layers
         ]
         assert held and all(ref() is not None for ref in held)

@@ -92,9 +92,9 @@ def test_proposals_end_where_a_word_does_and_a_token_of_every_model(
     own = mixed()
     n_inner, propose = 0, SegmentWriter._propose
 
-    def watch(writer: SegmentWriter, k: int, rows: Sequence[Row]) -> list[Any]:
+    def watch(writer: SegmentWriter, k: int, rows: Sequence[Row]) -> Any:
         nonlocal n_inner
-        proposals = propose(writer, k, rows)
+        proposals = yield from propose(writer, k, rows)
         for row, proposal in zip(rows, proposals, strict=True):
             content = [writer._vocabulary.token_bytes(token) for token in proposal.tokens]
             if not all(content) or row.n_tokens + len(content) >= row.max_new_tokens:

@@ -162,7 +162,8 @@ def test_policies_that_need_caches_of_their_own_do_not_multiply_them() -> None:
     most = 0
 
     def with_caches() -> int:
-        return sum(bool(s.active or s.live.router.readers) for s in desk.engine._workers.values())
+        workers = desk.engine._workers.values()
+        return sum(bool(w.active or w.live.loop.readers.opened) for w in workers)
 
     with desk.engine:
         desk.gate.open.set()
@@ -210,7 +211,7 @@ def test_whoever_keeps_an_error_keeps_no_caches_with_it(
     gc.disable()
     try:
         assert isinstance(desk.end(desk.ask(policy="average")), Ended)
-        held = [weakref.ref(session) for session in desk.engine._slots._sessions.values()]
+        held = [weakref.ref(session.inner) for session in desk.engine._runner._sessions.values()]
         desk.gate.errors.append(RuntimeError("out of memory"))
         failed = desk.end(desk.ask(policy="average"))
         assert isinstance(failed, Failed)
@@ -272,7 +273,7 @@ def test_a_text_that_cannot_be_begun_keeps_no_place(
         assert isinstance(failed, Failed) and str(failed.error) == "no room"
     assert all(isinstance(desk.end(handle), Ended) for handle in [desk.ask() for _ in range(3)])
     until(lambda: desk.engine.stats().active == 0)
-    assert desk.engine._slots.free == [0, 1]
+    assert desk.engine._runner.slots.free == [0, 1]
 
 
 def test_a_listener_that_breaks_costs_nobody_anything(desk: Desk) -> None:

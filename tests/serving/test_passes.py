@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import gc
+import math
 import random
 import weakref
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
+from itertools import accumulate
 from typing import Any, ClassVar
 
 import pytest
@@ -25,11 +28,12 @@ from live_worlds import (
 
 from multicolm import Answer, Ensemble, SelectPolicy, Views
 from multicolm.backend.base import ModelOutput, Session
+from multicolm.backend.passes import Passes, TokenQuery
 from multicolm.backend.table import TableModel
 from multicolm.config import GenerationConfig
 from multicolm.decoding.row import Row
+from multicolm.decoding.runner import Runner
 from multicolm.live import Live
-from multicolm.serving.passes import SharedSlots
 
 
 class OncePerText(SelectPolicy):
@@ -62,8 +66,8 @@ class ByState(SelectPolicy):
 TOP_1 = {"kind": "btm", "params": {"top_k": 1}}
 
 
-def together(slots: SharedSlots, lives: Sequence[Live]) -> None:
-    slots.run([live.step for live in lives if live.busy])
+def together(runner: Runner, lives: Sequence[Live]) -> None:
+    runner.run([live.loop.step() for live in lives if live.busy])
 
 
 @pytest.mark.parametrize(
@@ -87,8 +91,8 @@ def test_texts_of_other_policies_change_nothing(
 ) -> None:
     models = world().backends
     ensemble = Ensemble(models, generation=GenerationConfig(schedule=schedule, block_size=4))
-    slots = SharedSlots(ensemble.backends, 4)
-    lives = [ensemble.live(policy, slots=slots) for policy in policies]
+    runner = Runner(ensemble.backends, 4)
+    lives = [ensemble.live(policy, runner=runner) for policy in policies]
     chance = random.Random(len(prompts))
     coming: list[tuple[int, Row]] = []
     asked = []
@@ -106,7 +110,7 @@ def test_texts_of_other_policies_change_nothing(
                 k, row = coming.pop(0)
                 lives[k].add(row)
                 under_way.append((k, row))
-        together(slots, lives)
+        together(runner, lives)
         for live in lives:
             done |= {row.number: live.answer(row) for row in live.finished()}
         under_way = [(k, row) for k, row in under_way if row.number not in done]
@@ -119,7 +123,7 @@ def test_texts_of_other_policies_change_nothing(
         policy, prompt, settings = asked[number]
         [alone] = ensemble.generate([prompt], policy, seed=number, **settings)
         assert shown(answer) == shown(alone), (policy, prompt, settings)
-    assert slots.free == list(range(4))
+    assert runner.slots.free == list(range(4))
 
 
 class Counted(Session):
@@ -163,10 +167,10 @@ class Counting:
             [Model(name, ("a", "b", "c", "."), even, ends=["."]) for name in ("base", "other")],
             generation=GenerationConfig(schedule="stepwise"),
         )
-        self.slots = SharedSlots(self.ensemble.backends, 6)
+        self.runner = Runner(self.ensemble.backends, 6)
 
     def lives(self, policies: Sequence[str], n_tokens: int = 5) -> list[Live]:
-        lives = [self.ensemble.live(policy, slots=self.slots) for policy in policies]
+        lives = [self.ensemble.live(policy, runner=self.runner) for policy in policies]
         wanted = GenerationConfig(max_new_tokens=n_tokens)
         for number, live in enumerate(lives):
             for row in range(2):
@@ -178,7 +182,7 @@ def test_a_model_is_run_once_for_all_policies_that_want_it() -> None:
     world = Counting()
     lives = world.lives(["average", "max-confidence", "cosd-rule"])
     while any(live.busy for live in lives):
-        together(world.slots, lives)
+        together(world.runner, lives)
     # Five tokens in six texts: five passes of each model, over all of them.
     assert Counter(world.fed) == {("base", 6): 5, ("other", 6): 5}
     assert len(world.sessions) == 2
@@ -188,7 +192,7 @@ def test_passes_are_counted_once_for_all_and_once_for_each_text() -> None:
     world = Counting()
     lives = world.lives(["average", "max-confidence"])
     while any(live.busy for live in lives):
-        together(world.slots, lives)
+        together(world.runner, lives)
     for name in world.ensemble.models:
         total = sum((live.usage[name] for live in lives[1:]), lives[0].usage[name])
         assert total.forwards == len([fed for fed in world.fed if fed[0] == name]) == 5
@@ -204,37 +208,36 @@ def test_a_model_that_breaks_costs_those_who_wanted_it_and_is_opened_anew() -> N
     world = Counting()
     failed: list[str] = []
 
-    def round_(name: str, live: Live) -> None:
+    def round_(name: str, live: Live) -> Passes[None]:
         try:
-            live.step()
+            yield from live.loop.step()
         except RuntimeError as error:
             failed.append(f"{name}: {error}")
 
     names = ["average", "max-confidence", "single"]
     lives = world.lives(names)  # the last one never looks at the other model
-    rounds = [partial(round_, name, live) for name, live in zip(names, lives, strict=True)]
-    world.slots.run(rounds)
+    world.runner.run([round_(*each) for each in zip(names, lives, strict=True)])
     assert failed == [] and len(world.sessions) == 2
     world.sessions[1].broken = True
-    world.slots.run(rounds)
+    world.runner.run([round_(*each) for each in zip(names, lives, strict=True)])
     assert failed == ["average: out of memory", "max-confidence: out of memory"]
-    again = world.ensemble.live("average", slots=world.slots)
+    again = world.ensemble.live("average", runner=world.runner)
     again.add(again.row("a", 9, GenerationConfig(max_new_tokens=3), seed=0))
     while again.busy:
-        world.slots.run([again.step, lives[2].step])
+        world.runner.run([again.loop.step(), lives[2].loop.step()])
     assert len(again.finished()) == 1 and len(world.sessions) == 3
 
 
 def test_a_model_that_breaks_under_one_policy_is_opened_anew() -> None:
     world = Counting()
     [live] = world.lives(["average"])
-    world.slots.run([live.step])
+    world.runner.run([live.loop.step()])
     world.sessions[1].broken = True
     with pytest.raises(RuntimeError, match="out of memory"):
-        world.slots.run([live.step])
+        world.runner.run([live.loop.step()])
     [again] = world.lives(["average"])
     while again.busy:
-        world.slots.run([again.step])
+        world.runner.run([again.loop.step()])
     assert len(again.finished()) == 2 and len(world.sessions) == 3
 
 
@@ -244,18 +247,18 @@ def test_what_a_broken_model_held_is_free_at_once(policies: list[str]) -> None:
     lives = world.lives(policies)
     failed: list[Exception] = []
 
-    def round_(live: Live) -> None:
+    def round_(live: Live) -> Passes[None]:
         try:
-            live.step()
+            yield from live.loop.step()
         except RuntimeError as error:
             failed.append(error)
 
-    world.slots.run([partial(round_, live) for live in lives])
+    world.runner.run([round_(live) for live in lives])
     world.sessions[1].broken = True
-    held = [weakref.ref(world.sessions[1]), *(weakref.ref(live.router) for live in lives)]
+    held = [weakref.ref(world.sessions[1]), *(weakref.ref(live.loop) for live in lives)]
     gc.disable()
     try:
-        world.slots.run([partial(round_, live) for live in lives])
+        world.runner.run([round_(live) for live in lives])
         assert len(failed) == len(policies)
         for several in (failed, lives, world.sessions):
             several.clear()
@@ -264,32 +267,33 @@ def test_what_a_broken_model_held_is_free_at_once(policies: list[str]) -> None:
         gc.enable()
 
 
-class Breaking(SharedSlots):
-    """Places whose models fail now and then, once in the middle of a pass."""
+class Breaking:
+    """Models fail now and then, once in the middle of a pass."""
 
-    chance: random.Random
-    n_failed = 0
+    def __init__(self, models: Sequence[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+        self.chance = random.Random(5)
+        self.n_failed = 0
+        for model in models:
+            monkeypatch.setattr(model, "open", partial(self._opened, model.open))
 
-    def session(self, k: int) -> Session:
-        session = super().session(k)
-        if not hasattr(session, "whole"):
-            self._break(session)
-        return session
-
-    def _break(self, session: Any) -> None:
-        session.whole = session.feed
+    def _opened(self, open_: Any, n_rows: int) -> Any:
+        session = open_(n_rows)
+        if n_rows != 4:  # of a policy that has its own, or of the text alone
+            return session
+        whole = session.feed
 
         def feed(rows: Any, tokens: Any, n_last: Any, *, hidden: bool = False) -> ModelOutput:
             if self.chance.random() < 0.03:
                 # A part has been read, and something else stands in the cache.
                 wrong = [[token + 1 if token else 0 for token in line] for line in tokens]
-                session.whole(rows, wrong, n_last, hidden=hidden)
+                whole(rows, wrong, n_last, hidden=hidden)
                 self.n_failed += 1
                 raise RuntimeError("out of memory")
-            output: ModelOutput = session.whole(rows, tokens, n_last, hidden=hidden)
+            output: ModelOutput = whole(rows, tokens, n_last, hidden=hidden)
             return output
 
         session.feed = feed
+        return session
 
 
 @pytest.mark.parametrize(
@@ -298,26 +302,26 @@ class Breaking(SharedSlots):
     ids=["tables", "mixed", "cached"],
 )
 def test_texts_that_a_broken_model_was_not_writing_are_what_they_are_without_it(
-    world: Any, prompts: list[str]
+    world: Any, prompts: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ensemble = Ensemble(world().backends, generation=GenerationConfig(schedule="stepwise"))
-    slots = Breaking(ensemble.backends, 4)
-    slots.chance = random.Random(5)
+    breaking = Breaking(ensemble.backends, monkeypatch)
+    runner = Runner(ensemble.backends, 4)
     policies = ["confidence", "cool-fusion", "max-confidence", "single", "nudging"]
-    lives = {policy: ensemble.live(policy, slots=slots) for policy in policies}
+    lives = {policy: ensemble.live(policy, runner=runner) for policy in policies}
     rows: dict[str, list[Row]] = {policy: [] for policy in policies}
     lost = done = 0
 
-    def round_(policy: str) -> None:
+    def round_(policy: str) -> Passes[None]:
         nonlocal lost
         try:
-            lives[policy].step()
+            yield from lives[policy].loop.step()
         except RuntimeError:
             for row in rows[policy]:
                 lives[policy].cancel(row)
             lost += len(rows[policy])
             rows[policy].clear()
-            lives[policy] = ensemble.live(policy, slots=slots)
+            lives[policy] = ensemble.live(policy, runner=runner)
 
     for number in range(60):
         policy = policies[number % len(policies)]
@@ -327,7 +331,7 @@ def test_texts_that_a_broken_model_was_not_writing_are_what_they_are_without_it(
         lives[policy].add(row)
         rows[policy].append(row)
         for _ in range(4):
-            slots.run([partial(round_, each) for each in policies if lives[each].busy])
+            runner.run([round_(each) for each in policies if lives[each].busy])
             for each in policies:
                 for row in lives[each].finished():
                     rows[each].remove(row)
@@ -341,11 +345,11 @@ def test_texts_that_a_broken_model_was_not_writing_are_what_they_are_without_it(
                     )
                     assert shown(answer) == shown(alone), each
                     done += 1
-    assert slots.n_failed > 5 and lost > 5 and done > 10, (slots.n_failed, lost, done)
+    assert breaking.n_failed > 5 and lost > 5 and done > 10, (breaking.n_failed, lost, done)
     for each in policies:
         for row in rows[each]:
             lives[each].cancel(row)
-    assert slots.free == list(range(4))
+    assert runner.slots.free == list(range(4))
 
 
 def test_a_model_that_is_shared_is_asked_about_named_tokens_too() -> None:
@@ -359,5 +363,65 @@ def test_a_model_that_is_shared_is_asked_about_named_tokens_too() -> None:
             return Telling(super().open(n_rows), self.name, [])
 
     model = Model("base", ("a", "."), {"": {"a": 1.0}}, ends=["."])
-    output = SharedSlots([model], 2).open(0).logprobs_of([1], [0], [0, 1], [[0]])
-    assert output.logits.tolist() == [[0.0, 1.0]]
+    query = TokenQuery(Runner([model], 2).open(0), [1], [0], [0, 1], [[0]])
+
+    def ask() -> Passes[list[list[float]]]:
+        [result] = yield [query]
+        return result.output.logits.tolist()
+
+    assert Runner([model], 2).run([ask()]) == [[[0.0, 1.0]]]
+
+
+class NotANumber(Session):
+    """Predicts no numbers in the second of two texts, after its first few tokens."""
+
+    def __init__(self, inner: Session, rows: Sequence[int]) -> None:
+        self._inner, self._rows = inner, rows
+
+    @property
+    def lengths(self) -> list[int]:  # type: ignore[override]
+        return self._inner.lengths
+
+    def feed(self, rows: Any, tokens: Any, n_last: Any, *, hidden: bool = False) -> ModelOutput:
+        output = self._inner.feed(rows, tokens, n_last, hidden=hidden)
+        ends = list(accumulate(n_last))
+        broken = [row in self._rows and self.lengths[row] > 4 for row in rows]
+        logits = output.logits.clone()
+        for end, n, wrong in zip(ends, n_last, broken, strict=True):
+            logits[end - n : end] += math.nan if wrong else 0.0
+        return replace(output, logits=logits)
+
+    def truncate(self, row: int, length: int) -> None:
+        self._inner.truncate(row, length)
+
+
+@pytest.mark.parametrize("schedule", ["stepwise", "block"])
+@pytest.mark.parametrize(
+    "policy", ["single", "average", "cosd-rule", "speculative", "cool-fusion", "byte-mixture"]
+)
+def test_a_prediction_that_is_no_number_costs_its_text_alone(
+    policy: str, schedule: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = (mixed() if policy == "byte-mixture" else tables()).backends
+    ensemble = Ensemble(models, generation=GenerationConfig(schedule=schedule, block_size=4))
+    [alone] = ensemble.generate(["ab"], policy, seed=3, max_new_tokens=12)
+    model = ensemble.backends[0]
+    whole = model.open
+
+    def open_(n_rows: int) -> Session:
+        lanes = n_rows // 2
+        return NotANumber(whole(n_rows), range(lanes, 2 * lanes))
+
+    monkeypatch.setattr(model, "open", open_)
+    runner = Runner(ensemble.backends, 2)
+    live = ensemble.live(policy, runner=runner)
+    wanted = GenerationConfig(max_new_tokens=12)
+    for number, prompt in enumerate(["ab", "a" * 4]):
+        live.add(live.row(prompt, number, wanted, seed=3))
+    while live.busy:
+        runner.run([live.loop.step()])
+    [(row, error)] = live.failed()
+    assert row.number == 1 and "predicts logits that are no numbers" in str(error)
+    [finished] = live.finished()
+    assert shown(live.answer(finished)) == shown(alone)
+    assert runner.slots.free == [0, 1]

@@ -1,0 +1,271 @@
+"""Runs the forward passes that decode loops want, those of several loops as one."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field, replace
+from typing import Generic, TypeAlias, TypeVar
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from multicolm.backend.base import Model, ModelOutput
+from multicolm.backend.checked import CheckedSession, open_session
+from multicolm.backend.passes import ForwardPass, Passes, PassResult, TokenQuery, Wanted
+from multicolm.decoding.slots import Slots
+from multicolm.errors import ModelError
+
+__all__ = ["Runner"]
+
+T = TypeVar("T")
+_Ran: TypeAlias = dict[Wanted, PassResult | Exception]
+_Groups: TypeAlias = dict[CheckedSession, list[Wanted]]
+
+
+class Runner:
+    """The models at work for one or several loops.
+
+    What loops want of one model of this process is run as one forward pass, and these models one
+    after another; servers are asked side by side, and put requests together themselves.
+
+    Args:
+        models: the ensemble's.
+        n_slots: how many texts can be written at a time.
+        clock: current time in seconds.
+
+    Attributes:
+        models: the ensemble's.
+        slots: places of the texts of all loops.
+        device: on which decisions are made: that of the first result. All others are moved there.
+    """
+
+    def __init__(
+        self,
+        models: Sequence[Model],
+        n_slots: int,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.models = tuple(models)
+        self.slots = Slots(n_slots)
+        self.device: torch.device | None = None
+        self._clock = clock
+        self._order = {model.name: k for k, model in enumerate(models)}
+        self._sessions: dict[int, CheckedSession] = {}
+        self._pool: ThreadPoolExecutor | None = None
+
+    def open(self, k: int) -> CheckedSession:
+        """A session of model ``k`` whose rows are the slots; of a model here, one for all loops."""
+        if self.models[k].server:
+            return open_session(self.models[k], self.slots.n)
+        if k not in self._sessions:
+            self._sessions[k] = open_session(self.models[k], self.slots.n)
+        return self._sessions[k]
+
+    def embed(self, k: int, ids: Int[Tensor, "positions"]) -> Float[Tensor, "positions width"]:
+        """Input embeddings of model ``k`` for its own tokens, where decisions are made."""
+        embedded = self.models[k].embed(ids)
+        return embedded if self.device is None else embedded.to(self.device)
+
+    def run(self, computations: Sequence[Passes[T]]) -> list[T]:
+        """Run some computations to their ends.
+
+        A pass that breaks raises its error in every computation that wanted it.
+
+        Returns:
+            The result of each.
+        """
+        tasks = [_Task(each) for each in computations]
+        asked: dict[Future[_Ran], CheckedSession] = {}
+        try:
+            for task in tasks:
+                task.advance()
+            while at_work := [task for task in tasks if not task.done]:
+                ran = self._run_next([w for task in at_work for w in task.missing], asked)
+                for task in at_work:
+                    task.take(ran)
+                    if not task.missing:
+                        task.advance()
+        finally:
+            wait(asked)
+        return [task.result for task in tasks]
+
+    def _run_next(
+        self, wanted: Sequence[Wanted], asked: dict[Future[_Ran], CheckedSession]
+    ) -> _Ran:
+        """Ask all servers, and run the first model of this process that is wanted.
+
+        Policies look at models in ascending order, so that a model is run about once in a round of
+        all loops, however many they are. Where there is no such model, wait for a server.
+        """
+        groups: _Groups = {}
+        for each in wanted:
+            groups.setdefault(each.session, []).append(each)
+        local = [session for session in groups if not session.model.server]
+        busy = set(asked.values())
+        away = [session for session in groups if session.model.server and session not in busy]
+        if len(away) == 1 and not local and not asked:  # the usual case of one server
+            return self._moved(self._pass(away[0], groups[away[0]]))
+        if away and self._pool is None:
+            self._pool = ThreadPoolExecutor(len(self.models), "multicolm-server")
+        for session in away:
+            assert self._pool is not None
+            asked[self._pool.submit(self._pass, session, groups[session])] = session
+        ran: _Ran = {}
+        if local:
+            first = min(self._order[session.model.name] for session in local)
+            for session in local:
+                if self._order[session.model.name] == first:
+                    ran |= self._pass(session, groups[session])
+        else:
+            for done in wait(asked, return_when=FIRST_COMPLETED).done:
+                del asked[done]
+                ran |= done.result()
+        return self._moved(ran)
+
+    def _pass(self, session: CheckedSession, wanted: Sequence[Wanted]) -> _Ran:
+        """Run what is wanted of one session, forward passes as one."""
+        passes = [each for each in wanted if isinstance(each, ForwardPass)]
+        try:
+            ran: _Ran = dict(zip(passes, self._forward(session, passes), strict=True))
+            for each in wanted:
+                if isinstance(each, TokenQuery):
+                    ran[each] = self._query(each)
+            return ran
+        except Exception as error:
+            # What its caches hold nobody knows. Other loops' texts are read anew.
+            session.reset()
+            return dict.fromkeys(wanted, error)
+
+    def _forward(self, session: CheckedSession, passes: Sequence[ForwardPass]) -> list[PassResult]:
+        if not passes:
+            return []
+        merged, lines = _merged(session, passes)
+        start = self._clock()
+        output, errors = session.feed_each(
+            merged.rows, merged.tokens, merged.n_last, hidden=merged.hidden
+        )
+        session.model.synchronize()
+        seconds = self._clock() - start
+        if len(passes) == 1:
+            return [PassResult(output, seconds, errors)]
+        return list(_divided(passes, lines, output, errors, seconds))
+
+    def _query(self, query: TokenQuery) -> PassResult:
+        start = self._clock()
+        output = query.session.logprobs_of(query.rows, query.lengths, query.ids, query.after)
+        return PassResult(output, self._clock() - start, {})
+
+    def _moved(self, ran: _Ran) -> _Ran:
+        """Outputs on one device: models may be spread over several."""
+        for wanted, result in ran.items():
+            if isinstance(result, PassResult):
+                output = result.output
+                if self.device is None:
+                    self.device = output.logits.device
+                if output.logits.device != self.device:
+                    hidden = None if output.hidden is None else output.hidden.to(self.device)
+                    output = replace(output, logits=output.logits.to(self.device), hidden=hidden)
+                    ran[wanted] = replace(result, output=output)
+        return ran
+
+
+@dataclass(eq=False, slots=True)
+class _Task(Generic[T]):
+    """A computation on its way.
+
+    Attributes:
+        wanted: the passes that it waits for.
+        ran: outputs of those that were run.
+    """
+
+    computation: Passes[T]
+    wanted: Sequence[Wanted] = ()
+    ran: _Ran = field(default_factory=dict)
+    done: bool = False
+    _result: list[T] = field(default_factory=list)
+
+    @property
+    def missing(self) -> list[Wanted]:
+        return [each for each in self.wanted if each not in self.ran]
+
+    @property
+    def result(self) -> T:
+        return self._result[0]
+
+    def take(self, ran: _Ran) -> None:
+        """Keep what was wanted here."""
+        for each in self.wanted:
+            if each in ran:
+                self.ran[each] = ran.pop(each)
+
+    def advance(self) -> None:
+        """Go on to the next passes that are wanted, or to the end."""
+        ran = [self.ran.pop(each) for each in self.wanted]
+        outputs = [each for each in ran if isinstance(each, PassResult)]
+        failed = next((each for each in ran if isinstance(each, Exception)), None)
+        # An error holds this frame: no circle, or caches would wait for the garbage collector.
+        del ran
+        try:
+            if failed is not None:
+                self.wanted = self.computation.throw(failed)
+            elif self.wanted:
+                self.wanted = self.computation.send(outputs)
+            else:
+                self.wanted = next(self.computation)
+        except StopIteration as end:
+            self.wanted, self.done = (), True
+            self._result.append(end.value)
+        finally:
+            del failed
+
+
+def _merged(
+    session: CheckedSession, passes: Sequence[ForwardPass]
+) -> tuple[ForwardPass, list[tuple[int, int, int]]]:
+    """Several passes as one, and of each of its rows: row, number of the pass, number there."""
+    if len(passes) == 1:
+        return passes[0], []
+    lines = sorted(
+        (row, number, i) for number, each in enumerate(passes) for i, row in enumerate(each.rows)
+    )
+    merged = ForwardPass(
+        session,
+        [row for row, _, _ in lines],
+        [passes[number].tokens[i] for _, number, i in lines],
+        [passes[number].n_last[i] for _, number, i in lines],
+        any(each.hidden for each in passes),
+    )
+    return merged, lines
+
+
+def _divided(
+    passes: Sequence[ForwardPass],
+    lines: Sequence[tuple[int, int, int]],
+    output: ModelOutput,
+    errors: dict[int, ModelError],
+    seconds: float,
+) -> Iterator[PassResult]:
+    """What each of several passes gets of the one that was run for all."""
+    places: dict[tuple[int, int], range] = {}
+    failed: list[dict[int, ModelError]] = [{} for _ in passes]
+    first = 0
+    for line, (_, number, i) in enumerate(lines):
+        n = passes[number].n_last[i]
+        places[number, i] = range(first, first + n)
+        first += n
+        if line in errors:
+            failed[number][i] = errors[line]
+    n_read = sum(each.n_read for each in passes)
+    for number, each in enumerate(passes):
+        index = [at for i in range(len(each.rows)) for at in places[number, i]]
+        chosen = torch.tensor(index, device=output.logits.device)
+        hidden = output.hidden if each.hidden else None
+        part = ModelOutput(
+            output.logits[chosen],
+            None if hidden is None else hidden[chosen],
+            0 if number else output.n_passes,  # each pass counts once
+        )
+        yield PassResult(part, seconds * each.n_read / n_read, failed[number])
