@@ -72,7 +72,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.mark.slow
 def test_the_co_llm_example_goes_from_raw_data_to_a_report(tmp_path: Path, data: str) -> None:
     words = ["sh", "examples/co-llm/run.sh", str(tmp_path)]
-    done = forked.script(words, ROOT, {"DATA": data, "LIMIT": "12"})
+    done = forked.script(words, ROOT, {"DATA": data, "LIMIT": "6"})
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "comparison" / "report.html").is_file()
     table = (tmp_path / "comparison" / "table.md").read_text(encoding="utf-8")

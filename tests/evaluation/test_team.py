@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import yaml
 from duo_world import BASE, HELPER, QUESTIONS, TOKENS, duo_ensemble
@@ -181,18 +182,20 @@ def test_two_processes_give_the_results_of_one(task: Path, tmp_path: Path) -> No
     arguments = ["compare", str(file), "--policies", "cosd-rule", "--task", str(task), "--json"]
     arguments += ["--batch-size", "1", "--sweep", "1", "--traces", "2"]
     # `accelerate launch --cpu` starts one process, whatever it is told.
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    launch += ["--nproc_per_node", "2", "-m", "multicolm", *arguments]
+    two = subprocess.run(
+        [*launch, "--out", str(tmp_path / "two")],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=240,
+        check=False,
+    )
+    one = forked.command([*arguments, "--out", str(tmp_path / "one")], Path.cwd())
     found = []
-    for name, start in (("two", launch), ("one", [])):
-        done = subprocess.run(
-            [sys.executable, *start, "-m", "multicolm", *arguments, "--out", str(tmp_path / name)],
-            capture_output=True,
-            text=True,
-            cwd=Path(__file__).parents[2],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            timeout=240,
-            check=False,
-        )
+    for name, done in (("two", two), ("one", one)):
         assert done.returncode == 0, done.stderr[-3000:]
         lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
         assert len(lines) == 1, "one of them speaks"

@@ -449,12 +449,13 @@ def test_the_embedded_experts_answer_together_what_none_of_them_can(
 
     questions = Path(str(catalog.path("models", "tiny-facts"))).parent.parent / "tiny/questions"
     ensemble = multicolm.load(name)
-    corpus = open_corpus(questions / "train.jsonl")
+    # Exact paths take longer to follow: half of the questions to learn from, an eighth to answer.
+    exact = "exact" in name
+    corpus = open_corpus(questions / "train.jsonl", limit=600 if exact else None)
     score(ensemble, corpus, tmp_path / "scores", features=["hidden"], shard_positions=8192)
     made = train(CoLlmPolicy(), tmp_path / "scores", tmp_path / "ckpt")
     lines = (questions / "test.jsonl").read_text(encoding="utf-8").splitlines()
-    # Exact paths take longer to follow; every fourth question is enough there.
-    asked = [json.loads(line) for line in lines[:: 4 if "exact" in name else 1]]
+    asked = [json.loads(line) for line in lines[:: 8 if exact else 1]]
     answers = ensemble.generate(
         [q["prompt"] for q in asked], made.policy, batch_size=64, max_new_tokens=64, seed=0
     )
@@ -463,4 +464,6 @@ def test_the_embedded_experts_answer_together_what_none_of_them_can(
     report = made.provenance["train"]["report"]
     assert report["nll_nats"] < min(report["nll_nats_alone"].values())
     seen = set(made.provenance["train"]["prompts"])
-    assert len(seen) >= 1000 and not seen & {prompt_digest(q["prompt"]) for q in asked}
+    assert len(seen) >= (500 if exact else 1000) and not seen & {
+        prompt_digest(q["prompt"]) for q in asked
+    }
