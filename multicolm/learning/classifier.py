@@ -37,7 +37,10 @@ class ClassifierSettings(NetworkSettings):
     """How a classifier is trained.
 
     Attributes:
-        network: ``mlp`` is about CITER's, ``residual`` R2R's, which takes many times as long.
+        network: ``mlp`` is about CITER's, with one hidden layer; ``residual`` R2R's, which has 6
+            blocks of width 1,024. Of 3,000 to 24,000 positions with 576 to 4,096 features neither a
+            ``mlp`` of width 1,024 nor a ``residual`` network learned more in held-out nats than a
+            ``mlp`` of width 256 or less, in 3 to 8 times the time. More data is not measured.
         balance: how many times more a rare hand-over may weigh than a common token while it is
             learned. The probabilities are corrected for that.
         recall: the part of the tokens to be handed over, on held-out texts, that the threshold has
