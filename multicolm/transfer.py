@@ -75,6 +75,33 @@ def hub_errors(repo: str) -> Iterator[None]:
         ) from error
 
 
+@contextmanager
+def _no_hub(repo: str) -> Iterator[None]:
+    """Turn what is raised over answers that are not the Hub's into a :class:`HubError`.
+
+    The Hub's library takes answers as it expects them: a page to log in to a network, for example,
+    makes it raise whatever comes of that.
+    """
+    try:
+        with hub_errors(repo):
+            yield
+    except OSError as error:
+        raise HubError(f"{repo} cannot be read or kept on this disk: {error}.") from error
+    except (
+        AssertionError,
+        AttributeError,
+        LookupError,
+        RecursionError,
+        TypeError,
+        ValueError,
+    ) as error:
+        raise HubError(
+            f"what {constants.ENDPOINT} answers about {repo} is not what the Hub answers "
+            f"({_reason(error)[:120]}); nothing was changed. See that this is the Hub, and no page "
+            "to log in to a network."
+        ) from error
+
+
 def _refusal(repo: str, error: hub.HfHubHTTPError) -> str:
     code = error.response.status_code
     if code in (401, 403):
@@ -130,7 +157,7 @@ def upload(
     Raises:
         HubError: if the Hub cannot be reached, or refuses.
     """
-    with hub_errors(repo):
+    with _no_hub(repo):
         api = HfApi(token=token)
         made = api.create_repo(repo, repo_type=kind, private=private, exist_ok=True)
         api.upload_folder(
@@ -209,7 +236,7 @@ def download(
     Raises:
         HubError: if the Hub cannot be reached, or has no such repository.
     """
-    with hub_errors(repo):
+    with _no_hub(repo):
         if folder is not None:
             # The Hub's library takes a folder that is there for the repository if it cannot see it.
             wanted = revision or constants.DEFAULT_REVISION
