@@ -21,9 +21,7 @@ _INDENT = "  "
 
 @click.command
 @click.argument("checkpoint")
-@click.option(
-    "--tree", "tree_only", is_flag=True, help="Print a decision tree alone, to save as tree.txt."
-)
+@click.option("--tree", "tree_only", is_flag=True, help="Print a decision tree alone.")
 @click.option(
     "--trust",
     "trusts",
@@ -34,8 +32,7 @@ _INDENT = "  "
 def command(checkpoint: str, tree_only: bool, trusts: bool, as_json_: bool) -> None:
     """Show what CHECKPOINT holds: a folder, a policy file, or the name of a policy.
 
-    A decision tree is printed as text. Saved as tree.txt beside policy.yaml and named there as
-    `tree: tree.txt`, it can be edited. No model is loaded.
+    A decision tree is printed as text; what can be edited is its tree.json. No model is loaded.
     """
     path = _policy_file(checkpoint)
     if trusts:

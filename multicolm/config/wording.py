@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from multicolm.errors import shorten
 
-__all__ = ["Place", "Problem", "Strict", "check", "problems_of", "show", "unknown_key"]
+__all__ = ["Place", "Problem", "Strict", "check", "problems_of", "show", "unknown_key", "worded"]
 
 Place: TypeAlias = tuple[str | int, ...]
 """The keys and list indices that lead to a value."""
@@ -127,6 +127,11 @@ _BOUNDS = {
     "less_than_equal": ("le", "at most {}"),
     "less_than": ("lt", "less than {}"),
 }
+
+
+def worded(item: Mapping[str, Any]) -> str:
+    """One of pydantic's complaints in our words; where it is, is not said."""
+    return _wording(item["type"], item.get("ctx", {}), item)
 
 
 def _wording(kind: str, context: Mapping[str, Any], item: Mapping[str, Any]) -> str:

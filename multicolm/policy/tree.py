@@ -1,6 +1,6 @@
 """A decision tree that says where an assistant's token replaces the base model's.
 
-It is kept as JSON, or as text that a person can read and edit:
+It is kept as JSON, and shown as text:
 
     if p_draft <= 0.53:
         if assistant in ["facts"]: replace 0.82
@@ -35,7 +35,7 @@ from multicolm.policy.tree_nodes import (
     branches,
     every_node,
 )
-from multicolm.policy.tree_text import as_text, from_text
+from multicolm.policy.tree_text import as_text
 from multicolm.types import Tensor
 
 if TYPE_CHECKING:
@@ -48,45 +48,30 @@ __all__ = ["MAX_DEPTH", "AssistantSplit", "Decided", "Feature", "Leaf", "Node", 
 class Tree(Artefact["Node"]):
     """A decision tree: ``Tree(Split("p_draft", 0.5, Leaf(True, 0.8), Leaf(False, 0.1)))``.
 
-    Lives in a ``.json`` file, or in a ``.txt`` or ``.tree`` file in the form of :meth:`as_text`.
+    Lives in a ``.json`` file.
     """
 
     suffix: ClassVar[str] = ".json"
 
     @classmethod
     def read(cls, path: Path) -> Node:
-        """See :meth:`Artefact.read`; a message names the place in the tree, or the line."""
+        """See :meth:`Artefact.read`; a message names the place in the tree."""
+        _check_suffix(path)
         try:
             text = path.read_bytes().decode("utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise ArtefactError(f"{path} cannot be read ({error}); is it whole?") from error
-        return from_text(text, str(path)) if _is_text(path) else from_json(text, str(path))
+        return from_json(text, str(path))
 
     @classmethod
     def write(cls, content: Node, path: Path) -> None:
         """See :meth:`Artefact.write`."""
-        write_whole(path, as_text(content) if _is_text(path) else as_json(content))
+        _check_suffix(path)
+        write_whole(path, as_json(content))
 
     def as_text(self) -> str:
-        """The tree as lines of ``if`` and ``else``, exact to the last bit of every number.
-
-        Comments above it say what its features are.
-        """
+        """The tree as lines of ``if`` and ``else``; comments above it say what its features are."""
         return as_text(self.content)
-
-    @classmethod
-    def from_text(cls, text: str, origin: str = "tree") -> Tree:
-        """The tree of :meth:`as_text`; how many positions came to a leaf is not read back.
-
-        A leaf is ``keep`` or ``replace``, with or without its probability (0 and 1 are meant
-        without). A question is ``if FEATURE <= NUMBER:`` (or ``<``), or ``if assistant in
-        ["NAME", "NAME"]:``, and has its ``else:``. What follows a colon is on the same line if it
-        is a leaf, or on deeper lines below.
-
-        Raises:
-            ArtefactError: naming ``origin``, the line, and what may stand there.
-        """
-        return cls(from_text(text, origin))
 
     @cached_property
     def used(self) -> tuple[Feature, ...]:
@@ -271,10 +256,16 @@ def _leaves(node: Node, assistant: str) -> Iterator[Leaf]:
             yield from _leaves(branch, assistant)
 
 
-def _is_text(path: Path) -> bool:
-    """Whether a file holds the text form; otherwise it holds JSON."""
+def _check_suffix(path: Path) -> None:
+    """Refuse files that hold no tree.
+
+    Raises:
+        ArtefactError: if it is no JSON file.
+    """
     if path.suffix in (".txt", ".tree"):
-        return True
-    if path.suffix == ".json":
-        return False
-    raise ArtefactError(f"{path}: a tree is a .json file, or a .txt or .tree file with its text.")
+        raise ArtefactError(
+            f"{path}: trees as text, which 0.1 read, are only shown now; give the tree.json that "
+            "it came from, and edit that."
+        )
+    if path.suffix != ".json":
+        raise ArtefactError(f"{path}: a tree is a .json file.")

@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import Any
 
-from multicolm.config.wording import show
-from multicolm.errors import ArtefactError, unknown
-from multicolm.policy.tree_nodes import (
-    MAX_DEPTH,
-    TOO_DEEP,
-    AssistantSplit,
-    Leaf,
-    Node,
-    Split,
-    every_node,
-)
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from typing_extensions import TypedDict
+
+from multicolm.config.wording import show, unknown_key, worded
+from multicolm.errors import ArtefactError
+from multicolm.policy.tree_nodes import KINDS, TOO_DEEP, AssistantSplit, Node, Split, every_node
 
 __all__ = ["as_json", "from_json"]
 
@@ -50,10 +45,16 @@ def _plain(node: Node) -> dict[str, Any]:
     return leaf
 
 
-_SPLIT = ("feature", "threshold", "below", "above")
-_WHO = ("assistants", "among", "others")
-_LEAF = ("replace", "probability")
-_COUNTS = ("samples", "assistant_right")
+class _File(TypedDict):
+    __pydantic_config__ = ConfigDict(extra="forbid", strict=True)  # type: ignore[misc]
+
+    format: int
+    tree: Node
+
+
+@cache
+def _schema() -> TypeAdapter[_File]:
+    return TypeAdapter(_File)
 
 
 def from_json(text: str, origin: str) -> Node:
@@ -64,20 +65,18 @@ def from_json(text: str, origin: str) -> Node:
     """
     try:
         data = json.loads(text, object_pairs_hook=_without_doubles)
+        if isinstance(data, dict) and "format" in data and data["format"] not in _FORMATS:
+            raise ArtefactError(
+                f"{origin}: format must be {' or '.join(map(str, _FORMATS))}, got "
+                f"{show(data['format'])}; a newer multicolm may read it."
+            )
+        return _schema().validate_json(text)["tree"]
     except RecursionError as error:
         raise ArtefactError(f"{origin}: {TOO_DEEP}") from error
+    except ValidationError as error:
+        raise ArtefactError(f"{origin}: {_complaint(error)}") from error
     except ValueError as error:
         raise ArtefactError(f"{origin} is no JSON ({error}); is it whole?") from error
-    try:
-        _check_keys(data, "the file", ("format", "tree"))
-        if type(data["format"]) is not int or data["format"] not in _FORMATS:
-            raise ArtefactError(
-                f"format must be {' or '.join(map(str, _FORMATS))}, got {show(data['format'])}; "
-                "a newer multicolm may read it."
-            )
-        return _node(data["tree"], "tree", 0)
-    except ArtefactError as error:
-        raise ArtefactError(f"{origin}: {error}") from error
 
 
 def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -88,72 +87,18 @@ def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-def _node(data: Any, place: str, level: int) -> Node:
-    if level > MAX_DEPTH:
-        raise ArtefactError(f"{place}: {TOO_DEEP}")
-    if isinstance(data, dict) and not data.keys().isdisjoint(_LEAF):
-        _check_keys(data, f"{place}: a leaf", _LEAF, _COUNTS)
-        return _placed(place, lambda: _leaf(data))
-    if isinstance(data, dict) and "assistants" in data:
-        _check_keys(data, f"{place}: a question about the assistant", _WHO)
-        among = _node(data["among"], f"{place}.among", level + 1)
-        others = _node(data["others"], f"{place}.others", level + 1)
-        return _placed(place, lambda: _who(data, among, others))
-    _check_keys(data, f"{place}: a split", _SPLIT)
-    below = _node(data["below"], f"{place}.below", level + 1)
-    above = _node(data["above"], f"{place}.above", level + 1)
-    return _placed(place, lambda: _split(data, below, above))
-
-
-def _leaf(data: Mapping[str, Any]) -> Leaf:
-    if not isinstance(data["replace"], bool):
-        raise ArtefactError(f"replace must be true or false, got {show(data['replace'])}.")
-    for key in _COUNTS:
-        if key in data and type(data[key]) is not int:
-            raise ArtefactError(f"{key} must be a whole number, got {show(data[key])}.")
-    return Leaf(data["replace"], _real(data, "probability"), *(data.get(key) for key in _COUNTS))
-
-
-def _split(data: Mapping[str, Any], below: Node, above: Node) -> Split:
-    if not isinstance(data["feature"], str):
-        raise ArtefactError(f"feature must be text, got {show(data['feature'])}.")
-    return Split(data["feature"], _real(data, "threshold"), below, above)
-
-
-def _who(data: Mapping[str, Any], among: Node, others: Node) -> AssistantSplit:
-    names = data["assistants"]
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise ArtefactError(f"assistants must be a list of names, got {show(names)}.")
-    return AssistantSplit(tuple(names), among, others)
-
-
-def _real(data: Mapping[str, Any], key: str) -> float:
-    value = data[key]
-    try:
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            return float(value)
-    except OverflowError:  # a whole number beyond all floats
-        pass
-    raise ArtefactError(f"{key} must be a finite number, got {show(value)}.")
-
-
-def _placed(place: str, make: Callable[[], Node]) -> Node:
-    try:
-        return make()
-    except ArtefactError as error:
-        raise ArtefactError(f"{place}: {error}") from error
-
-
-def _check_keys(
-    data: Any, what: str, required: Sequence[str], optional: Sequence[str] = ()
-) -> None:
-    if not isinstance(data, dict):
-        raise ArtefactError(
-            f"{what} must be a mapping with {', '.join(required)}, got {show(data)}."
-        )
-    for key in required:
-        if key not in data:
-            raise ArtefactError(f"{what} needs {', '.join(required)}; '{key}' is missing.")
-    for key in data:
-        if key not in (*required, *optional):
-            raise ArtefactError(f"{what}: {unknown('key', key, [*required, *optional])}")
+def _complaint(error: ValidationError) -> str:
+    """The first thing that is wrong, and where."""
+    item = error.errors(include_url=False)[0]
+    kind, last = item["type"], str(item["loc"][-1]) if item["loc"] else ""
+    names = [str(part) for part in item["loc"] if part not in KINDS]
+    if kind == "json_invalid":  # what Python's parser reads is wrong for its depth alone
+        return TOO_DEEP
+    if kind in ("extra_forbidden", "unexpected_keyword_argument", "missing"):
+        node = next((str(part) for part in reversed(item["loc"]) if part in KINDS), "file")
+        keys = KINDS.get(node, ("format", "tree"))
+        needed = ", ".join(keys[:2] if node == "leaf" else keys)
+        said = f"needs {needed}; '{last}' is missing." if kind == "missing" else ""
+        return f"{'.'.join(names[:-1]) or 'the file'}: {said or unknown_key(last, keys)}"
+    said = item["msg"] if kind == "node" else worded(item)
+    return f"{'.'.join(names) or 'the file'}: {said}"

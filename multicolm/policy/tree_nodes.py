@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias, get_args
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias, get_args
+
+from pydantic import ConfigDict, Discriminator, Field, Tag, WrapValidator
+from pydantic_core import PydanticCustomError
 
 from multicolm.config.wording import show
 from multicolm.errors import ArtefactError, unknown
 
 __all__ = [
+    "KINDS",
     "MAX_DEPTH",
     "MEANINGS",
     "TOO_DEEP",
@@ -22,6 +26,8 @@ __all__ = [
     "branches",
     "every_node",
 ]
+
+_STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 MAX_DEPTH = 32
 """The most questions on the way to a leaf."""
@@ -69,6 +75,8 @@ class Leaf:
         ArtefactError: if a number is out of range.
     """
 
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+
     replace: bool
     probability: float
     samples: int | None = None
@@ -114,6 +122,8 @@ class Split:
             is too deep.
     """
 
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+
     feature: str
     threshold: float
     below: Node
@@ -142,7 +152,9 @@ class AssistantSplit:
         ArtefactError: if nobody is named, or somebody twice, or the tree is too deep.
     """
 
-    assistants: tuple[str, ...]
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+
+    assistants: Annotated[tuple[str, ...], Field(strict=False)]
     among: Node
     others: Node
     depth: int = field(init=False, repr=False, compare=False)
@@ -156,8 +168,36 @@ class AssistantSplit:
         object.__setattr__(self, "depth", _depth(self.among, self.others))
 
 
-Node: TypeAlias = Leaf | Split | AssistantSplit
+def _kind(data: Any) -> str:
+    """Which node a mapping of a file is meant to be."""
+    if isinstance(data, dict) and not data.keys().isdisjoint(KINDS["leaf"][:2]):
+        return "leaf"
+    return "who" if isinstance(data, dict) and "assistants" in data else "split"
+
+
+def _placed(data: Any, read: Callable[[Any], Any]) -> Any:
+    """Let pydantic say at which place of the tree a node is wrong."""
+    try:
+        return read(data)
+    except ArtefactError as error:
+        raise PydanticCustomError("node", "{reason}", {"reason": str(error)}) from error
+
+
+Node: TypeAlias = Annotated[
+    Annotated[Leaf, Tag("leaf")]
+    | Annotated[Split, Tag("split")]
+    | Annotated[AssistantSplit, Tag("who")],
+    Discriminator(_kind),
+    WrapValidator(_placed),
+]
 """The root of a tree, or of a part of one."""
+
+KINDS: Mapping[str, Sequence[str]] = {
+    "leaf": ("replace", "probability", "samples", "assistant_right"),
+    "split": ("feature", "threshold", "below", "above"),
+    "who": ("assistants", "among", "others"),
+}
+"""The nodes that there are, and the keys of each in a file."""
 
 TOO_DEEP = f"deeper than {MAX_DEPTH} questions; make the tree simpler."
 

@@ -67,12 +67,11 @@ def test_a_checkpoint_is_shown_with_its_tree_and_where_it_is_from(run, checkpoin
     assert run("show", str(checkpoint / "policy.yaml")).out == result.out
 
 
-def test_the_tree_alone_can_be_saved_edited_and_used(run, checkpoint: Path) -> None:
-    text = run("show", str(checkpoint), "--tree").out
-    assert text == Tree(TREE).as_text()
-    (checkpoint / "tree.txt").write_text(text.replace("else: keep 0.0", "else: replace"))
-    policy = (checkpoint / "policy.yaml").read_text()
-    (checkpoint / "policy.yaml").write_text(policy.replace("tree.json", "tree.txt"))
+def test_the_tree_is_shown_alone_and_its_file_can_be_edited_and_used(run, checkpoint: Path) -> None:
+    assert run("show", str(checkpoint), "--tree").out == Tree(TREE).as_text()
+    data = json.loads((checkpoint / "tree.json").read_text())
+    data["tree"]["above"] = {"replace": True, "probability": 1.0}
+    (checkpoint / "tree.json").write_text(json.dumps(data))
     assert "else: replace 1.0" in run("show", str(checkpoint)).out
     tokens = ["a", "b", "c", "."]
     base = TableModel("base", tokens, {"": {"a": 0.9, "b": 0.1}}, ["."])
