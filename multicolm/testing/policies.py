@@ -193,6 +193,7 @@ def _check_ratings(policy: SegmentPolicy, scene: _Scene) -> None:
 
 def _check_on(policy: Policy, scene: _Scene) -> None:
     _check_memory(policy, scene)
+    _check_endings(policy, scene)
     if isinstance(policy, SegmentPolicy):
         for _ in range(3 if policy.keeps_state else 1):
             _check_ratings(policy, scene)
@@ -331,6 +332,23 @@ def _check_memory(policy: Policy, scene: _Scene) -> None:
                 f"update() made {list(after.shape)} out of {list(before.shape)}.",
             )
         scene.context["state"] = after
+
+
+def _check_endings(policy: Policy, scene: _Scene) -> None:
+    """Whether texts end, asked about some and again."""
+    if not policy.can_end_texts:
+        return
+    writers = sorted(policy.uses(scene.models))
+    for length in (0, 1, 12):
+        written = scene.new_tokens(writers)
+        ids, wrote = written.ids.tolist()[:length], written.writers.tolist()[:length]
+        for writer in writers:
+            answers: list[object] = [policy.ends_text(ids, wrote, writer) for _ in range(2)]
+            if not all(isinstance(answer, bool) for answer in answers) or len(set(answers)) > 1:
+                raise LawBroken(
+                    "a policy ends a text by what is written alone",
+                    f"ends_text() asked twice about the same text gave {answers}.",
+                )
 
 
 def _method(policy: Policy) -> tuple[str, Callable[[Views], Tensor]]:

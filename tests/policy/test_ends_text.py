@@ -12,7 +12,7 @@ from tables import TOKENS, random_table
 from multicolm import Ensemble, SelectPolicy, Views
 from multicolm.backend.table import TableModel
 from multicolm.errors import PolicyError
-from multicolm.testing import check_policy
+from multicolm.testing import LawBroken, check_policy
 
 FLAT = dict.fromkeys(TOKENS, 1 / len(TOKENS))
 
@@ -104,3 +104,15 @@ def test_ends_text_must_return_a_bool() -> None:
     policy.run = "yes"
     with pytest.raises(PolicyError, match=r"ends_text\(\) must return True or False.*'yes'"):
         PAIR.generate(["a"], policy, max_new_tokens=4)
+
+
+def test_an_ending_that_depends_on_anything_else_breaks_a_law() -> None:
+    class Moody(EndsAfter):
+        asked: ClassVar[list[int]] = []
+
+        def ends_text(self, ids: Sequence[int], writers: Sequence[int], writer: int) -> Any:
+            self.asked.append(writer)
+            return len(self.asked) % 2 == 0
+
+    with pytest.raises(LawBroken, match="ends a text by what is written alone"):
+        check_policy(Moody())
