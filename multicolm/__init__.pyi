@@ -1,3 +1,6 @@
+from .decoding.streaming import (
+    Stream as Stream,
+)
 from .ensemble import (
     Ensemble as Ensemble,
 )
@@ -39,9 +42,6 @@ from .policy.base import (
 )
 from .policy.base import (
     register_policy as register_policy,
-)
-from .streaming import (
-    Stream as Stream,
 )
 from .types import (
     Alternative as Alternative,

@@ -14,8 +14,10 @@ from typing_extensions import Unpack
 from multicolm.backend.base import Model
 from multicolm.checking import Shown, check_policy, check_signals, facts_of
 from multicolm.config import EnsembleConfig, GenerationConfig, PolicyConfig, load_ensemble
+from multicolm.decoding.live import Live
 from multicolm.decoding.plan import Plan
 from multicolm.decoding.runner import Runner
+from multicolm.decoding.streaming import Answers, Run, Stream
 from multicolm.errors import (
     CapabilityError,
     ConfigError,
@@ -26,7 +28,6 @@ from multicolm.errors import (
 from multicolm.exact.byte_vocabulary import ByteVocabulary
 from multicolm.exact.character_vocabulary import CharacterVocabulary
 from multicolm.exact.paths import covers
-from multicolm.live import Live
 from multicolm.numbers import as_python, check_seed, check_whole
 from multicolm.plugins import backends
 from multicolm.policy.base import (
@@ -34,7 +35,6 @@ from multicolm.policy.base import (
     Policy,
 )
 from multicolm.policy.resolve import resolve_policy
-from multicolm.streaming import Answers, Run, Stream
 from multicolm.tokenizer.bridged import join
 from multicolm.tokenizer.bridges import Pair, pairs
 from multicolm.tokenizer.chats import not_special_here

@@ -18,10 +18,10 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from multicolm.backend.base import Model
 from multicolm.backend.transformers import TransformersModel
+from multicolm.decoding.streaming import Stream
 from multicolm.ensemble import Ensemble, PolicySource
 from multicolm.errors import CapabilityError, InputError
 from multicolm.numbers import check_seed
-from multicolm.streaming import Stream
 from multicolm.tokenizer.huggingface import HuggingFaceTokenizer
 from multicolm.types import Answer
 

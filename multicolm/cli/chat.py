@@ -21,9 +21,9 @@ from multicolm.errors import InputError, MulticolmError
 from multicolm.types import Message
 
 if TYPE_CHECKING:
+    from multicolm.decoding.streaming import Stream
     from multicolm.ensemble import Ensemble
     from multicolm.policy.base import Policy
-    from multicolm.streaming import Stream
 
 __all__ = ["command"]
 

@@ -22,8 +22,8 @@ from multicolm.errors import InputError
 from multicolm.records import text_lines
 
 if TYPE_CHECKING:
+    from multicolm.decoding.streaming import Stream
     from multicolm.ensemble import Ensemble
-    from multicolm.streaming import Stream
     from multicolm.types import Answer, Piece, Prompt
 
 __all__ = ["command", "read_prompts"]

@@ -20,6 +20,7 @@ from typing import Any
 from multicolm.config import GenerationConfig, policy_names
 from multicolm.decoding.prompts import encode_prompt
 from multicolm.decoding.sampling import Sampling
+from multicolm.decoding.streaming import Answers
 from multicolm.decoding.threads import torch_threads
 from multicolm.ensemble import Ensemble
 from multicolm.errors import InputError
@@ -31,7 +32,6 @@ from multicolm.evaluation.results import RowKind
 from multicolm.evaluation.task import Question, Task
 from multicolm.policy.base import Policy
 from multicolm.policy.resolve import resolve_policy
-from multicolm.streaming import Answers
 from multicolm.types import MIXTURE, finite
 
 __all__ = ["ASIDE", "Answering", "Measured", "NamedPolicy", "Plan", "Progress", "named_policy"]

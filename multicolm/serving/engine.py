@@ -19,6 +19,7 @@ from typing import Literal, TypeAlias
 
 from multicolm.backend.passes import Passes
 from multicolm.config import GenerationConfig
+from multicolm.decoding.live import Live
 from multicolm.decoding.row import Row
 from multicolm.decoding.runner import Runner
 from multicolm.decoding.threads import torch_threads
@@ -31,7 +32,6 @@ from multicolm.errors import (
     InputError,
     MulticolmError,
 )
-from multicolm.live import Live
 from multicolm.numbers import check_whole
 from multicolm.serving.catalog import Choice
 from multicolm.types import MIXTURE, Answer, Piece, Prompt, TracedToken, Usage

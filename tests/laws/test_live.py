@@ -17,10 +17,10 @@ import multicolm
 from multicolm import Answer, Ensemble
 from multicolm.config import GenerationConfig
 from multicolm.decoding.draft import Positions
+from multicolm.decoding.live import Live
 from multicolm.decoding.row import Row
 from multicolm.decoding.sampling import Noise, Sampling
 from multicolm.decoding.text import TextStream
-from multicolm.live import Live
 from multicolm.types import TracedToken
 
 

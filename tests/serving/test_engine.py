@@ -12,10 +12,10 @@ import pytest
 from serving_worlds import SECONDS, Gate
 
 from multicolm.config import GenerationConfig
+from multicolm.decoding.live import Live
 from multicolm.decoding.row import Row
 from multicolm.decoding.token_reader import TokenReader
 from multicolm.errors import BusyError, ClosedError, InputError
-from multicolm.live import Live
 from multicolm.serving.catalog import Catalog, Choice
 from multicolm.serving.engine import (
     _LOG,

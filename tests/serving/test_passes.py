@@ -31,9 +31,9 @@ from multicolm.backend.base import ModelOutput, Session
 from multicolm.backend.passes import Passes, TokenQuery
 from multicolm.backend.table import TableModel
 from multicolm.config import GenerationConfig
+from multicolm.decoding.live import Live
 from multicolm.decoding.row import Row
 from multicolm.decoding.runner import Runner
-from multicolm.live import Live
 
 
 class OncePerText(SelectPolicy):

@@ -7,10 +7,10 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from multicolm.backend.base import Model
+from multicolm.decoding.live import Live
 from multicolm.decoding.row import Row
 from multicolm.decoding.threads import torch_threads
 from multicolm.errors import ServerError
-from multicolm.live import Live
 from multicolm.types import Answer, Piece, Usage
 
 __all__ = ["Answers", "Run", "Stream"]
