@@ -17,7 +17,7 @@ from multicolm.config import EnsembleConfig, GenerationConfig, PolicyConfig, loa
 from multicolm.decoding.live import Live
 from multicolm.decoding.plan import Plan
 from multicolm.decoding.runner import Runner
-from multicolm.decoding.streaming import Answers, Run, Stream
+from multicolm.decoding.streaming import Answers, GenerateCall, Stream
 from multicolm.errors import (
     CapabilityError,
     ConfigError,
@@ -225,7 +225,7 @@ class Ensemble:
         rows = [
             live.row(prompt, number, wanted, seeds[number]) for number, prompt in enumerate(asked)
         ]
-        run = Run(live, rows)
+        run = GenerateCall(live, rows)
         return Stream(run, run.write(self.backends, wanted.threads, clock))
 
     def live(

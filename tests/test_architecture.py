@@ -9,6 +9,7 @@ import pytest
 from architecture import Import, Size, circles, floors, graph, of_parts
 
 IMPORTS = architecture.imports()
+PACKAGE = Path(__file__).parents[1] / "multicolm"
 LOADED = graph(IMPORTS, "load", "call")
 
 MOST_FLOORS = 13
@@ -114,3 +115,13 @@ def test_the_drawing_leaves_out_what_follows(small_package: Path) -> None:
         "part_right --> part_left",
         "part_top --> part_right",
     ]
+
+
+def test_a_prompt_goes_from_loop_to_model_without_weak_references_greenlets_or_threads() -> None:
+    files = [file for part in ("decoding", "serving") for file in (PACKAGE / part).rglob("*.py")]
+    assert len(files) > 20
+    holding = {file.name for file in files if "weakref" in file.read_text(encoding="utf-8")}
+    switching = {file.name for file in files if "greenlet" in file.read_text(encoding="utf-8")}
+    pooling = {file.name for file in files if "ThreadPool" in file.read_text(encoding="utf-8")}
+    # A stream is closed with the last who reads it, before the interpreter takes modules apart.
+    assert (holding, switching, pooling) == ({"streaming.py"}, set(), {"runner.py"})

@@ -57,7 +57,7 @@ class _Bytes(Reader):
     def _shown(
         self, slots: Sequence[int], places: Sequence[Sequence[int]]
     ) -> Passes[Float[Tensor, "looks vocab"]]:
-        """What the model predicts behind some numbers of bytes of the texts in some slots."""
+        """What the model predicts after some numbers of bytes of the texts in some slots."""
 
     def start(self, row: Row) -> None:
         """Begin a new text in the row's slot."""
@@ -203,7 +203,7 @@ class ExactReader(_Bytes):
     def _n_outcomes(self) -> int:
         return self._vocabulary.size
 
-    def can_go_on(
+    def can_start_at(
         self, row: Row, places: Sequence[int], token: int, writer: int
     ) -> dict[int, bool | None]:
         """Anywhere, unless others have written bytes that no tokens of its own spell."""

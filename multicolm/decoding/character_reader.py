@@ -30,7 +30,7 @@ class _Table:
         probs: per token in the order of its characters, its probability; empty before it is asked.
         end: probability that the text ends; only before the first character.
         low: first of the tokens that begin with what was written since the model was asked.
-        high: behind the last of them.
+        high: after the last of them.
         written: the characters written since then.
         n_followed: how many characters of the text it has followed, ends of tokens counted.
     """
@@ -55,7 +55,7 @@ class CharacterReader(Reader):
 
     It is asked for its next token; while characters are written, the strings of the tokens that
     begin with them stay, less these characters. Where a token ends, or none begins so, it is
-    asked again behind what was written: the token that it is, if one of the strings is exactly
+    asked again after what was written: the token that it is, if one of the strings is exactly
     that, else the text in the model's own encoding.
 
     Args:
@@ -164,7 +164,7 @@ class CharacterReader(Reader):
         return self._model.tokenizer.encode_bytes(self._content(table))
 
     def _take(self, table: _Table, tokens: Sequence[int]) -> None:
-        """Tokens have been written; the model has to be asked behind them."""
+        """Tokens have been written; the model has to be asked after them."""
         table.own += tokens
         table.probs = np.zeros(0)
         table.written.clear()
@@ -178,7 +178,7 @@ class CharacterReader(Reader):
         slots = [row.slot for row in ordered]
         fed = []
         for slot in slots:
-            # An end of a token right behind another one adds nothing: the last is read again.
+            # An end of a token right after another one adds nothing: the last is read again.
             keep = min(self._session.lengths[slot], len(self._tables[slot].own) - 1)
             self._session.truncate(slot, keep)
             fed.append(self._tables[slot].own[keep:])

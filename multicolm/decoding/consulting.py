@@ -129,6 +129,6 @@ class Consulting:
         }
         yield from self._models.look_at(wanted, draft)
         for k, theirs in wanted.items():
-            for writer in sorted({draft.able(k, i) for i in theirs}):
-                able = [i for i in theirs if draft.able(k, i) == writer]
+            for writer in sorted({draft.fallback_writer(k, i) for i in theirs}):
+                able = [i for i in theirs if draft.fallback_writer(k, i) == writer]
                 self._decider.write(draft, writer, able, decision)

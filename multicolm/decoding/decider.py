@@ -92,9 +92,9 @@ class Decider:
             starts_word=vocabulary.starts_word,
             first_tokens=None if vocabulary.is_shared else vocabulary.first_tokens,
             closed={
-                k: torch.tensor([i in model.closed for i in which], device=device)
+                k: torch.tensor([i in model.mid_token for i in which], device=device)
                 for k, model in shown.items()
-                if k in views and model.closed
+                if k in views and model.mid_token
             },
             costs=plan.costs,
             extends=vocabulary.extends,

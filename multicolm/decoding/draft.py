@@ -107,7 +107,7 @@ class Positions:
         return self.noise.gumbel(self._keys(lines), [self.places[i] for i in lines], vocab, stream)
 
     def _keys(self, lines: Sequence[int]) -> list[int]:
-        """What the rows' randomness hangs on; they are marked, for it is about to have a part."""
+        """What the rows' randomness depends on; they are marked, for it is about to have a part."""
         for i in lines:
             self.rows[i].noise_used = True
         return [self.rows[i].key for i in lines]
@@ -148,7 +148,7 @@ class Positions:
     def context(self, device: torch.device) -> dict[str, Callable[[], Tensor]]:
         """How policies are told about what came before each position.
 
-        Behind the first place the base model has written, since a draft is its own; where that
+        After the first place the base model has written, since a draft is its own; where that
         does not come true, the position is thrown away.
         """
 
@@ -180,27 +180,29 @@ class Shown:
     """What one model shows at some of the positions.
 
     Attributes:
-        look: its predictions, one after another.
-        line_of: per position that was looked at, its line in ``look``.
-        closed: positions at which the model cannot go on, for they lie within a token of its own
-            or no tokens of its own spell the text; there it shows that it knows nothing: all
+        output: its predictions, one after another.
+        line_of: per position at which it was run, its line in ``output``.
+        mid_token: positions at which the model cannot continue, for they lie within a token of its
+            own or no tokens of its own spell the text; there it shows that it knows nothing: all
             tokens are equally likely.
     """
 
     output: ModelOutput
     line_of: dict[int, int]
-    closed: frozenset[int] = frozenset()
+    mid_token: frozenset[int] = frozenset()
 
     @classmethod
-    def of(cls, output: ModelOutput, numbers: Sequence[int], closed: Collection[int] = ()) -> Shown:
+    def of(
+        cls, output: ModelOutput, numbers: Sequence[int], mid_token: Collection[int] = ()
+    ) -> Shown:
         """What a model shows at positions of these numbers, in the order of its lines."""
         unspelled = {numbers[line] for line in output.unspelled}
         line_of = {i: line for line, i in enumerate(numbers) if i not in unspelled}
-        return cls(output, line_of, frozenset(closed) | unspelled)
+        return cls(output, line_of, frozenset(mid_token) | unspelled)
 
     def knows(self, which: Sequence[int]) -> bool:
         """Whether it shows something at all positions numbered ``which``."""
-        return all(i in self.line_of or i in self.closed for i in which)
+        return all(i in self.line_of or i in self.mid_token for i in which)
 
     def logits(self, which: Sequence[int], *, flat: bool = False) -> Tensor:
         """Logits at the positions numbered ``which``: [len(which), vocab].
@@ -225,14 +227,14 @@ class Shown:
             torch.cat(states) if len(states) == 2 else None,
         )
         moved = {i: n_lines + line for i, line in other.line_of.items()}
-        return Shown(output, {**self.line_of, **moved}, self.closed | other.closed)
+        return Shown(output, {**self.line_of, **moved}, self.mid_token | other.mid_token)
 
     def _lines(self, shown: Tensor, which: Sequence[int], unknown: float = 0.0) -> Tensor:
-        lines = [-1 if i in self.closed else self.line_of[i] for i in which]
+        lines = [-1 if i in self.mid_token else self.line_of[i] for i in which]
         if lines == list(range(shown.shape[0])):
             return shown
         index = torch.tensor(lines, device=shown.device)
-        if not self.closed:
+        if not self.mid_token:
             return shown[index]
         blank = torch.full((1, shown.shape[1]), unknown, dtype=shown.dtype, device=shown.device)
         return torch.cat([shown, blank])[index]
@@ -250,9 +252,9 @@ class Draft:
         tokens: per position, the token that the base model would write; empty if it was not run.
         deferring: per position, whether the policy may want another writer.
         scores: per position, the number the policy decides on, as far as it is known.
-        foreseen: per position without a drafted token, who goes on there if nobody else does, and
-            with which token; absent at the start of a text.
-        closed: per model index, positions at which it was found that the model cannot go on.
+        predicted: per position without a drafted token, who continues there if nobody else does,
+            and with which token; absent at the start of a text.
+        mid_token: per model index, positions at which the model was found unable to continue.
         candidates: per model index, at the positions that are decided now, tokens that its server
             was asked about besides its likeliest: [positions, n].
         seen: per position number, the models that the policy sees there; empty if it sees all
@@ -265,8 +267,8 @@ class Draft:
     tokens: list[int] = field(default_factory=list)
     deferring: list[bool] = field(default_factory=list)
     scores: list[float | None] = field(default_factory=list)
-    foreseen: dict[int, tuple[int, int]] = field(default_factory=dict)
-    closed: dict[int, set[int]] = field(default_factory=dict)
+    predicted: dict[int, tuple[int, int]] = field(default_factory=dict)
+    mid_token: dict[int, set[int]] = field(default_factory=dict)
     candidates: dict[int, Tensor] = field(default_factory=dict)
     seen: dict[int, tuple[int, ...]] = field(default_factory=dict)
     forced: Sequence[int] | None = None
@@ -277,14 +279,14 @@ class Draft:
             return self.positions.at(which).draw(logits)
         return torch.tensor([self.forced[i] for i in which], device=logits.device)
 
-    def goes_on(self, i: int) -> tuple[int, int] | None:
-        """Who goes on at position ``i`` if nobody else does, and with which token, if known."""
-        return (0, self.tokens[i]) if self.tokens else self.foreseen.get(i)
+    def continuation(self, i: int) -> tuple[int, int] | None:
+        """Who continues at position ``i`` if nobody else does, and with which token, if known."""
+        return (0, self.tokens[i]) if self.tokens else self.predicted.get(i)
 
-    def able(self, k: int, i: int) -> int:
-        """Model ``k``, or who goes on at position ``i`` if ``k`` cannot."""
-        goes_on = self.goes_on(i)
-        return k if goes_on is None or i not in self.closed.get(k, ()) else goes_on[0]
+    def fallback_writer(self, k: int, i: int) -> int:
+        """Model ``k``, or who continues at position ``i`` if ``k`` cannot."""
+        continuation = self.continuation(i)
+        return k if continuation is None or i not in self.mid_token.get(k, ()) else continuation[0]
 
     @cached_property
     def by_row(self) -> dict[Row, list[int]]:

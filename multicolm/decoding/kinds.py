@@ -88,7 +88,7 @@ class Selecting(Kind[SelectPolicy]):
         """See :meth:`Kind.decide`."""
         writers = self._chosen(views, draft, which)
         # Where a model cannot continue, its turn is that of who is in the middle of a token.
-        writers = [draft.able(k, i) for i, k in zip(which, writers, strict=True)]
+        writers = [draft.fallback_writer(k, i) for i, k in zip(which, writers, strict=True)]
         waiting: dict[int, int] = {}
         for k in sorted(set(writers)):
             theirs = [i for i, writer in zip(which, writers, strict=True) if writer == k]

@@ -225,7 +225,7 @@ class TokenLoop(Loop):
         yield from self.readers.look_at(dict(sorted(theirs.items())), draft)
         for k, which in theirs.items():
             tokens = draft.draw(which, draft.shown[k].logits(which)).tolist()
-            draft.foreseen |= {i: (k, token) for i, token in zip(which, tokens, strict=True)}
+            draft.predicted |= {i: (k, token) for i, token in zip(which, tokens, strict=True)}
 
     def _finish_straddling_tokens(
         self, rows: Sequence[Row]
@@ -256,8 +256,8 @@ class TokenLoop(Loop):
         draft.deferring = [False] * len(unsettled)
         held, decision = [], Decision.on(draft)
         for i, row in enumerate(unsettled):
-            place, (writer, token) = len(row.written), draft.foreseen[i]
-            if not base.can_go_on(row, [place], token, writer)[place]:
+            place, (writer, token) = len(row.written), draft.predicted[i]
+            if not base.can_start_at(row, [place], token, writer)[place]:
                 held.append(row)
                 self._decider.write(draft, writer, [i], decision)
             base.rollback(row, place)

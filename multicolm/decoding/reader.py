@@ -50,7 +50,7 @@ class Reader(ABC):
 
         Args:
             rows: distinct rows.
-            places: per row, ascending places at which it can go on; place ``i`` is before token
+            places: per row, ascending places at which it can continue; place ``i`` is before token
                 ``i`` of the text.
             hidden: whether hidden states are wanted.
 
@@ -107,18 +107,18 @@ class Reader(ABC):
         raise NotImplementedError(f"a {type(self).__name__} scores no text")
 
     def is_settled(self, row: Row) -> bool:
-        """Whether the model can go on behind what is written, whatever else might follow there."""
+        """Whether the model can continue after what is written, whatever else might follow."""
         return True
 
-    def can_go_on(
+    def can_start_at(
         self, row: Row, places: Sequence[int], token: int, writer: int
     ) -> dict[int, bool | None]:
-        """Where the model could go on writing, if the text goes on as foreseen.
+        """Where the model could continue, if the text continues as predicted.
 
         Args:
-            row: the text, and behind it what is foreseen.
+            row: the text, and after it what is predicted.
             places: ascending.
-            token: foreseen at the last place.
+            token: predicted at the last place.
             writer: of that token.
 
         Returns:

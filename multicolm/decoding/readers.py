@@ -127,10 +127,10 @@ class Readers:
             which = [i for i in which if not before.knows([i])]
         if before is not None and not which:
             return
-        positions, closed = draft.positions, draft.closed.get(k, set())
+        positions, mid_token = draft.positions, draft.mid_token.get(k, set())
         numbers: dict[Row, list[int]] = {}
         for i in which:
-            if i not in closed:
+            if i not in mid_token:
                 numbers.setdefault(positions.rows[i], []).append(i)
         hidden = "hidden" in self._plan.needs.of(k)
         if numbers:
@@ -140,7 +140,7 @@ class Readers:
         else:
             output = self._nothing(k, hidden)
         lines = [i for row_numbers in numbers.values() for i in row_numbers]
-        shown = Shown.of(output, lines, closed & set(which))
+        shown = Shown.of(output, lines, mid_token & set(which))
         draft.shown[k] = shown if before is None else before.joined(shown)
 
     def _nothing(self, k: int, hidden: bool) -> ModelOutput:
@@ -171,16 +171,16 @@ class Readers:
         for k in models:
             asked: dict[Row, list[int]] = {}
             for i in which:
-                goes_on = draft.goes_on(i)
-                if goes_on is not None and groups[goes_on[0]] != groups[k]:
+                continuation = draft.continuation(i)
+                if continuation is not None and groups[continuation[0]] != groups[k]:
                     asked.setdefault(draft.positions.rows[i], []).append(i)
             for row, numbers in asked.items():
                 places = [draft.positions.places[i] for i in numbers]
-                goes_on = draft.goes_on(numbers[-1])
-                assert goes_on is not None
-                flags = self[k].can_go_on(row, places, goes_on[1], goes_on[0])
-                closed = draft.closed.setdefault(k, set())
-                closed.update(i for i, p in zip(numbers, places, strict=True) if not flags[p])
+                continuation = draft.continuation(numbers[-1])
+                assert continuation is not None
+                flags = self[k].can_start_at(row, places, continuation[1], continuation[0])
+                mid_token = draft.mid_token.setdefault(k, set())
+                mid_token.update(i for i, p in zip(numbers, places, strict=True) if not flags[p])
                 unknown = [place for place in places if flags[place] is None]
                 late[row] = min([late.get(row, len(row.ids) + 1), *unknown])
         every = draft.positions

@@ -44,7 +44,7 @@ class Row:
         number: which prompt of the call it answers.
         prompt: what was asked, as given.
         prompt_ids: per model, what it reads before the text.
-        key: what its randomness hangs on.
+        key: what its randomness depends on.
         seed: what the user seeded it with; ``None`` when nothing is random.
         max_new_tokens: the most tokens that it may get.
         text: the text as it is shown.
@@ -57,13 +57,13 @@ class Row:
         prompt_hidden: per model index and pooling, its hidden state of the prompt, where the
             policy reads it.
         state: what the policy remembers of it, if it keeps state.
-        drafter: index of the model whose tokens stand behind the written ones.
+        drafter: index of the model whose tokens stand after the written ones.
         slot: its place in every session.
-        ids: written tokens and, behind them, drafted ones.
+        ids: written tokens and, after them, drafted ones.
         written: the written tokens.
         base_run: how many tokens the base model has written in a row at the end.
         n_deferred: written tokens at which the policy deferred.
-        n_changed: those among them that the draft had not foreseen.
+        n_changed: those among them that the draft did not have.
         lengths: per model, prompt and written tokens in its own tokens.
         meter: of a text of bytes, counts the base model's tokens in it.
         usage: per model, what it did.
@@ -121,7 +121,7 @@ class Row:
 
     @property
     def n_drafted(self) -> int:
-        """How many drafted tokens stand behind the written ones."""
+        """How many drafted tokens stand after the written ones."""
         return len(self.ids) - len(self.written)
 
     @property
@@ -134,7 +134,7 @@ class Row:
         return self.written[place].writer if place < len(self.written) else self.drafter
 
     def write(self, new: Written) -> None:
-        """Add a token behind the written ones; the draft must agree or be gone."""
+        """Add a token after the written ones; the draft must agree or be gone."""
         place = len(self.written)
         if place < len(self.ids):
             assert self.ids[place] == new.token, "a written token contradicts the draft"

@@ -105,7 +105,7 @@ def likeliest(logprobs: Float[Tensor, "vocab"], n: int) -> Likeliest:
 
 
 def row_key(seed: int, prompt_ids: Sequence[int]) -> int:
-    """What the randomness of one text hangs on: its seed and its prompt in the base model's ids."""
+    """What the randomness of one text depends on: its seed and its prompt for the base model."""
     digest = hashlib.blake2b(digest_size=8, key=b"multicolm row")
     digest.update(repr((seed, list(prompt_ids))).encode())
     return int.from_bytes(digest.digest(), "little")

@@ -155,7 +155,7 @@ class SegmentWriter:
             return False
         groups, place = self._vocabulary.groups, len(row.ids)
         others = [j for j in self._models if groups[j] != groups[k]]
-        return all(self._readers[j].can_go_on(row, [place], token, k)[place] for j in others)
+        return all(self._readers[j].can_start_at(row, [place], token, k)[place] for j in others)
 
     def _ends_with(self, row: Row, k: int, token: int) -> bool:
         """Whether nothing of model ``k`` can follow ``token``."""

@@ -13,7 +13,7 @@ from multicolm.decoding.threads import torch_threads
 from multicolm.errors import ServerError
 from multicolm.types import Answer, Piece, Usage
 
-__all__ = ["Answers", "Run", "Stream"]
+__all__ = ["Answers", "GenerateCall", "Stream"]
 
 
 class Answers(list[Answer]):
@@ -36,7 +36,7 @@ class Stream(Iterator[Piece]):
     ``with`` statement, or :meth:`close` it, to give torch its threads back at once.
     """
 
-    def __init__(self, run: Run, pieces: Generator[Piece, None, None]) -> None:
+    def __init__(self, run: GenerateCall, pieces: Generator[Piece, None, None]) -> None:
         self._run = run
         self._pieces = pieces
         # Of a stream that is read in part too, before the interpreter takes modules apart.
@@ -92,7 +92,7 @@ class Stream(Iterator[Piece]):
             yield row.number, self._run.answer(row)
 
 
-class Run:
+class GenerateCall:
     """One call: its texts, the loop that writes them, and what came of it."""
 
     def __init__(self, live: Live, rows: Sequence[Row]) -> None:

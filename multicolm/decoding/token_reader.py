@@ -25,22 +25,22 @@ class TokenReader(OwnTokens):
     """
 
     def is_settled(self, row: Row) -> bool:
-        """Whether the model can go on behind what is written, whatever else might follow there."""
+        """Whether the model can continue after what is written, whatever else might follow."""
         self._follow(row, len(row.written))
         return self._aligners[row.slot].is_settled
 
-    def can_go_on(
+    def can_start_at(
         self, row: Row, places: Sequence[int], token: int, writer: int
     ) -> dict[int, bool | None]:
-        """Where the model could go on writing, if the text goes on as foreseen.
+        """Where the model could continue, if the text continues as predicted.
 
         It can at a place where none of its own tokens would lie across it. Whether that is so
-        depends on the token that follows the place if nobody else goes on there.
+        depends on the token that follows the place if nobody else continues there.
 
         Args:
-            row: the text, and behind it what is foreseen.
+            row: the text, and after it what is predicted.
             places: ascending.
-            token: foreseen at the last place.
+            token: predicted at the last place.
             writer: of that token.
 
         Returns:
@@ -57,7 +57,7 @@ class TokenReader(OwnTokens):
                 follower.extend([new[0]], [new[1]])
             if place in places:
                 flags[place] = follower.reach(place) is not None
-        # A place may be open as far as one token behind it tells, and lie within an own token once
+        # A place may be open as far as one token after it tells, and lie within an own token once
         # more is known: it is decided again when it is the first.
         for place in places:
             if flags[place] and follower.reach(place) is None:
@@ -80,7 +80,7 @@ class TokenReader(OwnTokens):
 
         Args:
             rows: distinct rows.
-            places: per row, ascending places at which it can go on; place ``i`` is before token
+            places: per row, ascending places at which it can continue; place ``i`` is before token
                 ``i`` of the text.
             hidden: whether hidden states are wanted.
 

@@ -155,11 +155,11 @@ class KnownTexts:
             before, reading = draft.shown.get(k), self._seen[k]
             lines = dict(zip(which, reading.line[self._at[list(which)]].tolist(), strict=True))
             line_of = {i: line for i, line in lines.items() if line >= 0}
-            closed = lines.keys() - line_of.keys()
+            mid_token = lines.keys() - line_of.keys()
             if before is not None:
-                line_of, closed = {**before.line_of, **line_of}, {*before.closed, *closed}
+                line_of, mid_token = {**before.line_of, **line_of}, {*before.mid_token, *mid_token}
             output = ModelOutput(reading.logits, reading.hidden)
-            draft.shown[k] = Shown(output, line_of, frozenset(closed))
+            draft.shown[k] = Shown(output, line_of, frozenset(mid_token))
         yield from ()
 
     def logprobs_of(
