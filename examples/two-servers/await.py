@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 import urllib.request
+from http.client import HTTPException
 
 
 def answers(url: str) -> bool:
@@ -12,7 +13,7 @@ def answers(url: str) -> bool:
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         opener.open(url, timeout=5).close()
-    except OSError:
+    except (OSError, HTTPException):
         return False
     return True
 

@@ -16,6 +16,8 @@ from typing import Any
 import pytest
 from fake_vllm import FakeVllm
 from hostile import Talk, asking, drip, flood, speaking
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from remote_worlds import remote
 
 from multicolm.errors import ConfigError, ServerError
@@ -276,6 +278,47 @@ def test_what_an_answer_may_have_depends_on_what_was_asked_for(serve: Serve) -> 
         with pytest.raises(ServerError, match="what was asked for has") as caught:
             session.feed([0], [IDS], [1])
         assert str(caught.value).startswith(f"server {fake.url} of model 'facts'")
+
+
+# Bytes at random
+
+WHOLE = OK + (
+    b"content-type: application/json\r\ncontent-encoding: gzip\r\ntransfer-encoding: chunked\r\n"
+    b"connection: keep-alive\r\nretry-after: 1\r\n\r\n"
+    + chunk(gzip.compress(b'{"choices": [1, -0.5, "\xc3\xbc"]}'))
+    + b"0\r\n\r\n"
+)
+CUTS = st.tuples(
+    st.integers(0, len(WHOLE)),
+    st.integers(0, 20),
+    st.one_of(
+        st.binary(max_size=8),
+        st.sampled_from([b"\r\n", b"\r\n\r\n", b"0", b"-", b"\x00", b"f" * 20, b": ", b"\xff"]),
+    ),
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(cuts=st.lists(CUTS, min_size=1, max_size=3))
+def test_an_answer_with_other_bytes_in_it_is_an_error_that_names_the_server_or_an_object(
+    cuts: list[tuple[int, int, bytes]],
+) -> None:
+    answer = WHOLE
+    for start, n, other in cuts:
+        answer = answer[:start] + other + answer[start + n :]
+
+    def talk(connection: socket.socket, ended: threading.Event) -> None:
+        connection.recv(1 << 16)
+        connection.sendall(answer)
+
+    with speaking(talk) as url:
+        try:
+            got = asking(url, timeout=2.0, retries=0).get("/", "it", most=1000)
+        except ServerError as error:
+            assert str(error).startswith(f"server {url} of model 'facts': GET / (it): ")
+            assert len(str(error)) < 600
+        else:
+            assert isinstance(got, dict)
 
 
 # Ways to a server
