@@ -65,13 +65,13 @@ class Likeliest:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """How a server goes on behind one prompt.
+    """How a server continues one prompt.
 
     Attributes:
         text: what it writes.
         ended: whether it ended the text.
-        tokens: the ids of what it writes; empty if it tells no ids.
-        rows: for each of these, what it could have been; empty if it tells no ids.
+        tokens: the ids of what it writes; empty if it returns no ids.
+        rows: for each of these, what it could have been; empty if it returns no ids.
         prompt_rows: for each token of the prompt, what it could have been, ``None`` for the first;
             empty if that was not asked for.
     """
@@ -220,7 +220,7 @@ def _entries(entries: list[Any]) -> tuple[list[int], list[Likeliest | None]]:
         row = _row(ids, numbers, "top_logprobs")
         _check_own(token, entry.get("logprob"), row)
         alike = dict(zip(row.ids, others, strict=True)).get(token, entry)
-        # A token with more bytes than its own comes behind others that were left out.
+        # A token with more bytes than its own comes after others that were left out.
         if entry.get("bytes") != alike.get("bytes"):
             break
         tokens.append(token)

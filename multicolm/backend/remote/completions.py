@@ -11,7 +11,7 @@ from multicolm.backend.remote.service import Service
 __all__ = ["Scoring", "completions"]
 
 Scoring = Literal["prompt_logprobs", "echo"]
-"""By which parameter a server tells the probabilities of a prompt's own tokens."""
+"""The parameter by which a server returns the probabilities of a prompt's own tokens."""
 
 # Bytes of an answer: of what every one has, of what comes with each text, of each token of a
 # prompt that may come back, and of a log-probability with what names its token. Servers were seen
@@ -43,7 +43,7 @@ def completions(
         prompts: texts, or token ids.
         n_tokens: the most tokens to write.
         width: the number of ids in its vocabulary, as far as it is known.
-        logprobs: of how many likeliest tokens to tell the log-probability, -1 for all; not given,
+        logprobs: of how many likeliest tokens to return the log-probability, -1 for all; not given,
             none is asked for.
         scoring: how to ask for the prompts' own tokens too, if they are wanted.
         timeout: seconds that it may take, if more than usual.
@@ -75,7 +75,7 @@ def completions(
     n_texts = "1 text" if len(prompts) == 1 else f"{len(prompts)} texts"
     longest = max(map(len, prompts))
     unit = "characters" if isinstance(prompts[0], str) else "tokens"
-    what = f"{n_tokens} more tokens behind {n_texts} of up to {longest} {unit}"
+    what = f"{n_tokens} more tokens after {n_texts} of up to {longest} {unit}"
     named = body.get("logprob_token_ids", ())
     n_numbers = len(named) + 1
     if logprobs is not None:

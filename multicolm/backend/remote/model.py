@@ -112,7 +112,7 @@ class RemoteModel(Model):
 
     @property
     def shows(self) -> frozenset[Signal]:
-        """What the server was found to tell."""
+        """What the server was found to return."""
         return self._abilities.signals
 
     @property

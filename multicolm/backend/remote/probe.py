@@ -58,7 +58,7 @@ class RequestedModel:
 
     Attributes:
         served_model: what it calls the model; ``None`` for the only one that it serves.
-        logprobs: of how many tokens it shall tell the log-probability; ``None`` for what suits.
+        logprobs: of how many tokens it shall return the log-probability; ``None`` for what suits.
     """
 
     served_model: str | None = None
@@ -74,18 +74,18 @@ class Abilities:
         answers_as: the model's name in its answers.
         takes_ids: whether prompts may be token ids; else they are text.
         takes_several: whether one request may hold several prompts.
-        how_many: the value of ``logprobs`` in requests, for as many as it shall tell by id; 0 if it
-            tells none.
-        n_told: how many log-probabilities it tells at a time.
+        how_many: the value of ``logprobs`` in requests, for as many as it shall return by id; 0 if
+            it returns none.
+        n_returned: how many log-probabilities it returns at a time.
         width: number of ids in its vocabulary, as far as that shows.
         returns_named: whether it returns tokens that are named (``logprob_token_ids``); asked only
-            where it does not tell of all.
-        untold: tokens of which no row comes back if it writes them; so it is kept from that.
-        scoring: how it tells the log-probabilities of a prompt's own tokens, if it does.
+            where it does not return all.
+        unreported: tokens of which no row comes back if it writes them; so it is kept from that.
+        scoring: how it returns the log-probabilities of a prompt's own tokens, if it does.
         is_neutral: whether it can be told not to avoid what it wrote before; asked only of a server
             whose text is all there is.
         max_tokens_0: what it makes of ``max_tokens: 0``; it is never asked for that.
-        context_length: the most tokens of a text that it goes on behind; ``None`` if it is not
+        context_length: the most tokens of a text that it continues; ``None`` if it is not
             known.
         room: the most tokens of all texts of one request, read and written; ``None`` if it takes
             each of them as if it were alone.
@@ -97,10 +97,10 @@ class Abilities:
     takes_ids: bool
     takes_several: bool
     how_many: int
-    n_told: int
+    n_returned: int
     width: int
     returns_named: bool
-    untold: tuple[int, ...]
+    unreported: tuple[int, ...]
     scoring: Scoring | None
     is_neutral: bool
     max_tokens_0: str
@@ -122,20 +122,20 @@ class Abilities:
 
     @property
     def max_top_logprobs(self) -> int | None:
-        """Of how many likeliest tokens it tells; ``None`` for the whole vocabulary."""
+        """How many likeliest tokens it returns; ``None`` for the whole vocabulary."""
         return None if self.how_many in _ALL else self.how_many
 
     @property
     def request_parameters(self) -> dict[str, Any]:
-        """Parameters of every request: what it shall not do that it does if it is not told."""
-        return {**(NEUTRAL if self.is_neutral else {}), **_without(self.untold)}
+        """Parameters of every request: what it shall not do, and does by default."""
+        return {**(NEUTRAL if self.is_neutral else {}), **_without(self.unreported)}
 
     @property
     def as_served(self) -> str:
-        """Which model it is by the server's account, and how much it tells, in a few words."""
+        """Which model it is by the server's account, and how much it returns, in a few words."""
         of = "" if self.root is None else f" from {self.root}"
-        told = "all" if self.max_top_logprobs is None else self.max_top_logprobs
-        return f"as served: {self.served_model}{of}, {told} log-probabilities"
+        returned = "all" if self.max_top_logprobs is None else self.max_top_logprobs
+        return f"as served: {self.served_model}{of}, {returned} log-probabilities"
 
     def sentences(self) -> list[str]:
         """For users."""
@@ -192,7 +192,7 @@ def probe(
     trial = _Trial(server, listing.served_model, tokenizer)
     warm = trial.warm_up()
     takes_ids = trial.ask([trial.ids], 1) is not None
-    trial.untold = trial.find_untold() if takes_ids else ()
+    trial.unreported = trial.find_unreported() if takes_ids else ()
     how_many, row = (
         trial.max_top_logprobs(requested.logprobs) if takes_ids else (0, Likeliest([], []))
     )
@@ -202,10 +202,10 @@ def probe(
         takes_ids=takes_ids,
         takes_several=trial.ask([trial.ids if takes_ids else _TEXTS[0]] * 2, 1) is not None,
         how_many=how_many,
-        n_told=len(row.ids),
+        n_returned=len(row.ids),
         width=max([tokenizer.n_tokens - 1, *row.ids]) + 1,
         returns_named=how_many not in (0, *_ALL) and trial.returns_named(row),
-        untold=trial.untold,
+        unreported=trial.unreported,
         scoring=trial.scoring(how_many) if how_many else None,
         is_neutral=not how_many and trial.ask([_TEXTS[0]], 1, **NEUTRAL) is not None,
         max_tokens_0=trial.max_tokens_0(takes_ids),
@@ -235,7 +235,7 @@ def find_served_model(server: Service, wanted: str | None) -> _Listing:
     try:
         answer = server.get("/v1/models", "which models it serves", most=_LONGEST_LIST)
     except ServerError as error:
-        # Some servers list nothing; then the first request tells whether the name is right.
+        # Some servers list nothing; then the first request shows whether the name is right.
         if wanted is None or error.status is None:
             raise
         return _Listing(wanted)
@@ -258,7 +258,7 @@ def find_served_model(server: Service, wanted: str | None) -> _Listing:
     if served not in known:
         raise server.error("GET /v1/models", unknown("served model", served, known)[:1000])
     entry = known[served]
-    # llama.cpp's server tells more here, and its texts share this room if it chose their number.
+    # llama.cpp's server says more here, and its texts share this room if it chose their number.
     more_known = entry.get("meta")
     try:
         room = _length(more_known, "n_ctx") if isinstance(more_known, dict) else None
@@ -270,7 +270,7 @@ def find_served_model(server: Service, wanted: str | None) -> _Listing:
 
 
 def _length(given: dict[str, Any], field: str) -> int | None:
-    """A number of tokens that a server tells.
+    """A number of tokens that a server reports.
 
     Raises:
         Unreadable: if there can be no such number.
@@ -295,7 +295,7 @@ class _Trial:
         self._served = served_model
         self._tokenizer = tokenizer
         self.ids = tokenizer.encode(_TEXTS[0])
-        self.untold: tuple[int, ...] = ()
+        self.unreported: tuple[int, ...] = ()
 
     def ask(
         self,
@@ -321,7 +321,7 @@ class _Trial:
                 logprobs=logprobs,
                 scoring=scoring,
                 final_500=True,
-                **_without(self.untold),
+                **_without(self.unreported),
                 **more,
             )[0]
         except Unreadable:
@@ -335,7 +335,7 @@ class _Trial:
         """Let the server do something for the first time; returns its model's name in answers.
 
         Raises:
-            ServerError: if it cannot go on behind a text at all.
+            ServerError: if it cannot continue a text at all.
         """
         try:
             _, answer = completions(
@@ -345,7 +345,7 @@ class _Trial:
             raise self._server.error("POST /v1/completions", str(error)) from error
         return str(answer.get("model") or "")
 
-    def find_untold(self) -> tuple[int, ...]:
+    def find_unreported(self) -> tuple[int, ...]:
         """Tokens of which no row comes back if the server writes them.
 
         llama.cpp's server keeps back what is a part of a character. It can be kept from writing
@@ -353,22 +353,22 @@ class _Trial:
         """
         cuts = {i: _cut(self._tokenizer.token_bytes(i)) for i in range(self._tokenizer.n_tokens)}
         first = next((i for i, cut in cuts.items() if cut == "unexpected end of data"), None)
-        if first is None or self._told(first) is not None:
+        if first is None or self._row_of(first) is not None:
             return ()
-        whole = self._told(self.ids[-1])
-        self.untold = tuple(i for i, cut in cuts.items() if cut is not None)
+        whole = self._row_of(self.ids[-1])
+        self.unreported = tuple(i for i, cut in cuts.items() if cut is not None)
         kept = self._likeliest(_SOME)
         if whole is None or kept is None or _distance(whole, kept) > _SAME:
-            self.untold = ()
-        return self.untold
+            self.unreported = ()
+        return self.unreported
 
-    def _told(self, token: int) -> Likeliest | None:
+    def _row_of(self, token: int) -> Likeliest | None:
         """The row that comes back if the server is made to write a token."""
         answer = self.ask([self.ids], 1, logprobs=_SOME, logit_bias={str(token): 100})
         return answer[0].rows[0] if answer and answer[0].rows else None
 
     def max_top_logprobs(self, wanted: int | Literal["all"] | None) -> tuple[int, Likeliest]:
-        """The value of ``logprobs`` for as many as are wanted and told, and such a row."""
+        """The value of ``logprobs`` for as many as are wanted and returned, and such a row."""
         n_tokens = self._tokenizer.n_tokens
         small = n_tokens <= _SMALL_VOCABULARY
         if wanted == "all" or (wanted is None and small):
@@ -456,7 +456,7 @@ class _Trial:
         _, answer = completions(self._server, self._served, [text], 1, width=0)
         usage = answer.get("usage")
         counted = usage.get("prompt_tokens") if isinstance(usage, dict) else None
-        # Without ids, how many tokens it counts is all that a server tells, if it does.
+        # Without ids, how many tokens it counts is all that a server reports, if it does.
         return type(counted) is int and counted > 0 and counted != n_ids
 
 

@@ -38,7 +38,7 @@ class _Text:
 
     Attributes:
         ids: the text.
-        line: the text, or where it was cut back, how it went on; and behind it what was foreseen.
+        line: the text, or where it was cut back, how it went on; and after it what was foreseen.
         known: per number of tokens in front, what may come next; right as long as these are the
             first of ``line``.
         n_ahead: how many tokens to ask for next time.
@@ -75,7 +75,7 @@ class _Text:
             self.n_right = max(0, place - self.asked_at)
 
     def foresee(self, rows: Sequence[Likeliest], tokens: Sequence[int]) -> None:
-        """Remember how the server would go on behind the text."""
+        """Remember how the server would continue the text."""
         self.asked_at, self.n_foreseen, self.n_right = len(self.ids), len(tokens), None
         self.line = [*self.ids, *tokens]
         self._keep(range(len(self.ids)))
@@ -207,7 +207,7 @@ class RemoteSession(Session):
             [*self._texts[row].ids[:n], *new]
             for row, n, new in zip(rows, lengths, more, strict=True)
         ]
-        told = []
+        found = []
         for first in range(0, len(ids), _MOST_NAMED):
             some = list(ids[first : first + _MOST_NAMED])
             lines = []
@@ -217,9 +217,9 @@ class RemoteSession(Session):
                 if not known.keys() >= set(some):
                     raise self._changed("it does not return the log-probabilities of named tokens")
                 lines.append([known[token] for token in some])
-            told.append(torch.tensor(lines))
+            found.append(torch.tensor(lines))
         n_calls = self._server.n_calls - n_calls
-        return ModelOutput(torch.cat(told, dim=-1), n_passes=self._n_passes, n_calls=n_calls)
+        return ModelOutput(torch.cat(found, dim=-1), n_passes=self._n_passes, n_calls=n_calls)
 
     def _learn(self, rows: Sequence[int], n_last: Sequence[int]) -> list[int]:
         """Ask for what is not known; returns in how many requests each row had a part."""
@@ -249,8 +249,8 @@ class RemoteSession(Session):
         """Whether to ask about every place of a text, or about some as texts of their own."""
         if self._abilities.scoring is None:
             return False
-        n_told = self._abilities.n_told
-        return n_tokens * n_told <= n_missing * (n_told + _A_TEXT)
+        n_returned = self._abilities.n_returned
+        return n_tokens * n_returned <= n_missing * (n_returned + _A_TEXT)
 
     def _go_on(self, texts: Sequence[_Text]) -> None:
         """Ask how texts go on, as far as that is likely to be of use."""
@@ -347,13 +347,13 @@ class RemoteSession(Session):
         return answer.tokens, [self._whole(row) for row in answer.rows]
 
     def _whole(self, row: Likeliest) -> Likeliest:
-        n_told = self._abilities.n_told
+        n_returned = self._abilities.n_returned
         if (last := max(row.ids, default=0)) >= self._width + _MOST_PADDING:
             raise self._changed(f"it names token {last}, and its vocabulary had {self._width}")
-        if len(row.ids) < n_told:
-            raise self._changed(f"it returns {len(row.ids)} tokens instead of {n_told}")
+        if len(row.ids) < n_returned:
+            raise self._changed(f"it returns {len(row.ids)} tokens instead of {n_returned}")
         # A server returns a token that was given or written, too, were it not among the likeliest.
-        return row if len(row.ids) == n_told else row.first(n_told)
+        return row if len(row.ids) == n_returned else row.first(n_returned)
 
     def _changed(self, what: str) -> ServerError:
         return self._server.error(
@@ -364,9 +364,9 @@ class RemoteSession(Session):
 
     @property
     def _most_ahead(self) -> int:
-        return min(self._look_ahead, max(1, _MOST_NUMBERS // max(1, self._abilities.n_told)))
+        return min(self._look_ahead, max(1, _MOST_NUMBERS // max(1, self._abilities.n_returned)))
 
     def _room(self, text: _Text) -> int:
         limit = self._abilities.context_length
-        # One token more than the context takes may be written behind it.
+        # One token more than the context takes may be written after it.
         return self._look_ahead if limit is None else max(1, limit + 1 - len(text.ids))

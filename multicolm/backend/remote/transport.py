@@ -441,10 +441,10 @@ def _message(content: bytes) -> str:
     except ValueError:
         return _shorten(content)
     if isinstance(body, dict):
-        told = body.get("error", body.get("detail", body.get("message")))
-        told = told.get("message") if isinstance(told, dict) else told
-        if isinstance(told, str):
-            return _cut(told, 300)
+        said = body.get("error", body.get("detail", body.get("message")))
+        said = said.get("message") if isinstance(said, dict) else said
+        if isinstance(said, str):
+            return _cut(said, 300)
     return _shorten(content)
 
 

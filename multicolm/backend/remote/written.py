@@ -1,6 +1,6 @@
 """How the tokens of a text are put to a server, and those that it writes are read.
 
-A server that takes token ids and tells them needs nothing of this. One of text does: specials are
+A server that takes token ids and returns them needs nothing of this. One of text does: specials are
 written by their names, and what comes back is cut into tokens here.
 """
 

@@ -64,7 +64,7 @@ def test_what_does_not_pass_is_one_sentence(serve: Serve, fault: Any, reason: st
         session.feed([0], [IDS], [1])
     text = str(caught.value)
     assert text.startswith(
-        f"server {fake.url} of model 'facts': POST /v1/completions (1 more tokens behind 1 text of "
+        f"server {fake.url} of model 'facts': POST /v1/completions (1 more tokens after 1 text of "
         f"up to 8 tokens): {reason}"
     )
     assert text.endswith("(tried 2 times). See that it runs, then call again.")

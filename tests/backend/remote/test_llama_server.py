@@ -72,8 +72,8 @@ def test_it_is_kept_from_writing_parts_of_characters_of_which_it_would_tell_noth
 def test_one_that_tells_of_every_token_is_kept_from_none(
     serve: Callable[..., Any], fake: FakeLlama
 ) -> None:
-    assert remote(serve())._abilities.untold == ()
-    assert len(behind(fake)._abilities.untold) == 128
+    assert remote(serve())._abilities.unreported == ()
+    assert len(behind(fake)._abilities.unreported) == 128
 
 
 def test_texts_that_share_its_room_go_in_as_many_requests_as_that_takes() -> None:
