@@ -20,9 +20,7 @@ MOST_LINES_OF_A_FUNCTION = 80
 STRANGERS = {("policy", "backend"), ("policy", "tokenizer"), ("backend", "policy")}
 
 # What is left to do. Each entry goes when it is no longer needed; none may come.
-LONG_CLASSES = {
-    "serving.engine.Engine": 371,
-}
+LONG_CLASSES: dict[str, int] = {}
 LONG_FUNCTIONS: dict[str, int] = {}
 
 

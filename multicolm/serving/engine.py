@@ -12,7 +12,7 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Literal, TypeAlias
@@ -127,6 +127,23 @@ class Handle:
     row: Row | None = None
     n_told: int = 0
 
+    def tell(self, event: Event) -> None:
+        """Deliver an event; whoever asked may be gone, which must not cost the others anything."""
+        try:
+            self.deliver(event)
+        except Exception:
+            _LOG.exception("an event could not be delivered")
+
+    def tell_growth(self, live: Live, pieces: Sequence[Piece]) -> None:
+        """Deliver what was written since the last time."""
+        assert self.row is not None
+        if not pieces and len(self.row.written) == self.n_told:
+            return
+        tokens = live.tokens(self.row, self.n_told)
+        self.n_told += len(tokens)
+        if pieces or tokens:
+            self.tell(Grown(tuple(pieces), tuple(tokens)))
+
 
 @dataclass(eq=False)
 class PolicyWorker:
@@ -138,6 +155,10 @@ class PolicyWorker:
     active: dict[int, Handle] = field(default_factory=dict)
 
     @property
+    def handles(self) -> list[Handle]:
+        return [*self.active.values(), *self.waiting.values()]
+
+    @property
     def is_idle(self) -> bool:
         return not self.waiting and not self.active
 
@@ -146,6 +167,82 @@ class PolicyWorker:
         """Whether it has caches of its own; most policies share those of all."""
         loop = self.live.loop
         return loop.has_own_sessions and bool(self.active or loop.readers.opened)
+
+
+class PolicyWorkers:
+    """The policies at work, the one that was used last at the end.
+
+    Only the engine's thread calls the methods that change something.
+
+    Args:
+        ensemble: whose models write.
+        runner: of all passes.
+        lock: taken where other threads might read at the same time.
+    """
+
+    def __init__(self, ensemble: Ensemble, runner: Runner, lock: threading.Condition) -> None:
+        self._ensemble = ensemble
+        self._runner = runner
+        self._lock = lock
+        self._by_key: dict[str, PolicyWorker] = {}
+        self._retired = dict.fromkeys(ensemble.models, Usage())
+
+    def __len__(self) -> int:
+        return len(self._by_key)
+
+    def values(self) -> Collection[PolicyWorker]:
+        """All of them."""
+        return self._by_key.values()
+
+    def get(self, key: str) -> PolicyWorker | None:
+        """Where the policy of a choice works, if it does."""
+        return self._by_key.get(key)
+
+    def open(self, choice: Choice) -> PolicyWorker:
+        """Where a policy works; those that nobody has used for longest are closed."""
+        worker = self._by_key.get(choice.key)
+        if worker is None:
+            worker = PolicyWorker(choice, self._live(choice))
+        idle = [w for w in self.values() if w.is_idle and w is not worker]
+        with self._lock:
+            self._by_key.pop(choice.key, None)
+            self._by_key[choice.key] = worker
+            self.retire(idle[: max(0, len(self) - _KEPT)])
+        return worker
+
+    def reopen(self, worker: PolicyWorker) -> None:
+        """Let a policy work again after it was retired."""
+        worker.live = self._live(worker.choice)
+        with self._lock:
+            self._by_key[worker.choice.key] = worker
+
+    def retire(self, workers: Sequence[PolicyWorker]) -> None:
+        """Let go of policies and their caches, but not of what was counted."""
+        with self._lock:
+            for worker in workers:
+                for name, used in worker.live.usage.items():
+                    self._retired[name] += used
+                del self._by_key[worker.choice.key]
+
+    def has_room(self, worker: PolicyWorker) -> bool:
+        """Whether a policy can begin to work; those that have caches and no texts give them up."""
+        if not worker.live.loop.has_own_sessions:
+            return True
+        others = [w for w in self.values() if w is not worker and w.has_caches]
+        idle = [w for w in others if w.is_idle][: max(0, len(others) + 1 - _KEPT)]
+        self.retire(idle)
+        return len(others) - len(idle) < _KEPT
+
+    def usage(self) -> dict[str, Usage]:
+        """What each model did for policies that work, and for those that did before."""
+        with self._lock:
+            models = dict(self._retired)
+            for worker in self.values():
+                models = {name: models[name] + used for name, used in worker.live.usage.items()}
+        return models
+
+    def _live(self, choice: Choice) -> Live:
+        return self._ensemble.live(choice.policy, runner=self._runner)
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,6 +278,38 @@ class Closing:
 
     finished: int
     broken_off: int
+
+
+class Counts:
+    """What came of texts, under the engine's lock.
+
+    Attributes:
+        outcomes: how many texts ended in each way.
+    """
+
+    def __init__(self, models: Sequence[str]) -> None:
+        self.outcomes: dict[Outcome, int] = dict.fromkeys(("finished", "cancelled", "failed"), 0)
+        self._written = dict.fromkeys([*models, MIXTURE], 0)
+        self._durations: deque[float] = deque(maxlen=_PAST)
+
+    def end(self, outcome: Outcome, tokens: Sequence[TracedToken], seconds: float) -> None:
+        """Count a text that took so long, and the tokens that were written of it."""
+        self.outcomes[outcome] += 1
+        for token in tokens:
+            self._written[token.model] += 1
+        if outcome == "finished":
+            self._durations.append(seconds)
+
+    def with_written(self, usage: Mapping[str, Usage]) -> dict[str, Usage]:
+        """What each model did, with the tokens of texts that ended."""
+        every = {**usage, MIXTURE: Usage()}
+        return {n: used + Usage(tokens_written=self._written[n]) for n, used in every.items()}
+
+    @property
+    def usual_seconds(self) -> float:
+        """The median of the last texts that were finished; 0 before the first."""
+        durations = sorted(self._durations)
+        return durations[len(durations) // 2] if durations else 0.0
 
 
 class Engine:
@@ -221,13 +350,10 @@ class Engine:
         self._leaving: deque[Handle] = deque()
         self._n_texts = 0
         self._deadline: float | None = None
-        self._workers: dict[str, PolicyWorker] = {}
-        self._retired = dict.fromkeys(ensemble.models, Usage())
-        self._written = dict.fromkeys([*ensemble.models, MIXTURE], 0)
-        self._outcomes: dict[Outcome, int] = dict.fromkeys(("finished", "cancelled", "failed"), 0)
-        self._durations: deque[float] = deque(maxlen=_PAST)
+        self._counts = Counts(ensemble.models)
         # What follows is the working thread's own.
         self._runner = Runner(ensemble.backends, max_concurrent, clock)
+        self._workers = PolicyWorkers(ensemble, self._runner, self._news)
         self._queue: dict[int, Handle] = {}
         self._n_active = 0
         self._n_broken_off = 0
@@ -305,41 +431,32 @@ class Engine:
                 :class:`~multicolm.errors.ClosedError`.
         """
         with self._news:
-            finished = self._outcomes["finished"]
+            finished = self._counts.outcomes["finished"]
             deadline = self._clock() + grace
             # Asked once more, it may only be in more of a hurry.
             self._deadline = deadline if self._deadline is None else min(self._deadline, deadline)
             self._news.notify()
         if self._thread.ident is not None:
             self._thread.join()
-        return Closing(self._outcomes["finished"] - finished, self._n_broken_off)
+        return Closing(self._counts.outcomes["finished"] - finished, self._n_broken_off)
 
     def stats(self) -> Stats:
         """How it stands now."""
         with self._news:
-            models = dict(self._retired)
-            for worker in self._workers.values():
-                models = {name: models[name] + used for name, used in worker.live.usage.items()}
-            models[MIXTURE] = Usage()
-            models = {
-                name: used + Usage(tokens_written=self._written[name])
-                for name, used in models.items()
-            }
             active = self._n_active
             return Stats(
                 active,
                 max(0, self._n_texts - active),
                 self.max_concurrent,
                 self.max_waiting,
-                models,
-                dict(self._outcomes),
+                self._counts.with_written(self._workers.usage()),
+                dict(self._counts.outcomes),
             )
 
     def time_to_wait(self) -> int:
         """In how many seconds, about, a place will be free."""
         with self._news:
-            durations = sorted(self._durations)
-        return min(60, max(1, math.ceil(durations[len(durations) // 2]))) if durations else 1
+            return min(60, max(1, math.ceil(self._counts.usual_seconds)))
 
     # From here on everything runs in the engine's own thread.
 
@@ -382,7 +499,7 @@ class Engine:
         """Read the prompt of a new text, and let it wait for a slot."""
         request = handle.request
         try:
-            worker = self._worker(request.choice)
+            worker = self._workers.open(request.choice)
             row = worker.live.row(request.prompt, request.number, request.settings, request.seed)
         except Exception as error:
             self._fail(handle, error)
@@ -392,52 +509,22 @@ class Engine:
         worker.waiting[handle.number] = handle
         self._queue[handle.number] = handle
         n_prompt = next(len(ids) for ids in row.prompt_ids if ids)
-        self._tell(handle, Begun(n_prompt))
-
-    def _worker(self, choice: Choice) -> PolicyWorker:
-        """Where a policy works; those that nobody has used for longest are closed."""
-        worker = self._workers.get(choice.key)
-        if worker is None:
-            worker = PolicyWorker(choice, self.ensemble.live(choice.policy, runner=self._runner))
-        idle = [w for w in self._workers.values() if w.is_idle and w is not worker]
-        with self._news:
-            # The last one in a dict is the one that was used last.
-            self._workers.pop(choice.key, None)
-            self._workers[choice.key] = worker
-            for old in idle[: max(0, len(self._workers) - _KEPT)]:
-                self._retire(old)
-        return worker
-
-    def _retire(self, worker: PolicyWorker) -> None:
-        """Let go of a policy and its caches, but not of what was counted; under the lock."""
-        for name, used in worker.live.usage.items():
-            self._retired[name] += used
-        del self._workers[worker.choice.key]
+        handle.tell(Begun(n_prompt))
 
     def _admit(self) -> None:
         """Give slots to those who wait, first come, first served."""
         while self._queue and self._n_active < self.max_concurrent:
             number, handle = next(iter(self._queue.items()))
-            worker = self._workers[handle.request.choice.key]
+            worker = self._workers.get(handle.request.choice.key)
+            assert worker is not None, "who waits keeps it from being closed"
             # Nobody overtakes who waits for room, or those who work would never be done.
-            if not worker.active and not self._has_room(worker):
+            if not worker.active and not (self._workers.has_room(worker) or not self._n_active):
                 return
             del self._queue[number]
             worker.active[number] = worker.waiting.pop(number)
             assert handle.row is not None
             worker.live.add(handle.row)
             self._n_active += 1
-
-    def _has_room(self, worker: PolicyWorker) -> bool:
-        """Whether a policy can begin to work; those that have caches and no texts give them up."""
-        if not worker.live.loop.has_own_sessions:
-            return True
-        others = [w for w in self._workers.values() if w is not worker and w.has_caches]
-        idle = [w for w in others if w.is_idle][: max(0, len(others) + 1 - _KEPT)]
-        with self._news:
-            for old in idle:
-                self._retire(old)
-        return len(others) - len(idle) < _KEPT or not self._n_active
 
     def _round(self, worker: PolicyWorker) -> Passes[None]:
         """One round of a policy's loop, and the news of it."""
@@ -448,28 +535,18 @@ class Engine:
             answers = {row.number: worker.live.answer(row) for row in worker.live.finished()}
             for number, handle in worker.active.items():
                 new = [piece for piece in pieces if piece.row == number]
-                self._tell_growth(worker.live, handle, new)
+                handle.tell_growth(worker.live, new)
         except Exception as error:
             self._start_over(worker, error)
             return
         for number, answer in answers.items():
             handle = self._taken_out(worker, number)
             self._end(handle, "finished", answer.trace.tokens)
-            self._tell(handle, Ended(answer))
+            handle.tell(Ended(answer))
 
     def _taken_out(self, worker: PolicyWorker, number: int) -> Handle:
         self._n_active -= 1
         return worker.active.pop(number)
-
-    def _tell_growth(self, live: Live, handle: Handle, pieces: Sequence[Piece]) -> None:
-        row = handle.row
-        assert row is not None
-        if not pieces and len(row.written) == handle.n_told:
-            return
-        tokens = live.tokens(row, handle.n_told)
-        handle.n_told += len(tokens)
-        if pieces or tokens:
-            self._tell(handle, Grown(tuple(pieces), tuple(tokens)))
 
     def _start_over(self, worker: PolicyWorker, error: Exception) -> None:
         """A round has failed: those who were in it fail, those who wait do not.
@@ -482,21 +559,17 @@ class Engine:
             worker.live.cancel(handle.row)  # its slot is for others too
         worker.active.clear()
         self._n_active -= len(failed)
-        with self._news:
-            self._retire(worker)
+        self._workers.retire([worker])
         for handle in failed:
             self._fail(handle, error)
         if not worker.waiting:
             return
         try:
-            worker.live = self.ensemble.live(worker.choice.policy, runner=self._runner)
+            self._workers.reopen(worker)
         except Exception as again:
             for number, handle in worker.waiting.items():
                 del self._queue[number]
                 self._fail(handle, again)
-            return
-        with self._news:
-            self._workers[worker.choice.key] = worker
 
     def _let_go(self, handle: Handle) -> None:
         """Stop writing a text, if it is not finished."""
@@ -513,23 +586,16 @@ class Engine:
         self._end(handle, "cancelled", worker.live.tokens(handle.row))
 
     def _fail(self, handle: Handle, error: Exception) -> None:
-        if not isinstance(error, MulticolmError):
-            _LOG.error("a text could not be written", exc_info=error)
-        elif not isinstance(error, InputError | ConfigError | CapabilityError | ClosedError):
-            _LOG.error("a text could not be written: %s", error)
+        _log(error)
         self._end(handle, "failed", ())
         # Its frames, which have been logged, hold caches, and whoever asked may keep it.
-        self._tell(handle, Failed(error.with_traceback(None)))
+        handle.tell(Failed(error.with_traceback(None)))
 
     def _end(self, handle: Handle, outcome: Outcome, tokens: Sequence[TracedToken]) -> None:
         """Free the place of a text."""
         with self._news:
             self._n_texts -= 1
-            self._outcomes[outcome] += 1
-            for token in tokens:
-                self._written[token.model] += 1
-            if outcome == "finished":
-                self._durations.append(self._clock() - handle.since)
+            self._counts.end(outcome, tokens, self._clock() - handle.since)
         handle.row = None
 
     def _break_off(self) -> None:
@@ -538,18 +604,19 @@ class Engine:
             self._deadline = self._clock() if self._deadline is None else self._deadline
             left = [*self._coming]
             self._coming.clear()
-            for worker in list(self._workers.values()):
-                left += [*worker.active.values(), *worker.waiting.values()]
-                self._retire(worker)
+            workers = list(self._workers.values())
+            self._workers.retire(workers)
+        left += [handle for worker in workers for handle in worker.handles]
         self._queue.clear()
         self._n_active = 0
         self._n_broken_off = len(left)
         for handle in left:
             self._fail(handle, ClosedError("the server has shut down before this was finished."))
 
-    def _tell(self, handle: Handle, event: Event) -> None:
-        try:
-            handle.deliver(event)
-        except Exception:
-            # Whoever asked is gone; that must not cost the others anything.
-            _LOG.exception("an event could not be delivered")
+
+def _log(error: Exception) -> None:
+    """Of what came of a text: what is not the fault of whoever asked."""
+    if not isinstance(error, MulticolmError):
+        _LOG.error("a text could not be written", exc_info=error)
+    elif not isinstance(error, InputError | ConfigError | CapabilityError | ClosedError):
+        _LOG.error("a text could not be written: %s", error)
