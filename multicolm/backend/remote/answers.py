@@ -218,11 +218,11 @@ def _entries(entries: list[Any]) -> tuple[list[int], list[Likeliest | None]]:
         [token] = _ids([entry["id"]], "content")
         ids, numbers = [o["id"] for o in others], [o.get("logprob") for o in others]
         row = _row(ids, numbers, "top_logprobs")
-        _check_own(token, entry.get("logprob"), row)
         alike = dict(zip(row.ids, others, strict=True)).get(token, entry)
         # A token with more bytes than its own comes after others that were left out.
         if entry.get("bytes") != alike.get("bytes"):
             break
+        _check_own(token, entry.get("logprob"), row)
         tokens.append(token)
         rows.append(row)
     return tokens, rows
