@@ -23,7 +23,7 @@ from pydantic_core import from_json
 from remote_worlds import local, remote
 
 from multicolm.backend.remote.model import LlamaCppServerModel, RemoteModel
-from multicolm.backend.remote.probe import Wish, find_served_model
+from multicolm.backend.remote.probe import RequestedModel, find_served_model
 from multicolm.backend.remote.service import Service
 from multicolm.backend.remote.transport import Server
 from multicolm.errors import ServerError, VocabularyError
@@ -117,7 +117,9 @@ def recorded() -> dict[str, Recorded]:
         found["text"] = Recorded(remote(fake), fake)
     with FakeLlama(local("facts")) as fake:
         server = Server(fake.url, "facts", sleep=lambda _: None)
-        model = LlamaCppServerModel("facts", server, local("facts").tokenizer, Wish(logprobs=5))
+        model = LlamaCppServerModel(
+            "facts", server, local("facts").tokenizer, RequestedModel(logprobs=5)
+        )
         found["llama.cpp"] = Recorded(model, fake)
     assert found["echo"].answer["choices"][0]["logprobs"]["tokens"][0] == f"token_id:{IDS[0]}"
     assert found["vllm, prompt_logprobs"].answer["choices"][0]["prompt_logprobs"]
