@@ -18,6 +18,7 @@ from multicolm.serving.server import Server, Settings
 
 TOKENS = ("a", "b", " c", ".")
 SECONDS = 60.0
+COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 
 
 @dataclass(frozen=True)
@@ -122,3 +123,36 @@ class Gate:
         even = dict.fromkeys(self.tokens[:-1], 1 / (len(self.tokens) - 1))
         models = [Gated(name, self.tokens, {"": even}, ends=["."]) for name in ("base", "other")]
         return Ensemble(models, policy="max-confidence")
+
+
+def _hostile() -> dict[str, tuple[str, bytes]]:
+    turn = {"role": "user", "content": "a"}
+    many = {f"k{i}": 1 for i in range(60_000)}
+
+    def encoded(**fields: Any) -> bytes:
+        return json.dumps({"model": "tiny", **fields}, separators=(",", ":")).encode()
+
+    return {
+        "messages": (CHAT, encoded(messages=[{}] * 320_000)),
+        "lists": (COMPLETIONS, encoded(prompt=[[]] * 320_000)),
+        "prompts": (COMPLETIONS, encoded(prompt=["a"] * 200_000)),
+        "ids": (COMPLETIONS, encoded(prompt=[1] * 400_000)),
+        "mixed": (COMPLETIONS, encoded(prompt=[1, *["a"] * 200_000])),
+        "parts": (CHAT, encoded(messages=[{"role": "user", "content": [{}] * 320_000}])),
+        "turns": (CHAT, encoded(messages=[turn] * 3000)),
+        "stops": (COMPLETIONS, encoded(prompt="a", stop=["a"] * 200_000)),
+        "long stop": (COMPLETIONS, encoded(prompt="a", stop="a" * 900_000)),
+        "fields": (COMPLETIONS, encoded(prompt="a", **many)),
+        "fields of a message": (CHAT, encoded(messages=[{**turn, **many}])),
+        "extension": (COMPLETIONS, encoded(prompt="a", multicolm=many)),
+        "params": (COMPLETIONS, encoded(prompt="a", multicolm={"params": many})),
+        "param": (COMPLETIONS, encoded(prompt="a", multicolm={"params": {"w": [1] * 400_000}})),
+        "options": (COMPLETIONS, encoded(prompt="a", stream=True, stream_options=many)),
+        "brackets": (COMPLETIONS, b"[" * 900_000),
+        "digits": (COMPLETIONS, b'{"model":"tiny","prompt":"a","seed":' + b"9" * 900_000 + b"}"),
+        "spaces": (COMPLETIONS, b" " * 900_000),
+    }
+
+
+HOSTILE = _hostile()
+"""Bodies that are refused: what each holds much of, and its path and content."""

@@ -6,6 +6,7 @@ import gc
 import http.client
 import json
 import random
+import socket
 import threading
 import time
 from collections import Counter
@@ -14,7 +15,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
-from serving_worlds import SECONDS, ask, running
+from serving_worlds import HOSTILE, SECONDS, ask, running
 
 import multicolm
 from multicolm import Ensemble
@@ -64,6 +65,9 @@ class Client(threading.Thread):
             self.leave,
             self.leave_early,
             self.babble,
+            self.attack,
+            self.send_slowly,
+            self.read_nothing,
         )
         for turn in range(N_TURNS):
             # Everybody waits for an answer at least once.
@@ -121,6 +125,29 @@ class Client(threading.Thread):
         time.sleep(0.05 * self.chance.random())
         connection.close()
 
+    def attack(self, which: int) -> None:
+        path, body = self.chance.choice(list(HOSTILE.values()))
+        assert ask(self.server, path, raw=body, method="POST").status == 400
+
+    def send_slowly(self, which: int) -> None:
+        body = json.dumps(BODIES[which]).encode()
+        place = urlsplit(self.server.address)
+        with socket.create_connection((place.hostname or "", place.port), timeout=SECONDS) as bare:
+            head = "Host: localhost\r\nContent-Type: application/json\r\nConnection: close\r\n"
+            length = f"Content-Length: {len(body)}\r\n\r\n"
+            bare.sendall(f"POST {PATH} HTTP/1.1\r\n{head}{length}".encode())
+            for start in range(0, len(body), 20):
+                bare.sendall(body[start : start + 20])
+                time.sleep(0.01)
+            reply = http.client.HTTPResponse(bare)
+            reply.begin()
+            self.check(which, json.loads(reply.read())["choices"][0]["text"])
+
+    def read_nothing(self, which: int) -> None:
+        connection, _ = self.open(which)
+        time.sleep(self.chance.random())
+        connection.close()
+
     def babble(self, which: int) -> None:
         raw = json.dumps(BODIES[which]).encode()[: self.chance.randrange(1, 20)]
         assert ask(self.server, PATH, raw=raw).status == 400
@@ -170,8 +197,11 @@ def test_answers_are_those_of_generate_whoever_else_asks_leaves_or_babbles(
         done += wave(fresh, texts, N_CLIENTS * number)
         kept.append(left_over(fresh))
     assert done["wait"] >= 2 * N_CLIENTS
-    assert all(done[habit] >= 10 for habit in ("stream", "read_slowly", "leave", "babble")), done
+    assert all(
+        done[habit] >= 10 for habit in ("stream", "leave", "babble", "attack", "read_nothing")
+    ), done
     assert max(kept) <= 4, kept
     outcomes = fresh.engine.stats().outcomes
     assert outcomes["failed"] == 0
-    assert outcomes["finished"] >= done["wait"] + done["stream"] + done["read_slowly"]
+    answered = ("wait", "stream", "read_slowly", "send_slowly")
+    assert outcomes["finished"] >= sum(done[habit] for habit in answered)
