@@ -4,6 +4,7 @@
 #   make test    install the tools too, run ruff, mypy and the tests (what CI runs)
 #   make test-engines   install real engines too (llama.cpp, vLLM on CPU), test against them;
 #                       with LLAMA_SERVER=build, llama.cpp's own server too
+#   make test-soak      64 clients of every manner against a server for ten minutes
 #   make test-genlm     install genlm-bytes too, hold its next-byte probabilities against ours
 #   make browser        install Debian's Chromium, for the tests of pages; needs root
 #   make test-latest    the tests on the newest releases that pyproject.toml allows, in .venv-latest
@@ -25,7 +26,7 @@ export TOKENIZERS_PARALLELISM := false
 
 PYTEST := -m pytest -n 2 --dist worksteal -q -rs
 
-.PHONY: demo test lint types tests llama-cpp vllm test-engines test-genlm test-latest browser bench clean
+.PHONY: demo test lint types tests llama-cpp vllm test-engines test-genlm test-soak test-latest browser bench clean
 
 demo: $(VENV)/.installed
 	@echo "== asking the embedded ensemble with every policy"
@@ -56,6 +57,9 @@ vllm:
 
 test-engines: llama-cpp vllm
 	@LLAMA_SERVER=$(LLAMA_SERVER) $(BIN)/python tests/engines/with_engines.py $(ENGINES)
+
+test-soak: $(VENV)/.installed-dev
+	@PYTHONPATH=.:tests $(BIN)/python tests/serving/soak.py
 
 test-genlm: $(GENLM)/.installed
 	@echo "== tests against genlm-bytes"

@@ -1,0 +1,125 @@
+"""``make test-soak``: 64 clients of every manner for minutes, against a server in another process.
+
+Prints what it has seen, and fails if an answer was not that of ``generate``, a request was an error
+of the server, or its memory went on growing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import http.client
+import json
+import re
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+from urllib.parse import urlsplit
+
+from serving.test_load import BODIES, N_CLIENTS, PATH, Client, expected
+
+import multicolm
+from multicolm.serving.server import Server
+
+
+@dataclass(frozen=True)
+class Remote:
+    """A server of which only the address is known."""
+
+    address: str
+
+
+def watch(address: str) -> None:
+    """Read texts one after another, and print the seconds between events, one a line."""
+    place = urlsplit(address)
+    body = json.dumps({"model": "tiny", "prompt": "What is 2 * x?", "max_tokens": 200,
+                       "temperature": 1, "stream": True})  # fmt: skip
+    while True:
+        connection = http.client.HTTPConnection(place.hostname or "", place.port, timeout=60)
+        connection.request("POST", PATH, body, {"Content-Type": "application/json"})
+        reply = connection.getresponse()
+        last: float | None = None
+        while line := reply.readline():
+            now = time.monotonic()
+            if last is not None and line.startswith(b"data: {"):
+                print(now - last, flush=True)
+            if line.startswith(b"data: {"):
+                last = now
+        connection.close()
+
+
+def megabytes(pid: int) -> float:
+    status = Path(f"/proc/{pid}/status").read_text()
+    found = re.search(r"VmRSS:\s+(\d+) kB", status)
+    assert found is not None
+    return int(found[1]) / 1024
+
+
+def main() -> None:
+    """Run it."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--seconds", type=float, default=600)
+    parser.add_argument("--watch")
+    given = parser.parse_args()
+    if given.watch:
+        watch(given.watch)
+        return
+    alone = multicolm.load("tiny")
+    texts = [expected(alone, body) for body in BODIES]
+    command = [sys.executable, "-m", "multicolm", "serve", "tiny", "--port", "0"]
+    waiting = ["--max-waiting", str(3 * N_CLIENTS)]
+    server = subprocess.Popen([*command, *waiting], stderr=subprocess.PIPE, text=True)
+    assert server.stderr is not None
+    address = re.search(r"http://\S+\d", server.stderr.readline())
+    assert address is not None
+    threading.Thread(target=server.stderr.read, daemon=True).start()
+    watcher = subprocess.Popen(
+        [sys.executable, __file__, "--watch", address[0]], stdout=subprocess.PIPE, text=True
+    )
+    gaps: list[float] = []
+    assert watcher.stdout is not None
+    lines = watcher.stdout
+    threading.Thread(target=lambda: gaps.extend(map(float, lines)), daemon=True).start()
+    start, first, done, wrong, memory = time.monotonic(), 0, Counter[str](), [], []
+    while len(gaps) < 500:
+        time.sleep(0.1)
+    quiet = list(gaps)
+    try:
+        while time.monotonic() - start < given.seconds:
+            clients = [
+                Client(first + i, cast("Server", Remote(address[0])), texts)
+                for i in range(N_CLIENTS)
+            ]
+            for client in clients:
+                client.start()
+            for client in clients:
+                client.join()
+                done += client.done
+                wrong += client.wrong
+            first += N_CLIENTS
+            memory.append(megabytes(server.pid))
+        place = urlsplit(address[0])
+        connection = http.client.HTTPConnection(place.hostname or "", place.port, timeout=60)
+        connection.request("GET", "/metrics")
+        metrics = connection.getresponse().read().decode()
+    finally:
+        watcher.terminate()
+        server.terminate()
+    failed = re.findall(r'requests_total\{.*status="5\d\d"\} \S+', metrics)
+    loud = gaps[len(quiet) :]
+    for name, some in (("undisturbed", quiet), ("under load", loud)):
+        print(f"gaps {name}: median {statistics.median(some):.3f} s, worst {max(some):.3f} s")
+    half = len(memory) // 2
+    print(f"requests: {sum(done.values())} {dict(done)}; wrong: {wrong}; server errors: {failed}")
+    print(f"memory: {memory[0]:.0f} MB after the first wave, {memory[half]:.0f} half way, "
+          f"{memory[-1]:.0f} at the end, of {len(memory)} waves")  # fmt: skip
+    assert not wrong and not failed and memory[-1] < 1.1 * memory[half]
+
+
+if __name__ == "__main__":
+    main()
