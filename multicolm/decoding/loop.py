@@ -188,6 +188,14 @@ class TokenLoop(Loop):
             pieces += self._commit(row, draft, decision)
         return pieces
 
+    def _release(self, row: Row) -> None:
+        super()._release(row)
+        # One that is cancelled may have drafted, and wait to be decided.
+        if row in self._drafted:
+            self._drafted.remove(row)
+        if self._drafter is not None:
+            self._drafter.drop(row)
+
     def _draft(self, ready: Sequence[Row]) -> Passes[Draft | None]:
         """Let the base model draft one token further.
 

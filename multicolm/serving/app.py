@@ -234,11 +234,17 @@ class _RequestHandler:
             replies, body = self._replies(wanted), wanted.body
             if body.stream:
                 with_usage = body.stream_options is not None and body.stream_options.include_usage
+                events = texts.chunks(replies, with_usage, first_token, self.explained)
+
+                async def close() -> None:  # when it is read, or nobody is there
+                    await events.aclose()
+                    await texts.close()
+
                 return StreamingResponse(
-                    texts.chunks(replies, with_usage, first_token, self.explained),
+                    events,
                     headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
                     media_type="text/event-stream",
-                    background=BackgroundTask(texts.close),  # when it is read, or nobody is there
+                    background=BackgroundTask(close),
                 )
             whole = await _unless_gone(request.receive, texts.whole(replies, first_token))
             return StreamingResponse(  # which waits until it has been read, unlike a plain one

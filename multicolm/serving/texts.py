@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from typing import Any
 
 import anyio.to_thread
@@ -177,7 +177,7 @@ class Texts:
         with_usage: bool,
         first_token: Callable[[], None],
         explained: Callable[[Exception], Mapping[str, Any]],
-    ) -> AsyncIterator[bytes]:
+    ) -> AsyncGenerator[bytes, None]:
         """The events of a stream; an error is the last one, as ``explained`` words it."""
         try:
             if replies.kind == "chat":
