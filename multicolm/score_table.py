@@ -191,25 +191,32 @@ class ScoreTable:
         base = {name: feature[which] for name, feature in self.base.items()}
         return replace(self, **changed, base=base)
 
-    def merged(self, open_: Bool[Tensor, "positions bridged"]) -> ScoreTable:
+    def merged(self, open_: Bool[Tensor, "positions models"]) -> ScoreTable:
         """Positions merged into spans that begin and end between tokens of every model.
 
         A span's numbers are those of its first position; its log-probabilities are summed, and it
-        is known where all of its positions are.
+        is known where all of its positions are. A model's first choice is right if it is at every
+        position of the span where one of its tokens begins, as who writes goes on to its end.
 
         Args:
-            open_: per position and model of another vocabulary than the base model's, whether one
-                of the model's own tokens begins there; true at the first position of every text.
+            open_: per position and model, whether one of the model's own tokens begins there; true
+                at the first position of every text.
         """
         begins = open_.all(-1)
         span = begins.long().cumsum(0) - 1
         first = self.rows(begins)
         zeros = torch.zeros_like(first.gold_logprobs)
         n_unknown = zeros.index_add(0, span, (~self.known).to(zeros.dtype))
+        wrong = (self.top1_ids != self.gold_ids[:, None]) & open_
+        n_wrong = zeros.index_add(0, span, wrong.to(zeros.dtype))
+        # No token: one that begins as the span does, and goes on otherwise.
+        others = -2 - torch.arange(self.n_models)
+        begins_right = first.top1_ids == first.gold_ids[:, None]
         return replace(
             first,
             gold_logprobs=zeros.index_add(0, span, self.gold_logprobs),
             known=n_unknown == 0,
+            top1_ids=torch.where(begins_right & (n_wrong > 0), others, first.top1_ids),
         )
 
     def n_blocks(self, size: int) -> int:

@@ -284,9 +284,16 @@ class _Scorer:
         ]
         own = [list(text.own) for text in spans]
         own_gold = torch.tensor([token for text in own for token in text])
-        columns = to_base_tokens(self._read_tokens(work, own, own_gold), spans)
-        # The right token of one's own counts as the right one; others are told by their content.
-        right = columns["top1_ids"] == own_gold[columns.pop("number")]
+        found = self._read_tokens(work, own, own_gold)
+        misses = {
+            "gold_logprobs": (found["top1_ids"] != own_gold).float(),
+            "known": torch.ones_like(found["known"]),
+        }
+        columns = to_base_tokens(found, spans)
+        del columns["number"]
+        # Who would write one's own tokens up to where both meet again is right; others are told by
+        # the content of their first token.
+        right = to_base_tokens(misses, spans)["gold_logprobs"] == 0
         named = [self._known_everywhere(vocabulary, i) for i in columns["top1_ids"].tolist()]
         columns["top1_ids"] = torch.where(right, gold, torch.tensor(named)).int()
         if vocabulary.is_exact(k):

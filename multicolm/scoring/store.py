@@ -550,7 +550,14 @@ class StoredTable:
         opens = self._opens(number)
         if opens is None:
             return _OpenShard(numbers, base, None)
-        return _OpenShard(numbers.merged(opens[:, None]), base, opens.nonzero()[:, 0])
+        own = [self._files.map(name, number).get("open") for name in self.models]
+        everywhere = torch.ones_like(opens)
+        flags = [
+            flag.bool() if flag is not None and name in self._bridged else everywhere
+            for name, flag in zip(self.models, own, strict=True)
+        ]
+        merged = numbers.merged(torch.stack(flags, dim=1))
+        return _OpenShard(merged, base, opens.nonzero()[:, 0])
 
 
 @dataclass(frozen=True)

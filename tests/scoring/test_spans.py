@@ -5,11 +5,14 @@ from __future__ import annotations
 import itertools
 import json
 import math
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from learning_worlds import world
 from tables import random_table
 
 import multicolm
@@ -252,3 +255,38 @@ def test_the_marginal_likelihood_by_spans_is_that_byte_by_byte(tmp_path: Path) -
             assert float(by_spans[row]) == pytest.approx(wanted, abs=1e-4)
             at += len(content)
             row += 1
+
+
+def test_a_first_choice_is_right_if_all_of_the_models_own_tokens_of_the_span_are(
+    tmp_path: Path,
+) -> None:
+    """Every word of the assistant's begins with the same token, which alone says nothing."""
+
+    def sure(tokens: Sequence[str], token: str) -> dict[str, float]:
+        return {other: float(other == token) for other in tokens}
+
+    whole, parts = ("a", " b", " c", "."), ("a", " ", "b", "c", ".")
+    base = TableModel("base", whole, {"": sure(whole, " c")}, ends=["."])
+
+    def assistant(name: str, word: str) -> TableModel:
+        rows = {"": sure(parts, " "), " ": sure(parts, word), "b": sure(parts, ".")}
+        return TableModel(name, parts, rows, ends=["."])
+
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"prompt": "a", "completion": " b"}\n')
+    models = [base, assistant("right", "b"), assistant("wrong", "c")]
+    score(Ensemble(models), open_corpus(data), tmp_path / "out")
+    table = load_table(tmp_path / "out")
+    assert table.correct.tolist() == [[False, True, False], [False, True, True]]
+    assert table.gold_logprobs[0, 1] == 0 and table.gold_logprobs[0, 2] == -math.inf
+
+
+def test_a_merged_span_is_right_where_a_model_is_at_all_of_its_own_tokens() -> None:
+    table = replace(
+        world(2, 4), gold_ids=torch.tensor([5, 5, 5, 5]),
+        top1_ids=torch.tensor([[5, 5], [6, 9], [5, 6], [5, 5]]),
+    )  # fmt: skip
+    opens = torch.tensor([[True, True], [True, False], [True, True], [True, True]])
+    merged = table.merged(opens)
+    assert merged.correct.tolist() == [[False, True], [True, False], [True, True]]
+    assert merged.top1_ids[0, 0] not in (5, 6) and merged.top1_ids[1, 1] == 6
