@@ -147,6 +147,33 @@ def test_a_cancelled_text_gives_its_place_to_the_next_at_once(
     )
 
 
+@pytest.mark.parametrize("policy", ["confidence", "cosd-rule"])
+def test_a_text_that_is_cancelled_in_any_round_leaves_no_draft_to_the_next_in_its_place(
+    tables: Ensemble, policy: str
+) -> None:
+    generation = GenerationConfig(schedule="block", block_size=4)
+    ensemble = Ensemble(tables.backends, generation=generation)
+    wanted = GenerationConfig(schedule="block", block_size=4, max_new_tokens=24)
+    alone = ensemble.generate(["b c", "d e"], policy, max_new_tokens=24)
+    for n_rounds in range(1, 20):
+        live = ensemble.live(policy, n_slots=2)
+        vars(live.loop)["_enough"] = 1.0  # a draft that has ended waits for all others
+        first, beside, after = (
+            live.row(p, n, wanted, seed=n) for n, p in enumerate(("a", "b c", "d e"))
+        )
+        for row in (first, beside, after):
+            live.add(row)
+        for _ in range(n_rounds):
+            live.step()
+        live.cancel(first)
+        kept = list(first.written)
+        while live.busy:
+            live.step()
+        assert first.written == kept, f"written on in after it was cancelled in round {n_rounds}"
+        for row, want in zip((beside, after), alone, strict=True):
+            assert live.answer(row).text == want.text, n_rounds
+
+
 def test_a_round_without_texts_does_nothing(tables: Ensemble) -> None:
     live = tables.live("confidence", n_slots=2)
     assert live.step() == [] and not live.busy
