@@ -118,7 +118,7 @@ class Shown:
 
     @property
     def where(self) -> str:
-        """Its server, behind its name."""
+        """Its server, after its name."""
         return f" (server {self.server})" if self.server else ""
 
 

@@ -149,7 +149,7 @@ class GenerativeEnsemble:
         batch_size: int = 16,
         **kwargs: Any,
     ) -> Tensor | GenerateDecoderOnlyOutput:
-        """Write on behind prompts of token ids.
+        """Write on after prompts of token ids.
 
         Args:
             inputs: the same as ``input_ids``.
@@ -167,7 +167,7 @@ class GenerativeEnsemble:
             **kwargs: fields of the generation configuration, in its place.
 
         Returns:
-            Prompts with their padding and behind them the texts, their ends included, padded on
+            Prompts with their padding and after them the texts, their ends included, padded on
             the right: [rows * num_return_sequences, time]. In shared vocabularies the tokens are
             those that were written; otherwise, the base model's tokens of the text.
 
@@ -306,7 +306,7 @@ class GenerativeEnsemble:
         """Hand over the prompt, and the tokens as they become certain."""
         streamer.put(prompts.cpu())
         n_told = 0
-        # Pieces of text and tokens come apart where there are several vocabularies, and behind a
+        # Pieces of text and tokens come apart where there are several vocabularies, and after a
         # token that the base model does not have, the whole text is put in its tokens.
         is_told = self._is_written_in_base_ids() and self._has_all_texts()
         for _ in stream:
@@ -410,7 +410,7 @@ def _without_padding(prompts: Tensor, mask: Tensor | None) -> list[list[int]]:
 
 
 def _joined(prompts: Tensor, texts: Sequence[Sequence[int]], pad: int) -> Tensor:
-    """Prompts and behind them the texts, padded on the right: [rows, time]."""
+    """Prompts and after them the texts, padded on the right: [rows, time]."""
     width = max(map(len, texts))
     padded = [[*ids, *[pad] * (width - len(ids))] for ids in texts]
     new = torch.tensor(padded, dtype=prompts.dtype, device=prompts.device).reshape(-1, width)

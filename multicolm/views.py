@@ -487,7 +487,7 @@ class Views:
     def prompt_mean_nll(self) -> Float[Tensor, "positions models"]:
         """How unlikely each model finds the prompt, in nats per token of the base model's prompt.
 
-        Minus the logarithm of the probability of the model's own tokens of the prompt behind the
+        Minus the logarithm of the probability of the model's own tokens of the prompt after the
         first, those of its chat template included. NaN for a model that the policy does not use.
         """
         if "prompt_mean_nll" not in self._context:

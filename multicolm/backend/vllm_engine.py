@@ -81,7 +81,7 @@ class Engine(Service):
         timeout: float | None = None,
         final_500: bool = False,
     ) -> dict[str, Any]:
-        """What the engine writes behind some prompts, in the form of ``/v1/completions``.
+        """What the engine writes after some prompts, in the form of ``/v1/completions``.
 
         Raises:
             ServerError: if it does not serve such a request, or fails.
@@ -133,7 +133,7 @@ class VllmEngineModel(RemoteModel):
             **(config.engine_options or {}),
         }
         if config.context_length is not None:
-            # One place more: behind a text of full length, a token is asked for.
+            # One place more: after a text of full length, a token is asked for.
             options["max_model_len"] = min(config.context_length + 1, length or 1 << 62)
         model = cls(
             name,

@@ -49,7 +49,7 @@ def _debug(context: click.Context, _: click.Parameter, value: bool) -> None:
         context.obj["debug"] = True
 
 
-# Before the verb or behind it: one adds it when something has gone wrong.
+# Before the verb or after it: one adds it when something has gone wrong.
 _DEBUG = click.Option(
     ["--debug"],
     is_flag=True,

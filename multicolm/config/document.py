@@ -156,7 +156,7 @@ _SCALARS = {f"tag:yaml.org,2002:{kind}" for kind in ("str", "int", "float", "boo
 def _place_of(error: yaml.MarkedYAMLError, text: str) -> tuple[str, str]:
     """Where a mistake is, as ``:line:column``, and what it is.
 
-    A parser notices what is not closed, or lacks a colon, in a line behind it.
+    A parser notices what is not closed, or lacks a colon, in a line after it.
     """
     mark, begin, problem = error.problem_mark, error.context_mark, str(error.problem)
     if mark is None:

@@ -393,7 +393,7 @@ def _place(
 
 
 def _figures(found: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """The harness's figures, those of groups behind those of tasks."""
+    """The harness's figures, those of groups after those of tasks."""
     for part in ("results", "groups"):
         for task, numbers in found.get(part, {}).items():
             if part == "groups" and task in found["results"]:

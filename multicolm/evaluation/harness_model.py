@@ -266,7 +266,7 @@ class EnsembleLM(LM):  # type: ignore[misc]
         return [texts[i] for i in range(len(requests))]
 
     def _prompt(self, context: str, max_new_tokens: int) -> Prompt:
-        """The context, cut on the left so far that the answer fits behind it."""
+        """The context, cut on the left so far that the answer fits after it."""
         if context in self._chats and self._chats[context][1]:
             raise InputError(
                 "a task that begins the answer itself (`gen_prefix`) cannot have texts written "

@@ -182,7 +182,7 @@ class BytePairs(Canonical):
         return self._words.first(slot) if self._is_made[slot] else _CLOSED
 
     def _added_behind(self, place: int) -> dict[int, int]:
-        """Added tokens that may begin at a place, and the arrivals behind them."""
+        """Added tokens that may begin at a place, and the arrivals after them."""
         if place not in self._added_after:
             after = {slot: self._splitter.read_added(place, a) for slot, a in self._added}
             live = {}

@@ -376,7 +376,7 @@ class ByteSession:
 
         Args:
             rows: distinct rows.
-            places: per row, behind how many bytes of its text to look, one or more; ``None`` for
+            places: per row, after how many bytes of its text to look, one or more; ``None`` for
                 once at the end of each.
 
         Returns:

@@ -8,7 +8,7 @@ from multicolm.views import ModelNames
 __all__ = ["END", "ByteVocabulary"]
 
 END = 256
-"""The end of a text, behind the 256 bytes."""
+"""The end of a text, after the 256 bytes."""
 
 
 class ByteVocabulary(Outcomes):

@@ -87,7 +87,7 @@ class SortedCharacters:
         order = sorted(texts, key=lambda token: tuple(spelled[token]))
         self.ids: Int[np.ndarray, "tokens"] = np.array(order, dtype=np.int64)
         width = max((len(spelled[token]) for token in order), default=0) + 1
-        # -1 behind the last character, which sorts before all others.
+        # -1 after the last character, which sorts before all others.
         self._table = np.full((len(order), width), -1, dtype=np.int64)
         for line, token in enumerate(order):
             self._table[line, : len(spelled[token])] = spelled[token]

@@ -29,7 +29,7 @@ from multicolm.exact.canonical import Canonical, State
 __all__ = ["END", "N_OUTCOMES", "Branch", "Frontier", "Node", "SortedBytes", "TokenLattice"]
 
 END = 256
-"""The outcome behind the 256 bytes: the text ends."""
+"""The outcome after the 256 bytes: the text ends."""
 N_OUTCOMES = 257
 
 
@@ -191,9 +191,9 @@ class Branch:
 
     Attributes:
         node: the path.
-        depth: how many bytes of the text lie behind the path.
-        low: the first token that has these bytes and goes on behind them.
-        high: the one behind the last.
+        depth: how many bytes of the text lie after the path.
+        low: the first token that has these bytes and goes on after them.
+        high: the one after the last.
     """
 
     node: Node

@@ -192,7 +192,7 @@ class Threads:
         return self._closures[node]
 
     def step(self, threads: Iterable[int], atom: int) -> tuple[int, ...]:
-        """The threads after a character, best first, none behind a match."""
+        """The threads after a character, best first, none after a match."""
         signature = self.atoms.signatures[atom]
         after: list[int] = []
         for node in threads:
@@ -242,7 +242,7 @@ class _Parser:
             raise UnknownPattern(f"'{self._pattern[self._place]}'")
         return node
 
-    # Each part is parsed into a function from the node behind it to its own first node.
+    # Each part is parsed into a function from the node after it to its own first node.
 
     def _alternatives(self) -> Callable[[int], int]:
         branches = [self._sequence()]

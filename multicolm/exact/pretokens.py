@@ -72,8 +72,8 @@ class Splitter:
 
     Attributes:
         can_end: per arrival, whether the text may end there.
-        whole: per arrival, the place behind it if the text is not cut there; -1 if it must be.
-        cut: per arrival, the place behind it if the text is cut there; -1 if it cannot be.
+        whole: per arrival, the place after it if the text is not cut there; -1 if it must be.
+        cut: per arrival, the place after it if the text is cut there; -1 if it cannot be.
     """
 
     def __init__(self, threads: Threads, stages: Sequence[Stage]) -> None:
@@ -129,7 +129,7 @@ class Splitter:
             return several.pop()
         return self._place(frozenset().union(*(self._hypotheses[place] for place in several)))
 
-    # Hypotheses behind an arrival.
+    # Hypotheses after an arrival.
 
     def _fresh(self, stage: int) -> list[tuple[_In, ...]]:
         """Every way in which the stages from ``stage`` on may begin a piece."""
@@ -175,7 +175,7 @@ class Splitter:
 
     def _cuts(self, raw: _Raw) -> list[_Hypothesis]:
         found: list[_Hypothesis] = []
-        for j in range(len(raw)):  # the first stage that cuts; those behind it begin anew
+        for j in range(len(raw)):  # the first stage that cuts; those after it begin anew
             if not all(self._ends(part) for part in raw[j + 1 :]):
                 continue
             for truth in _truths(self._looked(raw[: j + 1])):

@@ -39,7 +39,7 @@ class Row:
 
     Attributes:
         outcome: per token the arrival, or the place if it ends with an unfinished character; -1.
-        is_live: which of them can be continued to a text, behind a cut (True) and else (False).
+        is_live: which of them can be continued to a text, after a cut (True) and else (False).
     """
 
     outcome: Int[np.ndarray, "some"]

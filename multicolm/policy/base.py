@@ -474,7 +474,7 @@ class SegmentPolicy(Policy):
     """In the writer's tokens; a proposal does not end before, unless the text does."""
 
     longest: int = 16
-    """In the writer's tokens; behind it a proposal may end where no word does."""
+    """In the writer's tokens; after it a proposal may end where no word does."""
 
     def rate(self, segments: Segments) -> Float[Tensor, "rows writers"]:
         """A number for each proposal; the greatest wins, the first of equal ones.

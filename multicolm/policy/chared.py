@@ -19,8 +19,8 @@ class CharEdPolicy(WeightedPolicy):
     """Every character is drawn from the weighted average of all models' distributions.
 
     A model's next character has the probability of all tokens that begin with it; what stays
-    behind a character are the tokens that began with it. An end of a token is an outcome too: all
-    models are asked anew behind it. So a model that stands within a token takes the text so far as
+    after a character are the tokens that began with it. An end of a token is an outcome too: all
+    models are asked anew after it. So a model that stands within a token takes the text so far as
     ended there, which `byte-mixture` does not: it sums over all ways to spell the text.
 
     Attributes:

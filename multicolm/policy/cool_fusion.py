@@ -22,7 +22,7 @@ class CoolFusionPolicy(SegmentPolicy):
     and nobody scores it.
 
     Attributes:
-        longest: tokens of a proposal behind which it may end within a word, as it must where a
+        longest: tokens of a proposal after which it may end within a word, as it must where a
             script has no spaces.
 
     Source:

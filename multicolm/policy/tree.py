@@ -194,7 +194,7 @@ class _Flat:
             if isinstance(node, Leaf):
                 rows.append((0, 0.0, number, number, node))
                 return number
-            rows.append((0, 0.0, 0, 0, no_leaf))  # its place; its children come behind it
+            rows.append((0, 0.0, 0, 0, no_leaf))  # its place; its children come after it
             asked, threshold = (
                 (node.feature, node.threshold)
                 if isinstance(node, Split)

@@ -1,4 +1,4 @@
-"""Texts behind prompts, in the tokens of every model in use, and no longer than it can read."""
+"""Texts after prompts, in the tokens of every model in use, and no longer than it can read."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["Passage", "PassageReader"]
 
 @dataclass(frozen=True, slots=True)
 class Passage:
-    """A text behind a prompt, in tokens.
+    """A text after a prompt, in tokens.
 
     Attributes:
         prompt_ids: per model what it reads before, in its own tokens; nothing for models that are
@@ -180,7 +180,7 @@ class PassageReader:
     def windows(self, text: str) -> Iterator[Passage]:
         """A text from its beginning, in stretches that every model can read.
 
-        The first stands behind whatever begins a text, each other one behind as much of the text
+        The first stands after whatever begins a text, each other one after as much of the text
         before it as fits with as many tokens to predict as fit: one token, where there is more to
         come. Together they predict every token once.
 

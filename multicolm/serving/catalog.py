@@ -187,7 +187,7 @@ class Catalog:
         # As JSON and everybody else writes numbers; Python also takes `1_000`, blanks and `٣`.
         threshold = float(number) if _NUMBER.fullmatch(number) else math.nan
         if not math.isfinite(threshold):
-            raise InputError(f"model '{model}': behind '@' stands a number, got '{number}'.")
+            raise InputError(f"model '{model}': expected a number after '@', got '{number}'.")
         return name or None, threshold
 
 

@@ -43,7 +43,7 @@ class Written:
     _decoder: Any = field(default_factory=lambda: codecs.getincrementaldecoder("utf-8")("replace"))
 
     def pass_over(self, content: bytes) -> int:
-        """Where in the text a token begins, in characters; the next one begins behind it."""
+        """Where in the text a token begins, in characters; the next one begins after it."""
         offset = self._n_characters
         self._n_characters += len(self._decoder.decode(content))
         return offset
@@ -129,7 +129,7 @@ class Replies:
         return {**self._head(self._chunk), "choices": [choice]}
 
     def usage(self, texts: Sequence[Written]) -> dict[str, Any]:
-        """The chunk behind all others, without choices."""
+        """The chunk after all others, without choices."""
         return {**self._head(self._chunk), "choices": [], **self._usage(texts)}
 
     @property

@@ -178,7 +178,7 @@ class _Trial:
         self._pool += whole
         mine, right = self._model.open(1), self._reference.open(1)
         self._same(law, mine, right, [0], [whole[: len(prompt)]], [1])
-        # One by one, as it is written; the last prediction is behind the end of the text.
+        # One by one, as it is written; the last prediction is after the end of the text.
         for token in whole[len(prompt) :]:
             self._same(law, mine, right, [0], [[token]], [1])
 

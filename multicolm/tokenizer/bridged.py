@@ -165,11 +165,11 @@ class BridgedVocabulary(Vocabulary):
         return self._first[model]
 
     def ends_of_tokens(self, model: int) -> tuple[Int[Tensor, "own_vocab"], Int[Tensor, "ends"]]:
-        """The ids of what is left of a model's tokens behind their first bytes.
+        """The ids of what is left of a model's tokens after their first bytes.
 
         Returns:
             Per own token, where its entries begin; and the entries: what is left behind 0 bytes,
-            behind 1, and so on up to the last byte. Special tokens have none.
+            after 1, and so on up to the last byte. Special tokens have none.
         """
         tokenizer = self._tokenizers[model]
         starts: list[int] = []
@@ -201,7 +201,7 @@ class BridgedVocabulary(Vocabulary):
         return ids
 
     def follow(self, model: int, prompt: Sequence[int]) -> TokenAligner:
-        """Begin to follow a text behind a prompt, which is in the model's own tokens."""
+        """Begin to follow a text after a prompt, which is in the model's own tokens."""
         return _ByteAligner(self, model, prompt)
 
     def own_tokens(self, model: int, token: int) -> list[int]:
@@ -390,7 +390,7 @@ class _ByteAligner(TokenAligner):
         self._kept = min(self._kept, len(self.own))
 
     def _renew(self, changed: tuple[_Run, int] | None) -> None:
-        """Take over what an encoder has changed behind its tokens that stay as they are."""
+        """Take over what an encoder has changed after its tokens that stay as they are."""
         if changed is None:
             return
         run, stable = changed

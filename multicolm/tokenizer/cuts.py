@@ -2,7 +2,7 @@ r"""Cuts: places where a text can be cut, so that its parts have the tokens of t
 
 A tokenizer changes earlier tokens when a text goes on ("th" becomes "the"), and most of all where
 its pre-tokenizer looks ahead. At a cut it does not: whatever follows, the tokens in front of it
-stay, and those behind it are the ones of the rest alone. Three reasons for a cut are known.
+stay, and those after it are the ones of the rest alone. Three reasons for a cut are known.
 
 - :class:`SplitCuts`: the pre-tokenizer always splits there, seen from the two characters around
   it, such as a letter and a space. Regular expressions are taken apart into their alternatives,
@@ -35,7 +35,7 @@ class Cuts(ABC):
     """Finds the places where a text can be cut.
 
     Attributes:
-        reach: how many characters behind a place are needed to tell whether it is one.
+        reach: how many characters after a place are needed to tell whether it is one.
     """
 
     reach: int
@@ -150,7 +150,7 @@ class GreedyCuts(Cuts):
         self.reach = self._longest - 1
 
     def places(self, text: str, stop: int) -> Iterator[int]:
-        """See :class:`Cuts`; none behind a place at which no token fits."""
+        """See :class:`Cuts`; none after a place at which no token fits."""
         lengths = range(self._longest, 0, -1)
         broken = _ESCAPED.search(text)
         if broken is not None:  # it will be read as something else, maybe with what is before it
@@ -204,7 +204,7 @@ _BYTES = frozenset(f"<0x{byte:02X}>" for byte in range(256))
 
 
 def _spellings(content: str) -> set[str]:
-    """How an added token may stand in a text, before or behind the normalizer."""
+    """How an added token may stand in a text, before or after the normalizer."""
     marked = {content, content.replace(_MARK, " "), content.replace(" ", _MARK)}
     return {*marked, *map(_composed, marked)} - {""}
 
@@ -248,7 +248,7 @@ _SUFFIX = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 # Alternatives of the regular expressions of known tokenizers. For each was checked: it matches
 # across none of the pairs of `_ENDS`; what it matches in front of such a pair does not change if
 # the text ends there; it does not look behind. (White space that it begins with may go on with
-# more of it, so nothing is said about places behind white space.)
+# more of it, so nothing is said about places after white space.)
 # Source: tokenizer.json of GPT-2, cl100k, o200k, Llama 3, Qwen 2 to 3.5, DeepSeek 3, Tekken.
 _ALTERNATIVES: dict[str, str] = {
     **dict.fromkeys(("'s", "'t", "'re", "'ve", "'m", "'ll", "'d", _SUFFIX), "other"),
@@ -304,7 +304,7 @@ def _split_pairs(splitter: Mapping[str, Any], *, marks: bool) -> _Pairs | None:
     if kind == "Split":
         pattern, manner = splitter["pattern"], (splitter["behavior"], splitter["invert"])
         if pattern == {"String": " "} and manner == ("MergedWithPrevious", False):
-            return set()  # behind every space, whatever is around; no use is made of this
+            return set()  # after every space, whatever is around; no use is made of this
         if "Regex" in pattern and manner in _WHOLE and not marks:
             return _regex_pairs(pattern["Regex"])
     return None

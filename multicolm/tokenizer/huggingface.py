@@ -32,7 +32,7 @@ class HuggingFaceTokenizer(TokenizerAdapter):
         tokenizer: a fast tokenizer (one with a ``backend_tokenizer``).
         name: the model's name, for messages.
         end_ids: tokens with which the model ends a text, besides the tokenizer's own.
-        n_embeddings: how many tokens the model can read; those behind are none of its tokens.
+        n_embeddings: how many tokens the model can read; those after are none of its tokens.
 
     Raises:
         VocabularyError: if its tokens cannot be turned into bytes one by one.

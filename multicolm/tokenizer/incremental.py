@@ -1,7 +1,7 @@
 """One growing text as one model's tokens, at a cost that does not grow with it.
 
 Tokens on the two sides of a cut (:mod:`multicolm.tokenizer.cuts`) do not depend on each other, so
-only what stands behind the last cut is encoded anew when the text changes. A tokenizer of which
+only what stands after the last cut is encoded anew when the text changes. A tokenizer of which
 no cuts are known is encoded from the start each time: right, and slow.
 """
 
@@ -63,7 +63,7 @@ class IncrementalEncoder:
         if n_bytes == self.n_bytes:
             return
         del self._text[n_bytes:]
-        # A cut is one because of the characters behind it, some of which may be gone.
+        # A cut is one because of the characters after it, some of which may be gone.
         cuts = self._adapter.cuts
         n_needed = _WIDEST * cuts.reach if cuts is not None else 0
         while self._cuts[-1][0] > max(0, n_bytes - n_needed):
@@ -111,7 +111,7 @@ class IncrementalEncoder:
         return self._cuts[-1][1]
 
     def _encode(self) -> None:
-        """Encode what stands behind the last cut."""
+        """Encode what stands after the last cut."""
         if self._is_encoded:
             return
         begin, n_tokens = self._cuts[-1]
@@ -146,7 +146,7 @@ class IncrementalEncoder:
         self._cuts.append((n_bytes, len(self._ids)))
 
     def _write(self, text: str, places: list[int]) -> None:
-        """Add the tokens of a part of the text behind the last cut.
+        """Add the tokens of a part of the text after the last cut.
 
         Args:
             text: the part.

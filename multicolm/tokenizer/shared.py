@@ -134,7 +134,7 @@ class SharedVocabulary(Vocabulary):
         return _Translation(own, reads, straight)
 
     def follow(self, model: int, prompt: Sequence[int]) -> TokenAligner:
-        """Begin to follow a text behind a prompt, which is in the model's own tokens."""
+        """Begin to follow a text after a prompt, which is in the model's own tokens."""
         return _SharedAligner(self, model, prompt)
 
     def read(self, model: int, shared_ids: Sequence[int]) -> list[int]:

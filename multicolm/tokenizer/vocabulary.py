@@ -81,7 +81,7 @@ class Vocabulary(ABC):
 
     @abstractmethod
     def follow(self, model: int, prompt: Sequence[int]) -> TokenAligner:
-        """Begin to follow a text behind a prompt, which is in the model's own tokens."""
+        """Begin to follow a text after a prompt, which is in the model's own tokens."""
 
     @abstractmethod
     def read(self, model: int, ids: Sequence[int]) -> list[int]:

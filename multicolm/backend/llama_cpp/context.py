@@ -109,7 +109,7 @@ class Context:
         self._shows_hidden = False
 
     def read(self, entries: Sequence[Entry], *, hidden: bool) -> tuple[Tensor, Tensor | None, int]:
-        """Read tokens behind what their rows hold, and predict what follows.
+        """Read tokens after what their rows hold, and predict what follows.
 
         Args:
             entries: tokens, ascending by row and within a row by place.
@@ -165,7 +165,7 @@ class Context:
             )
 
     def cut(self, row: int, length: int) -> bool:
-        """Forget what a row holds behind its first ``length`` tokens.
+        """Forget what a row holds after its first ``length`` tokens.
 
         Returns:
             Whether it still holds these; a model with a recurrent state forgets the whole row.

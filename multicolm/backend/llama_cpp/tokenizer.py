@@ -81,7 +81,7 @@ class LlamaCppTokenizer(TokenizerAdapter):
         return [token_id] if is_token and (is_given or self._special[token_id]) else []
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a prompt, behind the one beginning-of-text token that the file asks for."""
+        """Token ids of a prompt, after the one beginning-of-text token that the file asks for."""
         return self._front + _tokenize(self._weights.vocabulary, text)
 
     def encode_rendered(self, text: str) -> list[int]:

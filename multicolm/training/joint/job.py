@@ -47,7 +47,7 @@ class JointSettings(Strict):
         warmup: part of the steps in which the learning rates rise; they fall in a line after it.
         weight_decay: of the base model.
         clip: the most that the norm of a gradient may be.
-        max_length: texts are cut behind this many tokens, the prompt included.
+        max_length: texts are cut after this many tokens, the prompt included.
         held_out: part of the texts that is kept for measuring, and for choosing the best epoch.
         patience: epochs without a better held-out loss before training stops; 0 never stops.
         seed: of the order of the texts, of the adapter's first weights, and of dropout.

@@ -175,7 +175,7 @@ class Trainer:
     def run(self) -> dict[str, Any]:
         """Train to the end, and leave the best epoch's weights in the model.
 
-        A training that was stopped goes on behind its last state; on one process it ends with the
+        A training that was stopped goes on after its last state; on one process it ends with the
         same bytes. The best epoch is that with the least joint loss on held-out texts, or on the
         texts themselves if none are held out.
 

@@ -63,7 +63,7 @@ class JointModel(nn.Module):
     Args:
         base: a causal language model of transformers.
         head: of the base model's hidden states; without one the base model writes alone.
-        n_tokens: how many tokens it has; columns of its output layer behind these are padding.
+        n_tokens: how many tokens it has; columns of its output layer after these are padding.
         ends: the tokens with which it ends a text, in its own ids.
         ends_count: whether the end of a text, ``min(ends)`` in the score table, has the summed
             probability of all of them.
