@@ -109,7 +109,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ),
     (COMPLETIONS, {"model": "tiny:cosd-rule@0.3"}, "no threshold of deferral"),
     *(
-        (COMPLETIONS, {"model": f"tiny:confidence@{number}"}, "behind '@' stands a number")
+        (COMPLETIONS, {"model": f"tiny:confidence@{number}"}, "expected a number after '@'")
         for number in ("nan", "inf", "1_000", "٣", " 0.3 ", "0x1", "1e", "", "1e999", "+-1")
     ),
     (
