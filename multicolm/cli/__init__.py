@@ -25,7 +25,7 @@ _VERBS = {
     "generate": "Write a text for each prompt.",
     "chat": "Talk with an ensemble.",
     "serve": "Serve an ensemble over HTTP, as OpenAI's interface does.",
-    "score": "Let every model read texts, and keep its log-probability of each token.",
+    "score": "Keep the log-probabilities that every model gives to texts.",
     "rollout": "Label a score table by what becomes of the texts.",
     "compare": "Compare policies with each other and with every model alone.",
     "eval": "Evaluate policies on tasks of the lm-evaluation-harness.",

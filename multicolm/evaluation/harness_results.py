@@ -197,7 +197,7 @@ def read_harness_results(folder: Path) -> HarnessResults | None:
         return HarnessResults.from_json(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise ArtefactError(
-            f"{path} is damaged ({error}); delete it, and run the same `multicolm eval` once more: "
+            f"{path} is damaged ({error}); delete it, and repeat the same `multicolm eval`: "
             "what was finished is kept."
         ) from error
 

@@ -51,7 +51,7 @@ ROLLOUTS = "rollouts.safetensors"
 PER_MODEL = ("gold_logprobs", "known", "top1_ids", "top1_logprobs", "entropies", "margins")
 FEATURES = ("hidden", "topk", "embedding")
 
-_AGAIN = "delete it and run the same `multicolm score` once more: only it is made anew"
+_AGAIN = "delete it and repeat the same `multicolm score`: only it is made anew"
 _CHECKED_AT_ONCE = 4096  # positions
 
 
@@ -346,7 +346,7 @@ def read_rollouts(files: TableFiles) -> Rollouts:
         ArtefactError: if they are missing, damaged, or of another table.
     """
     path = files.folder / ROLLOUTS
-    again = "delete it and run the same `multicolm rollout` once more"
+    again = "delete it and repeat the same `multicolm rollout`"
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}

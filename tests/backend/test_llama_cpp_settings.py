@@ -71,6 +71,8 @@ class FakeLibrary:
             return lambda function: function
         if name == "llama_model_default_params":
             return lambda: SimpleNamespace()
+        if name == "llama_print_system_info":
+            return lambda: b"CPU : AVX2 = 1 | "
         return lambda *_: None
 
     def llama_log_set(self, keep: Any, _: Any) -> None:

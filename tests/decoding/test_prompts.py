@@ -66,11 +66,13 @@ NO_TYPE = "allowed are a text, a chat (a list of messages with role and content)
         ([99], "prompt 1 holds token id 99; the vocabulary has 0 to 3."),
         (
             "ababa",
-            "prompt 1 has 5 tokens, and the context of model 'left' holds 4; shorten it.",
+            "prompt 1 has 5 bytes, which are 5 tokens or more, and the context of "
+            "model 'left' holds 4; shorten it.",
         ),
         (
             "a" * 9,
-            "prompt 1 has 9 tokens, and the context of model 'base' holds 8; shorten it.",
+            "prompt 1 has 9 bytes, which are 9 tokens or more, and the context of "
+            "model 'base' holds 8; shorten it.",
         ),
     ],
 )

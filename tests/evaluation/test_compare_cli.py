@@ -92,7 +92,7 @@ def test_ctrl_c_says_how_to_go_on_and_the_same_command_does(
     monkeypatch.setattr(Answering, "_chunk", third_time)
     assert main(arguments) == 130
     err = capfd.readouterr().err
-    assert f"What was finished is kept in {tmp_path / 'out'}; the same command goes on" in err
+    assert f"What was finished is kept in {tmp_path / 'out'}; repeat the command to resume" in err
     assert main(arguments) == 0
     assert calls[:4] == ["base_ alone", "helper alone", "cosd-rule", "cosd-rule"]
     assert "base_ alone" not in calls[3:]

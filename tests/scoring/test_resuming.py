@@ -401,7 +401,7 @@ def test_a_damaged_file_is_refused_in_one_sentence_and_scoring_again_mends_it_al
         load_table(out)
     message = str(caught.value)
     assert str(out / name) in message and DAMAGE[damage] in message and "\n" not in message
-    assert "`multicolm score` once more" in message
+    assert "epeat the same `multicolm score`" in message
     run(data, out)
     assert contents(out) == whole
     assert {n for n, i in inodes(out).items() if before[n] != i} == {name}

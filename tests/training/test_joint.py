@@ -653,7 +653,7 @@ def test_two_processes_give_the_weights_of_one(home: Home, tmp_path: Path) -> No
         env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("the folder is an ensemble") == 1
+    assert done.stdout.count("an ensemble: multicolm generate") == 1
     assert read_provenance(tmp_path / "two")["train"]["processes"] == 2
     one, two = (load_file(tmp_path / n / "base" / "model.safetensors") for n in ("one", "two"))
     for name, tensor in one.items():
