@@ -1,7 +1,7 @@
 # Everything here runs in .venv, which the first target that needs it makes.
 #
 #   make demo    install multicolm, let the embedded models answer questions together
-#   make test    install the tools too, run ruff, mypy and the tests (what CI runs)
+#   make test    install the tools too, run ruff, mypy and the tests
 #   make test-engines   install real engines too (llama.cpp, vLLM on CPU), test against them;
 #                       with LLAMA_SERVER=build, llama.cpp's own server too
 #   make test-soak      64 clients of every manner against a server for ten minutes

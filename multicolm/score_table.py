@@ -196,7 +196,7 @@ class ScoreTable:
 
         A span's numbers are those of its first position; its log-probabilities are summed, and it
         is known where all of its positions are. A model's first choice is right if it is at every
-        position of the span where one of its tokens begins, as who writes goes on to its end.
+        position of the span where one of its tokens begins, as a writer finishes its token.
 
         Args:
             open_: per position and model, whether one of the model's own tokens begins there; true
@@ -209,7 +209,7 @@ class ScoreTable:
         n_unknown = zeros.index_add(0, span, (~self.known).to(zeros.dtype))
         wrong = (self.top1_ids != self.gold_ids[:, None]) & open_
         n_wrong = zeros.index_add(0, span, wrong.to(zeros.dtype))
-        # No token: one that begins as the span does, and goes on otherwise.
+        # No real id: a first choice that begins like the span and continues otherwise.
         others = -2 - torch.arange(self.n_models)
         begins_right = first.top1_ids == first.gold_ids[:, None]
         return replace(

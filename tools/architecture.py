@@ -76,7 +76,7 @@ def graph(found: Iterable[Import], *whens: When) -> dict[str, set[str]]:
 
 
 def of_parts(arrows: Graph) -> dict[str, set[str]]:
-    """The same between parts; the package's own names, which stand for all, are none."""
+    """The same between parts; the package itself is none of them."""
     between: dict[str, set[str]] = defaultdict(set)
     for source, targets in arrows.items():
         for target in targets:

@@ -19,7 +19,7 @@ from multicolm.tiny.world import DEFAULT_SEED, KINDS, World, build_world
     type=click.Path(path_type=Path, file_okay=False),
     default=Path("tiny-build"),
     show_default=True,
-    help="Folder for questions and models. A stopped build goes on from its finished models.",
+    help="Folder for questions and models. A stopped build resumes after its finished models.",
 )
 @click.option("--seed", default=DEFAULT_SEED, show_default=True, help="Seed of world and training.")
 @click.option(

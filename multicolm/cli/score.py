@@ -63,7 +63,9 @@ __all__ = ["command"]
     type=Whole(1),
     help="Maximum tokens of one forward pass; by default what takes a few seconds.",
 )
-@click.option("--dry-run", is_flag=True, help="Say what would be read; load and write nothing.")
+@click.option(
+    "--dry-run", is_flag=True, help="Print what would be read, and exit; no model is loaded."
+)
 @json_option
 def command(
     ensemble: str,

@@ -68,7 +68,7 @@ def command(
     From SCORES no model is loaded. A policy that chooses one model per prompt (query-router), or
     the models that fit a task (unite), learns from answers instead: give --task in the place of
     SCORES. The checkpoint is used as `--policy ./CHECKPOINT`, or in an ensemble file as `policy:
-    ./CHECKPOINT`. The same command goes on where it was stopped.
+    ./CHECKPOINT`. Repeat a command that was stopped to resume.
 
     With --train-base the base model is trained together with the policy's head, and is the only one
     that is loaded; with `--policy single` it is fine-tuned alone. The checkpoint is an ensemble

@@ -34,7 +34,18 @@ from multicolm.policy.base import Policy
 from multicolm.policy.resolve import resolve_policy
 from multicolm.types import MIXTURE, finite
 
-__all__ = ["ASIDE", "Answering", "Measured", "NamedPolicy", "Plan", "Progress", "named_policy"]
+__all__ = [
+    "ASIDE",
+    "Answering",
+    "Measured",
+    "NamedPolicy",
+    "Plan",
+    "Progress",
+    "check_names",
+    "named_policy",
+    "plans_alone",
+    "plans_of",
+]
 
 ASIDE = {"seed", "top_logprobs"}
 """Settings of an ensemble's that a comparison leaves out: it has a seed of its own, and keeps no

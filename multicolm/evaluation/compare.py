@@ -281,8 +281,8 @@ class _Made:
 
     def _comparison(self, measured: Sequence[Measured], warnings: tuple[str, ...]) -> Comparison:
         run, ensemble = self.run, self.run.ensemble
-        alone = [row for row in measured if row.plan.kind in ("model", "policy")]
-        binary = {value for row in alone for value in row.qualities} <= {0, 1}
+        main = [row for row in measured if row.plan.kind in ("model", "policy")]
+        binary = {value for row in main for value in row.qualities} <= {0, 1}
         processes = f", {self.n_ranks} processes" if self.n_ranks > 1 else ""
         return Comparison(
             ensemble=self.title,

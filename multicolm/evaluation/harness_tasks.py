@@ -50,7 +50,7 @@ class Unit:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """The harness tells its log what it does; only what goes wrong is worth a line here."""
+    """Of what the harness logs, show errors only."""
     logger = logging.getLogger("lm_eval")
     before = logger.level
     logger.setLevel(logging.ERROR)

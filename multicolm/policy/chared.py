@@ -20,7 +20,7 @@ class CharEdPolicy(WeightedPolicy):
 
     A model's next character has the probability of all tokens that begin with it; what stays
     after a character are the tokens that began with it. An end of a token is an outcome too: all
-    models are asked anew after it. So a model that stands within a token takes the text so far as
+    models are asked anew after it. So a model that is within a token takes the text so far as
     ended there, which `byte-mixture` does not: it sums over all ways to spell the text.
 
     Attributes:

@@ -86,10 +86,6 @@ class CprPolicy(MixPolicy):
         if self.low > self.high:
             raise ConfigError(f"cpr: low: must be at most high ({self.high:g}), got {self.low:g}.")
 
-    @cached_property
-    def _router(self) -> MlpRouterPolicy:
-        return MlpRouterPolicy(network=self.network, made_for=self.made_for)
-
     def needs(self, models: ModelNames) -> Needs:
         """The base model always, the expert where it may write.
 
@@ -113,7 +109,7 @@ class CprPolicy(MixPolicy):
     @property
     def table_features(self) -> dict[str, int]:
         """Hidden states."""
-        return self._router.table_features
+        return MlpRouterPolicy().table_features
 
     def initial_state(self, views: Views) -> Float[Tensor, "positions assistants"]:
         """The smoothed probabilities before the first token: none."""

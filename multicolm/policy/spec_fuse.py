@@ -38,7 +38,7 @@ class SpecFusePolicy(SegmentPolicy):
         SpecFuse, arXiv 2412.07380 (version 3 and NeurIPS 2025: SpecEM); the reward, the steps and
         segments of 10 tokens as in the authors' code. That code takes mean logits, which another
         offset would change, for mean log-probabilities, and cuts drafts back to their last whole
-        word, where ours go on to its end. There each model draws its draft by itself; see
+        word, where ours finish it. There each model draws its draft by itself; see
         :class:`multicolm.SegmentPolicy` for how it is drawn here.
     """
 

@@ -61,7 +61,7 @@ def from_json(text: str, origin: str) -> Node:
     """The tree of a file's text.
 
     Raises:
-        ArtefactError: naming ``origin``, the place in the tree, and what may stand there.
+        ArtefactError: naming ``origin``, the place in the tree, and what is allowed there.
     """
     try:
         data = json.loads(text, object_pairs_hook=_without_doubles)

@@ -237,7 +237,7 @@ def made_once(
 
 
 def unfinished(folder: Path, part: Literal["train", "tune"] = "train") -> Path:
-    """Where a training or tuning keeps what it can go on from."""
+    """Where a training or tuning keeps what it needs to resume."""
     return folder / {"train": ".training", "tune": ".tune"}[part]
 
 

@@ -212,7 +212,7 @@ def measure(
         folder: holds one folder per model, and question files.
         world: which the models were made for.
         questions: of that world.
-        step: told what is measured next.
+        step: called with what is measured next.
 
     Raises:
         FileNotFoundError: if one of the three, or the test questions, are missing.

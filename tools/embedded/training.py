@@ -228,7 +228,7 @@ def train(
         world: what it reads about.
         folder: where it is saved, once it is finished.
         steps: fewer than planned, for a trial.
-        progress: told after each step.
+        progress: called after each step.
 
     Returns:
         The last loss, in nats per token.

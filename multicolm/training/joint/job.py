@@ -227,7 +227,7 @@ def make_job(
             )
     if ROLLOUTS in index.files and len(names) > 1 and not settings.ignore_rollouts:
         raise CapabilityError(
-            f"{scores} has labels from roll-outs, which tell what becomes of the text after a "
+            f"{scores} has labels from roll-outs, which say what becomes of the text after a "
             f"token of '{config.base_model}' as it is, and not as training will make it; train the "
             "head alone (without --train-base), or learn from the corpus alone with --option "
             "ignore_rollouts=true."
