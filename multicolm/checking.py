@@ -109,7 +109,7 @@ class Shown:
     Attributes:
         signals: of the model, or of its backend at most.
         server: where it runs.
-        max_top_logprobs: of how many of its likeliest tokens it tells; ``None`` for all.
+        max_top_logprobs: how many of its likeliest tokens it returns; ``None`` for all.
     """
 
     signals: frozenset[Signal]
@@ -126,7 +126,7 @@ def check_signals(policy: Policy, models: ModelNames, shown: Sequence[Shown]) ->
     """Refuse a policy that needs what a model cannot show.
 
     Returns:
-        How the policy treats what a server does not tell, one sentence per model.
+        How the policy treats what a server does not return, one sentence per model.
 
     Raises:
         CapabilityError: naming the policy, the model, its server, and the signal.
@@ -170,8 +170,7 @@ def _check_judges(policy: Policy, models: ModelNames, shown: Sequence[Shown]) ->
         raise CapabilityError(
             f"policy '{policy.name}' needs a model that returns the log-probabilities of what "
             f"another one proposes (signal token_logprobs), and {listed} do not; add a local "
-            "model, or a "
-            "server that returns tokens that are named, such as vLLM's."
+            "model, or a server that returns tokens that are named, such as vLLM's."
         )
     return [
         f"policy '{policy.name}' lets model '{models[k]}'{shown[k].where} propose and not "

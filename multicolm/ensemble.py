@@ -199,7 +199,7 @@ class Ensemble:
     ) -> Stream:
         """Like :meth:`generate`, letting the text out while it is written.
 
-        Takes what :meth:`generate` takes, and a ``clock`` that tells the time in seconds. Prompts
+        Takes what :meth:`generate` takes, and a ``clock``, the current time in seconds. Prompts
         and settings are checked at once, before the first piece is asked for.
 
         Returns:

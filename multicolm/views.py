@@ -122,7 +122,7 @@ class View:
         signals: what the policy declared; ``None`` allows everything.
         name: the model's name, for messages.
         embed: gives the input embeddings of tokens of the shared vocabulary.
-        max_top_logprobs: of how many of its likeliest tokens the model tells. Then ``logits`` are
+        max_top_logprobs: how many of its likeliest tokens the model returns. Then ``logits`` are
             log-probabilities, taken as they are: -inf stands for what is not known, and nothing is
             normalised. ``None`` if the model returns all tokens.
         candidates: per position, tokens that such a model was asked about besides.

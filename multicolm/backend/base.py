@@ -38,8 +38,6 @@ class ModelOutput:
         n_passes: forward passes that it took.
         n_calls: HTTP requests that it took.
         calls_of: per row that was fed, how many of the requests were about it; empty without any.
-        seconds: what it took, of a pass that was shared with others; ``None`` if whoever asked
-            for it knows that.
         unspelled: lines of texts that no tokens of the model spell, as where another model wrote a
             byte for which it has none; all tokens are equally likely there, and say nothing.
     """
@@ -49,7 +47,6 @@ class ModelOutput:
     n_passes: int = 1
     n_calls: int = 0
     calls_of: tuple[int, ...] = ()
-    seconds: float | None = None
     unspelled: tuple[int, ...] = ()
 
 

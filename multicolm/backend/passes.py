@@ -71,7 +71,7 @@ class PassResult:
     """What came of a pass.
 
     Attributes:
-        look: the predictions. Those of a row that failed are even: all tokens are equally likely.
+        output: the predictions. Those of a row that failed are even: all tokens are equally likely.
         seconds: what it took; of a pass that was run with others, its share.
         errors: by number among the rows of the pass, why the row failed.
     """

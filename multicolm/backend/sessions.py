@@ -2,7 +2,7 @@
 
 RowSession       one cache for all rows, each at its own length; cutting a row is free
 GrowingSession   one cache per row, which only grows; a row that was cut is read anew
-UncachedSession  no cache: every look reads the whole text
+UncachedSession  no cache: every feed reads the whole text
 """
 
 from __future__ import annotations
@@ -178,7 +178,7 @@ class RowSession(Session):
 
 
 class UncachedSession(TokenSession):
-    """Every look reads the whole text of the row."""
+    """Every feed reads the whole text of the row."""
 
     def __init__(self, model: Runs, n_rows: int) -> None:
         super().__init__(n_rows)

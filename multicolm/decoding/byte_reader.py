@@ -56,7 +56,7 @@ class _Bytes(Reader):
     @abstractmethod
     def _shown(
         self, slots: Sequence[int], places: Sequence[Sequence[int]]
-    ) -> Passes[Float[Tensor, "looks vocab"]]:
+    ) -> Passes[Float[Tensor, "positions vocab"]]:
         """What the model predicts after some numbers of bytes of the texts in some slots."""
 
     def start(self, row: Row) -> None:
@@ -119,7 +119,7 @@ class _Bytes(Reader):
 
     def _shown_where_spelled(
         self, slots: Sequence[int], places: Sequence[Sequence[int]]
-    ) -> Passes[tuple[Float[Tensor, "looks vocab"], tuple[int, ...]]]:
+    ) -> Passes[tuple[Float[Tensor, "positions vocab"], tuple[int, ...]]]:
         """What the model predicts, and the lines of texts that it cannot spell."""
         covered = [
             [self._session.is_covered(slot, place) for place in wanted]
@@ -173,7 +173,7 @@ class ByteReader(_Bytes):
 
     def _shown(
         self, slots: Sequence[int], places: Sequence[Sequence[int]]
-    ) -> Passes[Float[Tensor, "looks vocab"]]:
+    ) -> Passes[Float[Tensor, "positions vocab"]]:
         return (yield from self._session.read_next_bytes(slots, places)).float()
 
 
@@ -217,7 +217,7 @@ class ExactReader(_Bytes):
 
     def _shown(
         self, slots: Sequence[int], places: Sequence[Sequence[int]]
-    ) -> Passes[Float[Tensor, "looks vocab"]]:
+    ) -> Passes[Float[Tensor, "positions vocab"]]:
         found = yield from self._session.read_pieces(slots, places)
         shown = torch.full((len(found), self._vocabulary.size), float("-inf"))
         for line, pieces in zip(shown, found, strict=True):

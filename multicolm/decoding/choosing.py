@@ -30,7 +30,7 @@ class Choosing:
         self.by_place = self._names or decider.policy.narrows
 
     def always(self, draft: Draft, which: Sequence[int]) -> dict[int, list[int]]:
-        """Per model that is looked at always, at which of the positions its text may use it."""
+        """Per model that is run always, at which of the positions its text may use it."""
         rows, always = draft.positions.rows, sorted(self._plan.needs.always)
         for i in which:
             draft.seen[i] = tuple(k for k in always if k in rows[i].models)
@@ -40,7 +40,7 @@ class Choosing:
     def named(self, draft: Draft, which: Sequence[int]) -> dict[int, list[int]]:
         """Per other model, at which of the positions the policy wants to see it.
 
-        Asked after those of :meth:`always` were looked at.
+        Asked after those of :meth:`always` were run.
 
         Raises:
             PolicyError: if the policy does not answer with one flag per position and model.

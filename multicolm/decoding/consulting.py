@@ -22,7 +22,7 @@ __all__ = ["Consulting", "Showing"]
 class Showing(Protocol):
     """What shows the models' predictions at the positions of a draft."""
 
-    def look_at(self, wanted: Mapping[int, Sequence[int]], draft: Draft) -> Passes[None]:
+    def show(self, wanted: Mapping[int, Sequence[int]], draft: Draft) -> Passes[None]:
         """Let models show the positions that are wanted of each."""
 
     def logprobs_of(
@@ -79,10 +79,10 @@ class Consulting:
             The positions, by the models that it sees there.
         """
         if not self._choosing.by_place:
-            yield from self._models.look_at(dict.fromkeys(self._asked_at, which), draft)
+            yield from self._models.show(dict.fromkeys(self._asked_at, which), draft)
             return [list(which)]
-        yield from self._models.look_at(self._choosing.always(draft, which), draft)
-        yield from self._models.look_at(self._choosing.named(draft, which), draft)
+        yield from self._models.show(self._choosing.always(draft, which), draft)
+        yield from self._models.show(self._choosing.named(draft, which), draft)
         return self._choosing.split(draft, which)
 
     def _name_candidates(self, draft: Draft, which: Sequence[int]) -> Passes[None]:
@@ -103,15 +103,15 @@ class Consulting:
             return
         here = draft.positions.at(list(unknown))
         asked = [self._plan.vocabulary.own_ids(k, ids) for ids in unknown.values()]
-        told = yield from self._models.logprobs_of(k, here, asked)
-        for (i, ids), values in zip(unknown.items(), told, strict=True):
+        found = yield from self._models.logprobs_of(k, here, asked)
+        for (i, ids), values in zip(unknown.items(), found, strict=True):
             known[shown.line_of[i], ids] = values.to(known)
         draft.shown[k] = replace(shown, output=replace(shown.output, logits=known))
 
     def _run_chosen_writers(
         self, draft: Draft, waiting: Mapping[int, int], decision: Decision
     ) -> Passes[None]:
-        """Run writers that were chosen without having been looked at.
+        """Run writers that were chosen and have not been run yet.
 
         Only at the first such position of each text, unless that is known: after it the draft may
         not hold.
@@ -127,7 +127,7 @@ class Consulting:
             k: self._models.find_boundaries([k], draft, [i for i in first if waiting[i] == k])
             for k in sorted({waiting[i] for i in first})
         }
-        yield from self._models.look_at(wanted, draft)
+        yield from self._models.show(wanted, draft)
         for k, theirs in wanted.items():
             for writer in sorted({draft.fallback_writer(k, i) for i in theirs}):
                 able = [i for i in theirs if draft.fallback_writer(k, i) == writer]

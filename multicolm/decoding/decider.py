@@ -50,14 +50,14 @@ class Decider:
         candidates: Mapping[int, Tensor] | None = None,
         models: Collection[int] | None = None,
     ) -> Views:
-        """Views of the positions numbered ``which`` from all models that were looked at there.
+        """Views of the positions numbered ``which`` from all models that were run there.
 
         Args:
             positions: of the draft.
             which: some of them.
             shown: per model index, what it shows.
             candidates: per model index, what its server was asked about besides.
-            models: those that are to be seen; all that were looked at, if not given.
+            models: those that are to be seen; all that were run, if not given.
         """
         plan = self.plan
         device = torch.device("cpu")
@@ -105,7 +105,7 @@ class Decider:
         return self._embed(k, self.plan.vocabulary.own_ids(k, ids))
 
     def text_views(self, positions: Positions) -> Views:
-        """What is known of new texts before any model is looked at: one position of each."""
+        """What is known of new texts before any model is run: one position of each."""
         device = torch.device("cpu")
         context = positions.text_context(device)
         context["uniform"] = lambda: positions.uniform("text")
@@ -123,7 +123,7 @@ class Decider:
         return self.views(draft.positions, which, draft.shown, draft.candidates, models)
 
     def candidates(self, draft: Draft, which: Sequence[int]) -> dict[int, Tensor]:
-        """Per model index whose server does not tell of all tokens: which ones the policy names."""
+        """Per model index whose server does not return all tokens: which ones the policy names."""
         needs = self.plan.needs
         wanting = [
             k for k in self.plan.max_known if "token_logprobs" in needs.of(k) and k in draft.shown

@@ -113,7 +113,7 @@ class Positions:
         return [self.rows[i].key for i in lines]
 
     def text_context(self, device: torch.device) -> dict[str, Callable[[], Tensor]]:
-        """What policies are told of each position's text, whatever its place."""
+        """What policies see of each position's text, whatever its place."""
         known: dict[str, Callable[[], Tensor]] = {
             "greedy": lambda: torch.tensor(
                 [row.sampling.greedy for row in self.rows], dtype=torch.bool, device=device
@@ -146,7 +146,7 @@ class Positions:
         return torch.stack(states)
 
     def context(self, device: torch.device) -> dict[str, Callable[[], Tensor]]:
-        """How policies are told about what came before each position.
+        """What policies see of what came before each position.
 
         After the first place the base model has written, since a draft is its own; where that
         does not come true, the position is thrown away.
@@ -244,11 +244,11 @@ class Shown:
 class Draft:
     """What the base model wrote ahead, position by position.
 
-    Without a base model that is looked at always, a draft is one empty position per row.
+    Without a base model that is run always, a draft is one empty position per row.
 
     Attributes:
         positions: row by row at the first step of the draft, then at the second, and so on.
-        shown: per model index, what was looked at so far.
+        shown: per model index, what was shown so far.
         tokens: per position, the token that the base model would write; empty if it was not run.
         deferring: per position, whether the policy may want another writer.
         scores: per position, the number the policy decides on, as far as it is known.
@@ -258,7 +258,7 @@ class Draft:
         candidates: per model index, at the positions that are decided now, tokens that its server
             was asked about besides its likeliest: [positions, n].
         seen: per position number, the models that the policy sees there; empty if it sees all
-            that were looked at.
+            that were run.
         forced: per position, the token of a text that is known; ``None`` where texts are written.
     """
 

@@ -86,7 +86,7 @@ class Live:
 
         Raises:
             InputError: if the prompt is empty, or longer than a context.
-            CapabilityError: if tokens are to be drawn of which a server does not tell, or
+            CapabilityError: if tokens are to be drawn that a server does not return, or
                 alternatives to tokens are wanted of a policy that does not write in tokens.
         """
         sampling = _sampling(wanted.temperature, wanted.top_k, wanted.top_p)
@@ -124,7 +124,7 @@ class Live:
             )
 
     def _check_alternatives(self, n: int) -> None:
-        """Refuse to tell of other tokens where none are written."""
+        """Refuse alternatives to tokens where no tokens are written."""
         if n and self._written_in is not self._vocabulary:
             raise CapabilityError(
                 f"policy '{self._name}' writes in {self._policy.support}, and has no alternatives "

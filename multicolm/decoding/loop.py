@@ -170,7 +170,7 @@ class TokenLoop(Loop):
         super().__init__(plan, runner)
         self._block_size = block_size
         self._consulting = Consulting(plan, self._decider, self.readers)
-        # A base model that the policy does not look at everywhere has nothing to draft with.
+        # A base model that the policy does not run everywhere has nothing to draft with.
         self._drafter = Drafter(self._decider, self.readers, self._noise) if plan.drafts else None
         self._drafted: list[Row] = []  # their drafts have ended, and wait to be decided
         self._enough = _verify_batch_fraction(plan)
@@ -225,12 +225,12 @@ class TokenLoop(Loop):
         return draft
 
     def _predict_next(self, draft: Draft) -> Passes[None]:
-        """Run those who wrote last: how they would continue tells where others can."""
+        """Run those who wrote last: what they would write decides where others can continue."""
         mid = [i for i, row in enumerate(draft.positions.rows) if row.written]
         theirs: dict[int, list[int]] = {}
         for i in mid:
             theirs.setdefault(draft.positions.rows[i].previous, []).append(i)
-        yield from self.readers.look_at(dict(sorted(theirs.items())), draft)
+        yield from self.readers.show(dict(sorted(theirs.items())), draft)
         for k, which in theirs.items():
             tokens = draft.draw(which, draft.shown[k].logits(which)).tolist()
             draft.predicted |= {i: (k, token) for i, token in zip(which, tokens, strict=True)}
@@ -297,9 +297,9 @@ class TokenLoop(Loop):
             n_kept += kept
             row.n_deferred += draft.deferring[i]
             row.n_changed += draft.deferring[i] and not kept
-            # A policy that looks back was told that the base model wrote the whole draft.
-            as_told = writer == 0 or not self._plan.policy.history
-            if row.finish_reason is not None or not kept or not as_told:
+            # With `history`, later positions were decided as if the base model had written all.
+            other_history = writer != 0 and self._plan.policy.history
+            if row.finish_reason is not None or not kept or other_history:
                 break
         row.drop_draft()
         self.readers.rollback(row, n_kept)

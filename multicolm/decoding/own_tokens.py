@@ -19,7 +19,7 @@ from multicolm.types import Pooling, Usage
 
 __all__ = ["Last", "OwnTokens"]
 
-_MAX_LOGITS = 1 << 26  # numbers that are looked at at a time where a text is scored; 256 MiB
+_MAX_LOGITS = 1 << 26  # numbers in one pass where a text is scored; 256 MiB
 _END = -1  # instead of an own token: the end of a text
 
 
@@ -130,11 +130,11 @@ class OwnTokens(Reader):
     def logprobs_of(
         self, rows: Sequence[Row], places: Sequence[int], ids: Sequence[Int[Tensor, "_"]]
     ) -> Passes[list[Float[Tensor, "_"]]]:
-        """Log-probabilities of given own tokens at places that were just looked at, in nats."""
+        """Log-probabilities of given own tokens at places at which it was just run, in nats."""
         lengths = [self._reach(row.slot, place) for row, place in zip(rows, places, strict=True)]
-        return (yield from self._told(rows, lengths, [line.tolist() for line in ids]))
+        return (yield from self._query(rows, lengths, [line.tolist() for line in ids]))
 
-    def _told(
+    def _query(
         self,
         rows: Sequence[Row],
         lengths: Sequence[int],
@@ -169,7 +169,7 @@ class OwnTokens(Reader):
     ) -> Passes[dict[Pooling, Float[Tensor, "rows hidden"]]]:
         """The model's last hidden states of the rows' prompts, pooled in the ways asked for.
 
-        What it predicts after them is kept, so that the first look costs no pass.
+        What it predicts after them is kept, so that the first prediction costs no pass.
         """
         order = sorted(rows, key=lambda row: row.slot)
         means: dict[int, Tensor] = {}
@@ -204,7 +204,7 @@ class OwnTokens(Reader):
 
     def _read_prompts(
         self, rows: Sequence[Row], n_last: Sequence[int], end: int | None = None
-    ) -> Passes[Float[Tensor, "looks hidden"]]:
+    ) -> Passes[Float[Tensor, "positions hidden"]]:
         """Read prompts on, up to ``end`` tokens, and remember what is shown after the last."""
         slots = [row.slot for row in rows]
         fed = [self._aligners[slot].own[self._session.lengths[slot] : end] for slot in slots]
@@ -225,14 +225,14 @@ class OwnTokens(Reader):
         order = sorted(range(len(rows)), key=lambda i: rows[i].slot)
         asked, own, n_last = [], [], []
         for i in order:
-            row, follower = rows[i], self._aligners[rows[i].slot]
+            row, aligner = rows[i], self._aligners[rows[i].slot]
             is_end = row.ids[-1] in ends
             self._follow(row, len(row.ids) - is_end)
             self._forget(row.slot)
             place = len(row.written)
-            while (first := follower.reach(place)) is None:
+            while (first := aligner.reach(place)) is None:
                 place -= 1
-            tokens = [*follower.own, _END] if is_end else follower.own
+            tokens = [*aligner.own, _END] if is_end else aligner.own
             if len(tokens) > first:
                 asked.append(i)
                 own.append(tokens)
@@ -252,7 +252,7 @@ class OwnTokens(Reader):
         The last token of all may be ``_END``: any with which the model ends a text.
         """
         if self._model.max_top_logprobs is not None:
-            return (yield from self._told_logprobs(rows, own, n_last))
+            return (yield from self._queried_logprobs(rows, own, n_last))
         slots = [row.slot for row in rows]
         fed = []
         for slot, tokens, n in zip(slots, own, n_last, strict=True):
@@ -269,7 +269,7 @@ class OwnTokens(Reader):
         chosen = torch.where(gold == _END, ends, known)
         return list(torch.split(chosen.cpu(), list(n_last)))
 
-    def _told_logprobs(
+    def _queried_logprobs(
         self, rows: Sequence[Row], own: Sequence[Sequence[int]], n_last: Sequence[int]
     ) -> Passes[list[Float[Tensor, "_"]]]:
         """The same, of a server that has to be asked about each token by name."""
@@ -282,9 +282,9 @@ class OwnTokens(Reader):
                 lengths.append(held)
                 after.append(tokens[held:place])
                 gold.append(ends if tokens[place] == _END else [tokens[place]])
-        lines = yield from self._told(asked, lengths, gold, after)
-        told = [line.logsumexp(-1) for line in lines]
-        return list(torch.split(torch.stack(told), list(n_last)))
+        lines = yield from self._query(asked, lengths, gold, after)
+        found = [line.logsumexp(-1) for line in lines]
+        return list(torch.split(torch.stack(found), list(n_last)))
 
     def _run(
         self,
@@ -311,11 +311,11 @@ class OwnTokens(Reader):
 
     def _follow(self, row: Row, place: int) -> None:
         """Follow the tokens of the text up to a place that were not yet."""
-        follower = self._aligners[row.slot]
-        n_known = follower.n_tokens
+        aligner = self._aligners[row.slot]
+        n_known = aligner.n_tokens
         if n_known < place:
             writers = [] if self._straight else [row.writer(p) for p in range(n_known, place)]
-            follower.extend(row.ids[n_known:place], writers)
+            aligner.extend(row.ids[n_known:place], writers)
 
     def _reach(self, slot: int, place: int) -> int:
         reach = self._aligners[slot].reach(place)

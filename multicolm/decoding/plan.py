@@ -28,8 +28,8 @@ class Plan:
         vocabulary: what texts are written in.
         policy: decides who writes.
         costs: per model, of one forward pass for one text; 1 each if not given.
-        needs: which signals the policy looks at.
-        used: indices of the models that may be looked at or write, ascending.
+        needs: which signals the policy reads.
+        used: indices of the models that may be run or write, ascending.
         prompt_states: per model index, how its hidden states of the prompt are pooled.
     """
 
@@ -86,7 +86,7 @@ class Plan:
 
     @cached_property
     def drafts(self) -> bool:
-        """Whether the base model writes ahead: it is looked at everywhere."""
+        """Whether the base model writes ahead: it is run everywhere."""
         return 0 in self.needs.always or self.policy.acts == "verify"
 
     @cached_property
@@ -97,7 +97,7 @@ class Plan:
     @cached_property
     def is_bridged(self) -> bool:
         """Whether models of different vocabularies hand over to each other."""
-        # What is written together is read by everybody token by token.
+        # What is written together is read by every model token by token.
         return self._mixes_vocabularies and self.policy.acts == "select"
 
     @cached_property

@@ -61,9 +61,9 @@ class Reader(ABC):
     def logprobs_of(
         self, rows: Sequence[Row], places: Sequence[int], ids: Sequence[Int[Tensor, "_"]]
     ) -> Passes[list[Float[Tensor, "_"]]]:
-        """Log-probabilities of given own tokens at places that were just looked at, in nats.
+        """Log-probabilities of given own tokens at places at which it was just run, in nats.
 
-        Asked of models in servers that do not tell of all tokens.
+        Asked of models in servers that do not return all tokens.
 
         Args:
             rows: per place its row; rows may come several times.
@@ -99,7 +99,7 @@ class Reader(ABC):
         raise NotImplementedError(f"a {type(self).__name__} scores no drafts")
 
     def text_nll(self, row: Row, place: int) -> float:
-        """How unlikely the model finds the text before a place that it was just looked at at.
+        """How unlikely the model finds the text before a place at which it was just run.
 
         In nats, its prompt given, over its own tokens. Asked of readers that were made to score
         the text.
@@ -122,7 +122,7 @@ class Reader(ABC):
             writer: of that token.
 
         Returns:
-            Per place whether it can; ``None`` where that cannot be told together with the places
+            Per place whether it can; ``None`` where that cannot be known together with the places
             before, from there on.
         """
         return dict.fromkeys(places, True)

@@ -33,7 +33,7 @@ class Readers:
         runner: opens sessions of the models.
 
     Attributes:
-        opened: per model index, its reader; a model that nobody looked at costs no memory.
+        opened: per model index, its reader; a model that was never run costs no memory.
     """
 
     def __init__(self, plan: Plan, runner: Runner) -> None:
@@ -117,7 +117,7 @@ class Readers:
                 for row, state in zip(rows, each, strict=True):
                     row.prompt_hidden[k, how] = state
 
-    def look_at(self, wanted: Mapping[int, Sequence[int]], draft: Draft) -> Passes[None]:
+    def show(self, wanted: Mapping[int, Sequence[int]], draft: Draft) -> Passes[None]:
         """Run models so that each shows the positions of a draft that are wanted of it."""
         yield from together([self._forward(k, draft, which) for k, which in wanted.items()])
 

@@ -53,7 +53,7 @@ class Row:
         n_alternatives: how many of the likeliest tokens are kept with each written one.
         prompt_mean_nll: per model, how unlikely it finds its prompt, for policies that look at
             prompts, in nats per token of the base model's prompt; NaN for models not in use.
-        models: indices of the models that may be looked at or write in it, ascending.
+        models: indices of the models that may be run or write in it, ascending.
         prompt_hidden: per model index and pooling, its hidden state of the prompt, where the
             policy reads it.
         state: what the policy remembers of it, if it keeps state.

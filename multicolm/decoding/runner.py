@@ -97,7 +97,7 @@ class Runner:
     ) -> _Ran:
         """Ask all servers, and run the first model of this process that is wanted.
 
-        Policies look at models in ascending order, so that a model is run about once in a round of
+        Policies ask for models in ascending order, so that a model is run about once in a round of
         all loops, however many they are. Where there is no such model, wait for a server.
         """
         groups: _Groups = {}
@@ -135,7 +135,7 @@ class Runner:
                     ran[each] = self._query(each)
             return ran
         except Exception as error:
-            # What its caches hold nobody knows. Other loops' texts are read anew.
+            # What its caches hold is unknown. Other loops' texts are read anew.
             session.reset()
             return dict.fromkeys(wanted, error)
 

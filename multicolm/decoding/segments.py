@@ -206,8 +206,8 @@ class SegmentWriter:
             asked = [
                 self._readers[judge].draft_nll([rows[i] for i in fresh]) for _, judge in others
             ]
-            for (b, _), told in zip(others, (yield from together(asked)), strict=True):
-                for i, (cost, n) in zip(fresh, told, strict=True):
+            for (b, _), costs in zip(others, (yield from together(asked)), strict=True):
+                for i, (cost, n) in zip(fresh, costs, strict=True):
                     nats[i, a, b], n_tokens[i, a, b] = cost, n
             self._forget([rows[i] for i in fresh])
             for i in set(range(len(rows))) - set(fresh):

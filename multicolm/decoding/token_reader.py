@@ -44,25 +44,25 @@ class TokenReader(OwnTokens):
             writer: of that token.
 
         Returns:
-            Per place whether it can; ``None`` where that cannot be told together with the places
+            Per place whether it can; ``None`` where that cannot be known together with the places
             before, from there on.
         """
-        follower = self._aligners[row.slot]
+        aligner = self._aligners[row.slot]
         self._follow(row, places[0])
         flags: dict[int, bool | None] = {}
         for place in range(places[0], places[-1] + 1):
             known = place < len(row.ids)
             new = (row.ids[place], row.writer(place)) if known else (token, writer)
-            if follower.n_tokens == place:
-                follower.extend([new[0]], [new[1]])
+            if aligner.n_tokens == place:
+                aligner.extend([new[0]], [new[1]])
             if place in places:
-                flags[place] = follower.reach(place) is not None
-        # A place may be open as far as one token after it tells, and lie within an own token once
+                flags[place] = aligner.reach(place) is not None
+        # A place may be open as far as one token after it shows, and lie within an own token once
         # more is known: it is decided again when it is the first.
         for place in places:
-            if flags[place] and follower.reach(place) is None:
+            if flags[place] and aligner.reach(place) is None:
                 if place == places[0]:
-                    follower.cut(place + 1)
+                    aligner.cut(place + 1)
                     later = places[1:]
                 else:
                     later = [p for p in places if p >= place]
@@ -148,13 +148,13 @@ class TokenReader(OwnTokens):
         return output
 
     def text_nll(self, row: Row, place: int) -> float:
-        """How unlikely the model finds the text before a place that it was just looked at at."""
+        """How unlikely the model finds the text before a place at which it was just run."""
         tally = self._tallies[row.slot]
         reach = self._aligners[row.slot].reach(place)
         return math.nan if reach is None else tally.nats[reach - tally.n_prompt]
 
     def _first_to_score(self, row: Row, reach: int) -> Passes[int]:
-        """After how many own tokens the model has to be looked at first, to score the text.
+        """After how many own tokens the first prediction is needed, to score the text.
 
         A long text that it has not read yet is scored in parts whose logits fit into memory.
         """
@@ -172,7 +172,7 @@ class TokenReader(OwnTokens):
         return min(reach, tally.end)
 
     def _tally(
-        self, row: Row, first: int, logits: Float[Tensor, "looks own_vocab"]
+        self, row: Row, first: int, logits: Float[Tensor, "positions own_vocab"]
     ) -> Passes[None]:
         """Score own tokens of a text with what is shown after ``first`` of them and on."""
         own, tally = self._aligners[row.slot].own, self._tallies[row.slot]
@@ -186,15 +186,15 @@ class TokenReader(OwnTokens):
         chosen = logprobs.gather(-1, torch.tensor(gold, device=shown.device)[:, None])[:, 0].cpu()
         for i, (token, value) in enumerate(zip(gold, chosen.tolist(), strict=True)):
             if partial and not math.isfinite(value):
-                [told] = yield from self._told([row], [first + i], [[token]])
-                value = float(told)
+                [found] = yield from self._query([row], [first + i], [[token]])
+                value = float(found)
             tally.add(first + i, value)
 
 
 def _without_early(
     output: ModelOutput, n_shown: Sequence[int], n_early: Sequence[int]
 ) -> ModelOutput:
-    """A look without the first few lines of each row."""
+    """Predictions without the first few lines of each row."""
     if not any(n_early):
         return output
     kept: list[int] = []

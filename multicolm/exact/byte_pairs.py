@@ -89,7 +89,7 @@ class BytePairs(Canonical):
             if plan.is_byte_level
             else {i for piece, i in vocab.items() if _BYTE.fullmatch(piece)}
         )
-        self._seams = _seams(vocab, model["merges"], {*symbols.values(), *byte_ids})
+        self._boundaries = _boundary_index(vocab, model["merges"], {*symbols.values(), *byte_ids})
         added = {
             i: c for c, i in (plan.raw_added | plan.late_added).items() if i < adapter.n_tokens
         }
@@ -97,13 +97,14 @@ class BytePairs(Canonical):
         usable = {
             i
             for i in own
-            if adapter.special_name(i) is None and (self._ignores_merges or self._seams.is_made[i])
+            if adapter.special_name(i) is None
+            and (self._ignores_merges or self._boundaries.is_made[i])
         }
         ids, self.contents = sorted_slots(adapter, usable | added.keys())
         self.ids = np.array(ids, dtype=np.int64)
         self._is_plain = np.array([i in usable for i in ids], dtype=bool)
         self._is_made = np.array(
-            [i in usable and bool(self._seams.is_made[i]) for i in ids], dtype=bool
+            [i in usable and bool(self._boundaries.is_made[i]) for i in ids], dtype=bool
         )
         known = (
             frozenset()
@@ -152,19 +153,19 @@ class BytePairs(Canonical):
         encodings: list[list[int]] = []
         if self._ignores_merges:
             for piece, token_id in vocab.items():
-                if self._seams.is_made[token_id] or any(c not in symbols for c in piece):
+                if self._boundaries.is_made[token_id] or any(c not in symbols for c in piece):
                     continue
-                made = self._seams.encode([symbols[character] for character in piece])
+                made = self._boundaries.encode([symbols[character] for character in piece])
                 if all(part in self.slot_of for part in made):
                     encodings.append([self.slot_of[part] for part in made])
         return _Words(encodings)
 
-    def _live(self, place: int, tail: bytes, behind_cut: bool) -> Bool[np.ndarray, "some"]:
+    def _live(self, place: int, tail: bytes, after_cut: bool) -> Bool[np.ndarray, "some"]:
         """Tokens after which a text can be finished, whatever token stood before."""
         row = self._strings.row(place, tail)
-        if behind_cut not in row.is_live:
+        if after_cut not in row.is_live:
             part = self._strings.part(tail)
-            usable = (self._is_plain if behind_cut else self._is_made)[part.slots]
+            usable = (self._is_plain if after_cut else self._is_made)[part.slots]
             possible = (row.outcome >= 0) & usable
             has_tail = np.array([bool(rest) for rest in part.tails], dtype=bool)
             can_end = np.array(self._splitter.can_end, dtype=bool)
@@ -172,16 +173,16 @@ class BytePairs(Canonical):
             live[live] = can_end[row.outcome[live]]
             for i in np.flatnonzero(possible & ~live).tolist():
                 slot = int(part.slots[i])
-                word = self._first(slot) if behind_cut else _OFF
+                word = self._first(slot) if after_cut else _OFF
                 path = _Path(((word, int(row.outcome[i])),), part.tails[i], slot)
                 live[i] = self._can_be_finished(path)
-            row.is_live[behind_cut] = live
-        return row.is_live[behind_cut]
+            row.is_live[after_cut] = live
+        return row.is_live[after_cut]
 
     def _first(self, slot: int) -> int:
         return self._words.first(slot) if self._is_made[slot] else _CLOSED
 
-    def _added_behind(self, place: int) -> dict[int, int]:
+    def _added_at(self, place: int) -> dict[int, int]:
         """Added tokens that may begin at a place, and the arrivals after them."""
         if place not in self._added_after:
             after = {slot: self._splitter.read_added(place, a) for slot, a in self._added}
@@ -212,13 +213,13 @@ class BytePairs(Canonical):
             cut = DEAD if state.tail or not self._words.may_stop(word) else self._splitter.cut[at]
             if cut != DEAD:
                 part = self._strings.part(b"")
-                mask[part.slots] |= self._live(cut, b"", behind_cut=True)
-                mask[list(self._added_behind(cut))] = True
+                mask[part.slots] |= self._live(cut, b"", after_cut=True)
+                mask[list(self._added_at(cut))] = True
             whole = at if state.tail else self._splitter.whole[at]
             if whole != DEAD and word != _CLOSED:
                 part = self._strings.part(state.tail)
                 if part.slots.size:
-                    live = self._live(whole, state.tail, behind_cut=False)
+                    live = self._live(whole, state.tail, after_cut=False)
                     mask[part.slots] |= live & self._neighbours(state.last)[part.slots]
                 checked.update(self._words.following.get(word, ()))
         for slot in checked:
@@ -227,7 +228,7 @@ class BytePairs(Canonical):
         return mask
 
     def _neighbours(self, slot: int) -> Bool[np.ndarray, "slots"]:
-        return np.asarray(self._seams.row(int(self.ids[slot]))[self._own_ids] & self._is_made)
+        return np.asarray(self._boundaries.row(int(self.ids[slot]))[self._own_ids] & self._is_made)
 
     @cached_property
     def _own_ids(self) -> Int[np.ndarray, "slots"]:
@@ -248,7 +249,7 @@ class BytePairs(Canonical):
         for word, at in state.groups:
             cut = DEAD if state.tail or not self._words.may_stop(word) else self._splitter.cut[at]
             if cut != DEAD:
-                arrival = self._added_behind(cut).get(slot, DEAD)
+                arrival = self._added_at(cut).get(slot, DEAD)
                 if arrival != DEAD:
                     found.setdefault(_CLOSED, set()).add(arrival)
                 outcome, rest = self._strings.outcome(cut, b"", slot)
@@ -259,7 +260,7 @@ class BytePairs(Canonical):
             if whole == DEAD or word == _CLOSED or not self._is_made[slot]:
                 continue
             outcome, rest = self._strings.outcome(whole, state.tail, slot)
-            if outcome != DEAD and self._seams.allows(
+            if outcome != DEAD and self._boundaries.allows(
                 int(self.ids[state.last]), int(self.ids[slot])
             ):
                 found.setdefault(self._words.then(word, slot), set()).add(outcome)
@@ -304,7 +305,7 @@ class BytePairs(Canonical):
         if len(tail) == 1 and tail[0] >= 0xF0:  # these are many, and the first will often do
             longer = (tail + bytes([byte]) for byte in range(0x80, 0xC0))
             return any(self._some_fits(more, places) for more in longer if unfinished(more) == 2)
-        atoms = self._atoms.behind(tail)
+        atoms = self._atoms.beginning_with(tail)
         return any(self._splitter.step(place, atom) != DEAD for place in places for atom in atoms)
 
     def _candidates(self, path: _Path) -> Iterator[int]:
@@ -349,7 +350,7 @@ def _symbols(vocab: Mapping[str, int], is_byte_level: bool) -> dict[str, int]:
     return single
 
 
-def _seams(
+def _boundary_index(
     vocab: Mapping[str, int], merges: Sequence[Sequence[str] | str], symbols: Iterable[int]
 ) -> BoundaryIndex:
     pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]

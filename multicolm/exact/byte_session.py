@@ -105,7 +105,7 @@ class _Lanes:
         return range(row * self._n_lanes, (row + 1) * self._n_lanes)
 
     def learn(self, prompts: dict[int, list[int]], wanted: dict[int, list[Node]]) -> Passes[None]:
-        """Read the paths of wanted nodes, per row, and tell the nodes what is predicted."""
+        """Read the paths of wanted nodes, per row, and give the nodes what is predicted."""
         jobs = [job for row, nodes in wanted.items() for job in _jobs(row, prompts[row], nodes)]
         while jobs:
             now: dict[int, _Job] = {}
@@ -148,7 +148,7 @@ class _Lanes:
         for lane, logits in zip(lanes, torch.split(output.logits, n_last), strict=True):
             nodes = jobs[lane].nodes
             places = torch.tensor([n - nodes[0][0] for n, _ in nodes])
-            self._tell([node for _, node in nodes], logits[places.to(logits.device)])
+            self._give([node for _, node in nodes], logits[places.to(logits.device)])
 
     def _check_length(self, n: int) -> None:
         limit = self._model.context_length
@@ -158,7 +158,7 @@ class _Lanes:
                 "in its tokens; shorten the text or use a model with a longer context."
             )
 
-    def _tell(self, nodes: Sequence[Node], logits: Float[Tensor, "nodes width"]) -> None:
+    def _give(self, nodes: Sequence[Node], logits: Float[Tensor, "nodes width"]) -> None:
         # Columns of a padded head belong to no token.
         known = logits[:, : self._model.tokenizer.n_tokens].float().log_softmax(-1).cpu().double()
         weights = known[:, self._ids].exp().numpy()
@@ -175,7 +175,7 @@ class _Lanes:
 
 
 def _jobs(row: int, prompt: list[int], nodes: Sequence[Node]) -> list[_Job]:
-    """The paths to read for some nodes: each is looked at on the first path that passes it."""
+    """The paths to read for some nodes: each is read on the first path that passes it."""
     left = dict.fromkeys(nodes)
     jobs: list[_Job] = []
     for leaf in sorted(nodes, key=lambda node: node.n_tokens, reverse=True):
@@ -183,11 +183,11 @@ def _jobs(row: int, prompt: list[int], nodes: Sequence[Node]) -> list[_Job]:
             continue
         chain = leaf.chain()
         ids = [*prompt, *leaf.ids()]
-        looked = [(len(prompt) + node.n_tokens, node) for node in chain if node in left]
-        for _, node in looked:
+        on_path = [(len(prompt) + node.n_tokens, node) for node in chain if node in left]
+        for _, node in on_path:
             del left[node]
-        for i in range(0, len(looked), _MOST_NODES):
-            part = looked[i : i + _MOST_NODES]
+        for i in range(0, len(on_path), _MOST_NODES):
+            part = on_path[i : i + _MOST_NODES]
             jobs.append(_Job(row, ids[: part[-1][0]], part))
     return jobs
 
@@ -221,8 +221,8 @@ class ByteSession:
         n_rows: how many texts.
         lanes: how many paths of a row are read at once; others queue.
         prune: branches that cannot have more than this part of a text's mass are not read until
-            their part grows. Per look, the distribution is off by less than this part for each of
-            them in total variation; 0 is exact.
+            their part grows. Each prediction is off by less than this part for each of them in
+            total variation; 0 is exact.
 
     Raises:
         VocabularyError: if the model's tokenizer is not covered.
@@ -376,7 +376,7 @@ class ByteSession:
 
         Args:
             rows: distinct rows.
-            places: per row, after how many bytes of its text to look, one or more; ``None`` for
+            places: per row, after how many bytes of its text to predict, one or more; ``None`` for
                 once at the end of each.
 
         Returns:
@@ -390,7 +390,7 @@ class ByteSession:
 
     def read_next_bytes(
         self, rows: Sequence[int], places: Sequence[Sequence[int]] | None = None
-    ) -> Passes[Float[Tensor, "looks 257"]]:
+    ) -> Passes[Float[Tensor, "positions 257"]]:
         """:meth:`next_byte_logprobs` as a computation that wants passes."""
         asked = yield from self._asked_at(rows, places)
         outcomes = [self._row(row).cover.outcomes(frontier) for row, frontier in asked]
@@ -404,9 +404,9 @@ class ByteSession:
         self._tidy([row])
         return self._row(row).cover.log_mass(frontier)
 
-    def pieces_of(
+    def read_pieces(
         self, rows: Sequence[int], places: Sequence[Sequence[int]] | None = None
-    ) -> list[Pieces]:
+    ) -> Passes[list[Pieces]]:
         """What the model would write next in some texts, in its own tokens; all read together.
 
         Args:
@@ -416,12 +416,6 @@ class ByteSession:
         Raises:
             InputError: if the model cannot write one of the texts.
         """
-        return run_alone(self.read_pieces(rows, places))
-
-    def read_pieces(
-        self, rows: Sequence[int], places: Sequence[Sequence[int]] | None = None
-    ) -> Passes[list[Pieces]]:
-        """:meth:`pieces_of` as a computation that wants passes."""
         asked = yield from self._asked_at(rows, places)
         pieces = [self._pieces(row, frontier) for row, frontier in asked]
         self._tidy(rows)
@@ -433,7 +427,7 @@ class ByteSession:
         Raises:
             InputError: if the model cannot write the text.
         """
-        return self.pieces_of([row])[0]
+        return run_alone(self.read_pieces([row]))[0]
 
     def _pieces(self, row: int, frontier: Frontier) -> Pieces:
         found: list[tuple[int, Tensor, Tensor]] = []
@@ -450,7 +444,7 @@ class ByteSession:
         )
 
     def left_out(self, row: int) -> float:
-        """The share of the model's mass that lay on what may not follow, at the last look.
+        """The share of the model's mass that lay on what may not follow, at the last prediction.
 
         The mean of 1 - Z over the branches by their part of the text's mass.
         """

@@ -31,7 +31,7 @@ class Atoms:
         self._names: dict[tuple[str, str], int] = {}
         self._atoms: dict[str, int] = {}
         self._known: dict[tuple[bool, ...], int] = {}
-        self._behind: dict[bytes, frozenset[int]] = {}
+        self._beginning: dict[bytes, frozenset[int]] = {}
         self.signatures: list[tuple[bool, ...]] = []
 
     def add(self, kind: str, source: str) -> int:
@@ -64,9 +64,9 @@ class Atoms:
             atoms.append(self._known[signature])
         return atoms
 
-    def behind(self, tail: bytes) -> frozenset[int]:
+    def beginning_with(self, tail: bytes) -> frozenset[int]:
         """The atoms of all characters that begin with some bytes."""
-        if tail not in self._behind:
+        if tail not in self._beginning:
             length = 4 if tail[0] >= 0xF0 else 3 if tail[0] >= 0xE0 else 2
             low, high = (_code_point(tail.ljust(length, fill)) for fill in (b"\x80", b"\xbf"))
             # Overlong forms and surrogates are no characters.
@@ -76,8 +76,8 @@ class Atoms:
             many = range(low, min(high, 0x3FFFF) + 1), range(max(low, 0xE0000), min(high, 0xE0FFF))
             points = {low, high, *many[0], *many[1]}
             text = "".join(chr(point) for point in sorted(points) if not 0xD800 <= point < 0xE000)
-            self._behind[tail] = frozenset(self._work_out(text))
-        return self._behind[tail]
+            self._beginning[tail] = frozenset(self._work_out(text))
+        return self._beginning[tail]
 
     def of(self, character: str) -> int:
         """The atom of a character."""

@@ -168,7 +168,7 @@ class LikelihoodReader(WholeReader):
             return ("routed",)
         if type(self._policy).model_probs is Policy.model_probs:
             return ("routed",)
-        # Whether there are probabilities may hang on the params: asked about a place where no
+        # Whether there are probabilities may depend on the params: asked about a place where no
         # model knows anything.
         width = self._vocabulary.size
         views = {
@@ -235,7 +235,7 @@ class LikelihoodReader(WholeReader):
         return list(b"".join(self._contents(passage)) if self._in_bytes else passage.ids)
 
     def _rows(self, batch: Sequence[Passage]) -> list[Row]:
-        """The texts as a policy is told about them."""
+        """The texts as a policy sees them."""
         rows = [
             Row(
                 number=number,
@@ -262,7 +262,7 @@ class LikelihoodReader(WholeReader):
     def _begins(
         self, seen: Mapping[int, WholeReading], n_positions: int
     ) -> Bool[Tensor, "positions"]:
-        """Positions at which all models can go on that the policy looks at or lets write."""
+        """Positions at which all models can go on that the policy reads or lets write."""
         begins = torch.ones(n_positions, dtype=torch.bool)
         if self._policy.acts != "select":
             return begins
@@ -288,7 +288,7 @@ class LikelihoodReader(WholeReader):
         every = range(len(place))
         draft = self._draft(place, every)
         always = dict.fromkeys(self._plan.needs.always, every)
-        run_alone(KnownTexts(place, seen, every).look_at(always, draft))
+        run_alone(KnownTexts(place, seen, every).show(always, draft))
         views = self._decider.views(draft.positions, every, draft.shown)
         probs = self._policy.model_probs(views)
         shape = (len(place), len(self._models))
@@ -357,7 +357,7 @@ class LikelihoodReader(WholeReader):
         draft = self._draft(place, which)
         known, every = KnownTexts(place, seen, which), range(len(which))
         if self._plan.drafts:
-            run_alone(known.look_at({0: every}, draft))
+            run_alone(known.show({0: every}, draft))
         if self._policy.assistants == "deferred" and self._plan.drafts:
             views = self._decider.views(draft.positions, every, draft.shown)
             draft.deferring = self._decider.defers(views)

@@ -18,7 +18,7 @@ class Places:
     """The stretches of some texts, numbered through.
 
     Attributes:
-        rows: the texts, as a policy is told about them.
+        rows: the texts, as a policy sees them.
         noise: that the policy draws from.
         at: per stretch, its first position among all tokens.
         text: per stretch, which of the texts it is of.

@@ -110,7 +110,7 @@ class _Line:
 
 
 def refuse_partial(models: Iterable[Model]) -> None:
-    """Refuse to score with models that tell of their likeliest tokens only.
+    """Refuse to score with models that return their likeliest tokens only.
 
     Raises:
         CapabilityError: naming the model and its server.

@@ -96,7 +96,7 @@ def score(
         rank: of this process among those that share the work.
         n_ranks: how many they are.
         wait: returns when all of them have come this far.
-        on_progress: told after every pass.
+        on_progress: called after every pass.
 
     Returns:
         The index of the finished table.
@@ -186,7 +186,7 @@ class _Scorer:
         files: to be filled.
         batch_tokens: the most tokens of one forward pass; see :func:`score`.
         save_every: seconds between two saves within a shard.
-        on_progress: told after every pass.
+        on_progress: called after every pass.
     """
 
     def __init__(
@@ -389,7 +389,7 @@ class _Work:
     """One model and one shard, which it is about to read.
 
     Args:
-        scorer: that is told how far it is.
+        scorer: to which it reports how far it is.
         k: the model's index in the ensemble.
         model: the model.
         number: of the shard.

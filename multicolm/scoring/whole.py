@@ -33,7 +33,7 @@ class WholeReading:
 
     Attributes:
         logits: at the places where a token of the model's own begins.
-        hidden: there, if the policy looks at it.
+        hidden: there, if the policy reads it.
         line: per base token, which of these places its beginning is; -1 for none.
         logprobs: per base token with a place, of all up to the next one, in nats; 0 elsewhere.
         misses: likewise, how many own tokens were not the most likely ones.
@@ -54,7 +54,7 @@ class WholeReader(PassageReader):
 
     Args:
         ensemble: whose models read.
-        policy: what it looks at is shown.
+        policy: what it reads is shown.
         batch_tokens: the most tokens of one forward pass.
     """
 
@@ -70,7 +70,7 @@ class WholeReader(PassageReader):
         hidden = "hidden" in self._plan.needs.of(k)
         vocabulary = self._ensemble.vocabulary
         spans: list[Spans] | None = None
-        # What several models write together is read by each as it comes, token by token.
+        # What several models write together is read by each token by token.
         writer = k if self._policy.acts == "select" else len(self._models)
         own = [list(passage.ids) for passage in batch]
         if self._is_other(k) and self._policy.acts == "select":
@@ -149,8 +149,8 @@ class KnownTexts:
         self._seen = seen
         self._at = place.at[torch.tensor(which, dtype=torch.long)]
 
-    def look_at(self, wanted: Mapping[int, Sequence[int]], draft: Draft) -> Passes[None]:
-        """See :meth:`multicolm.decoding.consulting.Showing.look_at`; no pass is wanted."""
+    def show(self, wanted: Mapping[int, Sequence[int]], draft: Draft) -> Passes[None]:
+        """See :meth:`multicolm.decoding.consulting.Showing.show`; no pass is wanted."""
         for k, which in wanted.items():
             before, reading = draft.shown.get(k), self._seen[k]
             lines = dict(zip(which, reading.line[self._at[list(which)]].tolist(), strict=True))
@@ -171,7 +171,7 @@ class KnownTexts:
     def find_boundaries(
         self, models: Sequence[int], draft: Draft, which: Sequence[int]
     ) -> list[int]:
-        """Everybody can continue at the places."""
+        """All models can continue at the places."""
         return list(which)
 
 

@@ -168,7 +168,7 @@ class BridgedVocabulary(Vocabulary):
         """The ids of what is left of a model's tokens after their first bytes.
 
         Returns:
-            Per own token, where its entries begin; and the entries: what is left behind 0 bytes,
+            Per own token, where its entries begin; and the entries: what is left after 0 bytes,
             after 1, and so on up to the last byte. Special tokens have none.
         """
         tokenizer = self._tokenizers[model]

@@ -30,8 +30,8 @@ def plain(kind: str, ids: Sequence[int]) -> torch.Tensor:
         return network(kind)(torch.tensor([list(ids)]), use_cache=False).logits[0]
 
 
-class TokenAligner:
-    """Feeds a session at random and compares every look with a plain forward pass."""
+class RandomFeeder:
+    """Feeds a session at random and compares every output with a plain forward pass."""
 
     def __init__(self, kind: str, session: Session, n_rows: int, seed: int) -> None:
         self.kind, self.session = kind, session
@@ -96,54 +96,54 @@ WAYS: dict[str, tuple[str, Callable[[TransformersModel, int], Session]]] = {
 @pytest.mark.parametrize("way", WAYS)
 def test_looks_equal_a_plain_forward_pass_whatever_was_fed_and_cut(way: str, n_rows: int) -> None:
     kind, session = WAYS[way]
-    follower = TokenAligner(kind, session(model(kind), n_rows), n_rows, seed=n_rows)
+    feeder = RandomFeeder(kind, session(model(kind), n_rows), n_rows, seed=n_rows)
     for _ in range(10):
-        follower.step()
+        feeder.step()
 
 
 @settings(max_examples=12, deadline=None)
 @given(seed=st.integers(0, 2**31), n_rows=st.integers(1, 4))
 def test_row_sessions_follow_any_interleaving(seed: int, n_rows: int) -> None:
-    follower = TokenAligner("gemma3", RowSession(model("gemma3"), n_rows), n_rows, seed)
+    feeder = RandomFeeder("gemma3", RowSession(model("gemma3"), n_rows), n_rows, seed)
     for _ in range(6):
-        follower.step()
+        feeder.step()
 
 
 @pytest.mark.parametrize("kind", ["llama", "mistral", "gemma3"])
 def test_the_cache_grows_past_several_doublings(kind: str) -> None:
-    follower = TokenAligner(kind, RowSession(model(kind), 3), 3, seed=0)
-    follower.feed([0, 1, 2], [100, 3, 5])
-    follower.feed([0, 2], [1, 1])
-    follower.feed([0], [60])  # past 128 slots
-    follower.feed([0, 1, 2], [1, 1, 1])
-    follower.feed([1], [200])  # row 1 overtakes
-    follower.feed([0, 1], [90, 2])
-    follower.cut(0)
-    follower.feed([0, 1, 2], [3, 1, 2])
+    feeder = RandomFeeder(kind, RowSession(model(kind), 3), 3, seed=0)
+    feeder.feed([0, 1, 2], [100, 3, 5])
+    feeder.feed([0, 2], [1, 1])
+    feeder.feed([0], [60])  # past 128 slots
+    feeder.feed([0, 1, 2], [1, 1, 1])
+    feeder.feed([1], [200])  # row 1 overtakes
+    feeder.feed([0, 1], [90, 2])
+    feeder.cut(0)
+    feeder.feed([0, 1, 2], [3, 1, 2])
 
 
 def test_several_doublings_at_once_keep_what_was_there() -> None:
-    follower = TokenAligner("llama", RowSession(model("llama"), 2), 2, seed=0)
-    follower.feed([0, 1], [5, 5])
+    feeder = RandomFeeder("llama", RowSession(model("llama"), 2), 2, seed=0)
+    feeder.feed([0, 1], [5, 5])
     with torch.inference_mode():
-        follower.session._cache.reserve(1000)  # type: ignore[attr-defined]
-    follower.feed([0, 1], [2, 1])
+        feeder.session._cache.reserve(1000)  # type: ignore[attr-defined]
+    feeder.feed([0, 1], [2, 1])
 
 
 def test_rows_of_one_length_take_the_short_way_and_equal_a_plain_forward_pass() -> None:
     for kind in ("llama", "mistral", "gemma3", "gpt2"):
-        follower = TokenAligner(kind, RowSession(model(kind), 4), 4, seed=2)
-        follower.feed([0, 1, 2, 3], [4, 4, 4, 4])
+        feeder = RandomFeeder(kind, RowSession(model(kind), 4), 4, seed=2)
+        feeder.feed([0, 1, 2, 3], [4, 4, 4, 4])
         for rows in ([0, 1, 2, 3], [0, 1, 2, 3], [1, 2], [1, 2], [0, 3], [0, 3], [3]):
-            follower.feed(rows, [1] * len(rows))  # both within the window and past it
+            feeder.feed(rows, [1] * len(rows))  # both within the window and past it
         for _ in range(5):
-            follower.feed([0, 1, 2], [1, 1, 1])
+            feeder.feed([0, 1, 2], [1, 1, 1])
 
 
 def test_a_wide_row_is_fed_in_a_pass_of_its_own() -> None:
-    follower = TokenAligner("llama", RowSession(model("llama"), 4), 4, seed=0)
-    assert follower.feed([0, 1, 2, 3], [1, 90, 2, 80]).n_passes == 2
-    assert follower.feed([0, 1, 3], [3, 1, 2]).n_passes == 1
+    feeder = RandomFeeder("llama", RowSession(model("llama"), 4), 4, seed=0)
+    assert feeder.feed([0, 1, 2, 3], [1, 90, 2, 80]).n_passes == 2
+    assert feeder.feed([0, 1, 3], [3, 1, 2]).n_passes == 1
 
 
 def test_a_growing_session_counts_its_passes() -> None:
@@ -280,9 +280,9 @@ def test_a_window_that_goes_by_the_length_of_the_cache_is_never_served_in_rows()
     base = model("gpt-neo")
     base.open(1)
     assert base.served_as == "growing"
-    follower = TokenAligner("gpt-neo", base.open(2), 2, seed=0)
-    follower.feed([0, 1], [40, 5])
-    follower.feed([0, 1], [1, 25])
+    feeder = RandomFeeder("gpt-neo", base.open(2), 2, seed=0)
+    feeder.feed([0, 1], [40, 5])
+    feeder.feed([0, 1], [1, 25])
 
 
 def test_a_model_is_probed_once() -> None:

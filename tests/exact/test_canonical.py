@@ -97,7 +97,7 @@ def test_a_byte_without_a_token_is_one_that_no_path_writes() -> None:
 @pytest.mark.parametrize("kind", ["one-piece", "shuffled"])
 def test_neighbours_are_allowed_that_encode_to_themselves(kind: str) -> None:
     tokenizer = adapter(kind)
-    seams, chance = canonical(tokenizer)._seams, random.Random(3)  # type: ignore[attr-defined]
+    boundaries, chance = canonical(tokenizer)._boundaries, random.Random(3)  # type: ignore[attr-defined]
     texts = {
         i: tokenizer.token_bytes(i).decode()
         for i in range(tokenizer.n_tokens)
@@ -106,12 +106,12 @@ def test_neighbours_are_allowed_that_encode_to_themselves(kind: str) -> None:
     # Byte tokens stand for characters without a token; here they would only stand for themselves.
     texts = {i: text for i, text in texts.items() if text and i not in spelled_bytes(tokenizer)}
     made = {i for i, text in texts.items() if tokenizer.encode_continuation(text) == [i]}
-    assert made == {i for i in texts if seams.is_made[i]}
+    assert made == {i for i in texts if boundaries.is_made[i]}
     for a in chance.sample(sorted(made), 60):
-        row = seams.row(a)
+        row = boundaries.row(a)
         for b in chance.sample(sorted(made), 60):
             want = tokenizer.encode_continuation(texts[a] + texts[b]) == [a, b]
-            assert row[b] == want == seams._meets(a, b, None), (texts[a], texts[b])
+            assert row[b] == want == boundaries._meets(a, b, None), (texts[a], texts[b])
 
 
 def spelled_bytes(tokenizer: HuggingFaceTokenizer) -> set[int]:
@@ -124,12 +124,12 @@ def test_a_run_of_merges_is_that_of_the_tokenizers_library() -> None:
     for kind in ("one-piece", "shuffled"):
         tokenizer = adapter(kind)
         paths, chance = canonical(tokenizer), random.Random(4)
-        seams = paths._seams  # type: ignore[attr-defined]
+        boundaries = paths._boundaries  # type: ignore[attr-defined]
         letters = {tokenizer.piece(i): i for i in range(tokenizer.n_tokens)}
         for _ in range(300):
             text = "".join(chance.choices("the catsonmtd", k=chance.randint(1, 14)))
             symbols = [letters[c.replace(" ", "Ġ" if kind == "one-piece" else "▁")] for c in text]
-            assert seams.encode(symbols) == tokenizer.encode_continuation(text)
+            assert boundaries.encode(symbols) == tokenizer.encode_continuation(text)
 
 
 def test_half_a_character_is_followed_by_the_rest_of_one() -> None:
