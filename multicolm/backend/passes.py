@@ -94,6 +94,8 @@ def together(parts: Sequence[Passes[T]]) -> Passes[list[T]]:
     Returns:
         The result of each.
     """
+    if not parts:
+        return []
     if len(parts) == 1:
         return [(yield from parts[0])]
     results: dict[int, T] = {}
