@@ -6,6 +6,8 @@ an editable install) they stand beside it.
 
 from __future__ import annotations
 
+import os
+from functools import cache
 from pathlib import Path
 from typing import Literal, TypeAlias
 
@@ -37,7 +39,12 @@ def root() -> Path:
     Raises:
         ConfigError: if the installation holds neither.
     """
-    package = Path(__file__).resolve().parent
+    return _root_of(__file__)
+
+
+@cache
+def _root_of(file: str) -> Path:
+    package = Path(file).resolve().parent
     # The wheel's own first: beside an installed package, `policies/` would be somebody else's.
     for folder in (package / "_catalog", package.parent):
         if (folder / "policies").is_dir() and (folder / "registry").is_dir():
@@ -55,7 +62,9 @@ def registry() -> Path:
 
 def names(kind: Kind) -> list[str]:
     """The names of all entries of one kind, sorted."""
-    return sorted(file.stem for file in (root() / _FOLDERS[kind]).glob(f"*{_suffix(kind)}"))
+    suffix = _suffix(kind)
+    files = os.listdir(root() / _FOLDERS[kind])
+    return sorted(file.removesuffix(suffix) for file in files if file.endswith(suffix))
 
 
 def _suffix(kind: Kind) -> str:

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -96,7 +97,7 @@ def load_policy(source: str | Path, base_dir: Path) -> PolicyConfig:
         UnknownNameError: if it is neither a known name nor a path.
     """
     if isinstance(source, str) and source in catalog.names("policies"):
-        return parse_policy(catalog.read("policies", source), catalog.path("policies", source))
+        return _policy_of(load_policy_file(source), catalog.path("policies", source))
     path = base_dir / Path(source).expanduser()
     check_length(path, "a policy file")
     if isinstance(source, str) and not is_path(source):
@@ -140,7 +141,10 @@ def parse_policy(text: str, origin: str | Path) -> PolicyConfig:
     Raises:
         ConfigError: with one line for each thing that is wrong.
     """
-    file = _parse_file(text, str(origin))
+    return _policy_of(_parse_file(text, str(origin)), origin)
+
+
+def _policy_of(file: PolicyFile, origin: str | Path) -> PolicyConfig:
     config = PolicyConfig(kind=file.kind, params=file.params)
     return with_paths(config, Path(origin).absolute().parent)
 
@@ -164,7 +168,14 @@ def load_policy_file(name: str) -> PolicyFile:
         UnknownNameError: if there is none of that name.
         ConfigError: if it is wrong.
     """
-    return _parse_file(catalog.read("policies", name), str(catalog.path("policies", name)))
+    path = catalog.path("policies", name)
+    return _read_preset(path, path.stat().st_mtime_ns).model_copy(deep=True)
+
+
+@lru_cache(maxsize=128)
+def _read_preset(path: Path, modified_ns: int) -> PolicyFile:
+    """Read once: each text written by a policy's name would parse its YAML again."""
+    return _parse_file(path.read_text(encoding="utf-8"), str(path))
 
 
 def _parse_file(text: str, origin: str) -> PolicyFile:
