@@ -58,7 +58,7 @@ def test_time_per_byte_does_not_grow_with_the_text(compare: Callable[..., float]
     ensemble = long_writers()
 
     def seconds_per_byte(n_before: int) -> float:
-        """Of the 200 bytes behind the first ``n_before``."""
+        """Of the 200 bytes after the first ``n_before``."""
         settings = {"max_new_tokens": n_before + 400, "seed": 0, "temperature": 1.0}
         begin, n_bytes = 0.0, 0
         with ensemble.stream("a", "max-confidence", **settings) as stream:
@@ -74,8 +74,8 @@ def test_time_per_byte_does_not_grow_with_the_text(compare: Callable[..., float]
     ratio = compare(
         lambda: late.append(seconds_per_byte(8000)),
         lambda: seconds_per_byte(100),
-        what="a byte behind 8000 bytes of text",
-        against="a byte behind 100",
+        what="a byte after 8000 bytes of text",
+        against="a byte after 100",
         aim="1",
         one_seconds=lambda: late[-1],
     )

@@ -153,7 +153,7 @@ class Ensemble:
         """Write a text for each prompt.
 
         Args:
-            prompts: texts, chats or lists of shared token ids; one text may stand alone.
+            prompts: texts, chats or lists of shared token ids; a single text may be given as it is.
             policy: a preset's name, a path, ``file.py:Class``, ``{"kind": ..., "params": ...}``,
                 a policy, or ``None`` for the ensemble's own.
             params: params that replace those of the policy.

@@ -9,7 +9,7 @@
     ├── ArtefactError              a file of a score table or a checkpoint: missing, damaged, of
     │                              other models or other data
     ├── HubError                   the Hugging Face Hub cannot be reached, or refuses
-    ├── TrainingError              training cannot go on: a loss that is no number, nothing to learn
+    ├── TrainingError              training cannot continue: the loss is no number, nothing to learn
     ├── InputError                 a prompt or a setting of one call (empty, too long, out of range)
     ├── PolicyError                a policy broke its contract while the text was being written
     ├── ServerError                a server that runs a model: gone, stalled, refusing, changed
@@ -83,7 +83,7 @@ class HubError(MulticolmError):
 
 
 class TrainingError(MulticolmError):
-    """Training cannot go on: the loss is no number, or there is nothing to learn from."""
+    """Training cannot continue: the loss is no number, or there is nothing to learn from."""
 
 
 class InputError(MulticolmError):

@@ -83,7 +83,7 @@ class GenerativeEnsemble:
     """An ensemble under one policy, with the ``generate`` of a transformers model.
 
     With ``policy="single"`` it writes what the base model's own ``generate`` writes, token for
-    token, in batches and behind left padding too.
+    token, in batches and after left padding too.
 
     Where it cannot stand for a model:
 

@@ -86,7 +86,7 @@ class GenerationSettings(TypedDict, total=False):
     ``max_new_tokens`` tokens at most. ``temperature`` 0 is greedy; ``top_k`` and ``top_p`` cut the
     distribution after it. ``stop`` strings end a text and are not part of it; they may name special
     tokens. ``schedule`` and ``block_size`` say how models are run and never what is written.
-    ``threads`` is torch's count. ``top_logprobs`` of the likeliest tokens are told with each
+    ``threads`` is torch's count. ``top_logprobs`` of the likeliest tokens are returned with each
     written one.
     """
 
@@ -127,7 +127,7 @@ def _plain(prompt: Prompt) -> object:
 
 
 def prompt_digest(prompt: Prompt) -> str:
-    """Sixteen hexadecimal digits that tell one prompt from another.
+    """Sixteen hexadecimal digits that identify a prompt.
 
     Checkpoints keep those of the prompts they were made from, so that nobody judges a policy on
     questions it has seen.

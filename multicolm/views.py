@@ -346,7 +346,7 @@ class Views:
 
         Args:
             models: names, base model first.
-            views: per model index, what it shows; models that were not looked at are absent.
+            views: per model index, what it shows; models that did not run are absent.
             n_positions: how many positions every view has.
             context: how to work out ``previous``, ``base_run``, ``place``, ``uniform``,
                 ``greedy``, ``prompt_mean_nll``, ``text_nll``, ``state``, and ``prompt_hidden`` by
@@ -387,7 +387,7 @@ class Views:
         return self.models.role(role) in self._views
 
     def __iter__(self) -> Iterator[int]:
-        """Indices of the models that were looked at, ascending."""
+        """Indices of the models that ran, ascending."""
         return iter(sorted(self._views))
 
     @property
@@ -410,7 +410,7 @@ class Views:
         """What a forward pass of each model costs for one token of one text.
 
         As the ensemble file declares it (``cost:``, 1 if it does not), in the ensemble's unit, of
-        all models in their order, looked at or not. No policy has to declare that it reads them.
+        all models in their order, run or not. No policy has to declare that it reads them.
         """
         import torch
 
@@ -418,7 +418,7 @@ class Views:
         return torch.tensor(self._costs, dtype=torch.float32, device=device)
 
     def is_open(self, role: Role) -> Bool[Tensor, "positions"]:
-        """Where a model could go on writing: no token of its own would lie across the place, and
+        """Where a model could continue: no token of its own would lie across the place, and
         its tokens can spell the text.
 
         Everywhere in an ensemble of one vocabulary. Elsewhere its view says that it knows nothing.
@@ -432,7 +432,7 @@ class Views:
 
     @property
     def all_open(self) -> bool:
-        """Whether every model could go on everywhere."""
+        """Whether every model could continue everywhere."""
         return not self._closed
 
     def first_tokens(self, role: Role) -> Int[Tensor, "vocab"] | None:
@@ -443,7 +443,7 @@ class Views:
         return None if self._first_tokens is None else self._first_tokens(self.models.role(role))
 
     def stack(self, number: Callable[[View], Tensor]) -> Tensor:
-        """``number(view)`` of every model that was looked at, by ascending index: [models, ...]."""
+        """``number(view)`` of every model that ran, by ascending index: [models, ...]."""
         import torch
 
         return torch.stack([number(self._views[index]) for index in self])
@@ -503,7 +503,7 @@ class Views:
 
         Minus the logarithm of the probability of the text's tokens before the position, the
         model's own tokens where vocabularies differ. Infinite where the model rules the text out;
-        NaN for a model that is not looked at here, or could not go on here (:meth:`is_open`).
+        NaN for a model that does not run here, or could not go on here (:meth:`is_open`).
         """
         if "text_nll" not in self._context:
             raise PolicyError(

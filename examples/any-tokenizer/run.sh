@@ -3,7 +3,7 @@
 #
 #     sh examples/any-tokenizer/run.sh [FOLDER]
 #
-# Run it again after a stop: every step goes on where it was. LIMIT asks only so many questions.
+# Run it again after a stop: every step resumes where it stopped. LIMIT asks only so many questions.
 set -eu
 
 OUT=${1:-runs/any-tokenizer}
@@ -24,7 +24,7 @@ $MULTICOLM train tiny-mixed "$OUT/scores" --policy mlp-router --out "$OUT/mlp-ro
 $MULTICOLM compare tiny-mixed --task "$TASK" $LIMIT --sweep 0 --out "$OUT/comparison" --policies \
 "$OUT/co-llm,$OUT/mlp-router,cosd-rule,confidence,max-confidence"
 
-# By the exact bridge the experts go on within their own tokens too: slower, nothing is merged.
+# By the exact bridge the experts continue within their own tokens too: slower, nothing is merged.
 $MULTICOLM score tiny-mixed-exact "$DATA" --hidden --out "$OUT/exact/scores"
 $MULTICOLM train tiny-mixed-exact "$OUT/exact/scores" --policy co-llm --out "$OUT/exact/co-llm"
 $MULTICOLM compare tiny-mixed-exact --task "$TASK" $LIMIT --sweep 0 --no-random \

@@ -3,7 +3,7 @@
 #
 #     sh examples/co-llm/run.sh [FOLDER]
 #
-# Run it again after a stop: every step goes on where it was. DATA, TASK and ENSEMBLE may be your own;
+# Run it again after a stop: every step resumes where it stopped. DATA, TASK and ENSEMBLE may be your own;
 # LIMIT asks only so many questions of each split.
 set -eu
 

@@ -1,13 +1,13 @@
 """A key-value cache for transformers whose rows have lengths of their own.
 
 Each layer keeps zero-filled storage ``[rows, heads, slots + 1, width]``. Keys and values are
-written at (row, position), so rows of one batch may stand at different lengths, and cutting a row
+written at (row, position), so rows of one batch may have different lengths, and cutting a row
 back is a change of one number: stale slots are masked and overwritten later. The last slot takes
 the padding of ragged calls and is never read.
 
-The model is told where everything is by ``position_ids`` and by an explicit additive mask; nothing
-in transformers is patched. Sliding-window layers get the window in the mask and full storage, so
-that a cut across the window is as cheap as any other.
+The model learns the place of everything from ``position_ids`` and an explicit additive mask;
+nothing in transformers is patched. Sliding-window layers get the window in the mask and full
+storage, so that a cut across the window is as cheap as any other.
 """
 
 from __future__ import annotations

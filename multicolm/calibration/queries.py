@@ -52,7 +52,7 @@ def train_on_answers(
 ) -> Checkpoint:
     """Let every model alone answer a task's questions, and train a policy on how well each did.
 
-    Answers are kept as they are judged; the same call goes on where it was stopped.
+    Answers are kept as they are judged; the same call resumes where it was stopped.
 
     Args:
         ensemble: whose models answer.
@@ -67,8 +67,8 @@ def train_on_answers(
         license: of the checkpoint, an SPDX name, for its card.
         seed: of everything random.
         batch_size: how many texts are written at a time.
-        progress: told after every answer.
-        on_progress: told what is being done after that.
+        progress: called after every answer.
+        on_progress: called with what is being done after that.
 
     Raises:
         CapabilityError: if the policy does not learn from answers, or the base model shows no

@@ -1,7 +1,7 @@
 """Labels from what the text becomes: who should write, judged by texts that are finished.
 
-A score table says whose first choice is the token that stands there. Where the base model's is
-another one, that may not matter: the token that stands there may be one of several good ones. So
+A score table says whose first choice is the next token of the text. Where the base model's is
+another one, that may not matter: the next token of the text may be one of several good ones. So
 where the base model leaves the text of the corpus, and another model would write something else,
 the text is finished after each of their tokens, by the same policy with the same seed, and judged
 by the metric of a task: whoever's token leads to the best text was right. Elsewhere nothing is to
@@ -9,7 +9,7 @@ be found out: the base model writes what the corpus has, or all write the same.
 
 Both papers that label so finish all alternatives in one way, too: R2R with the large model alone,
 up to the end of the sentence; CITER with the policy as it is, up to the end of the text. Here it is
-any policy of the ensemble, a model alone among them, up to the end of the text. What stands before
+any policy of the ensemble, a model alone among them, up to the end of the text. What comes before
 is the text of the corpus, as in R2R.
 
 Source:
@@ -65,7 +65,7 @@ class Position:
         shard: of the score table.
         row: of the shard's positions.
         question: that the text answers.
-        before: tokens of the corpus that stand before it, in the ensemble's vocabulary.
+        before: tokens of the corpus that come before it, in the ensemble's vocabulary.
         gold: the one that stands there.
         choices: by model, its most likely token as the table has it: of a model of another
             vocabulary that is a name. Models that do not know the place are missing.
@@ -237,8 +237,8 @@ def label(
 ) -> Labels:
     """Finish the texts of a plan, judge them, and write the labels beside the scores.
 
-    Every text is kept as soon as it is finished and judged; the same call goes on after them, and
-    one with a larger plan, too. The labels of the last call stand in the table.
+    Every text is kept as soon as it is finished and judged; the same call resumes after them, and
+    one with a larger plan, too. The labels of the last call are in the table.
 
     Args:
         ensemble: whose models write.
@@ -252,7 +252,7 @@ def label(
         batch_size: how many texts are written at a time.
         max_new_tokens: the most tokens of a text, those of the corpus included; the task's if not
             given.
-        on_progress: told how many texts are done, of how many.
+        on_progress: called with how many texts are done, of how many.
 
     Raises:
         ArtefactError: if the table is of other models.

@@ -1,7 +1,7 @@
 """Finds a policy's thresholds from data: for a budget, or for the best answers.
 
 The values are tried on questions of a development split, never on test data. Answers are kept in a
-ledger, so a run that was stopped goes on where it was.
+ledger, so a run that was stopped resumes where it stopped.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def tune(
 
     The params are chosen that give the best answers, the cheapest of equally good ones; with a
     budget, of those that keep within it, as measured, not as predicted. The quality measured on
-    the questions that chose them is too high; beside it stands that of
+    the questions that chose them is too high; beside it is that of
     :func:`multicolm.calibration.choice.cross_validated`.
 
     Args:
@@ -84,7 +84,7 @@ def tune(
         seed: of everything random.
         batch_size: how many texts are written at a time.
         max_new_tokens: the most tokens of an answer; the task's if not given.
-        progress: told after every answer.
+        progress: called after every answer.
 
     Raises:
         InputError: if the split is the test split, or its questions are in the test split too, or

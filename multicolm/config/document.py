@@ -1,4 +1,4 @@
-"""YAML that remembers where everything stands.
+"""YAML that remembers the place of everything.
 
 Files hold plain values only: no tags, no aliases, no key twice. Every complaint is one line,
 ``file:line:column: place: what is wrong, what was allowed``.
@@ -26,7 +26,7 @@ Mark: TypeAlias = tuple[int, int]
 
 @dataclass
 class Document:
-    """A file's values and where they stand.
+    """A file's values and where they are.
 
     Attributes:
         origin: the file, as messages name it.

@@ -47,7 +47,7 @@ class EnsembleConfig(Strict):
         generation: settings of calls that do not give their own.
         bridge: how models of different vocabularies hand over. ``auto`` takes ``shared`` where
             vocabularies agree in content, else ``boundary``; ``shared`` refuses models that do not
-            agree; ``exact`` lets assistants go on within their own tokens.
+            agree; ``exact`` lets assistants continue within their own tokens.
     """
 
     summary: str = ""

@@ -33,7 +33,7 @@ class GenerationConfig(Strict):
         schedule: ``None`` takes the one that suits the policy.
         block_size: tokens that the base model drafts at a time under ``block``.
         threads: torch threads; ``None`` is one for small models on a CPU.
-        top_logprobs: how many of the likeliest tokens are told with each written one.
+        top_logprobs: how many of the likeliest tokens are returned with each written one.
     """
 
     max_new_tokens: int = Field(default=64, ge=1)

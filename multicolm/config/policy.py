@@ -252,7 +252,7 @@ def check_params(kind: str | type, params: Mapping[str, Any], origin: str) -> No
 
 
 def policy_problems(config: PolicyConfig, place: Place) -> list[Problem]:
-    """What is wrong with a policy that stands at ``place``."""
+    """What is wrong with a policy at ``place``."""
     try:
         cls = policy_class(config.kind)
     except ConfigError as error:

@@ -26,7 +26,7 @@ class Report:
     Attributes:
         source: what was asked about.
         kind: whether it is an ensemble, a policy or a task; ``None`` if it could not be read.
-        checked: what was looked at and found right.
+        checked: what was checked and found right.
         warnings: what is allowed and unwise.
         errors: what is wrong.
     """

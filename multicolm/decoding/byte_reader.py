@@ -178,7 +178,7 @@ class ByteReader(_Bytes):
 
 
 class ExactReader(_Bytes):
-    """A model that shows what it would write next, wherever in its own tokens the text stands.
+    """A model that shows what it would write next, wherever in its own token the text ends.
 
     Args:
         model: the model.

@@ -147,7 +147,7 @@ class CharacterReader(Reader):
         try:
             self._take(table, self._encoded(table))
         except InputError:
-            # It has no tokens for a part of its own token, and goes on within that.
+            # It has no tokens for a part of its own token, and continues within that.
             return
 
     def _encoded(self, table: _Table) -> list[int]:

@@ -132,7 +132,7 @@ class Live:
             )
 
     def resume(self, row: Row, written: Sequence[tuple[int, int]]) -> None:
-        """Let a text that is not begun go on after tokens that stand already.
+        """Let a text that is not begun go on after tokens that it has already.
 
         They count as written, towards the longest text and in what it holds; if they end it, it is
         finished and must not be added.

@@ -220,7 +220,7 @@ class OwnTokens(Reader):
         return output.hidden
 
     def draft_nll(self, rows: Sequence[Row]) -> Passes[list[tuple[float, int]]]:
-        """How unlikely the model finds what stands after the written tokens of some rows."""
+        """How unlikely the model finds what follows the written tokens of some rows."""
         ends = self._vocabulary.end_ids(None)
         order = sorted(range(len(rows)), key=lambda i: rows[i].slot)
         asked, own, n_last = [], [], []
@@ -319,5 +319,5 @@ class OwnTokens(Reader):
 
     def _reach(self, slot: int, place: int) -> int:
         reach = self._aligners[slot].reach(place)
-        assert reach is not None, "a model is asked only where it can go on"
+        assert reach is not None, "a model is asked only where it can continue"
         return reach

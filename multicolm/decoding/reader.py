@@ -90,7 +90,7 @@ class Reader(ABC):
         raise NotImplementedError(f"a {type(self).__name__} has no hidden states of prompts")
 
     def draft_nll(self, rows: Sequence[Row]) -> Passes[list[tuple[float, int]]]:
-        """How unlikely the model finds what stands after the written tokens of some rows.
+        """How unlikely the model finds what follows the written tokens of some rows.
 
         Returns:
             Per row, nats, and over how many own tokens. An own token that began before counts as a

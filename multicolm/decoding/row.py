@@ -57,7 +57,7 @@ class Row:
         prompt_hidden: per model index and pooling, its hidden state of the prompt, where the
             policy reads it.
         state: what the policy remembers of it, if it keeps state.
-        drafter: index of the model whose tokens stand after the written ones.
+        drafter: index of the model whose tokens follow the written ones.
         slot: its place in every session.
         ids: written tokens and, after them, drafted ones.
         written: the written tokens.
@@ -68,8 +68,8 @@ class Row:
         meter: of a text of bytes, counts the base model's tokens in it.
         usage: per model, what it did.
         noise_used: whether anything random has had a part in the text.
-        finish_reason: why it ended; ``None`` while it goes on.
-        error: why it cannot go on, if a model failed in this text alone.
+        finish_reason: why it ended; ``None`` while it is written.
+        error: why it cannot continue, if a model failed in this text alone.
     """
 
     number: int
@@ -121,7 +121,7 @@ class Row:
 
     @property
     def n_drafted(self) -> int:
-        """How many drafted tokens stand after the written ones."""
+        """How many drafted tokens follow the written ones."""
         return len(self.ids) - len(self.written)
 
     @property

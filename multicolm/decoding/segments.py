@@ -147,7 +147,7 @@ class SegmentWriter:
                 self._readers[k].rollback(row, len(row.written))
 
     def _ends_before(self, row: Row, k: int, token: int) -> bool:
-        """Whether a segment of model ``k`` is whole if it would go on with ``token``."""
+        """Whether a segment of model ``k`` is whole if it continued with ``token``."""
         policy = self._policy
         if row.n_drafted < min(max(1, policy.shortest), policy.longest):
             return False

@@ -235,7 +235,7 @@ class Answering:
         seed: of everything random.
         batch_size: how many texts are written at a time.
         max_new_tokens: the most tokens of an answer; the task's if not given.
-        progress: told after every answer, and when a row is done.
+        progress: called after every answer, and when a row is done.
 
     Attributes:
         ledger: where answers are kept; to be set before the first row is run.

@@ -1,8 +1,8 @@
 """Runs a comparison: every model alone, every policy, and the baselines of both, on one task.
 
 All rows answer the same questions with the same settings and seed. Answers are kept in a ledger, a
-chunk of questions at a time, so that a run that was killed goes on where it was. Of a row that was
-run before, nothing is computed again.
+chunk of questions at a time, so that a killed run resumes where it stopped. Of a row that was run
+before, nothing is computed again.
 
     plans      what the rows of the table will be
     measured   a plan and what its answers came to
@@ -95,7 +95,7 @@ def compare(
 ) -> Comparison:
     """Compare policies with each other and with every model alone.
 
-    Called again with the same arguments, it goes on where it was stopped. What is written does not
+    Called again with the same arguments, it resumes where it was stopped. What is written does not
     depend on that; only times do.
 
     Args:
@@ -119,7 +119,7 @@ def compare(
         rank: of this process among those that share the work. The first one writes the report.
         n_ranks: how many they are; what is written does not depend on it, only times do.
         wait: returns when all of them have come this far.
-        progress: told after every answer, and when a row is done.
+        progress: called after every answer, and when a row is done.
 
     Raises:
         InputError: if two rows have one name, a number is out of range, a question cannot be asked

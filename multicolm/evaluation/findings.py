@@ -1,6 +1,6 @@
 """What a comparison found, in sentences, each with what weakens it.
 
-The same sentences stand on the terminal, above the table, on the page and in ``results.json``.
+The same sentences are on the terminal, above the table, on the page and in ``results.json``.
 """
 
 from __future__ import annotations

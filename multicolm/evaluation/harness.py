@@ -1,7 +1,7 @@
 """Runs tasks of EleutherAI's lm-evaluation-harness with an ensemble as the model.
 
-One row per policy and per model alone. What was answered is kept, request by request, so that a run
-that was stopped goes on where it was. The harness is imported when it is used (the extra ``eval``).
+One row per policy and per model alone. What was answered is kept, request by request, so that a
+stopped run resumes. The harness is imported when it is used (the extra ``eval``).
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def evaluate_tasks(
 ) -> HarnessResults:
     """Judge policies, and every model alone, by tasks of the harness.
 
-    Called again with the same arguments and ``out``, it goes on at the first request that is not
+    Called again with the same arguments and ``out``, it resumes at the first request that is not
     answered. The figures do not depend on that, but as
     :class:`~multicolm.evaluation.harness_model.EnsembleLM` says for texts that are written.
 
@@ -131,7 +131,7 @@ def evaluate_tasks(
         batch_size: how many texts are written at a time.
         confirm_run_unsafe_code: whether tasks may run code that the models wrote.
         title: what the results call the ensemble; its models' names if not given.
-        progress: told as requests are answered, and when a row is done with a task.
+        progress: called as requests are answered, and when a row is done with a task.
 
     Raises:
         ConfigError: if the harness is not installed, or a task cannot be loaded.

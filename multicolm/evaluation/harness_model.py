@@ -39,7 +39,7 @@ from multicolm.types import Message, OwnTokens, Prompt, finite
 
 __all__ = ["EnsembleLM", "Kept", "generation_settings"]
 
-# Requests whose texts are read before they are kept and progress is told; fewer if they are long.
+# Requests whose texts are read before they are kept and reported; fewer if they are long.
 _CHUNK = 128
 _CHUNK_PASSES = 4
 _LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
@@ -92,8 +92,8 @@ class EnsembleLM(LM):  # type: ignore[misc]
         seed: of everything random.
         kept: what is answered already, and where answers go as they come; they go nowhere if not
             given.
-        progress: told how many requests of a kind are answered, kept ones included, and of how
-            many.
+        progress: called with how many requests of a kind are answered, kept ones included, and
+            of how many.
 
     Raises:
         CapabilityError: if the policy does not fit the ensemble, or has no such likelihood.
@@ -316,7 +316,7 @@ class EnsembleLM(LM):  # type: ignore[misc]
 
     @property
     def tokenizer_name(self) -> str:
-        """What tells the templates of one ensemble from those of another."""
+        """What distinguishes the templates of one ensemble from those of another."""
         return "multicolm " + " ".join(m.identity or m.name for m in self._ensemble.backends)
 
     def chat_template(self, chat_template: bool | str = False) -> str:

@@ -115,7 +115,7 @@ class HarnessResults:
 
     @property
     def on_errors(self) -> str:
-        """What stands after ±, and what it does not say."""
+        """What follows ±, and what it does not say."""
         text = "After ±, the standard error."
         if any(figure.stderr == 0 for figure in self.figures):
             text += (

@@ -1,8 +1,8 @@
-"""What was finished, kept line by line as it is finished, so that a killed run can go on.
+"""What was finished, kept line by line as it is finished, so that a killed run can resume.
 
 The first line is the header: it says what run the lines belong to. Every other line is a key and
 its record. Only the last line can be half written, by a process that was killed; it is cut off when
-the file is opened again. Records stay in the file; memory holds where they stand.
+the file is opened again. Records stay in the file; memory holds where they are.
 """
 
 from __future__ import annotations

@@ -101,7 +101,7 @@ class ExactMatchMetric(_WithPattern, Metric):
 
 @pydantic_dataclass(frozen=True, config=_STRICT)
 class ContainsMetric(Metric):
-    """1 if the right answer stands anywhere in the text, else 0.
+    """1 if the right answer is anywhere in the text, else 0.
 
     Attributes:
         ignore_case: whether capitals are as good as small letters.

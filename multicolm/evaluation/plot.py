@@ -311,7 +311,7 @@ def _size(text: Any) -> tuple[float, float]:
 
 
 def short_names(names: Sequence[str]) -> list[str]:
-    """The last part of every path, where that tells it from the others.
+    """The last part of every path, where that is unique.
 
     >>> short_names(["runs/co-llm", "cosd-rule", "a/x", "b/x"])
     ['co-llm', 'cosd-rule', 'a/x', 'b/x']

@@ -207,7 +207,7 @@ class ShownToken:
         logprob: in nats, under the writer's distribution; ``None`` if it is not finite.
         score: the number that the policy decided on, if it gives one.
         models: per model name, ``{"logprob": nats or None, "top": [[token text, probability],
-            ...]}``, most likely first; only models that were looked at afterwards.
+            ...]}``, most likely first; only models that ran afterwards.
         policy: per model name, the probability with which the policy lets it write; empty for
             policies without such probabilities.
     """

@@ -1,7 +1,7 @@
 """Several processes that answer the questions of one comparison together.
 
 Each writes what it has answered into a ledger of its own; the first one takes the records over into
-the comparison's. So nothing that was answered is lost when they are stopped, and they can go on in
+the comparison's. So nothing that was answered is lost when they are stopped, and they can resume in
 another number.
 
     ledger.jsonl                 the comparison's

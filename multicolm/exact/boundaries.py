@@ -1,4 +1,4 @@
-"""Which tokens of a byte-pair encoding cannot stand side by side, read off the merges.
+"""Which tokens of a byte-pair encoding cannot be adjacent, read off the merges.
 
 Two neighbours ``a b`` are the encoding of their joint string if no merge would have crossed the
 seam between them. While ``a`` and ``b`` are put together, the symbols that touch the seam are the
@@ -99,7 +99,7 @@ class BoundaryIndex:
         return [token] if parts is None else [*self.spell(parts[0]), *self.spell(parts[1])]
 
     def _meets(self, a: int, b: int, whole: int | None) -> bool:
-        """Whether ``a`` and ``b`` come to stand side by side (and then become ``whole``)."""
+        """Whether ``a`` and ``b`` come to be adjacent (and then become ``whole``)."""
         for left, left_turn in self._spine(a, side=1):
             for right, right_turn in self._spine(b, side=0):
                 known = self._merges.get((left, right))

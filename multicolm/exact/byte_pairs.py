@@ -197,7 +197,7 @@ class BytePairs(Canonical):
     # Paths.
 
     def may_end(self, state: State) -> bool:
-        """Whether no character is unfinished and the splits are those of the text as it stands."""
+        """Whether no character is unfinished and the splits are those of the text as it is."""
         assert isinstance(state, _Path)
         return not state.tail and any(
             self._splitter.can_end[arrival] and self._words.may_stop(word)

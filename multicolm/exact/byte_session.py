@@ -49,7 +49,7 @@ class Continuation:
 
 @dataclass(frozen=True, slots=True)
 class Pieces:
-    """What a model would write next, token by token, wherever in its own token the text stands.
+    """What a model would write next, token by token, wherever in its own token the text ends.
 
     Attributes:
         continuations: one for each path.

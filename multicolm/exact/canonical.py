@@ -31,7 +31,7 @@ from multicolm.tokenizer.base import TokenizerAdapter
 __all__ = ["Canonical", "State", "sorted_slots"]
 
 State = Hashable
-"""What a path leaves behind: all that decides which tokens may follow it."""
+"""What a path leaves: all that decides which tokens may follow it."""
 
 
 class Canonical(ABC):

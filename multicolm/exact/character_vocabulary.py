@@ -1,6 +1,6 @@
 """Texts of characters: those that the models' tokens are made of, and two that are no text.
 
-Behind the characters stand :attr:`CharacterVocabulary.null`, with which a token ends, and
+After the characters come :attr:`CharacterVocabulary.null`, with which a token ends, and
 :attr:`CharacterVocabulary.end`, with which the text does. Bytes of a token that are no whole
 character count as characters of their own.
 """

@@ -192,7 +192,7 @@ class Branch:
     Attributes:
         node: the path.
         depth: how many bytes of the text lie after the path.
-        low: the first token that has these bytes and goes on after them.
+        low: the first token that has these bytes and continues after them.
         high: the one after the last.
     """
 

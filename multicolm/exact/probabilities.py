@@ -29,7 +29,7 @@ def next_byte_logprobs(model: Model, prefix: str | bytes) -> Float[Tensor, "257"
         Natural logs for the 256 bytes and, the last one, for the end of the text.
 
     Raises:
-        InputError: if nothing stands before the first prediction, the model cannot write the
+        InputError: if nothing comes before the first prediction, the model cannot write the
             text, or it is neither text nor bytes.
         VocabularyError: if the bridge does not cover the tokenizer.
     """

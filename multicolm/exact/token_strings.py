@@ -55,7 +55,7 @@ class TokenStrings:
         is_plain: per slot, whether it is a token of the vocabulary, not an added one.
         byte_ids: ids of tokens that stand for one byte.
         known: characters that have a token, for which bytes never stand.
-        atoms: classes of characters that the splitter tells apart.
+        atoms: classes of characters that the splitter distinguishes.
         splitter: cuts a text as the pre-tokenizer does.
     """
 
@@ -86,7 +86,7 @@ class TokenStrings:
         return self._parts[tail]
 
     def _make_part(self, tail: bytes) -> Part:
-        # A byte that goes on with a character is one of 80..BF, so these tokens are neighbours.
+        # A byte that continues with a character is one of 80..BF, so these tokens are neighbours.
         slots = [
             slot
             for slot in np.flatnonzero(self._is_plain).tolist()

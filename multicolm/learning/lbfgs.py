@@ -67,7 +67,7 @@ def fit_linear(
 ) -> Fitted:
     """Minimise the last stage's loss, from the optimum of those before.
 
-    A training that was stopped goes on after its last state and ends with the same bytes.
+    A stopped training resumes from its last state and ends with the same bytes.
 
     Args:
         network: linear, with the weights that it begins with; trained in place.
@@ -77,7 +77,7 @@ def fit_linear(
         patience: iterations without a better held-out loss that end a penalty; 0 never does.
         save_every: seconds between two states; 0 keeps every state.
         snapshots: keeps the state.
-        on_progress: told after each iteration.
+        on_progress: called after each iteration.
 
     Raises:
         TrainingError: if the loss is no number.
@@ -305,7 +305,7 @@ class _Path:
         return min(n_finished * each + begun, total), total, what
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """All that it takes to go on from here."""
+        """All that it takes to resume from here."""
         kept = self._optimizer.state_dict()["state"].get(0, {})
         tensors, numbers = _flat(kept)
         tensors |= {"now": self._now(), "start": self._start, "by_text": self._by_text}

@@ -68,7 +68,7 @@ def fit_networks(
 ) -> list[Fitted]:
     """Train one network per seed, the best of the candidates.
 
-    A training that was stopped goes on after its last state and ends with the same bytes.
+    A stopped training resumes from its last state and ends with the same bytes.
 
     Args:
         build: makes a network from a seeded generator.
@@ -77,7 +77,7 @@ def fit_networks(
         schedule: how.
         seeds: of weights and shuffling.
         snapshots: keeps the state.
-        on_progress: told after each epoch.
+        on_progress: called after each epoch.
 
     Raises:
         TrainingError: if the loss of every candidate is no number, or grows without bound.
@@ -333,7 +333,7 @@ class _Loop:
             self.save(self._done, self._number)
 
     def save(self, done: Sequence[Fitted], number: int, between_seeds: bool = False) -> None:
-        """Keep the state, so that a stopped training goes on from here."""
+        """Keep the state, so that a stopped training resumes from here."""
         begun = time.monotonic()
         tensors: dict[str, Tensor] = {}
         for k, candidate in enumerate([] if between_seeds else self._candidates):

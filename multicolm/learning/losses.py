@@ -49,7 +49,7 @@ def responsibilities(
     logprobs: Float[Tensor, "positions models"],
     known: Bool[Tensor, "positions models"],
 ) -> Float[Tensor, "positions models"]:
-    """The posterior probability of each model as the writer of the token that stands there."""
+    """The posterior probability of each model as the writer of the next token of the text."""
     joint = (scores + logprobs.masked_fill(~known, 0.0)).masked_fill(~known, float("-inf"))
     return joint.softmax(-1)
 

@@ -49,7 +49,7 @@ class Positions:
         return [number for number, mask in enumerate(self.chosen) if bool(mask.any())]
 
     def in_order(self, at_once: int = _BLOCK, *, features: bool = True) -> Iterator[ScoreTable]:
-        """All of them as they stand, some at a time; each table is a copy that may be changed.
+        """All of them as they are, some at a time; each table is a copy that may be changed.
 
         Args:
             at_once: how many positions a table has at most; a block's at most.

@@ -78,7 +78,7 @@ def fit_queries(
     Args:
         answers: what to learn from.
         method: see the module.
-        on_progress: told what is being done.
+        on_progress: called with what is being done.
 
     Returns:
         What was learned, for :func:`predicted_quality`; and a report, measured on prompts that were
@@ -182,7 +182,7 @@ def _learn_knn(answers: JudgedAnswers) -> Tensors:
         predicted = _by_neighbours({**tensors, "k": torch.tensor(k)}, states, itself=False)
         chosen = predicted.argmax(-1, keepdim=True)
         quality = float(answers.quality.gather(1, chosen).double().mean())
-        # Of equally good numbers the greatest, which hangs least on single prompts.
+        # Of equally good numbers the greatest, which depends least on single prompts.
         if quality >= best:
             best, found = quality, k
     return {**tensors, "k": torch.tensor(found)}

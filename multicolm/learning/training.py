@@ -25,7 +25,7 @@ class Training:
     Attributes:
         options: of the training, as the user gave them.
         folder: where the state of an unfinished training is kept; ``None`` keeps none.
-        on_progress: to be told how much is done, of how much, and what is being done.
+        on_progress: called with how much is done, of how much, and what is being done.
         save_every: seconds between two states.
         report: what is worth knowing of the result: numbers and texts by name.
     """
@@ -48,6 +48,6 @@ class Training:
         return settings
 
     def snapshots(self, *facts: object) -> Snapshots:
-        """Where to keep the state of a training that hangs on these facts."""
+        """Where to keep the state of a training that depends on these facts."""
         key = hashlib.sha256(json.dumps([str(fact) for fact in facts]).encode()).hexdigest()
         return Snapshots(self.folder, key)

@@ -39,7 +39,7 @@ Schedule: TypeAlias = Literal["stepwise", "block"]
 """How models are run: token by token, or a drafted block at a time."""
 
 When: TypeAlias = Literal["always", "deferred"]
-"""When assistants are looked at."""
+"""When assistants are run."""
 
 Support: TypeAlias = Literal["shared", "union", "bytes", "characters"]
 """What distributions that are added up are over."""
@@ -153,7 +153,7 @@ class Policy:
     """Signals of every assistant."""
 
     assistants: ClassVar[When] = "always"
-    """When the assistants are looked at: everywhere, or only where :meth:`defers` says so."""
+    """When the assistants are run: everywhere, or only where :meth:`defers` says so."""
 
     certain: ClassVar[bool] = False
     """Whether a position that :meth:`defers` is sure to be handed over, so that a base model that
@@ -166,7 +166,7 @@ class Policy:
     """Whether it reads ``views.prompt_mean_nll``; every model in use scores the prompt first."""
 
     likelihoods: ClassVar[bool] = False
-    """Whether it reads ``views.text_nll``; every model that it looks at then scores the text."""
+    """Whether it reads ``views.text_nll``; every model that it runs then scores the text."""
 
     schedule: ClassVar[Schedule] = "stepwise"
     """The schedule that suits it when none is asked for. Never changes the text."""
@@ -181,7 +181,7 @@ class Policy:
     tell, in a sentence for users; empty if it cannot do without them."""
 
     seams: ClassVar[bool] = False
-    """Whether a policy that mixes asks where models of other vocabularies could go on
+    """Whether a policy that mixes asks where models of other vocabularies could continue
     (:meth:`multicolm.views.Views.is_open`); for one that selects that is always found out."""
 
     tunable: ClassVar[Mapping[str, Sequence[float]]] = {}
@@ -233,13 +233,13 @@ class Policy:
         raise NotImplementedError(f"{type(self).__name__} declares deferral but has no `defers`")
 
     def models_at(self, views: Views) -> Bool[Tensor, "positions models"]:
-        """Which models are run at each position, of those that are not looked at always.
+        """Which models are run at each position, of those that do not always run.
 
         Asked, if a policy defines it, at the positions at which the policy is going to be asked;
-        the views are of the models that are looked at always (the base model's, as a rule). At a
+        the views are of the models that always run (the base model's, as a rule). At a
         position the policy then sees those and the models named here, and no other one is run.
         """
-        raise NotImplementedError(f"{type(self).__name__} looks at the same models everywhere")
+        raise NotImplementedError(f"{type(self).__name__} runs the same models everywhere")
 
     @property
     def names_models(self) -> bool:
@@ -249,7 +249,7 @@ class Policy:
     def score(self, views: Views) -> Float[Tensor, "positions"] | None:
         """The number the policy decides on, for the trace; ``None`` if there is no such number.
 
-        Sees the base model's view, and the assistants' where they are looked at always.
+        Sees the base model's view, and the assistants' where they always run.
         """
         return None
 
@@ -441,7 +441,7 @@ class Segments:
 
     The models are those in use (:meth:`Policy.uses`), by ascending index, along both axes.
 
-    A model whose server does not tell how likely it finds given text proposes and is no judge.
+    A model whose server does not return how likely it finds given text proposes and is no judge.
 
     Attributes:
         nats: minus the log-probability of the segment that a writer proposes, under a judge; NaN

@@ -61,7 +61,7 @@ class BtmPolicy(WeightedPolicy):
         return self.top_k is not None
 
     def needs(self, models: ModelNames) -> Needs:
-        """Every model with a prior; with ``top_k`` none is looked at always, the base included."""
+        """Every model with a prior; with ``top_k`` none always runs, the base included."""
         signals: frozenset[Signal] = frozenset(self.base_signals)
         used = dict.fromkeys(sorted(self.uses(models)), signals)
         return Needs(used, {}) if self.top_k is None else Needs({}, used)

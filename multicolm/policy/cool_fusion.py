@@ -14,7 +14,7 @@ __all__ = ["CoolFusionPolicy"]
 @register_policy("cool-fusion")
 class CoolFusionPolicy(SegmentPolicy):
     """Every model proposes the next words, and those of the lowest average perplexity are written.
-    The average is over the models that can judge: a server may tell what comes next and not how
+    The average is over the models that can judge: a server may return what comes next and not how
     likely given text is.
 
     A proposal ends at a boundary of words that is one of tokens for every model. Its perplexity

@@ -188,7 +188,7 @@ class CosdTreePolicy(SelectPolicy):
         device, prices = views.base.top1_ids.device, self._prices(views).tolist()
         shape = views.n_positions, len(views.models)
         reached = torch.zeros(shape, dtype=torch.bool, device=device)
-        # Assistants that the tree does not tell apart, and that cost the same, are one question.
+        # Assistants that the tree does not distinguish, and that cost the same, are one question.
         found: dict[object, Tensor] = {}
         for k in sorted(self.uses(views.models) - {0}):
             name = names[k - 1]

@@ -34,7 +34,7 @@ class GediPolicy(MixPolicy):
     three models gives the classifier's answer for every possible next token, exactly. A classifier
     of another kind has to read the text once with each candidate, which no policy can ask for.
 
-    A token that neither of the two models can write tells nothing; one that only the opposite can
+    A token that neither of the two models can write says nothing; one that only the opposite can
     write practically never comes.
 
     Attributes:
@@ -89,7 +89,7 @@ class GediPolicy(MixPolicy):
         """Of the attribute, in nats, after a text of some tokens whose last one is a ``step``."""
         roles = [views.models.role(role) for role in (self.attribute, self.opposite)]
         plus, minus = views.text_nll[:, roles].unbind(-1)
-        # A text that both rule out tells nothing.
+        # A text that both rule out says nothing.
         text = (minus - plus).nan_to_num(nan=0.0).clamp(_LEAST, -_LEAST)
         odds = (text[:, None] + step).clamp(_LEAST, -_LEAST)
         return odds / n_tokens.clamp_min(1)[:, None] if self.normalise else odds

@@ -29,7 +29,7 @@ class _Arithmetic(MixPolicy):
     schedule: ClassVar[Schedule] = "block"
 
     def roles(self) -> tuple[Role, ...]:
-        """The models that are looked at."""
+        """The models that run."""
         raise NotImplementedError
 
     def needs(self, models: ModelNames) -> Needs:

@@ -32,7 +32,7 @@ class WeightedPolicy(MixPolicy):
     def _weighed(self, views: Views) -> tuple[Tensor, Tensor]:
         """Log-probabilities [models, positions, vocab], and the weight of each model there.
 
-        A model that cannot go on, as no tokens of its own spell what others wrote, has no say.
+        A model that cannot continue, as no tokens of its own spell what others wrote, has no say.
         """
         import torch
 

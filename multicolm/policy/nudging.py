@@ -22,8 +22,9 @@ __all__ = ["NudgingPolicy"]
 class NudgingPolicy(SelectPolicy):
     """Where the base model is unsure, the nudger writes, and it finishes the word it began.
 
-    The base model goes on at the next word at which it is sure again or would write the same token
-    as the nudger. A word of the nudger ends where its next token would begin with white space.
+    The base model continues at the next word at which it is sure again or would write the same
+    token as the nudger. A word of the nudger ends where its next token would begin with white
+    space.
 
     A text ends where the model that writes ends it, after ``same_nudges`` nudges in a row with the
     same tokens, and where a nudge would begin after ``max_nudges``. Three rules of the authors'

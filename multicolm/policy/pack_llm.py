@@ -50,7 +50,7 @@ class PackLlmPolicy(MixPolicy):
 
         logprobs = views.stack(lambda view: view.logprobs)
         known = -views.prompt_mean_nll[:, list(views)] / self.tau
-        # A prompt that all of them rule out tells nothing of them: all weigh the same.
+        # A prompt that all of them rule out says nothing about them: all weigh the same.
         known = known.clamp_min(torch.finfo(known.dtype).min)
         weights = known.softmax(-1).to(logprobs.device)
         best = weights.argmax(-1)

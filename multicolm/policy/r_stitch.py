@@ -20,8 +20,8 @@ class RStitchPolicy(SelectPolicy):
     """The small base model writes until it is uncertain, then the large one until it is certain.
 
     Where the small model's entropy exceeds the threshold, the large model writes the token in its
-    place, and goes on writing. After a token at which its own entropy did not exceed the threshold
-    the small model goes on. Only the model whose turn it is runs; at a hand-over to the large
+    place, and continues. After a token at which its own entropy did not exceed the threshold the
+    small model continues. Only the model whose turn it is runs; at a hand-over to the large
     model both do.
 
     Attributes:

@@ -22,7 +22,7 @@ _SMOOTH = 0.5  # a mixture whose likeliest token has less is sharpened
 class SafePolicy(AveragePolicy):
     """The base model writes, and all are mixed only where that is safe and worth it.
 
-    Safe: every other model could go on there, since no token of its own lies across the place.
+    Safe: every other model could continue there, since no token of its own lies across the place.
     Worth it: another model would write another token, and the mean of all models' probabilities of
     the base model's token, by their weights, is below ``threshold``. With 0.5, no other place
     would get another token by mixing. Elsewhere the base model is named as the writer, so the

@@ -33,7 +33,7 @@ def best_assistant(views: Views, score: Tensor) -> Int[Tensor, "positions"]:
     """Index of the assistant with the greatest score, the lowest of equal ones.
 
     Args:
-        views: whose assistants are compared; without any, the base model goes on.
+        views: whose assistants are compared; without any, the base model continues.
         score: [assistants, positions], in the order of ``views.assistants``.
     """
     import torch

@@ -83,7 +83,7 @@ def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     keys = [key for key, _ in pairs]
     if len(set(keys)) < len(keys):
         twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"the key '{twice}' stands twice in one place")
+        raise ValueError(f"the key '{twice}' is there twice")
     return dict(pairs)
 
 

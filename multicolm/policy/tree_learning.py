@@ -82,7 +82,7 @@ def learn_tree(
     balance: bool,
     ask_who: bool,
 ) -> Tree:
-    """A tree that tells the positions where the assistant is right from the others.
+    """A tree that separates the positions where the assistant is right from the others.
 
     A leaf goes by the positions that came to it: the assistant replaces where it was right at more
     than half of them, with probability (right + 1) / (positions + 2).

@@ -55,7 +55,7 @@ class UnitePolicy(WeightedPolicy):
         return self._as_spelled(views, role, self._union(views))
 
     def _union(self, views: Views) -> Int[Tensor, "positions n"]:
-        """The likeliest tokens of every model; those of several stand there several times."""
+        """The likeliest tokens of every model; those of several are there several times."""
         import torch
 
         return torch.cat([views[k].topk_ids(self.top_k) for k in views], dim=-1)
@@ -108,6 +108,6 @@ class UnitePolicy(WeightedPolicy):
 def _is_repeated(
     ids: Int[Tensor, "positions n"], counts: Bool[Tensor, "positions n"]
 ) -> Bool[Tensor, "positions n"]:
-    """Whether a token that counts stands further in front."""
+    """Whether a token that counts is nearer the front."""
     same = (ids[:, :, None] == ids[:, None, :]) & counts[:, None, :]
     return same.tril(-1).any(-1)

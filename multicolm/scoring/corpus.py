@@ -29,7 +29,7 @@ class Example:
     Attributes:
         prompt: a text, or a chat.
         completion: the text that should follow.
-        place: where it stands, for messages: ``train.jsonl:12``.
+        place: where it is, for messages: ``train.jsonl:12``.
     """
 
     prompt: Prompt
@@ -38,7 +38,7 @@ class Example:
 
     @property
     def canonical(self) -> bytes:
-        """What makes it this example, whatever file it stands in."""
+        """What makes it this example, whatever file it is from."""
         return json.dumps(
             [self.prompt, self.completion], ensure_ascii=False, sort_keys=True
         ).encode()

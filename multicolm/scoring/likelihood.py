@@ -76,8 +76,8 @@ class LikelihoodReader(WholeReader):
     """Tells how likely an ensemble finds texts under one policy.
 
     Attributes:
-        kinds: what it can tell, the likelihood that the policy is best known by first; nothing
-            for policies that have none, and where not every probability is known.
+        kinds: which likelihoods it can give, the one that the policy is best known by first;
+            nothing for policies that have none, and where not every probability is known.
 
     Args:
         ensemble: whose models read.
@@ -262,7 +262,7 @@ class LikelihoodReader(WholeReader):
     def _begins(
         self, seen: Mapping[int, WholeReading], n_positions: int
     ) -> Bool[Tensor, "positions"]:
-        """Positions at which all models can go on that the policy reads or lets write."""
+        """Positions at which all models can continue that the policy reads or lets write."""
         begins = torch.ones(n_positions, dtype=torch.bool)
         if self._policy.acts != "select":
             return begins

@@ -60,7 +60,7 @@ class Numbers:
 
         Args:
             reading: what the model predicts.
-            gold: per position the token that stands there, in the ensemble's vocabulary.
+            gold: per position the next token of the text, in the ensemble's vocabulary.
         """
         view = self._view(reading)
         own = self._own[gold].to(reading.own.device)

@@ -28,7 +28,7 @@ class Passage:
         contents: per token, what of the text it stands for; ``None`` where that is what it decodes
             to. Models of other vocabularies read this, for the base model's tokenizer may change
             a text: put characters together, replace them, or drop them.
-        at_start: whether nothing stands before the text, so that every model begins it as it
+        at_start: whether nothing comes before the text, so that every model begins it as it
             begins texts.
     """
 
@@ -61,13 +61,13 @@ class PassageReader:
         """A text as the models read it.
 
         Args:
-            prompt: what stands before; a text that is empty if nothing does.
+            prompt: what comes before; a text that is empty if nothing does.
             text: whose likelihood is asked for, not empty.
             written: a part of the answer that stands between the two and is not asked for.
 
         Raises:
             InputError: if the text is empty, no model in use has tokens for it, a prompt cannot be
-                read, or nothing can stand before the first token.
+                read, or nothing can come before the first token.
         """
         prompts: list[tuple[int, ...]] = []
         for k, model in enumerate(self._models):
@@ -196,7 +196,7 @@ class PassageReader:
             while not self._fits(whole.part(done, end, whole.prompt_ids)):
                 end = done + (end - done + 1) // 2
             # As in other harnesses, so that equal texts get equal numbers: what is left of the
-            # context is filled up with what stands before.
+            # context is filled up with what comes before.
             before = whole.part(max(0, end - longest - 1), done, whole.prompt_ids)
             prompts = tuple(
                 prompt if not before.ids or k not in self._used else tuple(self._read_as(k, before))

@@ -22,7 +22,7 @@ class Places:
         noise: that the policy draws from.
         at: per stretch, its first position among all tokens.
         text: per stretch, which of the texts it is of.
-        place: per stretch, how many tokens of the text stand before it.
+        place: per stretch, how many tokens of the text come before it.
         gold: per stretch, its first token.
     """
 

@@ -59,7 +59,7 @@ class Reading:
 
     Attributes:
         numbers: which of the texts, from 0.
-        places: how many tokens of the text stand before the predicted one.
+        places: how many tokens of the text come before the predicted one.
         own: unnormalised log-probabilities over the model's own vocabulary, as the model gave them.
         hidden: last hidden state after the final norm, if it was asked for.
         spread: puts ``own`` into the ensemble's vocabulary.
@@ -263,7 +263,7 @@ def _pieces(batch: Sequence[_Line], limits: _Limits) -> Iterator[_Piece]:
     """The tokens of a batch, pass by pass, so that no pass has too many tokens or logits.
 
     Logits are as wide as the vocabulary: where those of all completions are too many for a pass,
-    what stands before them is read first, and they a few columns at a time.
+    what comes before them is read first, and they a few columns at a time.
     """
     n = len(batch)
     ends = [len(line.tokens) for line in batch]

@@ -153,7 +153,7 @@ def _is_finished(files: TableFiles) -> bool:
 
 
 def finish(files: TableFiles) -> Index:
-    """Write the index with a digest of every file, if it is not what stands there.
+    """Write the index with a digest of every file, if it is not what the file holds.
 
     Raises:
         ArtefactError: if a file is missing or damaged.
@@ -375,7 +375,7 @@ class _Scorer:
         return logprobs.float()
 
     def _known_everywhere(self, vocabulary: BridgedVocabulary, token: int) -> int:
-        """A token of the base model's group, or a negative number that hangs on its content.
+        """A token of the base model's group, or a negative number that depends on its content.
 
         So scores of one model do not hang on which others are in the ensemble.
         """

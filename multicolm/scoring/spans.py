@@ -55,7 +55,7 @@ def spelled(tokenizer: TokenizerAdapter, content: bytes, *, at_start: bool = Fal
     Args:
         tokenizer: of one model.
         content: the text.
-        at_start: whether nothing stands before it, so that it is encoded as texts begin; what the
+        at_start: whether nothing comes before it, so that it is encoded as texts begin; what the
             tokenizer puts in front is left off.
 
     Raises:
@@ -86,7 +86,7 @@ def _opening_ends(tokenizer: TokenizerAdapter, content: bytes, ids: Sequence[int
 
 
 def opening_of(tokenizer: TokenizerAdapter, text: str) -> list[int]:
-    """Tokens of a text that nothing stands before, without what the tokenizer puts in front."""
+    """Tokens of a text that nothing comes before, without what the tokenizer puts in front."""
     front, ids = tokenizer.encode(""), tokenizer.encode(text)
     return ids[len(front) :] if ids[: len(front)] == front else ids
 
@@ -109,7 +109,7 @@ def spans_of(
         end: the token that stands for the end of a text, if that counts.
         contents: what each of these tokens stands for, where that may not be what it decodes to;
             nothing for the end of the text.
-        at_start: whether nothing stands before the text.
+        at_start: whether nothing comes before the text.
     """
     if contents is None:
         contents = [vocabulary.token_bytes(token) for token in ids]

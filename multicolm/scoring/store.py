@@ -1,12 +1,12 @@
 """How a score table lies on disk, and how it is read back.
 
     index.json                  what was scored, by whom, and a digest of every file
-    text/00000.safetensors      per shard: the tokens that stand there, and the prompts
+    text/00000.safetensors      per shard: the tokens of the text, and the prompts
     MODEL/00000.safetensors     per shard and model: what the model gave to them
     rollouts.safetensors        of some positions, what became of the text after each model's token
 
 Shards are stretches of the corpus. Every file carries the key of what it was made from, so a run
-that goes on after a stop knows which are done, and one of other data is never mixed in.
+that resumes after a stop knows which are done, and one of other data is never mixed in.
 """
 
 from __future__ import annotations
@@ -155,7 +155,7 @@ class Index:
                 yield part, number
 
     def as_json(self) -> str:
-        """As it stands in the file."""
+        """As it is in the file."""
         return json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n"
 
     @classmethod
@@ -213,7 +213,7 @@ class TableFiles:
         write_whole(self.path(part, number), content)
 
     def map(self, part: str, number: int) -> dict[str, Tensor]:
-        """The tensors of one file, mapped into memory: read where they are looked at.
+        """The tensors of one file, mapped into memory: read where they are accessed.
 
         Raises:
             ArtefactError: if it is missing, damaged, or made from something else.
@@ -393,7 +393,7 @@ class ShardColumns:
 class StoredTable:
     """A score table on disk, read block by block; memory does not grow with the corpus.
 
-    Files are mapped into memory, so that of a block only what is looked at is read. Where models
+    Files are mapped into memory, so that of a block only what is accessed is read. Where models
     have different vocabularies, positions are spans that are whole tokens of all of them.
 
     Attributes:
@@ -460,7 +460,7 @@ class StoredTable:
         Args:
             size: 1 or more.
             order: numbers of the blocks that are wanted, in the order that is wanted; all of them
-                as they stand if not given.
+                as they are if not given.
 
         Raises:
             ArtefactError: if a file is gone or has become another one.

@@ -23,9 +23,9 @@ class Difference:
 
     Attributes:
         greatest: in nats; for tokens of a log-probability below -1, as a part of it.
-        n_positions: after how many tokens it was looked.
-        n_unknown: of how many tokens, over all positions, the model told nothing, as servers that
-            tell of the likeliest do.
+        n_positions: after how many tokens it was checked.
+        n_unknown: for how many tokens, over all positions, the model returned nothing, as servers
+            that return only the likeliest do.
     """
 
     greatest: float
@@ -128,7 +128,7 @@ class _Trial:
                 self._same("the next token is as likely", mine, right, [0], [part], [1])
 
     def scoring(self) -> None:
-        """All positions of a text that is read in one go, and of one that goes on in blocks."""
+        """All positions of a text that is read in one go, and of one that is fed in blocks."""
         text = self._text(self._longest)
         half = len(text) // 2
         mine, right = self._model.open(1), self._reference.open(1)
@@ -138,7 +138,7 @@ class _Trial:
         self._same(law, mine, right, [0], [rest], [len(rest)])
 
     def rollback(self) -> None:
-        """A cut row goes on as if what was cut had never been there."""
+        """A cut row continues as if what was cut had never been there."""
         mine, right = self._model.open(1), self._reference.open(1)
         law = "after a roll-back the row is as if what was cut had never been there"
         text = self._text(self._longest)

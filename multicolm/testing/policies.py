@@ -314,7 +314,7 @@ def _check_memory(policy: Policy, scene: _Scene) -> None:
     writers = [len(models)] if policy.acts == "mix" else sorted(policy.uses(models))
     needs = scene.needs
     everybody, always = sorted({*needs.always, *needs.deferred}), sorted(needs.always)
-    # A model that is looked at only where the base model defers is not always there to see.
+    # A model that runs only where the base model defers is not always there to see.
     for shown in (everybody, always, everybody) if policy.keeps_state else ():
         written = scene.new_tokens(writers)
 

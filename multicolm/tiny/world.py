@@ -169,7 +169,7 @@ class Question:
 
     Attributes:
         completion: one right response, with its leading space and without the end token.
-        answer: what must stand between the last "Answer:" and the full stop.
+        answer: what must be between the last "Answer:" and the full stop.
         responses: every response that counts as right, `completion` among them.
     """
 
@@ -231,7 +231,7 @@ def prompt_of(question: str) -> str:
 
 
 def read_answer(text: str) -> str | None:
-    """What stands between the last "Answer:" and the full stop or the end; None without one."""
+    """What is between the last "Answer:" and the full stop or the end; None without one."""
     _, found, tail = text.rpartition(ANSWER)
     return tail.split(END)[0].split(".")[0].strip() if found else None
 

@@ -40,7 +40,7 @@ def join(
     Args:
         models: the names, the base model first.
         tokenizers: of each.
-        covers: of the exact bridge, if assistants go on within their own tokens too, where it
+        covers: of the exact bridge, if assistants continue within their own tokens too, where it
             covers their tokenizers.
     """
     groups: list[list[int]] = []
@@ -68,7 +68,8 @@ class BridgedVocabulary(Vocabulary):
 
     Attributes:
         shared: per group, its own vocabulary.
-        refusals: per model, why it does not go on within its own tokens, if it was to; else empty.
+        refusals: per model, why it does not continue within its own tokens, if asked to; empty
+            otherwise.
 
     Args:
         models: the names, the base model first.
@@ -137,7 +138,7 @@ class BridgedVocabulary(Vocabulary):
         return ids
 
     def _add_ends_of_tokens(self, k: int, known: _Known) -> None:
-        """What a model may write that goes on within one of its tokens: every end of every one."""
+        """What a model may write to continue within one of its tokens: every end of every one."""
         tokenizer = self._tokenizers[k]
         for token in range(tokenizer.n_tokens):
             content = tokenizer.token_bytes(token)
@@ -149,7 +150,7 @@ class BridgedVocabulary(Vocabulary):
                     self._rests.append(rest)
 
     def is_exact(self, model: int) -> bool:
-        """Whether a model goes on anywhere, by the exact bridge."""
+        """Whether a model continues anywhere, by the exact bridge."""
         return self._exact and self.groups[model] > 0 and not self.refusals[model]
 
     def first_tokens(self, model: int) -> Int[Tensor, "vocab"]:
@@ -291,7 +292,7 @@ class BridgedVocabulary(Vocabulary):
 
 @dataclass
 class _Known:
-    """Ids of the union by what tells one token from another.
+    """Ids of the union by what distinguishes one token from another.
 
     Attributes:
         texts: of tokens of text, by their bytes.
@@ -309,7 +310,7 @@ class _Run:
 
     Attributes:
         first: place of its first token in the text.
-        start: how many own tokens stand before it.
+        start: how many own tokens come before it.
         encoder: of what others wrote; ``None`` for what the own group did.
         ends: per token of the text, where it ends, from the start of the run: in bytes for what
             others wrote, else in own tokens.
@@ -406,7 +407,7 @@ class _ByteAligner(TokenAligner):
         self.own += new[n_same:]
 
     def reach(self, place: int) -> int | None:
-        """How many own tokens stand before a place of the text; ``None`` within one."""
+        """How many own tokens come before a place of the text; ``None`` within one."""
         if place == 0:
             return self._n_prompt
         i = bisect_left(self._runs, place, key=lambda run: run.first + len(run.ends))
@@ -414,7 +415,7 @@ class _ByteAligner(TokenAligner):
 
     @property
     def is_settled(self) -> bool:
-        """Whether its own tokens stay as they are, however the text goes on."""
+        """Whether its own tokens stay as they are, however the text continues."""
         encoder = self._runs[-1].encoder if self._runs else None
         return encoder is None or encoder.stable == len(encoder.ids)
 

@@ -1,6 +1,6 @@
 r"""Cuts: places where a text can be cut, so that its parts have the tokens of the whole.
 
-A tokenizer changes earlier tokens when a text goes on ("th" becomes "the"), and most of all where
+A tokenizer changes earlier tokens when a text grows ("th" becomes "the"), and most of all where
 its pre-tokenizer looks ahead. At a cut it does not: whatever follows, the tokens in front of it
 stay, and those after it are the ones of the rest alone. Three reasons for a cut are known.
 

@@ -1,7 +1,7 @@
 """One growing text as one model's tokens, at a cost that does not grow with it.
 
 Tokens on the two sides of a cut (:mod:`multicolm.tokenizer.cuts`) do not depend on each other, so
-only what stands after the last cut is encoded anew when the text changes. A tokenizer of which
+only what follows the last cut is encoded anew when the text changes. A tokenizer of which
 no cuts are known is encoded from the start each time: right, and slow.
 """
 
@@ -45,7 +45,7 @@ class IncrementalEncoder:
         self._is_encoded = True
 
     def append(self, content: bytes) -> None:
-        """Let the text go on, be it in the middle of a character."""
+        """Let the text grow, be it in the middle of a character."""
         self._text += content
         self._is_encoded = self._is_encoded and not content
 
@@ -111,7 +111,7 @@ class IncrementalEncoder:
         return self._cuts[-1][1]
 
     def _encode(self) -> None:
-        """Encode what stands after the last cut."""
+        """Encode what follows the last cut."""
         if self._is_encoded:
             return
         begin, n_tokens = self._cuts[-1]

@@ -233,7 +233,7 @@ class _SharedAligner(TokenAligner):
             self._kept = min(self._kept, len(self.own))
 
     def reach(self, place: int) -> int:
-        """How many own tokens stand before a place of the text."""
+        """How many own tokens come before a place of the text."""
         return self._ends[place]
 
     def pop_stable_prefix(self) -> int:

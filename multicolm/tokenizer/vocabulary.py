@@ -50,14 +50,14 @@ class TokenAligner(ABC):
 
     @abstractmethod
     def reach(self, place: int) -> int | None:
-        """How many own tokens stand before a place of the text (0 is before its first token).
+        """How many own tokens come before a place of the text (0 is before its first token).
 
-        ``None`` where an own token lies across the place, so that the model cannot go on there.
+        ``None`` where an own token lies across the place, so that the model cannot continue there.
         """
 
     @property
     def is_settled(self) -> bool:
-        """Whether its own tokens stay as they are, however the text goes on."""
+        """Whether its own tokens stay as they are, however the text continues."""
         return True
 
     @abstractmethod

@@ -33,8 +33,8 @@ def train(
 ) -> Checkpoint:
     """Train a policy on a score table; no model is loaded.
 
-    A training that was stopped goes on where it was when called again with the same arguments, and
-    ends with the same bytes. One that is finished is not done again.
+    A stopped training resumes when called again with the same arguments, and ends with the same
+    bytes. One that is finished is not done again.
 
     Args:
         policy: of a kind that has a method ``fit(table)``, with the params it begins with. If
@@ -48,8 +48,8 @@ def train(
             models of the table if not given.
         options: of the training; which there are is the policy's business.
         license: of the checkpoint, an SPDX name, for its card.
-        on_progress: told how much is done, of how much, and what is being done.
-        save_every: seconds between two states that a stopped training can go on from.
+        on_progress: called with how much is done, of how much, and what is being done.
+        save_every: seconds between two states that a stopped training can resume from.
 
     Raises:
         ArtefactError: if the table is damaged or of other models, or ``out`` holds another
@@ -70,7 +70,7 @@ def train(
         # Policies that read block by block get a table on disk; the others all of it in memory.
         streams = getattr(policy, "streams", False)
         table = StoredTable(scores, names) if streams else load_table(scores, names)
-        # A folder for each key, so that no training goes on from the state of another.
+        # A folder for each key, so that no training resumes from the state of another.
         training = Training(options or {}, unfinished(folder) / key, on_progress, save_every)
         fitted = _fitted(policy, fit, table, training)
         if labelled := n_rollouts(scores):

@@ -296,7 +296,7 @@ class TestJson:
                 "format must be 1 or 2, got 3; a newer multicolm may read",
             ),
             ('{"format": true, "tree": {}}', "format: must be a whole number, got true."),
-            ('{"format": 1, "format": 1, "tree": {}}', "the key 'format' stands twice"),
+            ('{"format": 1, "format": 1, "tree": {}}', "the key 'format' is there twice"),
             ("[" * 100_000, "deeper than 32 questions"),
         ],
     )

@@ -1,7 +1,7 @@
 """A comparison as one HTML file that loads nothing and runs nothing but its own script.
 
-What models wrote is never trusted. On the page it stands as escaped text, with control characters
-made visible. For the script it stands in blocks of JSON in which every ``<`` is escaped, so that no
+What models wrote is never trusted. On the page it is escaped text, with control characters
+made visible. For the script it is in blocks of JSON in which every ``<`` is escaped, so that no
 text can end its block; the script puts it on the page as text nodes only. A Content-Security-Policy
 allows the one style and the one script by their hashes, and no network at all.
 

@@ -63,7 +63,7 @@ class Batch:
         attention_mask: 1 where there is a token.
         lines: per position, in which line of the batch it is.
         columns: per position, after which token of the line.
-        gold: the token that stands there.
+        gold: the next token of the text.
         logprobs: what every model gave to it when the table was made, in nats.
         known: whether that is known.
     """

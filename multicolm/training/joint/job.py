@@ -102,7 +102,7 @@ class Job:
         settings: of the training.
         options: what the user gave of them.
         license: of the checkpoint.
-        on_progress: told how far it has come.
+        on_progress: called with how far it has come.
         save_every: seconds between two states, at least.
         index: of the score table.
         names: of the models whose scores are used, the base model first.

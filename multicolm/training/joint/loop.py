@@ -62,7 +62,7 @@ class Losses:
 
 @dataclass
 class _Course:
-    """Where a training stands.
+    """How far a training is.
 
     Attributes:
         epoch: that is at work, from 0.
@@ -126,7 +126,7 @@ class Trainer:
         schedule: how.
         accelerator: of :func:`open_accelerator`.
         snapshots: keeps the state.
-        on_progress: told after each step.
+        on_progress: called after each step.
     """
 
     def __init__(
@@ -175,7 +175,7 @@ class Trainer:
     def run(self) -> dict[str, Any]:
         """Train to the end, and leave the best epoch's weights in the model.
 
-        A training that was stopped goes on after its last state; on one process it ends with the
+        A stopped training resumes from its last state; on one process it ends with the
         same bytes. The best epoch is that with the least joint loss on held-out texts, or on the
         texts themselves if none are held out.
 
@@ -348,7 +348,7 @@ class Trainer:
         course.finished = tired or course.epoch == self._schedule.epochs
 
     def _save(self, course: _Course) -> None:
-        """Keep the state, so that a stopped training goes on from here."""
+        """Keep the state, so that a stopped training resumes from here."""
         if not self._accelerator.is_main_process:
             return
         begun = time.monotonic()

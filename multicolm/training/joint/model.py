@@ -1,4 +1,4 @@
-"""The base model and the head as one network: what it gives to the tokens that stand there."""
+"""The base model and the head as one network: what it gives to the tokens of the text."""
 
 from __future__ import annotations
 

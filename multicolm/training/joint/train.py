@@ -64,10 +64,10 @@ def train_joint(
     """Train an ensemble's base model with the head of a policy, or alone.
 
     The checkpoint holds the trained base model and an ``ensemble.yaml``, so that it can be used
-    like an ensemble. Of the ensemble's models only the base model is loaded. A training that was
-    stopped goes on where it was when called again with the same arguments; on one process with a
-    CPU it ends with the same bytes. One that is finished is not done again. Under ``accelerate
-    launch`` or ``torchrun`` the processes share each batch.
+    like an ensemble. Of the ensemble's models only the base model is loaded. A stopped training
+    resumes when called again with the same arguments; on one process with a CPU it ends with the
+    same bytes. One that is finished is not done again. Under ``accelerate launch`` or ``torchrun``
+    the processes share each batch.
 
     Args:
         policy: ``co-llm``, whose head is the one to begin with if it has one; or ``single`` with
@@ -79,7 +79,7 @@ def train_joint(
             computes in; ``lora`` trains a PEFT adapter.
         options: see :class:`JointSettings`.
         license: of the checkpoint, an SPDX name, for its card.
-        on_progress: told how much is done, of how much, and what is being done.
+        on_progress: called with how much is done, of how much, and what is being done.
         save_every: the least number of seconds between two states that a stopped training can go
             on from; states that take long to write are written more rarely. 0 keeps every step's.
 
