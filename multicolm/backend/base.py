@@ -8,8 +8,9 @@ time. Everything else (which rows, catching up, translating tokens) is the loop'
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, ClassVar, NoReturn
 
 from jaxtyping import Float, Int
@@ -145,6 +146,9 @@ class Model(ABC):
         hidden_size: width of its last hidden state; ``None`` if it shows none.
         precision: the type it computes in, such as ``float32``; of a model in a server, what the
             server says of it. What was kept of a model goes on only where this is equal.
+        architecture: what its weights are of, such as ``LlamaForCausalLM``; empty if unknown.
+        n_bytes: memory of its weights in this process; 0 if it has none or it is unknown.
+        sampling_defaults: generation settings that come with its weights and are not used.
     """
 
     name: str
@@ -158,6 +162,9 @@ class Model(ABC):
     identity: str = ""
     hidden_size: int | None = None
     precision: str = "float32"
+    architecture: str = ""
+    n_bytes: int = 0
+    sampling_defaults: Mapping[str, Any] = MappingProxyType({})
     n_likeliest = Renamed("max_top_logprobs", ModelError)
     next_byte_logprobs = Renamed(f"{_EXACT}.next_byte_logprobs(model, prefix)", ModelError)
     span_logprob = Renamed(f"{_EXACT}.span_logprob(model, prefix, span)", ModelError)
@@ -184,6 +191,11 @@ class Model(ABC):
     @property
     def abilities(self) -> list[str]:
         """What was found out about it when it was loaded, one sentence each."""
+        return []
+
+    @property
+    def warnings(self) -> list[str]:
+        """What is allowed and unwise of it, one sentence each; may take a few seconds to find."""
         return []
 
     def synchronize(self) -> None:

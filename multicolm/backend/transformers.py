@@ -87,6 +87,9 @@ class TransformersModel(Model):
         head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
         self.hidden_size = getattr(head, "in_features", None)
         self.on_cpu = self.device.type == "cpu"
+        self.architecture = type(model).__name__
+        self.n_bytes = sum(weight.nbytes for weight in model.parameters())
+        self.sampling_defaults = _sampling_defaults(model)
         self.served_as = ""
         self._parameters = frozenset(inspect.signature(model.forward).parameters)
         self._open: Way | None = None
@@ -187,6 +190,18 @@ def _end_ids(model: PreTrainedModel) -> list[int]:
         if given is not None:
             ids.extend([given] if isinstance(given, int) else given)
     return ids
+
+
+def _sampling_defaults(model: PreTrainedModel) -> dict[str, Any]:
+    """How the model's author would have texts written: its generation_config.json, in part."""
+    given = model.generation_config.to_diff_dict() if model.generation_config else {}
+    return {name: value for name, value in given.items() if name in _SAMPLING}
+
+
+_SAMPLING = (
+    *("do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p", "num_beams"),
+    *("repetition_penalty", "no_repeat_ngram_size", "max_length", "max_new_tokens"),
+)
 
 
 def _context_length(config: Any) -> int | None:

@@ -24,8 +24,8 @@ def command(ctx: click.Context, sources: tuple[str, ...], loads: bool, as_json_:
     """Check ensembles, policies and tasks without loading a model.
 
     What was checked is printed. Nothing is fetched, so models of the Hub are not looked up. With
-    --load an ensemble is loaded: what the servers of its models can do is printed, and how each two
-    of them hand over to each other.
+    --load an ensemble is loaded: what each model is and what its server can do is printed, how each
+    two of them hand over to each other, and where tokenizers of one vocabulary cut texts otherwise.
     """
     reports = [_checked(source) for source in sources]
     for report in reports if loads else ():
@@ -71,7 +71,9 @@ def _checked(source: str) -> Report:
 def _load(report: Report) -> None:
     """Add what is known of an ensemble once it is loaded."""
     import multicolm
+    from multicolm.backend.described import described
     from multicolm.errors import MulticolmError, MulticolmWarning
+    from multicolm.tokenizer.agreement import differences
 
     try:
         with warnings.catch_warnings(record=True) as caught:
@@ -84,6 +86,14 @@ def _load(report: Report) -> None:
     report.warnings.extend(map(str, said))
     report.checked.append(f"loaded {len(ensemble.models)} models")
     report.checked.extend(
-        f"model {m.name}: {line}" for m in ensemble.backends for line in m.abilities
+        f"model {m.name}: {line}"
+        for m in ensemble.backends
+        for line in (*described(m), *m.abilities)
     )
-    report.checked.extend(f"bridge {pair}" for pair in ensemble.bridges)
+    report.warnings.extend(f"model {m.name}: {w}" for m in ensemble.backends for w in m.warnings)
+    tokenizers = {model.name: model.tokenizer for model in ensemble.backends}
+    for pair in ensemble.bridges:
+        report.checked.append(f"bridge {pair}")
+        if pair.bridge == "shared":
+            found = differences(tokenizers[pair.one], tokenizers[pair.other])
+            report.warnings.extend(f"{pair.one} - {pair.other}: '{pair.one}' {f}" for f in found)

@@ -142,6 +142,11 @@ class TokenizerAdapter(ABC):
         """Where texts can be cut; ``None`` if not known, so that they are encoded as a whole."""
         return None
 
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether chats have a template of the model's author or of the user."""
+        return False
+
     def chat_text(self, messages: Sequence[Message]) -> str | None:
         """A chat in this model's own template, with names of special tokens; ``None``: not known.
 

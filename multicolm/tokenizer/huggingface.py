@@ -177,6 +177,12 @@ class HuggingFaceTokenizer(TokenizerAdapter):
             return self._outer
         return _without_specials(self.settings, self._stand_ins)
 
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether it has a template for every chat."""
+        template = self._tokenizer.chat_template
+        return bool(template) and (not isinstance(template, dict) or "default" in template)
+
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of a chat in the model's own template, ready for the reply.
 
@@ -202,9 +208,8 @@ class HuggingFaceTokenizer(TokenizerAdapter):
 
     def _rendered(self, messages: Sequence[Message]) -> tuple[str, bool]:
         """A chat in the template, and whether stand-ins hide names that are text of a message."""
-        template = self._tokenizer.chat_template
-        if not template or (isinstance(template, dict) and "default" not in template):
-            raise no_template(self._name, template or ())
+        if not self.has_chat_template:
+            raise no_template(self._name, self._tokenizer.chat_template or ())
         stand_ins = self._stand_ins
         if not any(name in text for text in strings_of(messages) for name in stand_ins):
             return rendered(self._name, self._in_template, messages), False

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import warnings
 from pathlib import Path
 
@@ -60,3 +62,31 @@ def test_a_task_is_validated_by_name_and_by_file(run, tmp_path: Path) -> None:
     file.write_text("data: {test: none.jsonl}\nprompt: '{q}'\nmetric: {kind: exact-match}\n")
     result = run("validate", str(file))
     assert result.code == 2 and f"{file}:1:1: gold: " in result.out.replace(": missing", "")
+
+
+def test_loading_says_what_each_model_is(run, tmp_path: Path) -> None:
+    said = run("validate", "tiny", "--load").out
+    assert (
+        "  checked  model facts: LlamaForCausalLM, 295 k parameters, float32, 1.18 MB of weights, "
+        "768 tokens, context 512\n"
+        "  checked  model facts: ends a text with <|end|>; a chat template\n"
+    ) in said
+    assert "not used" not in said
+
+
+def test_generation_settings_that_come_with_weights_are_said_to_be_unused(
+    run, tmp_path: Path
+) -> None:
+    folder = tmp_path / "facts"
+    shutil.copytree(catalog.registry() / "tiny/facts", folder)
+    own = {"do_sample": True, "temperature": 0.6, "top_k": 20, "eos_token_id": [0, 5]}
+    (folder / "generation_config.json").write_text(json.dumps(own))
+    file = tmp_path / "one.yaml"
+    file.write_text(f"base_model: facts\nmodels: {{facts: {{model: {folder}, dtype: float32}}}}\n")
+    said = run("validate", str(file), "--load").out
+    assert (
+        "its author's generation settings (do_sample True, temperature 0.6, top_k 20) are not used"
+    ) in said
+    # But for the ends of a text, which are what the model was taught.
+    ends = multicolm.load(file).backends[0].tokenizer.end_ids
+    assert {0, 5} <= ends

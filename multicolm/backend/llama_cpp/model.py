@@ -12,11 +12,15 @@ from multicolm.backend.llama_cpp.session import FIRST, LlamaCppSession, SplitSes
 from multicolm.backend.llama_cpp.tokenizer import LlamaCppTokenizer, vocabulary_pieces
 from multicolm.config import ModelConfig
 from multicolm.errors import ModelError, VocabularyError
+from multicolm.tokenizer.agreement import differences
 from multicolm.tokenizer.base import TokenizerAdapter
 from multicolm.types import Signal
 
 __all__ = ["LlamaCppModel"]
 
+# What the header of a GGUF file may hold of `generation_config.json`.
+_SAMPLING = ("temp", "top_k", "top_p", "min_p", "penalty_repeat")
+_BLANK = "\u2581"  # how SentencePiece writes a blank
 _MOST_ROOM = 1 << 30  # bytes, for texts of which nothing has been read yet
 
 
@@ -47,6 +51,8 @@ class LlamaCppModel(Model):
             )
         weights = Weights(name, path, gpu_layers=config.gpu_layers)
         self.name = name
+        self._path = path
+        self._named_tokenizer = config.tokenizer
         self._weights = weights
         self._cache_type = config.cache_type
         if lib.llama_model_has_encoder(weights.pointer):
@@ -62,6 +68,10 @@ class LlamaCppModel(Model):
         self.on_cpu = config.gpu_layers == 0
         kind = lib.llama_ftype_name(lib.llama_model_ftype(weights.pointer)).decode()
         self.precision = f"{kind}, cache {config.cache_type}"
+        self.architecture = weights.metadata("general.architecture") or ""
+        self.n_bytes = int(lib.llama_model_size(weights.pointer))
+        named = ((key, weights.metadata(f"general.sampling.{key}")) for key in _SAMPLING)
+        self.sampling_defaults = {key: value for key, value in named if value is not None}
 
     @classmethod
     def from_config(cls, name: str, config: ModelConfig) -> LlamaCppModel:
@@ -71,6 +81,22 @@ class LlamaCppModel(Model):
         model = cls(name, config)
         model.identity = identity_of_file("gguf", Path(config.location))
         return model
+
+    @property
+    def warnings(self) -> list[str]:
+        """Where the tokenizer that the ensemble file names cuts texts as the file's own does not.
+
+        They are compared on texts on which tokenizers part, which takes a second or two.
+        """
+        if self._named_tokenizer is None:
+            return []
+        try:
+            own = LlamaCppTokenizer(self.name, self._path, self._weights)
+        except VocabularyError:
+            return []  # there is nothing to compare with: that is why one is named
+        found = differences(self.tokenizer, own)
+        lead = f"tokenizer {self._named_tokenizer}, compared with that of {self._path.name}: it"
+        return [f"{lead} {each}" for each in found]
 
     def open(self, n_rows: int) -> Session:
         """A session of ``n_rows`` empty rows.
@@ -110,11 +136,15 @@ def _tokenizer(name: str, config: ModelConfig, weights: Weights) -> TokenizerAda
     loaded = load_tokenizer(name, config)
     tokenizer = HuggingFaceTokenizer(loaded, name, ends, n_embeddings=len(pieces))
     for i in range(tokenizer.n_tokens):
-        if tokenizer.piece(i) is not None and tokenizer.piece(i) != pieces[i]:
-            raise VocabularyError(
-                f"model '{name}': {config.tokenizer} is not the tokenizer of {path.name}: token "
-                f"{i} is {tokenizer.piece(i)!r} in the one and {pieces[i]!r} in the other."
-            )
+        named, own = tokenizer.piece(i), pieces[i]
+        # A token that the file says is not in use has a name elsewhere; added ones may be written
+        # with blanks in the one and with U+2581 in the other.
+        if named is None or own is None or named.replace(_BLANK, " ") == own.replace(_BLANK, " "):
+            continue
+        raise VocabularyError(
+            f"model '{name}': {config.tokenizer} is not the tokenizer of {path.name}: token "
+            f"{i} is {named!r} in the one and {own!r} in the other."
+        )
     return tokenizer
 
 

@@ -135,6 +135,11 @@ class LlamaCppTokenizer(TokenizerAdapter):
                 encoded += _tokenize(vocabulary, part.translate(meant))
         return encoded
 
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether the file has one, or the user has given one."""
+        return bool(self._chat_template)
+
     @cached_property
     def _chat_template(self) -> str:
         """The user's template or the file's own; empty if there is none."""
