@@ -221,7 +221,10 @@ class ExactReader(_Bytes):
         found = yield from self._session.read_pieces(slots, places)
         shown = torch.full((len(found), self._vocabulary.size), float("-inf"))
         for line, pieces in zip(shown, found, strict=True):
-            self._spread(pieces, line)
+            if pieces is None:
+                line.zero_()  # the text ends with an error
+            else:
+                self._spread(pieces, line)
         return shown
 
     def _spread(self, pieces: Pieces, line: Float[Tensor, "vocab"]) -> None:

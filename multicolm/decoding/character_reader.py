@@ -119,9 +119,16 @@ class CharacterReader(Reader):
         n_passes = 0
         waiting = {row: place for row, [place] in zip(rows, places, strict=True)}
         # A row that was cut back may have to ask several times; else this is one round.
-        while waiting := {r: place for r, place in waiting.items() if not self._follow(r, place)}:
+        while waiting := {
+            row: place
+            for row, place in waiting.items()
+            if row.error is None and not self._follow(row, place)
+        }:
             n_passes += yield from self._ask(list(waiting))
-        shown = np.stack([self._shown(self._tables[row.slot]) for row in rows])
+        even = np.ones(self._vocabulary.size)
+        shown = np.stack(
+            [even if row.error else self._shown(self._tables[row.slot]) for row in rows]
+        )
         return ModelOutput(torch.from_numpy(shown).log().float(), None, n_passes)
 
     def _follow(self, row: Row, place: int) -> bool:
@@ -139,7 +146,11 @@ class CharacterReader(Reader):
                 table.written.append(character)
                 table.low, table.high = self._sorted.narrow(table.low, table.high, depth, character)
                 if not table.mass > 0:
-                    self._take(table, self._encoded(table))
+                    try:
+                        self._take(table, self._encoded(table))
+                    except InputError as error:
+                        row.error = error
+                        return True
         return False
 
     def _end_token(self, table: _Table) -> None:
@@ -186,13 +197,13 @@ class CharacterReader(Reader):
         output = result.output
         self._account(ordered, fed, result)
         known = output.logits[:, : self._model.tokenizer.n_tokens].float().softmax(-1)
-        for slot, probs in zip(slots, known.cpu().double().numpy(), strict=True):
-            table = self._tables[slot]
+        for row, probs in zip(ordered, known.cpu().double().numpy(), strict=True):
+            table = self._tables[row.slot]
             table.probs = probs[self._sorted.ids]
             table.end = float(probs[self._ends].sum())
             table.low, table.high = 0, len(self._sorted)
             if not table.mass > 0:
-                raise ModelError(
+                row.error = ModelError(
                     f"model '{self._model.name}' puts all of its probability on special tokens "
                     "that are no text and do not end one, so it has no next character to show."
                 )

@@ -16,7 +16,7 @@ from multicolm.decoding.row import Row, Written
 from multicolm.decoding.runner import Runner
 from multicolm.decoding.sampling import Sampling, row_key
 from multicolm.decoding.text import TextStream
-from multicolm.errors import CapabilityError, ModelError
+from multicolm.errors import CapabilityError, InputError, ModelError
 from multicolm.policy.base import Schedule
 from multicolm.tokenizer.incremental import IncrementalEncoder
 from multicolm.tokenizer.vocabulary import Vocabulary
@@ -155,6 +155,7 @@ class Live:
         """One round of the loop; see :meth:`multicolm.decoding.loop.Loop.step`.
 
         Raises:
+            InputError: if a model cannot read one of the texts.
             ModelError: if a model failed in one of the texts.
         """
         [pieces] = self._runner.run([self.loop.step()])
@@ -162,7 +163,7 @@ class Live:
             raise error
         return pieces
 
-    def failed(self) -> list[tuple[Row, ModelError]]:
+    def failed(self) -> list[tuple[Row, InputError | ModelError]]:
         """The texts in which a model failed since this was asked last, and why."""
         failed = list(self.loop.failed)
         self.loop.failed.clear()

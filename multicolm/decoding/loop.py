@@ -26,7 +26,7 @@ from multicolm.decoding.row import Row, Written
 from multicolm.decoding.runner import Runner
 from multicolm.decoding.sampling import Noise
 from multicolm.decoding.segments import SegmentWriter
-from multicolm.errors import ModelError
+from multicolm.errors import InputError, ModelError
 from multicolm.types import Piece
 
 __all__ = ["Loop", "SegmentLoop", "TokenLoop", "loop_for"]
@@ -70,7 +70,7 @@ class Loop(ABC):
         self._memory = Memory(self._decider)
         self._committer = Committer(plan, self.readers)
         self.finished: deque[Row] = deque()
-        self.failed: deque[tuple[Row, ModelError]] = deque()
+        self.failed: deque[tuple[Row, InputError | ModelError]] = deque()
         self._coming: deque[Row] = deque()
         self._active: list[Row] = []
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from multicolm.decoding.sampling import Likeliest, Sampling
 from multicolm.decoding.text import TextStream
-from multicolm.errors import ModelError
+from multicolm.errors import InputError, ModelError
 from multicolm.tokenizer.incremental import IncrementalEncoder
 from multicolm.types import FinishReason, Pooling, Prompt, Usage
 
@@ -98,7 +98,7 @@ class Row:
     meter: IncrementalEncoder | None = None
     noise_used: bool = False
     finish_reason: FinishReason | None = None
-    error: ModelError | None = None
+    error: InputError | ModelError | None = None
 
     def __post_init__(self) -> None:
         self.lengths = [len(ids) for ids in self.prompt_ids]

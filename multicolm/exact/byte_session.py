@@ -12,6 +12,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -22,10 +23,12 @@ from multicolm.backend.base import Model
 from multicolm.backend.checked import open_session
 from multicolm.backend.passes import ForwardPass, Passes, run_alone
 from multicolm.errors import CapabilityError, InputError, ModelError
-from multicolm.exact.lattice import Frontier, Node, SortedBytes, TokenLattice, log_sum
+from multicolm.exact.lattice import N_OUTCOMES, Frontier, Node, SortedBytes, TokenLattice, log_sum
 from multicolm.exact.paths import canonical
 
 __all__ = ["ByteSession", "Continuation", "Pieces", "span_logprobs"]
+
+T = TypeVar("T")
 
 _MOST_NODES = 256  # of one lane in one feed: each has a whole vocabulary of numbers
 _CHUNK_BYTES = 256
@@ -85,7 +88,7 @@ class _Lanes:
         self.n_calls = 0
         self.n_read = 0
         self.seconds = 0.0
-        self.errors: dict[int, ModelError] = {}  # per row
+        self.errors: dict[int, InputError | ModelError] = {}  # per row
         # Of these nodes only sums over some ranges are wanted: long texts have many.
         self.asked: dict[Node, set[tuple[int, int]]] = {}
         self._model = model
@@ -125,8 +128,9 @@ class _Lanes:
         return max(free, key=lambda lane: _n_common(self._held[lane], job.ids), default=None)
 
     def _feed(self, jobs: dict[int, _Job]) -> Passes[None]:
-        self._check_length(max(len(job.ids) for job in jobs.values()))
-        lanes = sorted(jobs)
+        lanes = sorted(lane for lane, job in jobs.items() if self._fits(job))
+        if not lanes:
+            return
         new: list[list[int]] = []
         n_last: list[int] = []
         for lane in lanes:
@@ -148,24 +152,27 @@ class _Lanes:
         for lane, logits in zip(lanes, torch.split(output.logits, n_last), strict=True):
             nodes = jobs[lane].nodes
             places = torch.tensor([n - nodes[0][0] for n, _ in nodes])
-            self._give([node for _, node in nodes], logits[places.to(logits.device)])
+            wanting = [node for _, node in nodes]
+            self._give(jobs[lane].row, wanting, logits[places.to(logits.device)])
 
-    def _check_length(self, n: int) -> None:
+    def _fits(self, job: _Job) -> bool:
         limit = self._model.context_length
-        if limit is not None and n > limit:
-            raise InputError(
-                f"model '{self._model.name}' reads {limit} tokens at most, and this text is longer "
-                "in its tokens; shorten the text or use a model with a longer context."
-            )
+        if limit is None or len(job.ids) <= limit:
+            return True
+        self.errors[job.row] = InputError(
+            f"model '{self._model.name}' reads {limit} tokens at most, and this text is longer "
+            "in its tokens; shorten the text or use a model with a longer context."
+        )
+        return False
 
-    def _give(self, nodes: Sequence[Node], logits: Float[Tensor, "nodes width"]) -> None:
+    def _give(self, row: int, nodes: Sequence[Node], logits: Float[Tensor, "nodes width"]) -> None:
         # Columns of a padded head belong to no token.
         known = logits[:, : self._model.tokenizer.n_tokens].float().log_softmax(-1).cpu().double()
         weights = known[:, self._ids].exp().numpy()
         ends = known[:, self._ends].exp().sum(-1).tolist()
-        for node, row, end in zip(nodes, weights, ends, strict=True):
-            if not node.learn(row, end) > 0:
-                raise ModelError(
+        for node, its_weights, end in zip(nodes, weights, ends, strict=True):
+            if not node.learn(its_weights, end) > 0:
+                self.errors[row] = ModelError(
                     f"model '{self._model.name}' puts all of its probability on tokens that its "
                     f"tokenizer would never write after the {node.n_bytes} bytes so far; the exact "
                     "byte bridge needs a model with the tokenizer that it was trained with."
@@ -265,8 +272,12 @@ class ByteSession:
         return self._lanes.seconds
 
     @property
-    def errors(self) -> Mapping[int, ModelError]:
-        """Per row for which the model predicted what is no distribution, the reason."""
+    def errors(self) -> Mapping[int, InputError | ModelError]:
+        """Per row that cannot be read on, the reason.
+
+        Its text is longer than the model's context, the model gives it no probability, or what the
+        model predicts is no distribution.
+        """
         return self._lanes.errors
 
     def begin(self, row: int, prompt_ids: Sequence[int], given: Sequence[int] = ()) -> None:
@@ -332,11 +343,16 @@ class ByteSession:
             # Many places of a text at once: first along its likeliest path, all in one go.
             trunks = {r: self._row(r).cover.trunk(f, predict=predict) for r, f in of_row.items()}
             yield from self._read(trunks)
-        while (yield from self._read({r: self._wanted(r, f, predict) for r, f in of_row.items()})):
-            pass
+        errors = self._lanes.errors
+        while True:
+            able = [row for row in of_row if row not in errors]
+            if not (yield from self._read({r: self._wanted(r, of_row[r], predict) for r in able})):
+                break
         for row, frontier in asked if predict else ():
+            if row in errors:
+                continue
             if self._row(row).cover.log_mass(frontier) == -math.inf:
-                raise InputError(
+                errors[row] = InputError(
                     f"model '{self._name}' cannot write the {self._row(row).cover.n_bytes} bytes "
                     "of this text: no tokens to which it gives any probability spell them."
                 )
@@ -386,38 +402,54 @@ class ByteSession:
             InputError: if the model cannot write one of the texts.
             ModelError: if it puts all of its probability on what may not follow.
         """
-        return run_alone(self.read_next_bytes(rows, places))
+        return self._alone(self.read_next_bytes(rows, places), rows)
+
+    def _alone(self, steps: Passes[T], rows: Iterable[int]) -> T:
+        result = run_alone(steps)
+        for row in rows:
+            if row in self.errors:
+                raise self.errors[row]
+        return result
 
     def read_next_bytes(
         self, rows: Sequence[int], places: Sequence[Sequence[int]] | None = None
     ) -> Passes[Float[Tensor, "positions 257"]]:
-        """:meth:`next_byte_logprobs` as a computation that wants passes."""
+        """:meth:`next_byte_logprobs` as a computation that wants passes.
+
+        A row that cannot be read on is in :attr:`errors`, and its predictions are even.
+        """
         asked = yield from self._asked_at(rows, places)
-        outcomes = [self._row(row).cover.outcomes(frontier) for row, frontier in asked]
+        outcomes = [
+            np.full(N_OUTCOMES, 1 / N_OUTCOMES)
+            if row in self.errors
+            else self._row(row).cover.outcomes(frontier)
+            for row, frontier in asked
+        ]
         self._tidy(rows)
         return torch.from_numpy(np.stack(outcomes)).log()
 
     def logprob(self, row: int) -> float:
         """Natural log of M(text so far): that the model's text begins with these bytes."""
         frontier = self._frontier(row)
-        run_alone(self._learn([(row, frontier)], predict=False))
+        self._alone(self._learn([(row, frontier)], predict=False), [row])
         self._tidy([row])
         return self._row(row).cover.log_mass(frontier)
 
     def read_pieces(
         self, rows: Sequence[int], places: Sequence[Sequence[int]] | None = None
-    ) -> Passes[list[Pieces]]:
+    ) -> Passes[list[Pieces | None]]:
         """What the model would write next in some texts, in its own tokens; all read together.
+
+        ``None`` for a row that cannot be read on, which is in :attr:`errors`.
 
         Args:
             rows: distinct rows.
             places: as in :meth:`next_byte_logprobs`.
-
-        Raises:
-            InputError: if the model cannot write one of the texts.
         """
         asked = yield from self._asked_at(rows, places)
-        pieces = [self._pieces(row, frontier) for row, frontier in asked]
+        pieces = [
+            None if row in self.errors else self._pieces(row, frontier) for row, frontier in asked
+        ]
         self._tidy(rows)
         return pieces
 
@@ -427,7 +459,9 @@ class ByteSession:
         Raises:
             InputError: if the model cannot write the text.
         """
-        return run_alone(self.read_pieces([row]))[0]
+        [pieces] = self._alone(self.read_pieces([row]), [row])
+        assert pieces is not None
+        return pieces
 
     def _pieces(self, row: int, frontier: Frontier) -> Pieces:
         found: list[tuple[int, Tensor, Tensor]] = []
@@ -448,12 +482,12 @@ class ByteSession:
 
         The mean of 1 - Z over the branches by their part of the text's mass.
         """
-        run_alone(self._asked_at([row], None))
+        self._alone(self._asked_at([row], None), [row])
         return sum(w * b.node.left_out for b, w in self._row(row).cover.weights())
 
     def mean_left_out(self, row: int) -> float:
         """The mean of 1 - Z per token, along the most likely path so far."""
-        run_alone(self._asked_at([row], None))
+        self._alone(self._asked_at([row], None), [row])
         branch, _ = max(self._row(row).cover.weights(), key=lambda pair: pair[1])
         n_given = self._row(row).cover.root.n_tokens
         shares = [node.left_out for node in branch.node.chain()[n_given:]]
@@ -513,6 +547,8 @@ def span_logprobs(
                 node = node.parent
     reader.asked = asked
     run_alone(reader.learn({0: list(prompt_ids)}, {0: wanted}))
+    if reader.errors:
+        raise reader.errors[0]
     masses = [cover.log_mass(frontier) for frontier in frontiers]
     if end:
         masses.append(log_sum([b.log_end for b in frontiers[-1]]))

@@ -10,6 +10,7 @@ from typing import Any
 import live_worlds
 import pytest
 import torch
+from byte_worlds import Written, adapter
 from live_worlds import LONG_PROMPTS, MIXED_PROMPTS, PROMPTS, SETTINGS, shown
 from tables import READY
 
@@ -248,6 +249,46 @@ def test_what_was_said_of_a_growing_text_is_never_taken_back(policy: str) -> Non
         counts.append(len(said))
     assert tuple(said) == live.answer(row).trace.tokens
     assert len(set(counts)) > 5  # it was said bit by bit
+
+
+@pytest.mark.parametrize(
+    ("policy", "tokenizer", "says"),
+    [
+        ("byte-mixture", "gpt2", "model 'other' cannot write the 1 bytes of this text"),
+        ("chared", "llama2", "model 'other' puts all of its probability on special tokens"),
+    ],
+)
+def test_a_text_that_one_model_cannot_follow_fails_alone(
+    policy: str, tokenizer: str, says: str
+) -> None:
+    own = adapter(tokenizer)
+    [a], [b], bad = map(own.encode_continuation, "ab!")
+    [end] = own.end_ids
+    unknown = 0
+
+    def base(ids: tuple[int, ...]) -> dict[int, float]:
+        return {a: 1.0} if ids.count(a) < 4 else {end: 1.0}
+
+    def other(ids: tuple[int, ...]) -> dict[int, float]:
+        if bad[0] not in ids:
+            return base(ids)
+        # What "a" is impossible for, and a special token that is no text and ends none.
+        return {b: 1.0} if policy == "byte-mixture" else {unknown: 1.0}
+
+    models = [Written(own, probs, n_prompt=0) for probs in (base, other)]
+    models[0].name, models[1].name = "base", "other"
+    live = Ensemble(models).live(policy, n_slots=3)
+    wanted = GenerationConfig(max_new_tokens=12)
+    rows = [live.row(text, i, wanted, seed=0) for i, text in enumerate(["a", "!", "b"])]
+    for row in rows:
+        live.add(row)
+    failed = []
+    while live.busy:
+        live._runner.run([live.loop.step()])  # as the server does; step() raises what failed
+        failed += live.failed()
+    assert [row for row, _ in failed] == [rows[1]]
+    assert says in str(failed[0][1])
+    assert [set(live.answer(rows[i]).text) for i in (0, 2)] == [{"a"}, {"a"}]
 
 
 @pytest.mark.parametrize("order", [[0, 1, 2, 3], [3, 1, 0, 2]])
