@@ -41,6 +41,11 @@ def test_an_old_name_cannot_be_imported_and_the_error_says_the_new_one() -> None
         from multicolm.backend.base import Look  # noqa: F401
 
 
+def test_a_policy_that_defines_an_old_name_is_given_the_new_one() -> None:
+    with pytest.raises(PolicyError, match=r"`seams` of 0\.1 is called `reads_boundaries` now"):
+        type("Mine", (SelectPolicy,), {"seams": True})
+
+
 def test_an_old_signal_is_refused_with_the_new_one() -> None:
     with pytest.raises(PolicyError, match=r"Mine.assistant_signals: .* 'token_logprobs' now"):
 

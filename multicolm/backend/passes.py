@@ -132,10 +132,12 @@ def run_alone(steps: Passes[T]) -> T:
 
 def _run(wanted: Wanted) -> PassResult:
     start = time.perf_counter()
+    model = wanted.session.model
     if isinstance(wanted, TokenQuery):
         output = wanted.session.logprobs_of(wanted.rows, wanted.lengths, wanted.ids, wanted.after)
     else:
         output = wanted.session.feed(
             wanted.rows, wanted.tokens, wanted.n_last, hidden=wanted.hidden
         )
+    model.synchronize()
     return PassResult(output, time.perf_counter() - start, {})

@@ -103,7 +103,8 @@ class Plan:
     @cached_property
     def has_boundaries(self) -> bool:
         """Whether a model may be unable to continue at some place, within a token of its own."""
-        return self._mixes_vocabularies and (self.policy.acts == "select" or self.policy.seams)
+        asks = self.policy.acts == "select" or self.policy.reads_boundaries
+        return self._mixes_vocabularies and asks
 
     @cached_property
     def counts_bytes(self) -> bool:

@@ -32,6 +32,7 @@ from typing_extensions import dataclass_transform
 
 from multicolm.errors import CapabilityError, PolicyError
 from multicolm.plugins import policies
+from multicolm.renamed import forbid_old_names
 from multicolm.types import Pooling, Signal, Tensor
 from multicolm.views import ModelNames, Views
 
@@ -178,9 +179,9 @@ class Policy:
 
     partial: ClassVar[str] = ""
     """How a policy that needs ``logprobs`` treats the tokens whose probability a server does not
-    tell, in a sentence for users; empty if it cannot do without them."""
+    return, in a sentence for users; empty if it cannot do without them."""
 
-    seams: ClassVar[bool] = False
+    reads_boundaries: ClassVar[bool] = False
     """Whether a policy that mixes asks where models of other vocabularies could continue
     (:meth:`multicolm.views.Views.is_open`); for one that selects that is always found out."""
 
@@ -195,6 +196,7 @@ class Policy:
         super().__init_subclass__(**kwargs)
         if "name" not in cls.__dict__:
             cls.name = cls.__name__
+        forbid_old_names(cls, {"seams": "reads_boundaries"}, PolicyError)
         for field in ("base_signals", "assistant_signals"):
             if "given" in (cls.__dict__.get(field) or ()):
                 raise PolicyError(

@@ -49,7 +49,7 @@ class SafePolicy(AveragePolicy):
     sharpen: Annotated[float, Field(gt=0, le=1)] = 0.1
 
     support: ClassVar[Support] = "union"
-    seams: ClassVar[bool] = True
+    reads_boundaries: ClassVar[bool] = True
     tunable: ClassVar[dict[str, Sequence[float]]] = {"threshold": (0.1, 0.3, 0.5, 0.7, 0.9)}
 
     def uses(self, models: ModelNames) -> frozenset[int]:
