@@ -7,11 +7,12 @@ import importlib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from beartype.roar import BeartypeCallHintViolation
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from shape_checks import CHECKED, checked
 from torch import Tensor
 
@@ -84,3 +85,34 @@ def test_a_result_is_checked_too_and_axes_are_forgotten_after_the_call() -> None
         assert same(torch.zeros(n, 4 + n), torch.zeros(n, dtype=torch.long)).shape == (4 + n,)
     with pytest.raises(BeartypeCallHintViolation, match="return"):
         same(torch.zeros(3, 4), torch.zeros(3, dtype=torch.long))
+
+
+def test_a_result_of_other_shape_is_refused_after_calls_of_the_same_shapes_passed() -> None:
+    def chosen(
+        rows: Float[Tensor, "rows n"], mask: Bool[Tensor, "rows"], other: Any = None
+    ) -> tuple[Float[Tensor, "n"], Float[Tensor, "rows n"] | None]:
+        return rows[mask][0], other
+
+    same, rows, mask = checked(chosen), torch.zeros(3, 4), torch.ones(3, dtype=torch.bool)
+    for other in (None, rows, None, rows):
+        assert same(rows, mask, other)[1] is other
+        assert same(rows=rows, mask=mask, other=other)[1] is other
+    for wrong in (rows[:2], rows[:, :2], rows.long(), rows.tolist()):
+        for _ in range(2):
+            with pytest.raises(BeartypeCallHintViolation, match="return"):
+                same(rows, mask, wrong)
+            with pytest.raises(BeartypeCallHintViolation, match="return"):
+                same(rows, mask=mask, other=wrong)
+    with pytest.raises(BeartypeCallHintViolation, match="parameter mask"):
+        same(rows, mask.long())
+    assert same(rows, mask)[1] is None
+
+
+def test_of_a_list_every_call_is_checked_since_a_check_reads_one_item_alone() -> None:
+    def longest(rows: list[Float[Tensor, "_"]]) -> int:
+        return max(map(len, rows))
+
+    same = checked(longest)
+    assert same([torch.zeros(2)]) == 2
+    with pytest.raises(BeartypeCallHintViolation, match="parameter rows"):
+        same([torch.zeros(2, 2)])
