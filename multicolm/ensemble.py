@@ -128,7 +128,11 @@ class Ensemble:
         check_signals(
             policy, ModelNames(config.names), [Shown(c.signals) for c in classes.values()]
         )
-        models = [cls_.from_config(name, config.models[name]) for name, cls_ in classes.items()]
+        loaded: dict[str, Model] = {}
+        for cls_ in dict.fromkeys(classes.values()):
+            of_backend = {n: config.models[n] for n in config.names if classes[n] is cls_}
+            loaded |= zip(of_backend, cls_.from_configs(of_backend), strict=True)
+        models = [loaded[name] for name in config.names]
         for model in models:
             _warn_of_template(model, config.models[model.name].chat_template_text)
         return cls(

@@ -183,6 +183,21 @@ class Model(ABC):
         """
         raise NotImplementedError(f"backend {cls.__name__} cannot be loaded from an ensemble file")
 
+    @classmethod
+    def from_configs(cls, configs: Mapping[str, ModelConfig]) -> Sequence[Model]:
+        """Load the models of an ensemble that have this backend; they may share weights.
+
+        Args:
+            configs: by name.
+
+        Returns:
+            The models, in the same order.
+
+        Raises:
+            ModelError: if one cannot be loaded, or not be served rightly.
+        """
+        return [cls.from_config(name, config) for name, config in configs.items()]
+
     @property
     def shows(self) -> frozenset[Signal]:
         """What this very model shows."""

@@ -8,6 +8,7 @@ import textwrap
 import warnings
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,10 +24,11 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from multicolm.backend.lora import Lora, read_lora
 from multicolm.config import ModelConfig
 from multicolm.errors import ModelError
 
-__all__ = ["load_model", "load_tokenizer"]
+__all__ = ["adapter_for", "load_model", "load_network", "load_tokenizer", "with_adapter"]
 
 # What transformers, accelerate, safetensors and torch raise on files, settings and devices that do
 # not fit: an AssertionError is torch's word for a device that it was not built for.
@@ -66,7 +68,18 @@ def load_tokenizer(name: str, config: ModelConfig) -> PreTrainedTokenizerBase:
 def load_model(name: str, config: ModelConfig) -> PreTrainedModel:
     """The weights of a model, on the device and in the type that the ensemble file asks for.
 
-    Only safetensors are read unless the file says ``allow_pickled_weights: true``.
+    Only safetensors are read unless the file says ``allow_pickled_weights: true``. An adapter is at
+    work in PEFT's layers.
+
+    Raises:
+        ModelError: if they are missing, unsafe, damaged, or of no causal language model.
+    """
+    network = load_network(name, config)
+    return network if config.adapter is None else with_adapter(name, config, network)
+
+
+def load_network(name: str, config: ModelConfig) -> PreTrainedModel:
+    """Like :func:`load_model`, without the adapter.
 
     Raises:
         ModelError: if they are missing, unsafe, damaged, or of no causal language model.
@@ -102,7 +115,7 @@ def load_model(name: str, config: ModelConfig) -> PreTrainedModel:
         raise ModelError(_sentence(name, config, "weights", error)) from error
     _refuse_missing(name, config.location, missing)
     _refuse_unexpected(name, config.location, _without_known(unexpected, model.config))
-    return model if config.adapter is None else _adapted(name, config, model)
+    return model
 
 
 @contextmanager
@@ -128,39 +141,77 @@ def _common(config: ModelConfig, location: str | None = None) -> dict[str, Any]:
     return arguments
 
 
-def _adapted(name: str, config: ModelConfig, model: PreTrainedModel) -> PreTrainedModel:
-    """The model with a PEFT adapter at work inside its layers."""
-    assert config.adapter_location is not None
-    folder = Path(config.adapter_location)
-    _refuse_pickled_adapter(name, config, folder)
+def adapter_for(name: str, config: ModelConfig, network: PreTrainedModel) -> Lora | str:
+    """A model's adapter, to be at work in a network that other models use too.
+
+    Args:
+        name: the model's.
+        config: of the model; it has an adapter.
+        network: that the adapter is for; it stays as it is.
+
+    Returns:
+        The adapter; or why it needs a network of its own (:func:`with_adapter`), as the end of a
+        sentence that begins with "its adapter".
+
+    Raises:
+        ModelError: if peft is missing, or only pickled weights are there.
+    """
+    folder = _adapter_folder(name, config)
     try:
-        import peft
-    except ImportError as error:
-        raise ModelError(
-            f"model '{name}' has an adapter, which needs peft: pip install 'multicolm[peft]'."
-        ) from error
+        return read_lora(folder, _adapter_settings(name, folder), network)
+    except _REASONS as error:
+        return f"cannot be read: {error}"
+
+
+def with_adapter(name: str, config: ModelConfig, network: PreTrainedModel) -> PreTrainedModel:
+    """The network with a model's PEFT adapter, of whatever kind, at work inside its layers.
+
+    Raises:
+        ModelError: if the adapter cannot be read, is incomplete or does not fit.
+    """
+    folder = _adapter_folder(name, config)
+    import peft
+
     try:
-        # PEFT itself, since transformers' `load_adapter` leaves DoRA's magnitudes out.
-        settings = peft.PeftConfig.from_pretrained(str(folder))
-        if settings.is_prompt_learning:
-            raise ModelError(
-                f"model '{name}': adapter: {folder} learned a prompt ({settings.peft_type.value}); "
-                "multicolm takes adapters that are part of a model's layers, such as LoRA."
-            )
+        settings = _adapter_settings(name, folder)
         settings.inference_mode = True
         with warnings.catch_warnings():
             # PEFT warns of what cannot be merged, which is not done, and of missing weights, which
             # are refused; and it asks transformers for a property by its older name.
             warnings.simplefilter("ignore")
-            wrapped = peft.PeftModel(model, settings)
+            # PEFT itself, since transformers' `load_adapter` leaves DoRA's magnitudes out.
+            wrapped = peft.PeftModel(network, settings)
             report = wrapped.load_adapter(
-                str(folder), "default", is_trainable=False, torch_device=str(model.device)
+                str(folder), "default", is_trainable=False, torch_device=str(network.device)
             )
     except _REASONS as error:
         raise ModelError(_sentence(name, config, "adapter", error)) from error
     _refuse_missing(name, str(folder), report.missing_keys)
     _refuse_unexpected(name, str(folder), report.unexpected_keys)
     return cast("PreTrainedModel", wrapped.get_base_model())
+
+
+def _adapter_folder(name: str, config: ModelConfig) -> Path:
+    assert config.adapter_location is not None
+    folder = Path(config.adapter_location)
+    _refuse_pickled_adapter(name, config, folder)
+    if find_spec("peft") is None:
+        raise ModelError(
+            f"model '{name}' has an adapter, which needs peft: pip install 'multicolm[peft]'."
+        )
+    return folder
+
+
+def _adapter_settings(name: str, folder: Path) -> Any:
+    import peft
+
+    settings = peft.PeftConfig.from_pretrained(str(folder))
+    if settings.is_prompt_learning:
+        raise ModelError(
+            f"model '{name}': adapter: {folder} learned a prompt ({settings.peft_type.value}); "
+            "multicolm takes adapters that are part of a model's layers, such as LoRA."
+        )
+    return settings
 
 
 def _with_all_of_its_adapter(

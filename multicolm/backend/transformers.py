@@ -13,7 +13,7 @@ The first needs full or sliding-window attention; recurrent and hybrid models fa
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cached_property, partial
 from typing import Any, ClassVar, cast
 
@@ -25,7 +25,10 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from multicolm.backend.base import Model, Session
 from multicolm.backend.checked import refuse_no_numbers
+from multicolm.backend.identity import identity_of
+from multicolm.backend.loading import load_tokenizer
 from multicolm.backend.sessions import GrowingSession, RowSession, UncachedSession
+from multicolm.backend.sharing import Network, load_networks
 from multicolm.config import ModelConfig
 from multicolm.errors import CapabilityError, ModelError
 from multicolm.tokenizer.huggingface import HuggingFaceTokenizer
@@ -53,6 +56,7 @@ class TransformersModel(Model):
         name: its name in the ensemble.
         model: the loaded model; it is put into evaluation mode.
         tokenizer: its fast tokenizer.
+        network: how ``model`` is shared with other models, if it is.
 
     Raises:
         ModelError: if it is no decoder-only model.
@@ -64,7 +68,12 @@ class TransformersModel(Model):
     )
 
     def __init__(
-        self, name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+        self,
+        name: str,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        network: Network | None = None,
     ) -> None:
         if getattr(model.config, "is_encoder_decoder", False) or not model.can_generate():
             raise ModelError(
@@ -80,7 +89,8 @@ class TransformersModel(Model):
             tokenizer, name, _end_ids(model), n_embeddings=embeddings.shape[0]
         )
         self.context_length = _context_length(self.config)
-        self.n_parameters = model.num_parameters()
+        self._network = network or Network(model)
+        self.n_parameters = model.num_parameters() + self._network.n_adapter
         self.device = embeddings.device
         self.dtype: torch.dtype = model.dtype
         self.precision = str(self.dtype).removeprefix("torch.")
@@ -97,13 +107,29 @@ class TransformersModel(Model):
     @classmethod
     def from_config(cls, name: str, config: ModelConfig) -> TransformersModel:
         """Load weights and tokenizer; see :mod:`multicolm.backend.loading`."""
-        from multicolm.backend.identity import identity_of
-        from multicolm.backend.loading import load_model, load_tokenizer
-
-        tokenizer = load_tokenizer(name, config)
-        model = cls(name, load_model(name, config), tokenizer)
-        model.identity = identity_of(config, getattr(model.model.config, "_commit_hash", None))
+        [model] = cls.from_configs({name: config})
         return model
+
+    @classmethod
+    def from_configs(cls, configs: Mapping[str, ModelConfig]) -> list[TransformersModel]:
+        """Load several models; see :func:`multicolm.backend.sharing.load_networks`."""
+        tokenizers = {name: load_tokenizer(name, config) for name, config in configs.items()}
+        models = []
+        for name, network in load_networks(configs).items():
+            model = cls(name, network.module, tokenizers[name], network=network)
+            commit = getattr(network.module.config, "_commit_hash", None)
+            model.identity = identity_of(configs[name], commit)
+            models.append(model)
+        return models
+
+    @property
+    def abilities(self) -> list[str]:
+        """With which models it shares its weights, or why it does not."""
+        if self._network.apart:
+            return [f"weights of its own: {self._network.apart}"]
+        if others := self._network.shared_with:
+            return [f"one copy of the weights with {', '.join(others)}"]
+        return []
 
     @property
     def shows(self) -> frozenset[Signal]:
@@ -165,7 +191,7 @@ class TransformersModel(Model):
         if "logits_to_keep" in self._parameters:
             arguments["logits_to_keep"] = n_keep
         if not hidden:
-            return self.model(input_ids=input_ids, **arguments).logits[:, -n_keep:], None
+            return self._run(input_ids, arguments)[:, -n_keep:], None
         head = self.model.get_output_embeddings()  # type: ignore[no-untyped-call]
         if head is None:
             raise CapabilityError(
@@ -177,10 +203,20 @@ class TransformersModel(Model):
         # architecture; `output_hidden_states` differs between them on whether the norm is in.
         hook = head.register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0]))
         try:
-            logits = self.model(input_ids=input_ids, **arguments).logits
+            logits = self._run(input_ids, arguments)
         finally:
             hook.remove()
         return logits[:, -n_keep:], caught[0][:, -n_keep:]
+
+    def _run(self, input_ids: Tensor, arguments: dict[str, Any]) -> Tensor:
+        """Logits of all columns that are kept."""
+        layers, own = self._network.layers, self._network.adapter
+        if layers is None:
+            logits: Tensor = self.model(input_ids=input_ids, **arguments).logits
+            return logits
+        with layers.used_by([own] * len(input_ids)):
+            logits = self.model(input_ids=input_ids, **arguments).logits
+        return logits
 
 
 def _end_ids(model: PreTrainedModel) -> list[int]:
