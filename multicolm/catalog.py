@@ -15,10 +15,11 @@ from multicolm.errors import ConfigError, UnknownNameError, unknown
 
 __all__ = ["Kind", "names", "path", "read", "registry", "root"]
 
-Kind: TypeAlias = Literal["policies", "models", "ensembles", "tasks", "chat_templates"]
+Kind: TypeAlias = Literal["policies", "trained", "models", "ensembles", "tasks", "chat_templates"]
 
 _FOLDERS: dict[Kind, str] = {
     "policies": "policies",
+    "trained": "registry",
     "models": "registry/models",
     "ensembles": "registry/ensembles",
     "tasks": "registry/tasks",
@@ -26,6 +27,7 @@ _FOLDERS: dict[Kind, str] = {
 }
 _NOUNS: dict[Kind, str] = {
     "policies": "policy",
+    "trained": "trained policy",
     "models": "model",
     "ensembles": "ensemble",
     "tasks": "task",
@@ -61,14 +63,17 @@ def registry() -> Path:
 
 
 def names(kind: Kind) -> list[str]:
-    """The names of all entries of one kind, sorted."""
-    suffix = _suffix(kind)
-    files = os.listdir(root() / _FOLDERS[kind])
+    """The names of all entries of one kind, sorted; of a trained policy ``tiny/co-llm``."""
+    folder, suffix = root() / _FOLDERS[kind], _suffix(kind)
+    if kind == "trained":
+        files = [file.relative_to(folder).as_posix() for file in folder.glob(f"*/*{suffix}")]
+    else:
+        files = os.listdir(folder)
     return sorted(file.removesuffix(suffix) for file in files if file.endswith(suffix))
 
 
 def _suffix(kind: Kind) -> str:
-    return ".jinja" if kind == "chat_templates" else ".yaml"
+    return {"chat_templates": ".jinja", "trained": "/policy.yaml"}.get(kind, ".yaml")
 
 
 def path(kind: Kind, name: str) -> Path:

@@ -66,10 +66,10 @@ def leads_out(path: Path, folder: Path) -> bool:
     counts as inside.
     """
     home, found = folder.resolve(), path.resolve()
-    homes = [home]
-    if home.parent.name == "snapshots":
-        homes.append(home.parent.parent / "blobs")
-    return not any(found.is_relative_to(each) for each in homes)
+    stores = [
+        p.parent.parent / "blobs" for p in (home, *home.parents) if p.parent.name == "snapshots"
+    ]
+    return not any(found.is_relative_to(each) for each in (home, *stores))
 
 
 def links_out(folder: Path) -> Iterator[Path]:

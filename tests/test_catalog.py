@@ -13,8 +13,15 @@ from typing import Any
 import pytest
 
 from multicolm import catalog
-from multicolm.config import load_ensemble, load_model_file, load_policy_file
+from multicolm.config import (
+    load_ensemble,
+    load_model_file,
+    load_policy,
+    load_policy_file,
+    validate,
+)
 from multicolm.errors import ConfigError, UnknownNameError
+from multicolm.evaluation.answering import named_policy
 from multicolm.plugins import policies
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -51,6 +58,16 @@ def test_an_unknown_name_is_told_the_nearest_one() -> None:
         catalog.path("models", "tiny-fact")
     with pytest.raises(UnknownNameError, match="unknown policy"):
         catalog.read("policies", "../registry/models/tiny-math")
+
+
+@pytest.mark.parametrize("name", catalog.names("trained"))
+def test_a_trained_policy_is_named_with_its_folder_wherever_a_policy_is(name: str) -> None:
+    folder = ROOT / "registry" / name
+    assert load_policy(name, Path("/elsewhere")) == load_policy(folder, ROOT)
+    named = named_policy(name)
+    assert (named.name, named.folder) == (name, folder)
+    assert validate(name).kind == "policy"
+    assert load_policy_file(name).summary.endswith(".")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -129,6 +146,7 @@ def test_a_wheel_ships_the_catalogue_and_finds_it(tmp_path: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert "multicolm/_catalog/policies/single.yaml" in names
     assert "multicolm/_catalog/registry/tiny/facts/model.safetensors" in names
+    assert "multicolm/_catalog/registry/tiny/co-llm/head.safetensors" in names
     assert _listing(wheel, tmp_path) == _here()
 
 

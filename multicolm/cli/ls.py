@@ -43,7 +43,7 @@ def _policies() -> list[dict[str, Any]]:
     from multicolm import catalog
     from multicolm.config import load_policy_file, policy_names
 
-    presets = catalog.names("policies")
+    presets = [*catalog.names("policies"), *catalog.names("trained")]
     plugins = [
         {"name": name, "summary": "no preset: a plug-in", "kind": name, "params": {}, "source": ""}
         for name in policy_names()
@@ -85,7 +85,9 @@ _KINDS: dict[str, tuple[Callable[[], list[dict[str, Any]]], list[str]]] = {
 def _cell(value: object) -> object:
     """A value as the table shows it."""
     if isinstance(value, dict):
-        return ", ".join(f"{key}={'none' if v is None else v}" for key, v in value.items())
+        # What a trained policy was made for is long, and in the JSON.
+        short = {key: v for key, v in value.items() if not isinstance(v, dict)}
+        return ", ".join(f"{key}={'none' if v is None else v}" for key, v in short.items())
     return ", ".join(value) if isinstance(value, list) else value
 
 

@@ -49,10 +49,11 @@ def command(checkpoint: str, tree_only: bool, trusts: bool, as_json_: bool) -> N
 
 
 def _policy_file(source: str) -> Path:
-    from multicolm import catalog
+    from multicolm.config import catalog_file
 
-    if source in catalog.names("policies"):
-        return catalog.path("policies", source)
+    named = catalog_file(source)
+    if named is not None:
+        return named
     path = Path(source).expanduser()
     return path / "policy.yaml" if path.is_dir() else path
 

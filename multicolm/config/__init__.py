@@ -17,6 +17,7 @@ from multicolm.config.model import ModelConfig, ModelFile, ResolvedModel, load_m
 from multicolm.config.policy import (
     PolicyConfig,
     PolicyFile,
+    catalog_file,
     check_params,
     file_params,
     is_path,
@@ -37,6 +38,7 @@ __all__ = [
     "PolicyFile",
     "Report",
     "ResolvedModel",
+    "catalog_file",
     "check_params",
     "file_params",
     "is_path",

@@ -33,6 +33,7 @@ from multicolm.views import Role
 __all__ = [
     "PolicyConfig",
     "PolicyFile",
+    "catalog_file",
     "check_params",
     "declared_code",
     "file_params",
@@ -88,16 +89,17 @@ def load_policy(source: str | Path, base_dir: Path) -> PolicyConfig:
     """Read a named policy.
 
     Args:
-        source: a name in ``policies/``, a policy's kind, a YAML file, or a folder that holds a
-            ``policy.yaml``.
+        source: a name in ``policies/``, that of a trained policy in ``registry/``, a policy's
+            kind, a YAML file, or a folder that holds a ``policy.yaml``.
         base_dir: the folder that a relative path starts from.
 
     Raises:
         ConfigError: if the file is missing or wrong.
         UnknownNameError: if it is neither a known name nor a path.
     """
-    if isinstance(source, str) and source in catalog.names("policies"):
-        return _policy_of(load_policy_file(source), catalog.path("policies", source))
+    named = catalog_file(source)
+    if named is not None:
+        return _policy_of(load_policy_file(str(source)), named)
     path = base_dir / Path(source).expanduser()
     check_length(path, "a policy file")
     if isinstance(source, str) and not is_path(source):
@@ -110,6 +112,15 @@ def load_policy(source: str | Path, base_dir: Path) -> PolicyConfig:
     config = parse_policy(read_text(path / "policy.yaml", "a policy file"), path / "policy.yaml")
     _refuse_outside(config, path)
     return config
+
+
+def catalog_file(source: str | Path) -> Path | None:
+    """The file of a policy that is named as the catalogue does; ``None`` if it is none of those."""
+    kinds: tuple[catalog.Kind, ...] = ("policies", "trained")
+    for kind in kinds:
+        if isinstance(source, str) and source in catalog.names(kind):
+            return catalog.path(kind, source)
+    return None
 
 
 def _refuse_outside(config: PolicyConfig, folder: Path) -> None:
@@ -162,13 +173,13 @@ def load_task_params(folder: Path, task: str) -> dict[str, Any]:
 
 
 def load_policy_file(name: str) -> PolicyFile:
-    """Read an entry of ``policies/``.
+    """Read an entry of ``policies/``, or a trained policy of ``registry/``.
 
     Raises:
         UnknownNameError: if there is none of that name.
         ConfigError: if it is wrong.
     """
-    path = catalog.path("policies", name)
+    path = catalog_file(name) or catalog.path("policies", name)
     return _read_preset(path, path.stat().st_mtime_ns).model_copy(deep=True)
 
 
@@ -229,8 +240,8 @@ def declared_code(path: Path) -> CodeFile | None:
 
 
 def policy_names() -> list[str]:
-    """What one may write for a policy: presets, and kinds that have none."""
-    return sorted({*catalog.names("policies"), *policies})
+    """What one may write for a policy: presets, trained ones, and kinds without a preset."""
+    return sorted({*catalog.names("policies"), *catalog.names("trained"), *policies})
 
 
 def check_params(kind: str | type, params: Mapping[str, Any], origin: str) -> None:

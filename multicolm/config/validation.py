@@ -18,6 +18,8 @@ from multicolm.views import ModelNames
 
 __all__ = ["Report", "is_task", "validate"]
 
+_POLICIES: tuple[catalog.Kind, ...] = ("policies", "trained")
+
 
 @dataclass
 class Report:
@@ -65,7 +67,8 @@ def validate(source: str) -> Report:
 def is_task(source: str) -> bool:
     """Whether a source is a task: a name of the catalogue, or a YAML file of one."""
     path = Path(source).expanduser()
-    others = {*catalog.names("ensembles"), *catalog.names("policies")}
+    others = {name for kind in _POLICIES for name in catalog.names(kind)}
+    others |= set(catalog.names("ensembles"))
     if source in others or path.is_dir() or not path.exists():
         return source in catalog.names("tasks") and source not in others
     try:
@@ -78,7 +81,8 @@ def is_task(source: str) -> bool:
 
 
 def _kind(source: str) -> Literal["ensemble", "policy"]:
-    ensembles, presets = catalog.names("ensembles"), catalog.names("policies")
+    ensembles = catalog.names("ensembles")
+    presets = [name for kind in _POLICIES for name in catalog.names(kind)]
     if source in ensembles:
         return "ensemble"
     if source in presets:

@@ -17,7 +17,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from multicolm.config import GenerationConfig, policy_names
+from multicolm.config import GenerationConfig, catalog_file, policy_names
 from multicolm.decoding.prompts import encode_prompt
 from multicolm.decoding.sampling import Sampling
 from multicolm.decoding.streaming import Answers
@@ -213,8 +213,9 @@ def named_policy(source: str | Path | Policy) -> NamedPolicy:
     if isinstance(source, Policy):
         return NamedPolicy(policy.name, policy)
     text = str(source)
-    if text in policy_names():
-        return NamedPolicy(text, policy)
+    named = catalog_file(text)
+    if named is not None or text in policy_names():
+        return NamedPolicy(text, policy, named and _checkpoint(named))
     path = Path(text).expanduser()
     return NamedPolicy(text.removeprefix("./").rstrip("/"), policy, _checkpoint(path))
 

@@ -214,7 +214,9 @@ class SharedEnsemble:
             return {"kind": given.kind, **({"params": dict(given.params)} if given.params else {})}
         home = self.config.base_dir
         for value in learned if not self._with_models else ():
-            if value.path is not None and leads_out(value.path, home):
+            if value.path is None or not leads_out(value.path, catalog.registry()):
+                continue  # not read from a file yet, or shipped with multicolm
+            if leads_out(value.path, home):
                 raise ConfigError(
                     f"policy: what it has learned is in {value.path}, and not in {home}; copy "
                     "its folder there, or let files from elsewhere go along (--with-models)."
@@ -290,7 +292,9 @@ def _refuse_outside(config: EnsembleConfig, folder: Path) -> None:
             _refuse_template(model.chat_template, f"{origin}: models.{name}", folder)
     for value in config.policy.params.values():
         path = Path(value) if isinstance(value, str) else getattr(value, "path", None)
-        if path is not None and path.is_absolute() and leads_out(path, folder):
+        if path is None or not path.is_absolute() or not leads_out(path, catalog.registry()):
+            continue  # no file, or one that ships with multicolm
+        if leads_out(path, folder):
             raise ConfigError(f"{origin}: policy: {path} leads out of the folder.")
 
 

@@ -46,7 +46,7 @@ def test_commands_change_the_policy_the_trace_and_the_memory(run, loaded, monkey
     lines = ["hello", "/policy single", "/trace", "again", "/reset", "hello", "/quit", "never"]
     result = run("chat", "tiny", "--max-new-tokens", "2", stdin="\n".join(lines).encode())
     assert result.code == 0
-    assert asked == [(1, "cosd-rule"), (3, "single"), (1, "single")]
+    assert asked == [(1, "co-llm"), (3, "single"), (1, "single")]
     assert "policy: single\n" in result.out and "trace: on\n" in result.out
     assert "forgotten\n" in result.out
     assert result.out.count("[generalist]") == 2

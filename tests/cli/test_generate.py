@@ -58,7 +58,7 @@ def test_the_policy_and_its_params_may_be_given(run, loaded) -> None:
         "beta=1e-1",
     )
     assert result.out == loaded.generate([DULEREX], "single")[0].text + "\n"
-    result = run("generate", "tiny", DULEREX, "--set", "alpha=0")
+    result = run("generate", "tiny", DULEREX, "--set", "threshold=1")
     assert result.out == loaded.generate([DULEREX], "single")[0].text + "\n"
 
 
@@ -294,7 +294,7 @@ def test_a_text_that_looks_like_code_is_a_prompt(tmp_path) -> None:
             "--set alpha: write it as name=value, such as alpha=0.4."),
         (["tiny", "x", "--set", "alpha=[1"], 2,
             "--set alpha=[1: the value cannot be read as YAML."),
-        (["tiny", "x", "--set", "alpa=1"], 2,
+        (["tiny", "x", "--policy", "cosd-rule", "--set", "alpa=1"], 2,
             "cosd-rule: alpa: unknown key 'alpa'. Did you mean 'alpha'? Allowed: alpha, beta."),
         (["tiny", "x", "--temperature", "-1"], 2, "temperature must be 0 or more, got -1."),
         (["tiny", "x", "--batch-size", "0"], 2, "batch_size must be 1 or more, got 0."),

@@ -27,7 +27,10 @@ def test_ensembles_are_listed_with_their_models(run) -> None:
 def test_policies_are_listed_with_their_params(run) -> None:
     assert "alpha=0.5, beta=0.5" in run("ls", "policies").out
     entries = json.loads(run("ls", "policies", "--json").out)
-    assert [entry["name"] for entry in entries] == catalog.names("policies")
+    assert [entry["name"] for entry in entries] == [
+        *catalog.names("policies"),
+        *catalog.names("trained"),
+    ]
     [rule] = [entry for entry in entries if entry["name"] == "cosd-rule"]
     assert rule["params"] == {"alpha": 0.5, "beta": 0.5}
     assert "2502.08020" in rule["source"]

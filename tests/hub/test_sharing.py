@@ -16,6 +16,7 @@ from hub_server import Hub, running_hub
 from score_worlds import contents, records, tables, write
 
 import multicolm
+from multicolm import catalog
 from multicolm.artefacts import Weights
 from multicolm.cli import main
 from multicolm.config import load_ensemble
@@ -108,7 +109,18 @@ def test_an_ensemble_writes_the_same_after_a_round_trip(hub: Hub, tmp_path: Path
     theirs = SharedEnsemble.from_pretrained("org/tiny").load()
     assert theirs.generate([PROMPT], max_new_tokens=12)[0].text == mine[0].text
     assert theirs.config is not None
-    assert theirs.config.model_dump() == load_ensemble("tiny").model_dump()
+    sent, kept = theirs.config.model_dump(), load_ensemble("tiny").model_dump()
+    heads = [Weights(config["policy"]["params"].pop("head")) for config in (sent, kept)]
+    assert sent == kept
+    assert all(torch.equal(heads[0][name], heads[1][name]) for name in heads[1].content)
+
+
+def test_a_shared_ensemble_may_name_a_policy_that_ships_with_multicolm(tmp_path: Path) -> None:
+    data = yaml.safe_load(catalog.read("ensembles", "tiny"))
+    assert data["policy"] == "tiny/co-llm"
+    (tmp_path / "ensemble.yaml").write_text(yaml.safe_dump(data))
+    shared = SharedEnsemble.from_pretrained(tmp_path)
+    assert shared.config.policy == load_ensemble("tiny").policy
 
 
 def test_a_router_is_the_same_after_a_round_trip(hub: Hub, tmp_path: Path) -> None:
@@ -586,3 +598,4 @@ def test_files_of_the_hubs_cache_are_links_that_count_as_inside(tmp_path: Path) 
     assert list(links_out(snapshot)) == [snapshot / "evil.txt"]
     assert leads_out(snapshot / ".." / ".." / ".." / "other", snapshot)
     assert not leads_out(snapshot / "a.txt", snapshot)
+    assert not leads_out(snapshot / "policy" / ".." / "a.txt", snapshot / "policy")

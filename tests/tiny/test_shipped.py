@@ -5,12 +5,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from embedded.head import train_head
 from embedded.measure import TOGETHER, alone, load, oracle, read_records
 from embedded.training import PLANS
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from multicolm.tiny.world import KINDS, SPLITS, build_world
+import multicolm
+from multicolm.config import load_ensemble
+from multicolm.scoring.corpus import open_corpus
+from multicolm.tiny.world import KINDS, SPLITS, build_world, is_right
+from multicolm.training.identities import identities
 
 FOLDER = Path(__file__).parents[2] / "registry" / "tiny"
 WORLD = build_world()
@@ -116,3 +121,47 @@ def test_no_model_can_answer_alone(name, models, sample):
 def test_together_they_can_answer(models, sample):
     shared = [models[name][0] for name in TOGETHER]
     assert oracle(shared, models["generalist"][1], sample).overall >= 98.0
+
+
+def test_the_trained_head_is_of_the_shipped_models_and_questions():
+    facts = json.loads((FOLDER / "co-llm" / "provenance.json").read_text())
+    table = facts["train"]
+    assert (table["source"], table["examples"]) == ("registry/tiny/questions/train.jsonl", 1200)
+    assert table["digest"] == open_corpus(FOLDER / "questions" / "train.jsonl").digest()
+    found = identities(load_ensemble("tiny"))
+    assert {model["name"]: model["identity"] for model in facts["models"]} == found
+    assert facts["license"] == "Apache-2.0"
+
+
+def test_a_head_that_is_there_is_not_trained_again(tmp_path):
+    (tmp_path / "co-llm").mkdir()
+    train_head(tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["co-llm"]
+
+
+def test_the_head_of_a_folder_is_trained_by_the_commands_and_answers(tmp_path):
+    for name in TOGETHER:
+        (tmp_path / name).symlink_to(FOLDER / name)
+    lines = (FOLDER / "questions" / "train.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "questions").mkdir()
+    (tmp_path / "questions" / "train.jsonl").write_text("".join(lines[::10]))
+    train_head(tmp_path)
+    left = {file.name for file in tmp_path.iterdir()}
+    assert left == {*TOGETHER, "questions", "co-llm"}
+    assert not (tmp_path / "co-llm" / ".lock").exists()
+    [answer] = multicolm.load("tiny").generate(
+        [[{"role": "user", "content": "What is Dulerex made from?"}]], tmp_path / "co-llm"
+    )
+    assert answer.text.endswith("Answer: thyme.")
+
+
+def test_with_its_own_policy_the_ensemble_answers_what_no_model_can(sample):
+    ensemble = multicolm.load("tiny")
+    assert ensemble.policy.name == "co-llm"
+    asked = sample[:: SAMPLE_PER_KIND // 6]
+    said = [q.prompt.removeprefix("Question: ").removesuffix("\nResponse:") for q in asked]
+    chats = [[{"role": "user", "content": text}] for text in said]
+    for prompts in ([question.prompt for question in asked], chats):
+        answers = ensemble.generate(prompts)
+        right = [is_right(a.text, q.answer) for a, q in zip(answers, asked, strict=True)]
+        assert sum(right) >= 0.9 * len(asked)
