@@ -2,7 +2,9 @@
 
 Every row is a small pie of who wrote its tokens: the base model in ink, the assistants in colours
 that colour-blind readers can tell apart, and every mark has its name beside it. matplotlib is
-imported when something is drawn; it comes with the extra ``plot``.
+imported when something is drawn; it comes with the extra ``plot``. Names are placed here and not
+by adjustText, which takes marks for points and puts names over the pies. The report page draws the
+same figure anew for its width, and without matplotlib.
 """
 
 from __future__ import annotations
