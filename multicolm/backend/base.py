@@ -7,13 +7,15 @@ time. Everything else (which rows, catching up, translating tokens) is the loop'
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Any, ClassVar, NoReturn
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 from jaxtyping import Float, Int
+from typing_extensions import Self
 
 from multicolm.config import ModelConfig
 from multicolm.errors import CapabilityError, ModelError
@@ -21,7 +23,10 @@ from multicolm.renamed import Renamed, forbid_old_names
 from multicolm.tokenizer.base import TokenizerAdapter
 from multicolm.types import Signal, Tensor
 
-__all__ = ["Model", "ModelOutput", "Session", "TokenSession"]
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Model", "ModelOutput", "PartialOutput", "Session", "TokenSession"]
 
 _EXACT = "multicolm.exact.probabilities"
 
@@ -31,10 +36,7 @@ class ModelOutput:
     """What a model predicts at some positions, in its own vocabulary.
 
     Attributes:
-        logits: unnormalised log-probabilities of the next token. Of a model that returns its
-            likeliest tokens only (:attr:`Model.max_top_logprobs`) log-probabilities as they are, in
-            nats: -inf stands for unknown, and +inf for a token that is next, how likely
-            unknown.
+        logits: unnormalised log-probabilities of the next token.
         hidden: last hidden state after the final norm, if it was asked for.
         n_passes: forward passes that it took.
         n_calls: HTTP requests that it took.
@@ -49,6 +51,66 @@ class ModelOutput:
     n_calls: int = 0
     calls_of: tuple[int, ...] = ()
     unspelled: tuple[int, ...] = ()
+
+    def __len__(self) -> int:
+        """At how many positions."""
+        return len(self.logits)
+
+    @property
+    def logprobs(self) -> Float[Tensor, "positions vocab"]:
+        """Log-probabilities of the next token, in nats."""
+        return self.logits.float().log_softmax(-1)
+
+    def at(self, lines: Sequence[int]) -> Self:
+        """The predictions at some lines, in their order; counts are those of all."""
+        index = list(lines)
+        hidden = None if self.hidden is None else self.hidden[index]
+        unspelled = tuple(n for n, line in enumerate(index) if line in self.unspelled)
+        return replace(self, logits=self.logits[index], hidden=hidden, unspelled=unspelled)
+
+    def to(self, device: torch.device) -> Self:
+        """The same on another device."""
+        if self.logits.device == device:
+            return self
+        hidden = None if self.hidden is None else self.hidden.to(device)
+        return replace(self, logits=self.logits.to(device), hidden=hidden)
+
+    @classmethod
+    def joined(cls, outputs: Sequence[ModelOutput]) -> ModelOutput:
+        """Several outputs of one model as one, which took what they took together."""
+        import torch
+
+        if len(outputs) == 1:
+            return outputs[0]
+        states = [output.hidden for output in outputs if output.hidden is not None]
+        starts = itertools.accumulate((len(output) for output in outputs), initial=0)
+        return replace(
+            outputs[0],
+            logits=torch.cat([output.logits for output in outputs]),
+            hidden=torch.cat(states) if len(states) == len(outputs) else None,
+            n_passes=sum(output.n_passes for output in outputs),
+            n_calls=sum(output.n_calls for output in outputs),
+            calls_of=(),
+            unspelled=tuple(
+                start + line
+                for start, output in zip(starts, outputs, strict=False)
+                for line in output.unspelled
+            ),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class PartialOutput(ModelOutput):
+    """What a server returns of its likeliest tokens; see :attr:`Model.max_top_logprobs`.
+
+    Its ``logits`` are log-probabilities, in nats, and are not to be normalised: -inf is a token of
+    which nothing is known, and +inf one that is next, how likely unknown.
+    """
+
+    @property
+    def logprobs(self) -> Float[Tensor, "positions vocab"]:
+        """Log-probabilities of the tokens that are known, in nats."""
+        return self.logits.float()
 
 
 class Session(ABC):

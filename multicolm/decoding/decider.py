@@ -65,11 +65,11 @@ class Decider:
         for k, model in shown.items():
             if not model.knows(which) or (models is not None and k not in models):
                 continue
-            logits = model.logits(which, flat=k in plan.max_known)
-            device = logits.device
+            output = model.at(which)
+            device = output.logits.device
             views[k] = View(
-                logits,
-                model.hidden(which),
+                output.logits,
+                output.hidden,
                 signals=plan.needs.of(k),
                 name=plan.names[k],
                 embed=partial(self._embed_shared, k),
@@ -199,4 +199,4 @@ class Decider:
 
     def write(self, draft: Draft, writer: int, which: Sequence[int], decision: Decision) -> None:
         """Let a model that was run write the positions numbered ``which``."""
-        write(self.plan, draft, writer, which, decision)
+        write(draft, writer, which, decision)

@@ -48,29 +48,24 @@ class Decision:
         which: Sequence[int],
         writers: Sequence[int],
         tokens: Tensor,
-        logits: Tensor,
-        *,
-        partial: bool = False,
+        logprobs: Tensor,
     ) -> None:
-        """Note tokens and their log-probabilities under ``logits``.
+        """Note tokens and their log-probabilities.
 
         Args:
             which: position numbers.
             writers: of these positions.
             tokens: of these positions.
-            logits: of these positions.
-            partial: whether they are log-probabilities of some tokens only, which are not to be
-                normalised; +inf is one that is not known.
+            logprobs: of all tokens at these positions, in nats; +inf is one that is not known.
         """
-        known = logits.float() if partial else logits.float().log_softmax(-1)
-        logprobs = known.gather(-1, tokens[:, None])[:, 0]
-        logprobs = logprobs.masked_fill(logprobs == float("inf"), float("nan"))
+        chosen = logprobs.gather(-1, tokens[:, None])[:, 0]
+        chosen = chosen.masked_fill(chosen == float("inf"), float("nan"))
         self.writers.update(zip(which, writers, strict=True))
         self.tokens.update(zip(which, tokens.tolist(), strict=True))
-        self.logprobs.update(zip(which, logprobs.tolist(), strict=True))
+        self.logprobs.update(zip(which, chosen.tolist(), strict=True))
         if self.is_forced:
-            best = logits.argmax(-1) == tokens
+            best = logprobs.argmax(-1) == tokens
             self.greedy.update(zip(which, best.tolist(), strict=True))
         for line, i in enumerate(which):
             if n := self.wanted.get(i):
-                self.alternatives[i] = likeliest(known[line], n)
+                self.alternatives[i] = likeliest(logprobs[line], n)

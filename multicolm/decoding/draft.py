@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 
 import torch
@@ -204,40 +204,28 @@ class Shown:
         """Whether it shows something at all positions numbered ``which``."""
         return all(i in self.line_of or i in self.mid_token for i in which)
 
-    def logits(self, which: Sequence[int], *, flat: bool = False) -> Tensor:
-        """Logits at the positions numbered ``which``: [len(which), vocab].
-
-        With ``flat``, equally likely tokens are normalised: they stand among log-probabilities.
-        """
-        vocab = self.output.logits.shape[-1]
-        return self._lines(self.output.logits, which, -math.log(vocab) if flat else 0.0)
-
-    def hidden(self, which: Sequence[int]) -> Tensor | None:
-        """Hidden states at the positions numbered ``which``, if there are any."""
-        return None if self.output.hidden is None else self._lines(self.output.hidden, which)
+    def at(self, which: Sequence[int]) -> ModelOutput:
+        """The predictions at the positions numbered ``which``, in their order."""
+        if not self.mid_token:
+            lines = [self.line_of[i] for i in which]
+            return self.output if lines == list(range(len(self.output))) else self.output.at(lines)
+        logits, states = self.output.logits, self.output.hidden
+        even = -math.log(logits.shape[-1])
+        blank = replace(
+            self.output,
+            logits=logits.new_full((1, logits.shape[-1]), even),
+            hidden=None if states is None else states.new_zeros(1, states.shape[-1]),
+            unspelled=(),
+        )
+        lines = [len(self.output) if i in self.mid_token else self.line_of[i] for i in which]
+        return ModelOutput.joined([self.output, blank]).at(lines)
 
     def joined(self, other: Shown) -> Shown:
         """What it shows at these positions and at others."""
-        n_lines = len(self.output.logits)
-        states = [
-            output.hidden for output in (self.output, other.output) if output.hidden is not None
-        ]
-        output = ModelOutput(
-            torch.cat([self.output.logits, other.output.logits]),
-            torch.cat(states) if len(states) == 2 else None,
-        )
+        n_lines = len(self.output)
         moved = {i: n_lines + line for i, line in other.line_of.items()}
+        output = ModelOutput.joined([self.output, other.output])
         return Shown(output, {**self.line_of, **moved}, self.mid_token | other.mid_token)
-
-    def _lines(self, shown: Tensor, which: Sequence[int], unknown: float = 0.0) -> Tensor:
-        lines = [-1 if i in self.mid_token else self.line_of[i] for i in which]
-        if lines == list(range(shown.shape[0])):
-            return shown
-        index = torch.tensor(lines, device=shown.device)
-        if not self.mid_token:
-            return shown[index]
-        blank = torch.full((1, shown.shape[1]), unknown, dtype=shown.dtype, device=shown.device)
-        return torch.cat([shown, blank])[index]
 
 
 @dataclass

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import torch
-
 from multicolm.backend.base import ModelOutput
 from multicolm.backend.passes import Passes
 from multicolm.decoding.decider import Decider
@@ -108,18 +106,12 @@ class Drafter:
 
 def _joined(parts: Sequence[tuple[Draft, list[int]]]) -> Draft:
     """Some lines of some steps as one draft, by ascending place within each row."""
-    logits, states = [], []
+    outputs: list[ModelOutput] = []
     rows: list[Row] = []
     joined = Draft(parts[0][0].positions, {})
     places: list[int] = []
-    unspelled: list[int] = []
     for draft, lines in parts:
-        output = draft.shown[0].output
-        index = torch.tensor(lines, device=output.logits.device)
-        logits.append(output.logits[index])
-        if output.hidden is not None:
-            states.append(output.hidden[index])
-        unspelled += [len(rows) + n for n, line in enumerate(lines) if line in output.unspelled]
+        outputs.append(draft.shown[0].output.at(lines))
         rows += [draft.positions.rows[i] for i in lines]
         places += [draft.positions.places[i] for i in lines]
         joined.tokens += [draft.tokens[i] for i in lines]
@@ -127,7 +119,5 @@ def _joined(parts: Sequence[tuple[Draft, list[int]]]) -> Draft:
         joined.scores += [draft.scores[i] for i in lines]
     first = parts[0][0].positions
     joined.positions = Positions(rows, places, first.noise)
-    hidden = torch.cat(states) if states else None
-    output = ModelOutput(torch.cat(logits), hidden, unspelled=tuple(unspelled))
-    joined.shown[0] = Shown.of(output, range(len(rows)))
+    joined.shown[0] = Shown.of(ModelOutput.joined(outputs), range(len(rows)))
     return joined

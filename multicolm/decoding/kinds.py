@@ -68,15 +68,14 @@ def kind_of(plan: Plan) -> Kind[SelectPolicy] | Kind[MixPolicy] | Kind[VerifyPol
     return None
 
 
-def write(plan: Plan, draft: Draft, writer: int, which: Sequence[int], decision: Decision) -> None:
+def write(draft: Draft, writer: int, which: Sequence[int], decision: Decision) -> None:
     """Let a model that was run write the positions numbered ``which``."""
-    logits = draft.shown[writer].logits(which)
+    output = draft.shown[writer].at(which)
     if writer == 0 and draft.tokens:
-        tokens = torch.tensor([draft.tokens[i] for i in which], device=logits.device)
+        tokens = torch.tensor([draft.tokens[i] for i in which], device=output.logits.device)
     else:
-        tokens = draft.draw(which, logits)
-    partial = writer in plan.max_known
-    decision.enter(which, [writer] * len(which), tokens, logits, partial=partial)
+        tokens = draft.draw(which, output.logits)
+    decision.enter(which, [writer] * len(which), tokens, output.logprobs)
 
 
 class Selecting(Kind[SelectPolicy]):
@@ -94,7 +93,7 @@ class Selecting(Kind[SelectPolicy]):
             theirs = [i for i, writer in zip(which, writers, strict=True) if writer == k]
             known = k in draft.shown and all(i in draft.shown[k].line_of for i in theirs)
             if known:
-                write(self._plan, draft, k, theirs, decision)
+                write(draft, k, theirs, decision)
             else:
                 waiting.update(dict.fromkeys(theirs, k))
         return waiting
@@ -141,8 +140,10 @@ class Mixing(Kind[MixPolicy]):
         for k in sorted(set(writers)):
             lines = [line for line, writer in enumerate(writers) if writer == k]
             theirs = [which[line] for line in lines]
-            partial = k in self._plan.max_known
-            decision.enter(theirs, [k] * len(lines), tokens[lines], mixed[lines], partial=partial)
+            its = mixed[lines].float()
+            # What a server returned is a part of a distribution, and is not normalised.
+            logprobs = its if k in self._plan.max_known else its.log_softmax(-1)
+            decision.enter(theirs, [k] * len(lines), tokens[lines], logprobs)
         return {}
 
     def _writers(self, views: Views) -> list[int]:
@@ -177,16 +178,16 @@ class Verifying(Kind[VerifyPolicy]):
                 f"run; name one of its needs ({', '.join(map(str, sorted(draft.shown)))})."
             )
         if draft.forced is not None:  # texts are made to follow the target
-            tokens, logprobs = draft.draw(which, target), target.log()
-            decision.enter(which, [writer] * len(which), tokens, logprobs, partial=True)
+            tokens = draft.draw(which, target)
+            decision.enter(which, [writer] * len(which), tokens, target.log().float())
             return {}
         kept, tokens = self._accepted(target, views, draft, which)
         for k, chosen in ((0, kept), (writer, ~kept)):
             lines = chosen.nonzero()[:, 0]
             theirs = [which[line] for line in lines.tolist()]
             if theirs:
-                logits, partial = draft.shown[k].logits(theirs), k in self._plan.max_known
-                decision.enter(theirs, [k] * len(theirs), tokens[lines], logits, partial=partial)
+                logprobs = draft.shown[k].at(theirs).logprobs
+                decision.enter(theirs, [k] * len(theirs), tokens[lines], logprobs)
         return {}
 
     def _target(self, views: Views) -> Tensor:

@@ -232,7 +232,7 @@ class TokenLoop(Loop):
             theirs.setdefault(draft.positions.rows[i].previous, []).append(i)
         yield from self.readers.show(dict(sorted(theirs.items())), draft)
         for k, which in theirs.items():
-            tokens = draft.draw(which, draft.shown[k].logits(which)).tolist()
+            tokens = draft.draw(which, draft.shown[k].at(which).logits).tolist()
             draft.predicted |= {i: (k, token) for i, token in zip(which, tokens, strict=True)}
 
     def _finish_straddling_tokens(

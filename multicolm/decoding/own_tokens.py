@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Float, Int
@@ -29,17 +29,15 @@ class Last:
 
     Attributes:
         n_own: after how many own tokens.
-        logits: over the ensemble's vocabulary.
-        hidden: if it was asked for.
+        output: one prediction, over the ensemble's vocabulary.
     """
 
     n_own: int
-    logits: Float[Tensor, "vocab"]
-    hidden: Float[Tensor, "hidden"] | None
+    output: ModelOutput
 
     def shows(self, hidden: bool) -> bool:
         """Whether that is all that is wanted."""
-        return self.hidden is not None or not hidden
+        return self.output.hidden is not None or not hidden
 
 
 @dataclass(slots=True)
@@ -49,13 +47,13 @@ class _Tally:
     Attributes:
         n_prompt: how many own tokens the prompt has.
         nats: per number of own tokens of the text, of all of these together.
-        pending: what the model showed last, and after how many own tokens, prompt included: its
-            logits over its own vocabulary.
+        pending: what the model showed last, and after how many own tokens, prompt included: one
+            prediction over its own vocabulary.
     """
 
     n_prompt: int
     nats: list[float] = field(default_factory=lambda: [0.0])
-    pending: tuple[int, Float[Tensor, "own_vocab"]] | None = None
+    pending: tuple[int, ModelOutput] | None = None
 
     @property
     def end(self) -> int:
@@ -183,10 +181,12 @@ class OwnTokens(Reader):
             yield from self._read_prompts(order, [1] * len(order))
         found: dict[Pooling, Tensor] = {}
         for how in pooling:
-            states = [
-                means[row.slot] if how == "mean" else self._last[row.slot].hidden for row in rows
-            ]
-            found[how] = torch.stack([state.float() for state in states if state is not None])
+            if how == "mean":
+                states = [means[row.slot] for row in rows]
+            else:
+                lasts = [self._last[row.slot].output.hidden for row in rows]
+                states = [last[0] for last in lasts if last is not None]
+            found[how] = torch.stack([state.float() for state in states])
         return found
 
     def _read_for_mean(self, row: Row) -> Passes[Float[Tensor, "hidden"]]:
@@ -213,10 +213,11 @@ class OwnTokens(Reader):
         line = -1
         for slot, n in zip(slots, n_last, strict=True):
             line += n
-            logits = self._vocabulary.logits(self._index, output.logits[line : line + 1])[0]
             n_own = self._session.lengths[slot]
-            self._last[slot] = Last(n_own, logits, output.hidden[line])
-            self._tallies[slot].pending = (n_own, output.logits[line])
+            last = output.at([line])
+            shared = self._vocabulary.logits(self._index, last.logits)
+            self._last[slot] = Last(n_own, replace(last, logits=shared))
+            self._tallies[slot].pending = (n_own, last)
         return output.hidden
 
     def draft_nll(self, rows: Sequence[Row]) -> Passes[list[tuple[float, int]]]:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from multicolm.backend.base import ModelOutput
+from multicolm.backend.base import ModelOutput, PartialOutput
 from multicolm.backend.passes import Passes, together
 from multicolm.decoding.byte_reader import ByteReader, ExactReader
 from multicolm.decoding.character_reader import CharacterReader
@@ -146,7 +146,8 @@ class Readers:
     def _nothing(self, k: int, hidden: bool) -> ModelOutput:
         width, device = self._plan.models[k].hidden_size or 0, self._runner.device
         states = torch.zeros(0, width, device=device) if hidden else None
-        return ModelOutput(torch.zeros(0, self._plan.vocabulary.size, device=device), states, 0)
+        kind = PartialOutput if k in self._plan.max_known else ModelOutput
+        return kind(torch.zeros(0, self._plan.vocabulary.size, device=device), states, 0)
 
     def logprobs_of(
         self, k: int, positions: Positions, ids: Sequence[Tensor]

@@ -67,7 +67,6 @@ class SegmentWriter:
         self._models = plan.used
         # Those that can rate what others propose.
         self._judges = {k for k in plan.used if "token_logprobs" in implied(plan.models[k].shows)}
-        self._partial = plan.max_known
         self._vocabulary = plan.vocabulary
         self._starts_word = plan.vocabulary.starts_word.tolist()
         self._ends = plan.end_ids
@@ -120,8 +119,7 @@ class SegmentWriter:
                 now, [[place] for place in positions.places]
             )
             tokens = positions.draw(output.logits)
-            every = output.logits.float()
-            every = every if k in self._partial else every.log_softmax(-1)
+            every = output.logprobs
             logprobs = every.gather(-1, tokens[:, None])[:, 0]
             logprobs = logprobs.masked_fill(logprobs == math.inf, math.nan)
             drawn = zip(list(going), tokens.tolist(), logprobs.tolist(), every, strict=True)

@@ -7,10 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
-from multicolm.backend.base import ModelOutput
+from multicolm.backend.base import ModelOutput, PartialOutput
 from multicolm.backend.passes import Passes
 from multicolm.decoding.own_tokens import Last, OwnTokens
 from multicolm.decoding.row import Row
@@ -128,10 +126,10 @@ class TokenReader(OwnTokens):
         n_last = [r[-1] - first + 1 for r, first in zip(reached, firsts, strict=True)]
         output = yield from self._run(rows, fed, n_last, hidden=hidden)
         if self._scores:
-            for row, first, logits in zip(
-                rows, firsts, torch.split(output.logits, n_last), strict=True
-            ):
-                yield from self._tally(row, first, logits)
+            end = 0
+            for row, first, n in zip(rows, firsts, n_last, strict=True):
+                end += n
+                yield from self._tally(row, first, output.at(range(end - n, end)))
             n_early = [reach[0] - first for reach, first in zip(reached, firsts, strict=True)]
             output = _without_early(output, n_last, n_early)
             n_last = [n - early for n, early in zip(n_last, n_early, strict=True)]
@@ -140,8 +138,7 @@ class TokenReader(OwnTokens):
             line = -1
             for slot, reach, n in zip(slots, reached, n_last, strict=True):
                 line += n
-                states = None if output.hidden is None else output.hidden[line]
-                self._last[slot] = Last(reach[-1], output.logits[line], states)
+                self._last[slot] = Last(reach[-1], output.at([line]))
         else:
             for slot in slots:
                 self._last.pop(slot, None)
@@ -160,7 +157,7 @@ class TokenReader(OwnTokens):
         """
         tally = self._tallies[row.slot]
         if tally.pending is not None and tally.pending[0] == tally.end < reach:
-            yield from self._tally(row, tally.end, tally.pending[1][None])
+            yield from self._tally(row, tally.end, tally.pending[1])
         n_at_once = self._n_at_once
         own = self._aligners[row.slot].own
         while reach - tally.end > n_at_once:
@@ -168,24 +165,22 @@ class TokenReader(OwnTokens):
             self._session.truncate(row.slot, min(self._session.lengths[row.slot], first - 1))
             fed = own[self._session.lengths[row.slot] : end - 1]
             output = yield from self._run([row], [fed], [n_at_once])
-            yield from self._tally(row, first, output.logits)
+            yield from self._tally(row, first, output)
         return min(reach, tally.end)
 
-    def _tally(
-        self, row: Row, first: int, logits: Float[Tensor, "positions own_vocab"]
-    ) -> Passes[None]:
+    def _tally(self, row: Row, first: int, output: ModelOutput) -> Passes[None]:
         """Score own tokens of a text with what is shown after ``first`` of them and on."""
         own, tally = self._aligners[row.slot].own, self._tallies[row.slot]
-        tally.pending = (first + len(logits) - 1, logits[-1])
-        gold = own[first : first + len(logits)]
+        tally.pending = (first + len(output) - 1, output.at([len(output) - 1]))
+        gold = own[first : first + len(output)]
         if not gold:
             return
-        shown = logits[: len(gold), : self._model.tokenizer.n_tokens].float()
-        partial = self._model.max_top_logprobs is not None
-        logprobs = shown if partial else shown.log_softmax(-1)
-        chosen = logprobs.gather(-1, torch.tensor(gold, device=shown.device)[:, None])[:, 0].cpu()
+        # Columns of a padded head belong to no token.
+        known = output.logits[: len(gold), : self._model.tokenizer.n_tokens]
+        logprobs = replace(output, logits=known).logprobs
+        chosen = logprobs.gather(-1, torch.tensor(gold, device=known.device)[:, None])[:, 0].cpu()
         for i, (token, value) in enumerate(zip(gold, chosen.tolist(), strict=True)):
-            if partial and not math.isfinite(value):
+            if isinstance(output, PartialOutput) and not math.isfinite(value):
                 [found] = yield from self._query([row], [first + i], [[token]])
                 value = float(found)
             tally.add(first + i, value)
@@ -202,9 +197,7 @@ def _without_early(
     for n, early in zip(n_shown, n_early, strict=True):
         kept += range(line + early, line + n)
         line += n
-    index = torch.tensor(kept, device=output.logits.device)
-    hidden = None if output.hidden is None else output.hidden[index]
-    return replace(output, logits=output.logits[index], hidden=hidden)
+    return output.at(kept)
 
 
 def _arrange(
@@ -225,12 +218,6 @@ def _arrange(
     index = [line for i in range(n_rows) for line in lines[i]]
     if output is not None and index == list(range(first)):
         return output
-    logits = [] if output is None else [output.logits]
-    states = [] if output is None or output.hidden is None else [output.hidden]
-    for last in remembered.values():
-        logits.append(last.logits[None])
-        if last.hidden is not None and (output is None or output.hidden is not None):
-            states.append(last.hidden[None])
-    chosen = torch.tensor(index, device=logits[0].device)
-    hidden = torch.cat(states)[chosen] if states else None
-    return ModelOutput(torch.cat(logits)[chosen], hidden, 0 if output is None else output.n_passes)
+    ran = [] if output is None else [output]
+    parts = [*ran, *(replace(last.output, n_passes=0, n_calls=0) for last in remembered.values())]
+    return ModelOutput.joined(parts).at(index)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from multicolm.backend.base import ModelOutput, Session
+from multicolm.backend.base import ModelOutput, PartialOutput, Session
 from multicolm.backend.remote.answers import Completion, Likeliest, Unreadable
 from multicolm.backend.remote.completions import completions
 from multicolm.backend.remote.probe import Abilities
@@ -181,7 +181,8 @@ class RemoteSession(Session):
             for place in range(len(text.ids) - count + 1, len(text.ids) + 1):
                 shown.append(text.known[place].spread(self._width))
             text.forget()
-        return ModelOutput(
+        kind = ModelOutput if self._abilities.max_top_logprobs is None else PartialOutput
+        return kind(
             torch.stack(shown),
             n_passes=self._n_passes,
             n_calls=self._server.n_calls - n_calls,
