@@ -170,7 +170,8 @@ class View:
         if self._signals is not None and signal not in self._signals:
             raise PolicyError(
                 f"the policy reads '{signal}' of model '{self.name}' but declared only "
-                f"{sorted(self._declared or ()) or 'nothing'}; add '{signal}' to its needs."
+                f"{sorted(self._declared or ()) or 'nothing'}; add '{signal}' to `base_signals` or "
+                "`assistant_signals`."
             )
 
     @cached_property
@@ -379,7 +380,8 @@ class Views:
         if index not in self._views:
             raise PolicyError(
                 f"the policy reads model '{self.models[index]}', which was not run here; "
-                "declare it in its needs, or do not read it before the base model deferred."
+                "declare its signals in `base_signals` or `assistant_signals`. With `assistants = "
+                '"deferred"` assistants are run only where defers() is true.'
             )
         return self._views[index]
 

@@ -32,7 +32,7 @@ from typing_extensions import dataclass_transform
 
 from multicolm.errors import CapabilityError, PolicyError
 from multicolm.plugins import policies
-from multicolm.renamed import forbid_old_names
+from multicolm.policy.declaration import check_declaration, check_method
 from multicolm.types import Pooling, Signal, Tensor
 from multicolm.views import ModelNames, Views
 
@@ -196,13 +196,8 @@ class Policy:
         super().__init_subclass__(**kwargs)
         if "name" not in cls.__dict__:
             cls.name = cls.__name__
-        forbid_old_names(cls, {"seams": "reads_boundaries"}, PolicyError)
-        for field in ("base_signals", "assistant_signals"):
-            if "given" in (cls.__dict__.get(field) or ()):
-                raise PolicyError(
-                    f"{cls.__name__}.{field}: the signal 'given' of 0.1 is called 'token_logprobs' "
-                    "now; rename it."
-                )
+        choices = {"assistants": When, "schedule": Schedule, "support": Support}
+        check_declaration(cls, Policy, choices)
 
     def needs(self, models: ModelNames) -> Needs:
         """What to look at in an ensemble of these models: the declared signals of those in use.
@@ -501,12 +496,22 @@ class SegmentPolicy(Policy):
 
 
 def check_used(policy: Policy, models: ModelNames) -> None:
-    """Refuse an ensemble of which a policy would use no model.
+    """Refuse an ensemble of which a policy would use no model, and a policy that is not finished.
 
     Raises:
         CapabilityError: naming both.
-        PolicyError: see :func:`checked_prompt_states`.
+        PolicyError: if a method is missing; see :func:`checked_prompt_states`, too.
     """
+    for kind, method in (
+        (SelectPolicy, "select"),
+        (MixPolicy, "mix"),
+        (VerifyPolicy, "target_probs"),
+        (SegmentPolicy, "rate"),
+    ):
+        if isinstance(policy, kind):
+            check_method(policy, kind, method)
+    if policy.can_defer:
+        check_method(policy, Policy, "defers")
     if not policy.uses(models):
         raise CapabilityError(
             f"policy '{policy.name}' uses none of the models of this ensemble "

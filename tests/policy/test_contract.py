@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ from tables import random_table
 
 from multicolm import Ensemble, MixPolicy, ModelNames, Policy, SelectPolicy, VerifyPolicy, Views
 from multicolm.errors import MulticolmError, PolicyError
+from multicolm.policy.base import check_used
 from multicolm.views import View
 
 PAIR = Ensemble([random_table("base", 0), random_table("other", 1)])
@@ -64,22 +66,23 @@ def test_a_signal_that_was_not_declared_cannot_be_read(
     assert said.startswith(
         f"the policy reads '{signal}' of model '{PAIR.models[model]}' but declared only ["
     )
-    assert said.endswith(f"]; add '{signal}' to its needs.")
+    assert said.endswith(f"]; add '{signal}' to `base_signals` or `assistant_signals`.")
 
 
 def test_what_was_drawn_from_needs_all_log_probabilities() -> None:
     odd = policy(VerifyPolicy, lambda views: views.drawn_probs(1), assistant_signals={"top1"})
     assert complaint(odd) == (
         "the policy reads 'logprobs' of model 'other' but declared only ['top1']; "
-        "add 'logprobs' to its needs."
+        "add 'logprobs' to `base_signals` or `assistant_signals`."
     )
 
 
 def test_a_model_that_was_not_declared_cannot_be_looked_at() -> None:
     odd = policy(SelectPolicy, lambda views: views[1].top1_ids, assistant_signals=set())
     assert complaint(odd) == (
-        "the policy reads model 'other', which was not run here; declare it in its needs, or "
-        "do not read it before the base model deferred."
+        "the policy reads model 'other', which was not run here; declare its signals in "
+        '`base_signals` or `assistant_signals`. With `assistants = "deferred"` assistants are run '
+        "only where defers() is true."
     )
 
 
@@ -250,3 +253,35 @@ def test_a_mixing_policy_that_names_no_writer_of_the_ensemble_is_stopped(index: 
         f"policy 'Odd': writers() named model {index}; allowed are those that it uses (0, 1), and "
         "2 for the mixture."
     )
+
+
+@pytest.mark.parametrize(
+    ("declared", "says"),
+    [
+        ({"assistants": "defered"}, "Mine.assistants: unknown value 'defered'. Did you mean 'def"),
+        ({"schedule": "blocks"}, "Mine.schedule: unknown value 'blocks'. Did you mean 'block'?"),
+        ({"base_signals": {"logprob"}}, "Mine.base_signals: unknown signal 'logprob'. Did you mea"),
+        ({"base_signals": "top1"}, "Mine.base_signals is a set of signals, such as {'top1'}; got"),
+        ({"base_signal": {"top1"}}, "Mine.base_signal: no policy has this; did you mean 'base_si"),
+        ({"needs": ("top1",)}, "Mine.needs is a method, and was given a value; the signals that"),
+    ],
+)
+def test_a_declaration_that_would_not_be_read_is_refused_where_the_class_is_made(
+    declared: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(PolicyError, match="^" + re.escape(says)):
+        type("Mine", (SelectPolicy,), declared)
+
+
+def test_a_param_may_be_called_like_a_declaration() -> None:
+    def select(self: SelectPolicy, views: Views) -> torch.Tensor:
+        return zeros(views)
+
+    body = {"__annotations__": {"prompt": "str"}, "prompt": "", "select": select, "scores": select}
+    assert type("Mine", (SelectPolicy,), body).prompt == ""
+
+
+def test_a_policy_without_its_method_is_refused_before_anything_runs() -> None:
+    mine = type("Mine", (SelectPolicy,), {"selct": lambda self, views: zeros(views)})()
+    with pytest.raises(PolicyError, match="Mine: a SelectPolicy must define `select`; is 'selct'"):
+        check_used(mine, PAIR.models)
