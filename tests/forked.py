@@ -6,9 +6,11 @@ some forty. What a process of its own does differently is tested in `tests/cli`.
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
 import os
+import pkgutil
 import runpy
 import select
 import socket
@@ -20,13 +22,20 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from transformers import AutoModelForCausalLM  # noqa: F401  # before the forks, not in each
-
+import multicolm
 from multicolm.cli import main
 
 __all__ = ["command", "program", "script"]
 
 Done = subprocess.CompletedProcess[str]
+
+# Before the forks, not in each: another two seconds.
+for name in ("pandas", "rich.live", "scipy.stats", "sklearn.linear_model", "sklearn.tree"):
+    importlib.import_module(name)
+for module in pkgutil.walk_packages(multicolm.__path__, "multicolm."):
+    if module.name.rpartition(".")[2] not in ("__main__", "llama_cpp", "vllm_engine"):
+        importlib.import_module(module.name)
+importlib.import_module("transformers.models.llama.modeling_llama")
 
 # What a script calls: hands over its arguments, folder and streams, and ends as the command did.
 _CLIENT = """
@@ -36,7 +45,10 @@ with socket.socket(socket.AF_UNIX) as server:
     asked = json.dumps([sys.argv[2:], os.getcwd()]).encode()
     socket.send_fds(server, [len(asked).to_bytes(8, "big")], [0, 1, 2])
     server.sendall(asked)
-    sys.exit(server.recv(1)[0])
+    code = int(server.recv(8))
+    if code < 0:
+        os.kill(os.getpid(), -code)
+    sys.exit(code)
 """
 
 
@@ -94,7 +106,7 @@ def _serve(server: socket.socket) -> None:
         code = _fork(lambda: main(arguments), Path(cwd), streams)
         for stream in streams:
             os.close(stream)
-        connection.sendall(bytes([code]))
+        connection.sendall(b"%d" % code)
 
 
 def _fork(what: Callable[[], int], cwd: Path, streams: Sequence[int]) -> int:

@@ -114,11 +114,13 @@ def show(
     name: str,
     policy: str | Policy,
     asked: Sequence[Question],
+    max_new_tokens: int,
 ) -> None:
     """A few answers of one policy."""
     screen = Screen(ensemble.models, trace=True)
+    prompts, params = [question.prompt for question in asked], PARAMS.get(name)
     answers = ensemble.generate(
-        [question.prompt for question in asked], policy, params=PARAMS.get(name), seed=0
+        prompts, policy, params=params, seed=0, max_new_tokens=max_new_tokens
     )
     console.print(Text(name, style="bold"), screen.legend(answers), sep="   ", soft_wrap=True)
     for question, answer in zip(asked, answers, strict=True):
@@ -132,10 +134,13 @@ def measured(
     policy: str | Policy,
     params: dict[str, Any] | None,
     asked: Sequence[Question],
+    max_new_tokens: int,
 ) -> list[str]:
     """One line of the table, without the policy's name."""
     prompts = [question.prompt for question in asked]
-    answers = ensemble.generate(prompts, policy, params=params, seed=0)
+    answers = ensemble.generate(
+        prompts, policy, params=params, seed=0, max_new_tokens=max_new_tokens
+    )
     n_right = sum(is_right(q, a) for q, a in zip(asked, answers, strict=True))
     writers = [token.model for answer in answers for token in answer.trace]
     shares = [100 * writers.count(model) / len(writers) for model in ensemble.models]
@@ -167,6 +172,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--per-kind", type=int, default=10, help="questions of each of six kinds")
     parser.add_argument("--train", type=int, default=1200, help="training questions to learn from")
+    parser.add_argument("--max-new-tokens", type=int, default=64, help="the longest answer")
     arguments = parser.parse_args()
     console = Console(highlight=False, markup=False)
     ensemble = multicolm.load("tiny")
@@ -181,7 +187,7 @@ def main() -> None:
     # What was learned stands last, where one looks first.
     order = [name for name in presets if name not in learned] + list(learned)
     for name in order:
-        show(console, ensemble, name, learned.get(name, name), few)
+        show(console, ensemble, name, learned.get(name, name), few, arguments.max_new_tokens)
     names = " / ".join(ensemble.models)
     table = Table(
         title=f"{len(asked)} held-out questions, greedy; columns in the order {names}",
@@ -198,7 +204,7 @@ def main() -> None:
         (name, learned.get(name, name), PARAMS.get(name)) for name in order if name != "single"
     ]
     for name, policy, params in track(runs, "measuring", console=console, transient=True):
-        table.add_row(name, *measured(ensemble, policy, params, asked))
+        table.add_row(name, *measured(ensemble, policy, params, asked, arguments.max_new_tokens))
     table.add_row("perfect choice of writers", *the_oracle(ensemble, asked))
     console.print(table)
     console.print(

@@ -11,6 +11,7 @@ import multicolm
 from multicolm.testing import check_policy
 
 ROOT = Path(__file__).parents[2]
+TASK = ROOT / "registry/tasks/tiny-world.yaml"
 OWN = "examples/own_policy/surer.py:Surer"
 
 
@@ -18,6 +19,14 @@ def run(*arguments: str) -> str:
     done = forked.command(arguments, ROOT)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def short_task(n_tokens: int) -> str:
+    """The task of the embedded world, whose answers end after some tokens."""
+    text = TASK.read_text(encoding="utf-8")
+    short = text.replace("max_new_tokens: 64", f"max_new_tokens: {n_tokens}")
+    assert short != text
+    return short.replace(": tiny/", f": {TASK.parents[1]}/tiny/")
 
 
 def test_a_policy_of_ones_own_takes_at_most_thirty_lines() -> None:
@@ -50,7 +59,8 @@ def test_the_ensemble_file_validates_and_writes() -> None:
 
 
 def test_the_demo_shows_every_policy_and_a_table() -> None:
-    done = forked.program(ROOT / "examples/demo/demo.py", "--per-kind", "1", "--train", "100")
+    few = ("--per-kind", "1", "--train", "100", "--max-new-tokens", "12")
+    done = forked.program(ROOT / "examples/demo/demo.py", *few)
     assert done.returncode == 0, done.stderr
     shown = done.stdout
     from multicolm import catalog
@@ -61,18 +71,23 @@ def test_the_demo_shows_every_policy_and_a_table() -> None:
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Every twelfth training question: the examples are run, not their figures measured."""
+def few(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Every 24th training question, and short answers: figures are measured elsewhere."""
+    folder = tmp_path_factory.mktemp("few")
     questions = (ROOT / "registry/tiny/questions/train.jsonl").read_text(encoding="utf-8")
-    some = tmp_path_factory.mktemp("questions") / "some.jsonl"
-    some.write_text("".join(questions.splitlines(keepends=True)[::12]), encoding="utf-8")
-    return str(some)
+    data = folder / "some.jsonl"
+    data.write_text("".join(questions.splitlines(keepends=True)[::24]), encoding="utf-8")
+    task = folder / "tiny-world.yaml"
+    task.write_text(short_task(16), encoding="utf-8")
+    return {"DATA": str(data), "TASK": str(task), "LIMIT": "6"}
 
 
 @pytest.mark.slow
-def test_the_co_llm_example_goes_from_raw_data_to_a_report(tmp_path: Path, data: str) -> None:
+def test_the_co_llm_example_goes_from_raw_data_to_a_report(
+    tmp_path: Path, few: dict[str, str]
+) -> None:
     words = ["sh", "examples/co-llm/run.sh", str(tmp_path)]
-    done = forked.script(words, ROOT, {"DATA": data, "LIMIT": "6"})
+    done = forked.script(words, ROOT, few)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "comparison" / "report.html").is_file()
     table = (tmp_path / "comparison" / "table.md").read_text(encoding="utf-8")
@@ -82,10 +97,10 @@ def test_the_co_llm_example_goes_from_raw_data_to_a_report(tmp_path: Path, data:
 
 @pytest.mark.slow
 def test_the_any_tokenizer_example_compares_models_of_three_vocabularies(
-    tmp_path: Path, data: str
+    tmp_path: Path, few: dict[str, str]
 ) -> None:
     words = ["sh", "examples/any-tokenizer/run.sh", str(tmp_path)]
-    done = forked.script(words, ROOT, {"DATA": data, "LIMIT": "6"})
+    done = forked.script(words, ROOT, few)
     assert done.returncode == 0, done.stderr
     assert "bridge generalist - facts: boundary (81 % of the tokens" in done.stdout
     for folder in ("comparison", "exact/comparison"):
