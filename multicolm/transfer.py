@@ -227,7 +227,7 @@ def download(
         revision: commit, tag or branch.
         cache_dir: of the Hub's cache.
         force_download: whether to fetch what is there already.
-        local_files_only: whether to look into the cache alone.
+        local_files_only: whether to use the cache alone.
         token: of the Hub; the one that is logged in if not given.
 
     Returns:

@@ -136,6 +136,10 @@ class Loop(ABC):
         yield from self.readers.read_prompts(rows)
         self._memory.begin(Positions(rows, [0] * len(rows), self._noise))
 
+    @property
+    def _unpaused(self) -> list[Row]:
+        return [row for row in self._active if not row.is_paused]
+
     def _release(self, row: Row) -> None:
         self._active.remove(row)
         self._slots.give(row.slot)
@@ -152,7 +156,8 @@ class SegmentLoop(Loop):
     def _write(self) -> Passes[list[Piece]]:
         """Write the next segment of every text."""
         pieces: list[Piece] = []
-        for row, written in (yield from self._segments.next(self._active)):
+        rows = self._unpaused
+        for row, written in (yield from self._segments.next(rows)) if rows else []:
             pieces += self._committer.write_all(row, written)
         return pieces
 
@@ -177,7 +182,9 @@ class TokenLoop(Loop):
 
     def _write(self) -> Passes[list[Piece]]:
         """Draft in texts that are not drafted yet, and decide if enough of them are."""
-        ready = [row for row in self._active if row not in self._drafted]
+        ready = [row for row in self._unpaused if row not in self._drafted]
+        if not ready and not self._drafted:
+            return []
         ready, pieces = yield from self._finish_straddling_tokens(ready)
         draft = yield from self._draft(ready)
         if draft is None:
@@ -209,7 +216,7 @@ class TokenLoop(Loop):
             return (yield from self._blank(ready))
         if ready:
             self._drafted += yield from self._drafter.advance(ready)
-        n_open = sum(row.finish_reason is None for row in self._active)
+        n_open = sum(row.finish_reason is None for row in self._unpaused)
         few = len(self._drafted) < self._enough * n_open
         if not self._drafted or (few and ready):
             return None

@@ -68,6 +68,7 @@ class Row:
         meter: of a text of bytes, counts the base model's tokens in it.
         usage: per model, what it did.
         noise_used: whether anything random has had a part in the text.
+        is_paused: whether it keeps its place and is written no further for now.
         finish_reason: why it ended; ``None`` while it is written.
         error: why it cannot continue, if a model failed in this text alone.
     """
@@ -97,6 +98,7 @@ class Row:
     usage: list[Usage] = field(default_factory=list)
     meter: IncrementalEncoder | None = None
     noise_used: bool = False
+    is_paused: bool = False
     finish_reason: FinishReason | None = None
     error: InputError | ModelError | None = None
 

@@ -12,7 +12,7 @@ from multicolm import catalog
 from multicolm.config import load_ensemble
 from multicolm.config.policy import declared_code
 from multicolm.errors import ArtefactError, ConfigError, HubError, InputError
-from multicolm.files import write_whole
+from multicolm.files import leads_out, write_whole
 from multicolm.hub.saved import SharedEnsemble, SharedScores
 from multicolm.training.checkpoint import Checkpoint
 from multicolm.transfer import download, upload_saved
@@ -135,7 +135,7 @@ def _refuse_elsewhere(folder: Path) -> None:
     for name, model in config.models.items():
         resolved = model.resolved
         is_named = not resolved.is_local or model.model in catalog.names("models")
-        if not is_named and not Path(resolved.location).is_relative_to(folder.resolve()):
+        if not is_named and leads_out(Path(resolved.location), folder):
             raise ConfigError(
                 f"model '{name}' lies in {resolved.location}, on this machine only; push it to "
                 f"the Hub and name it by its id in {folder / 'ensemble.yaml'}."

@@ -156,7 +156,7 @@ class SharedEnsemble:
         return cls(config)
 
     def _model(self, name: str, model: ModelConfig, folder: Path) -> dict[str, Any]:
-        """A model's settings as they can stand in the new folder, with what belongs to them."""
+        """A model's settings as the new folder can have them, with what belongs to them."""
         settings: dict[str, Any] = model.model_dump(
             mode="json", exclude_defaults=True, exclude=set(_OF_THIS_MACHINE)
         )

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Sequence
+from collections.abc import Awaitable, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -38,7 +39,8 @@ from multicolm.errors import (
 )
 from multicolm.policy.base import Policy
 from multicolm.serving.catalog import DEFAULT, Catalog, Choice, NotServedError
-from multicolm.serving.engine import Engine, GenerationRequest
+from multicolm.serving.engine import Engine
+from multicolm.serving.events import GenerationRequest
 from multicolm.serving.limits import Gate, Limits
 from multicolm.serving.metrics import Metrics
 from multicolm.serving.page import page
@@ -57,6 +59,7 @@ from multicolm.types import Prompt
 
 __all__ = ["create_app"]
 
+_MOST_NUMBERS = 1 << 18  # tokens and alternatives of a reply that is no stream; some 64 MB
 _GONE = 499  # the client has closed the connection; nobody reads this
 
 T = TypeVar("T")
@@ -119,8 +122,13 @@ def create_app(
         data = [_model(catalog, engine, name, created) for name in catalog.models]
         return JSONResponse({"object": "list", "data": data})
 
-    @app.get("/v1/models/{name:path}", responses=_described(400, 401, 404))
-    async def model(name: str) -> Response:
+    @app.get(
+        "/v1/models/{name:path}",
+        responses=_described(400, 401, 404),
+        openapi_extra={"parameters": [_NAME]},
+    )
+    async def model(request: Request) -> Response:
+        name = request.path_params["name"]
         choice = catalog.choose(name)
         return JSONResponse(_model(catalog, engine, choice.name, created) | {"id": name})
 
@@ -146,6 +154,8 @@ def _documented(body: type[CompletionRequest] | type[ChatCompletionRequest]) -> 
     }
 
 
+# FastAPI's own account of a parameter says that the reply may be 422, which it never is.
+_NAME = {"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}
 _ERRORS = {
     400: "something in the request cannot be served; the message names the field",
     401: "missing or invalid API key",
@@ -229,33 +239,26 @@ class _RequestHandler:
             self._metrics.first_token.observe(time.perf_counter() - since)
 
         texts = Texts(self._engine, self._places, len(wanted.seeds))
-        try:
+        async with AsyncExitStack() as stack:
+            stack.push_async_callback(texts.close)
             await _unless_gone(request.receive, self._begin(texts, wanted))
             replies, body = self._replies(wanted), wanted.body
             if body.stream:
                 with_usage = body.stream_options is not None and body.stream_options.include_usage
-                events = texts.chunks(replies, with_usage, first_token, self.explained)
-
-                async def close() -> None:  # when it is read, or nobody is there
-                    await events.aclose()
-                    await texts.close()
-
-                return StreamingResponse(
-                    events,
-                    headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
-                    media_type="text/event-stream",
-                    background=BackgroundTask(close),
-                )
-            whole = await _unless_gone(request.receive, texts.whole(replies, first_token))
-            return StreamingResponse(  # which waits until it has been read, unlike a plain one
-                _once(whole),
-                headers={"Content-Length": str(len(whole))},
-                media_type="application/json",
-                background=BackgroundTask(texts.close),
+                content = texts.chunks(replies, with_usage, first_token, self.explained)
+                media_type = "text/event-stream"
+            else:
+                await _unless_gone(request.receive, texts.finish(first_token))
+                content = texts.whole(replies)
+                media_type = "application/json"
+            stack.push_async_callback(content.aclose)
+            return StreamingResponse(
+                content,
+                headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
+                media_type=media_type,
+                # When it has been read, or nobody is there.
+                background=BackgroundTask(stack.pop_all().aclose),
             )
-        except BaseException:
-            await texts.close()
-            raise
 
     def _wanted(
         self, content: bytes, schema: type[CompletionRequest] | type[ChatCompletionRequest]
@@ -284,6 +287,14 @@ class _RequestHandler:
                 f"policy '{choice.name}' writes in {choice.policy.support}, and has no "
                 f"alternatives to tokens; '{field}' must be 0, got {n_alternatives}.",
                 field,
+            )
+        n_numbers = n_texts * settings.max_new_tokens * (1 + n_alternatives)
+        if not body.stream and n_numbers > _MOST_NUMBERS:
+            raise Refusal(
+                f"{n_texts} texts of up to {settings.max_new_tokens} tokens with {n_alternatives} "
+                "alternatives each are more than this server sends in one piece; ask for fewer, or "
+                "stream them.",
+                field if n_alternatives else "n",
             )
         seed = body.seed if body.seed is not None else own.seed
         # Without a seed every text has its own, those of equal prompts too.
@@ -345,10 +356,6 @@ class _Wanted:
     settings: GenerationConfig
     prompts: list[Prompt]
     seeds: list[int]
-
-
-async def _once(content: bytes) -> AsyncIterator[bytes]:
-    yield content
 
 
 async def _unless_gone(receive: Receive, work: Awaitable[T]) -> T:

@@ -105,7 +105,7 @@ class Catalog:
             if model.name == DEFAULT:
                 continue
             if model.name in self.models:
-                raise ConfigError(f"--allow-policy: '{model.name}' stands for two policies.")
+                raise ConfigError(f"--allow-policy: '{model.name}' names two policies.")
             self.models[model.name] = model
 
     def _read(self, written: str) -> ServedModel:

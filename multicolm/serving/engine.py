@@ -12,15 +12,12 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Literal, TypeAlias
 
 from multicolm.backend.passes import Passes
-from multicolm.config import GenerationConfig
-from multicolm.decoding.live import Live
-from multicolm.decoding.row import Row
 from multicolm.decoding.runner import Runner
 from multicolm.decoding.threads import torch_threads
 from multicolm.ensemble import Ensemble
@@ -33,221 +30,21 @@ from multicolm.errors import (
     MulticolmError,
 )
 from multicolm.numbers import check_whole
-from multicolm.serving.catalog import Choice
-from multicolm.types import MIXTURE, Answer, Piece, Prompt, TracedToken, Usage
+from multicolm.serving.events import Begun, Ended, Event, Failed, GenerationRequest, Grown
+from multicolm.serving.workers import Backlog, Handle, PolicyWorker, PolicyWorkers
+from multicolm.types import MIXTURE, TracedToken, Usage
 
-__all__ = [
-    "Begun",
-    "Closing",
-    "Ended",
-    "Engine",
-    "Event",
-    "Failed",
-    "GenerationRequest",
-    "Grown",
-    "Handle",
-    "Stats",
-]
+__all__ = ["Closing", "Engine", "Stats"]
 
 _LOG = logging.getLogger("multicolm.serving")
-_KEPT = 4  # policies that have caches, in use or not; each other threshold is another policy
-_PAST = 32  # texts whose durations tell how long the next will take
+_PAST = 32  # finished texts by whose durations the next one's is estimated
 
 Outcome: TypeAlias = Literal["finished", "cancelled", "failed"]
 
 
 @dataclass(frozen=True, slots=True)
-class GenerationRequest:
-    """A text that somebody wants.
-
-    Attributes:
-        prompt: text, a chat, or token ids of the shared vocabulary.
-        choice: who decides who writes.
-        settings: how it is written.
-        seed: of everything random.
-        number: which prompt of its request it is, from 0, for messages.
-    """
-
-    prompt: Prompt
-    choice: Choice
-    settings: GenerationConfig
-    seed: int
-    number: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Begun:
-    """The prompt has been read by the tokenizers and will be answered.
-
-    Attributes:
-        n_prompt_tokens: of the base model, or of the first model in use.
-    """
-
-    n_prompt_tokens: int
-
-
-@dataclass(frozen=True, slots=True)
-class Grown:
-    """More of the text is certain.
-
-    Attributes:
-        pieces: what is new of the text, with its writers.
-        tokens: what is new of the trace; it may be ahead of the text, or behind it.
-    """
-
-    pieces: tuple[Piece, ...]
-    tokens: tuple[TracedToken, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Ended:
-    """The text is finished; all of it has been told by then."""
-
-    answer: Answer
-
-
-@dataclass(frozen=True, slots=True)
-class Failed:
-    """The text will not be finished."""
-
-    error: Exception
-
-
-Event: TypeAlias = Begun | Grown | Ended | Failed
-
-
-@dataclass(eq=False, slots=True)
-class Handle:
-    """A text on its way; hand it back to :meth:`Engine.cancel`. The rest is the engine's own."""
-
-    request: GenerationRequest
-    deliver: Callable[[Event], None]
-    number: int
-    since: float
-    row: Row | None = None
-    n_told: int = 0
-
-    def tell(self, event: Event) -> None:
-        """Deliver an event; whoever asked may be gone, which must not cost the others anything."""
-        try:
-            self.deliver(event)
-        except Exception:
-            _LOG.exception("an event could not be delivered")
-
-    def tell_growth(self, live: Live, pieces: Sequence[Piece]) -> None:
-        """Deliver what was written since the last time."""
-        assert self.row is not None
-        if not pieces and len(self.row.written) == self.n_told:
-            return
-        tokens = live.tokens(self.row, self.n_told)
-        self.n_told += len(tokens)
-        if pieces or tokens:
-            self.tell(Grown(tuple(pieces), tuple(tokens)))
-
-
-@dataclass(eq=False)
-class PolicyWorker:
-    """One policy at work, and who waits for what from it."""
-
-    choice: Choice
-    live: Live
-    waiting: dict[int, Handle] = field(default_factory=dict)
-    active: dict[int, Handle] = field(default_factory=dict)
-
-    @property
-    def handles(self) -> list[Handle]:
-        return [*self.active.values(), *self.waiting.values()]
-
-    @property
-    def is_idle(self) -> bool:
-        return not self.waiting and not self.active
-
-    @property
-    def has_caches(self) -> bool:
-        """Whether it has caches of its own; most policies share those of all."""
-        loop = self.live.loop
-        return loop.has_own_sessions and bool(self.active or loop.readers.opened)
-
-
-class PolicyWorkers:
-    """The policies at work, the one that was used last at the end.
-
-    Only the engine's thread calls the methods that change something.
-
-    Args:
-        ensemble: whose models write.
-        runner: of all passes.
-        lock: taken where other threads might read at the same time.
-    """
-
-    def __init__(self, ensemble: Ensemble, runner: Runner, lock: threading.Condition) -> None:
-        self._ensemble = ensemble
-        self._runner = runner
-        self._lock = lock
-        self._by_key: dict[str, PolicyWorker] = {}
-        self._retired = dict.fromkeys(ensemble.models, Usage())
-
-    def __len__(self) -> int:
-        return len(self._by_key)
-
-    def values(self) -> Collection[PolicyWorker]:
-        """All of them."""
-        return self._by_key.values()
-
-    def get(self, key: str) -> PolicyWorker | None:
-        """Where the policy of a choice works, if it does."""
-        return self._by_key.get(key)
-
-    def open(self, choice: Choice) -> PolicyWorker:
-        """Where a policy works; those that nobody has used for longest are closed."""
-        worker = self._by_key.get(choice.key)
-        if worker is None:
-            worker = PolicyWorker(choice, self._live(choice))
-        idle = [w for w in self.values() if w.is_idle and w is not worker]
-        with self._lock:
-            self._by_key.pop(choice.key, None)
-            self._by_key[choice.key] = worker
-            self.retire(idle[: max(0, len(self) - _KEPT)])
-        return worker
-
-    def reopen(self, worker: PolicyWorker) -> None:
-        """Let a policy work again after it was retired."""
-        worker.live = self._live(worker.choice)
-        with self._lock:
-            self._by_key[worker.choice.key] = worker
-
-    def retire(self, workers: Sequence[PolicyWorker]) -> None:
-        """Let go of policies and their caches, but not of what was counted."""
-        with self._lock:
-            for worker in workers:
-                for name, used in worker.live.usage.items():
-                    self._retired[name] += used
-                del self._by_key[worker.choice.key]
-
-    def has_room(self, worker: PolicyWorker) -> bool:
-        """Whether a policy can begin to work; those that have caches and no texts give them up."""
-        if not worker.live.loop.has_own_sessions:
-            return True
-        others = [w for w in self.values() if w is not worker and w.has_caches]
-        idle = [w for w in others if w.is_idle][: max(0, len(others) + 1 - _KEPT)]
-        self.retire(idle)
-        return len(others) - len(idle) < _KEPT
-
-    def usage(self) -> dict[str, Usage]:
-        """What each model did for policies that work, and for those that did before."""
-        with self._lock:
-            models = dict(self._retired)
-            for worker in self.values():
-                models = {name: models[name] + used for name, used in worker.live.usage.items()}
-        return models
-
-    def _live(self, choice: Choice) -> Live:
-        return self._ensemble.live(choice.policy, runner=self._runner)
-
-
-@dataclass(frozen=True, slots=True)
 class Stats:
-    """How an engine stands.
+    """The state of an engine.
 
     Attributes:
         active: texts that are being written.
@@ -316,8 +113,8 @@ class Engine:
     """Writes texts for whoever asks, from any thread; use it as a context, or start and close it.
 
     All texts share forward passes and caches, whatever their settings and policies. Only policies
-    that write in bytes, or go on within tokens, have caches of their own for that many texts: a few
-    of these work at a time, and who wants another one waits until one of them is done.
+    that write in bytes, or continue within tokens, have caches of their own for that many texts: a
+    few of these work at a time, and who wants another one waits until one of them is done.
 
     Args:
         ensemble: whose models write. Nobody else may use it meanwhile.
@@ -394,7 +191,8 @@ class Engine:
             requests: what is wanted.
             listeners: per request, what is called about it from the engine's thread; it must not
                 wait. The last call is with :class:`Ended` or :class:`Failed`; after a cancellation
-                there may be none.
+                there may be none. Whoever reads what it gets says so by :meth:`read`: these texts
+                pause while too much of all of them is unread.
 
         Raises:
             BusyError: if there are too many texts already.
@@ -409,13 +207,22 @@ class Engine:
                     retry_after=self.time_to_wait(),
                 )
             self._n_texts += len(requests)
+            backlog = Backlog()
             handles = [
-                Handle(request, told, next(self._numbers), self._clock())
-                for request, told in zip(requests, listeners, strict=True)
+                Handle(request, listener, next(self._numbers), self._clock(), backlog)
+                for request, listener in zip(requests, listeners, strict=True)
             ]
             self._coming.extend(handles)
             self._news.notify()
         return handles
+
+    def read(self, handle: Handle, event: Grown) -> None:
+        """Note that an event was read, so that a text which was paused can be written further."""
+        with self._news:  # or the thread could begin to wait just now
+            was_full = handle.backlog.is_full
+            handle.backlog.n_read += event.size
+            if was_full:
+                self._news.notify()
 
     def cancel(self, handle: Handle) -> None:
         """Write no further in a text; its place is free before the next round of the loop."""
@@ -441,7 +248,7 @@ class Engine:
         return Closing(self._counts.outcomes["finished"] - finished, self._n_broken_off)
 
     def stats(self) -> Stats:
-        """How it stands now."""
+        """Its state now."""
         with self._news:
             active = self._n_active
             return Stats(
@@ -466,7 +273,9 @@ class Engine:
             with torch_threads(ensemble.backends, ensemble.generation.threads):
                 while self._listen():
                     self._admit()
-                    at_work = [worker for worker in self._workers.values() if worker.active]
+                    at_work = [worker for worker in self._workers.values() if worker.can_write]
+                    for worker in at_work:
+                        worker.pause_unread()
                     self._runner.run([self._round(worker) for worker in at_work])
         except BaseException:
             _LOG.exception("the engine has stopped")
@@ -481,19 +290,28 @@ class Engine:
             Whether there is anything left to do.
         """
         with self._news:
-            while not (self._coming or self._leaving or self._queue or self._n_active):
-                if self._deadline is not None:
+            while not (self._coming or self._leaving or self._can_work()):
+                left = self._time_left()
+                if left is not None and (left <= 0 or not (self._queue or self._n_active)):
                     return False
-                self._news.wait()
+                self._news.wait(left)
             coming, leaving = list(self._coming), list(self._leaving)
             self._coming.clear()
             self._leaving.clear()
-            late = self._deadline is not None and self._clock() >= self._deadline
+            left = self._time_left()
         for handle in coming:
             self._accept(handle)
         for handle in leaving:
             self._let_go(handle)
-        return not late
+        return left is None or left > 0
+
+    def _time_left(self) -> float | None:
+        """Seconds until what runs is broken off; ``None`` while it is not shutting down."""
+        return None if self._deadline is None else self._deadline - self._clock()
+
+    def _can_work(self) -> bool:
+        """Whether a text can be written further, or begun."""
+        return self._next() is not None or any(w.can_write for w in self._workers.values())
 
     def _accept(self, handle: Handle) -> None:
         """Read the prompt of a new text, and let it wait for a slot."""
@@ -501,7 +319,7 @@ class Engine:
         try:
             worker = self._workers.open(request.choice)
             row = worker.live.row(request.prompt, request.number, request.settings, request.seed)
-        except Exception as error:
+        except Exception as error:  # of anybody's policy or tokenizer: it costs this text alone
             self._fail(handle, error)
             return
         row.number = handle.number
@@ -509,22 +327,28 @@ class Engine:
         worker.waiting[handle.number] = handle
         self._queue[handle.number] = handle
         n_prompt = next(len(ids) for ids in row.prompt_ids if ids)
-        handle.tell(Begun(n_prompt))
+        handle.deliver(Begun(n_prompt))
 
     def _admit(self) -> None:
-        """Give slots to those who wait, first come, first served."""
-        while self._queue and self._n_active < self.max_concurrent:
-            number, handle = next(iter(self._queue.items()))
+        """Give slots to those who wait."""
+        while (handle := self._next()) is not None:
             worker = self._workers.get(handle.request.choice.key)
-            assert worker is not None, "who waits keeps it from being closed"
-            # Nobody overtakes who waits for room, or those who work would never be done.
-            if not worker.active and not (self._workers.has_room(worker) or not self._n_active):
-                return
-            del self._queue[number]
-            worker.active[number] = worker.waiting.pop(number)
-            assert handle.row is not None
+            assert worker is not None and handle.row is not None
+            del self._queue[handle.number]
+            worker.active[handle.number] = worker.waiting.pop(handle.number)
             worker.live.add(handle.row)
             self._n_active += 1
+
+    def _next(self) -> Handle | None:
+        """Who gets the next slot, if there is one: first come, first served."""
+        if not self._queue or self._n_active == self.max_concurrent:
+            return None
+        handle = next(iter(self._queue.values()))
+        worker = self._workers.get(handle.request.choice.key)
+        assert worker is not None, "who waits keeps it from being closed"
+        # Nobody overtakes who waits for room, or those who work would never be done.
+        has_room = worker.active or not self._n_active or self._workers.has_room(worker)
+        return handle if has_room else None
 
     def _round(self, worker: PolicyWorker) -> Passes[None]:
         """One round of a policy's loop, and the news of it."""
@@ -535,14 +359,14 @@ class Engine:
             answers = {row.number: worker.live.answer(row) for row in worker.live.finished()}
             for number, handle in worker.active.items():
                 new = [piece for piece in pieces if piece.row == number]
-                handle.tell_growth(worker.live, new)
-        except Exception as error:
+                handle.deliver_growth(worker.live, new)
+        except Exception as error:  # of anybody's policy or model: it costs this policy's texts
             self._start_over(worker, error)
             return
         for number, answer in answers.items():
             handle = self._taken_out(worker, number)
             self._end(handle, "finished", answer.trace.tokens)
-            handle.tell(Ended(answer))
+            handle.deliver(Ended(answer))
 
     def _taken_out(self, worker: PolicyWorker, number: int) -> Handle:
         self._n_active -= 1
@@ -566,7 +390,7 @@ class Engine:
             return
         try:
             self._workers.reopen(worker)
-        except Exception as again:
+        except Exception as again:  # of anybody's policy
             for number, handle in worker.waiting.items():
                 del self._queue[number]
                 self._fail(handle, again)
@@ -589,7 +413,7 @@ class Engine:
         _log(error)
         self._end(handle, "failed", ())
         # Its frames, which have been logged, hold caches, and whoever asked may keep it.
-        handle.tell(Failed(error.with_traceback(None)))
+        handle.deliver(Failed(error.with_traceback(None)))
 
     def _end(self, handle: Handle, outcome: Outcome, tokens: Sequence[TracedToken]) -> None:
         """Free the place of a text."""
@@ -599,7 +423,7 @@ class Engine:
         handle.row = None
 
     def _break_off(self) -> None:
-        """Nothing is written any more: tell those who still wait for something."""
+        """End all texts that are left: nothing is written any more."""
         with self._news:
             self._deadline = self._clock() if self._deadline is None else self._deadline
             left = [*self._coming]

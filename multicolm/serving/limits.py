@@ -53,7 +53,7 @@ class Gate:
 
     A request is answered when all of it is here, be it wrong or not: so no connection is left in
     the middle of one. Starlette's ``TrustedHostMiddleware`` would refuse other names in plain text,
-    where clients of OpenAI look for a JSON error that says what is allowed.
+    and with status 400; clients of OpenAI expect a JSON error, and 421 says that it is the name.
     """
 
     def __init__(

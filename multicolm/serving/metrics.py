@@ -1,4 +1,4 @@
-"""Counts for Prometheus: those of the engine as they stand, and those of requests as they pass."""
+"""Counts for Prometheus, of the engine and of requests."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ _MOST_FIELDS = 128  # of one object
 _MOST_VALUES = 20_000  # lists and objects in a body
 _LONGEST_NAME = 256  # characters
 _LONGEST_PARAMS = 16_384  # characters of JSON
-_MOST_STOPS = 16  # each is looked for after every token, in the thread that writes for all
+_MOST_STOPS = 16  # each is searched for after every token, in the thread that writes for all
 _LONGEST_STOP = 1024  # characters
 
 T = TypeVar("T")
@@ -53,11 +53,11 @@ _HARMLESS = frozenset(
 """Fields that are for the client's own books, or for a server's speed: they change no text."""
 
 _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
-    "add_generation_prompt": ((True,), "a chat is answered, not gone on with"),
+    "add_generation_prompt": ((True,), "a chat is answered, not continued"),
     "audio": ((), "this server writes text only"),
     "bad_words": (([],), "tokens cannot be ruled out"),
     "best_of": ((1,), "ask for n texts, and choose"),
-    "continue_final_message": ((False,), "a chat is answered, not gone on with"),
+    "continue_final_message": ((False,), "a chat is answered, not continued"),
     "dry_multiplier": ((0,), "only 0 is served"),
     "dynatemp_range": ((0,), "only 0 is served"),
     "echo": ((False,), "the prompt is not read back"),

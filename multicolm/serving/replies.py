@@ -31,14 +31,16 @@ class Written:
     Attributes:
         pieces: its text, with writers.
         tokens: its trace.
-        n_prompt_tokens: that stand before it; 0 where another text counts the same prompt.
-        answer: when it is finished.
+        n_prompt_tokens: of its prompt; 0 where another text counts the same prompt.
+        answer: when it is finished; its trace is empty where that was streamed.
+        n_tokens: of the answer.
     """
 
     pieces: list[Piece] = field(default_factory=list)
     tokens: list[TracedToken] = field(default_factory=list)
     n_prompt_tokens: int = 0
     answer: Answer | None = None
+    n_tokens: int = 0
     _n_characters: int = 0
     _decoder: Any = field(default_factory=lambda: codecs.getincrementaldecoder("utf-8")("replace"))
 
@@ -73,11 +75,10 @@ class Replies:
     logprobs: bool
     top_logprobs: int = 0
 
-    def whole(self, choices: Sequence[bytes], texts: Sequence[Written]) -> bytes:
-        """Everything at once, of what :meth:`choice` gives for each text."""
+    def beginning(self, texts: Sequence[Written]) -> bytes:
+        """A reply with all texts, up to the first of its choices."""
         kind = "chat.completion" if self.kind == "chat" else "text_completion"
-        head = _as_bytes({**self._head(kind), **self._usage(texts)})
-        return b"".join((head[:-1], b', "choices": [', b", ".join(choices), b"]}"))
+        return _as_bytes({**self._head(kind), **self._usage(texts)})[:-1] + b', "choices": ['
 
     def choice(self, index: int, written: Written) -> bytes:
         """One text, all of it."""
@@ -149,7 +150,7 @@ class Replies:
 
     def _usage(self, texts: Sequence[Written]) -> dict[str, Any]:
         answers = [written.answer for written in texts if written.answer is not None]
-        n_written = sum(len(answer.trace) for answer in answers)
+        n_written = sum(written.n_tokens for written in texts)
         n_prompt = sum(written.n_prompt_tokens for written in texts)
         models: dict[str, Usage] = {}
         for answer in answers:
@@ -172,7 +173,7 @@ class Replies:
     ) -> dict[str, Any] | None:
         if not self.logprobs:
             return None
-        # Of a token whose probability its server does not tell, a chat's clients still want one.
+        # Where a server returns no probability of a token, clients of chats still want a number.
         unknown = _IMPOSSIBLE if self.kind == "chat" else None
         numbers = [
             unknown if math.isnan(token.logprob) else finite(token.logprob, _IMPOSSIBLE)
@@ -216,7 +217,7 @@ def _as_bytes(data: Mapping[str, Any]) -> bytes:
 def failure(
     message: str, kind: str, param: str | None = None, code: str | None = None
 ) -> dict[str, Any]:
-    """An error as those of OpenAI look; it repeats little of what the client sent."""
+    """An error in the form of OpenAI's; it repeats little of what the client sent."""
     return {
         "error": {
             "message": shorten(message, _LONGEST_MESSAGE),
@@ -231,10 +232,10 @@ def _by_text(token: TracedToken) -> dict[str, float]:
     """A token's alternatives, and itself if its probability is known, as completions name them."""
     others = [(other.text, other.logprob) for other in token.alternatives]
     own = [(token.text, token.logprob)] if math.isfinite(token.logprob) else []
-    told: dict[str, float] = {}
+    named: dict[str, float] = {}
     for text, logprob in [*others, *own]:
-        told.setdefault(text, logprob)  # of several tokens with one text the likeliest
-    return told
+        named.setdefault(text, logprob)  # of several tokens with one text the likeliest
+    return named
 
 
 def _provenance(
@@ -247,7 +248,7 @@ def _provenance(
             runs[-1]["text"] += piece.text
         else:
             runs.append({"text": piece.text, "model": piece.model})
-    told = [
+    traced = [
         {
             "id": token.id,
             "text": token.text,
@@ -259,7 +260,7 @@ def _provenance(
         }
         for token, offset in zip(tokens, offsets, strict=True)
     ]
-    return {"pieces": runs, "tokens": told}
+    return {"pieces": runs, "tokens": traced}
 
 
 def _end(answer: Answer) -> dict[str, Any]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import math
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -28,6 +30,7 @@ __all__ = ["Server", "Settings"]
 
 _LOOPBACK = ("127.0.0.1", "localhost", "::1", "[::1]")
 _SENDING = 1 << 17  # bytes on their way to a client
+_SWITCH = 5e-4  # seconds that a thread keeps Python's lock while others wait for it
 _LAST_WORDS = 5  # seconds for clients to read the end of what they asked for
 
 
@@ -135,13 +138,31 @@ class Server:
             How many texts were finished after that, and how many were broken off.
         """
         self._server.ready = ready
-        with self._socket, self.engine:
+        with self._socket, _short_pauses(), self.engine:
             self._server.run(sockets=[self._socket])
         return self._server.closing
 
     def stop(self) -> None:
         """End it, from any thread."""
         self._server.should_exit = True
+
+
+@contextlib.contextmanager
+def _short_pauses() -> Iterator[None]:
+    """Keep threads from waiting long for Python: texts grow while requests are read.
+
+    A forward pass lets go of Python's lock in every operation, and with the usual interval waits 5
+    milliseconds for each while another thread computes. A full garbage collection stops all
+    threads for as long as it takes to visit every object; those of models and libraries stay.
+    """
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(_SWITCH)
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+        sys.setswitchinterval(interval)
 
 
 def _listening(host: str, port: int) -> socket.socket:
@@ -168,7 +189,7 @@ def _address(host: str, port: int) -> str:
 
 
 class _Server(uvicorn.Server):
-    """Ends with its engine: what runs may be finished, and what is not is told so."""
+    """Ends with its engine: what runs may be finished, the rest gets an error."""
 
     def __init__(self, config: uvicorn.Config, engine: Engine, grace: float) -> None:
         super().__init__(config)

@@ -6,22 +6,17 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import anyio.to_thread
 
 from multicolm.errors import BusyError, MulticolmError
-from multicolm.serving.engine import (
-    Begun,
-    Ended,
-    Engine,
-    Event,
-    Failed,
-    GenerationRequest,
-    Grown,
-    Handle,
-)
+from multicolm.serving.engine import Engine
+from multicolm.serving.events import Begun, Ended, Event, Failed, GenerationRequest, Grown
 from multicolm.serving.replies import Replies, Written, as_event
+from multicolm.serving.workers import Handle
+from multicolm.types import Trace
 
 __all__ = ["Places", "Texts"]
 
@@ -117,8 +112,7 @@ class Texts:
 
     def _listener(self, index: int) -> Callable[[Event], None]:
         def deliver(event: Event) -> None:
-            # A loop that has ended has nobody left to tell.
-            with contextlib.suppress(RuntimeError):
+            with contextlib.suppress(RuntimeError):  # the event loop has ended
                 self._loop.call_soon_threadsafe(self._news.put_nowait, (index, event))
 
         return deliver
@@ -137,25 +131,28 @@ class Texts:
     async def _events(
         self, first_token: Callable[[], None]
     ) -> AsyncIterator[tuple[int, Grown | Ended]]:
-        """What becomes of the texts, until all are finished.
+        """What becomes of the texts, until all are finished; each event is read when it is done.
 
         Raises:
             Exception: if one has failed.
         """
-        n_open, told = self._n, False
+        n_open, is_first = self._n, True
         while n_open:
             index, event = await self._next()
             assert not isinstance(event, Begun)
-            if not told:
+            if is_first:
                 first_token()
-                told = True
+                is_first = False
             if isinstance(event, Ended):
                 self.written[index].answer = event.answer
+                self.written[index].n_tokens = len(event.answer.trace)
                 n_open -= 1
             yield index, event
+            if isinstance(event, Grown):
+                self._engine.read(self._handles[index], event)
 
-    async def whole(self, replies: Replies, first_token: Callable[[], None]) -> bytes:
-        """The reply with all texts, once they are finished.
+    async def finish(self, first_token: Callable[[], None]) -> None:
+        """Wait until all texts are finished.
 
         Raises:
             Exception: if one has failed.
@@ -164,12 +161,15 @@ class Texts:
             if isinstance(event, Grown):
                 self.written[index].pieces += event.pieces
                 self.written[index].tokens += event.tokens
-        # Megabytes of JSON, text by text: others are served meanwhile.
-        choices = [
-            await anyio.to_thread.run_sync(replies.choice, index, written)
-            for index, written in enumerate(self.written)
-        ]
-        return replies.whole(choices, self.written)
+
+    async def whole(self, replies: Replies) -> AsyncGenerator[bytes, None]:
+        """The reply with all texts, part by part; they are finished."""
+        yield replies.beginning(self.written)
+        for index, written in enumerate(self.written):
+            # Megabytes of JSON, in a thread: others are served meanwhile.
+            choice = await anyio.to_thread.run_sync(replies.choice, index, written)
+            yield b", " * (index > 0) + choice
+        yield b"]}"
 
     async def chunks(
         self,
@@ -184,17 +184,18 @@ class Texts:
                 for index in range(self._n):
                     yield as_event(replies.opening(index))
             async for index, event in self._events(first_token):
+                written = self.written[index]
                 if isinstance(event, Grown):
-                    written = self.written[index]
                     yield as_event(replies.more(index, written, event.pieces, event.tokens))
                 else:
                     yield as_event(replies.end(index, event.answer))
+                    written.answer = replace(event.answer, trace=Trace(()))
                 await asyncio.sleep(0)  # others are served meanwhile, however much there is to read
             if with_usage:
                 yield as_event(replies.usage(self.written))
         except Exception as error:
-            # The reply has begun: whoever reads it is told there. What failed in the engine has
-            # been logged there.
+            # A text fails with whatever a policy or a model raised. The reply has begun, so the
+            # error is an event of it. The engine has logged what failed there.
             if not isinstance(error, MulticolmError):
                 _LOG.error("a stream broke off", exc_info=error)
             yield as_event(explained(error))

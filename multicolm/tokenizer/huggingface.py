@@ -23,6 +23,7 @@ _SENTENCEPIECE = {"Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"}
 _PREFIXING = ("normalizer", "pre_tokenizer")
 _PRIVATE = range(0x100000, 0x10FFFE)  # the last of Unicode's planes is for private use
 _BYTE = re.compile("<0x[0-9A-Fa-f]{2}>")
+_SHORT = 1024  # characters, which are tokens in 2 milliseconds
 
 
 class HuggingFaceTokenizer(TokenizerAdapter):
@@ -85,8 +86,7 @@ class HuggingFaceTokenizer(TokenizerAdapter):
         Raises:
             InputError: if the text holds a token that the model's weights do not know.
         """
-        encoded = self._outer.encode(text, add_special_tokens=False)
-        return self._readable([*self._front, *encoded.ids])
+        return self._readable([*self._front, *_encoded(self._outer, text)])
 
     def encode_rendered(self, text: str) -> list[int]:
         """Token ids of a prompt in which names of special tokens stand for these tokens.
@@ -110,7 +110,7 @@ class HuggingFaceTokenizer(TokenizerAdapter):
         return []
 
     def _encode_with_specials(self, text: str) -> list[int]:
-        return list(self._with_specials.encode(text, add_special_tokens=False).ids)
+        return _encoded(self._with_specials, text)
 
     @cached_property
     def _with_specials(self) -> Any:
@@ -135,8 +135,7 @@ class HuggingFaceTokenizer(TokenizerAdapter):
 
     def encode_continuation(self, text: str) -> list[int]:
         """Token ids of text that continues another."""
-        encoded = self._inner.encode(text, add_special_tokens=False)
-        return self._readable(list(encoded.ids))
+        return self._readable(_encoded(self._inner, text))
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -195,7 +194,7 @@ class HuggingFaceTokenizer(TokenizerAdapter):
             return self._readable(self._encode_with_specials(text))
         # The names that are left are the template's: they and those of the messages change places.
         text = replaced(text, {**self._stand_ins, **self._names})
-        return self._readable(list(self._of_stand_ins.encode(text, add_special_tokens=False).ids))
+        return self._readable(_encoded(self._of_stand_ins, text))
 
     def chat_text(self, messages: Sequence[Message]) -> str:
         """A chat in the model's own template, with names of special tokens.
@@ -264,6 +263,18 @@ class HuggingFaceTokenizer(TokenizerAdapter):
     def is_added(self, token_id: int) -> bool:
         """Whether the token is in no merge list or score table, only in the list of added ones."""
         return self._is_added[token_id]
+
+
+def _encoded(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of a text, without special tokens around it.
+
+    Other threads run while a long text is read: the library lets go of Python's lock for batches
+    only.
+    """
+    if len(text) <= _SHORT:
+        return list(tokenizer.encode(text, add_special_tokens=False).ids)
+    [encoded] = tokenizer.encode_batch_fast([text], add_special_tokens=False)
+    return list(encoded.ids)
 
 
 def _without_specials(settings: Mapping[str, Any], stand_ins: Mapping[str, str]) -> Any:

@@ -8,6 +8,7 @@ import json
 import socket
 import threading
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -199,6 +200,42 @@ def test_a_client_that_does_not_read_is_given_up_and_keeps_its_places_until_then
         with contextlib.suppress(ConnectionError):
             while part := connection.recv(1 << 20):
                 assert b"[DONE]" not in part
+
+
+def test_a_text_whose_client_does_not_read_pauses_in_its_place_and_others_grow() -> None:
+    gate = Gate(tokens=(*(chr(97 + i) * 40 for i in range(24)), "."))
+    gate.open.set()
+    body = {"model": "duo", "prompt": "a" * 40, "logprobs": 20}
+    unread = json.dumps({**body, "max_tokens": 1000, "stream": True}).encode()
+    limits = Limits(max_new_tokens=1000, send_seconds=SECONDS)
+    with running(gate.ensemble(), "duo", limits=limits, max_concurrent=2, grace=0.0) as server:
+        assert ask(server, COMPLETIONS, {**body, "max_tokens": 1}).status == 200  # all is loaded
+
+        def has_stopped(seen: list[int]) -> bool:
+            [worker] = server.engine._workers.values()
+            for handle in worker.active.values():
+                if handle.backlog.is_full and handle.row is not None:
+                    seen.append(len(handle.row.written))
+            return len(seen) > 20 and seen[-20] == seen[-1]
+
+        with connect(server) as connection:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
+            tracemalloc.start()
+            connection.sendall(post(COMPLETIONS, unread, Connection="close"))
+            paused: list[int] = []
+            until(lambda: has_stopped(paused))
+            memory, _ = tracemalloc.get_traced_memory()
+            tracemalloc.stop()
+            assert memory < 4e6  # all of it takes 8 MB
+            for _ in range(3):
+                reply = ask(server, COMPLETIONS, {**body, "max_tokens": 100})
+                assert reply.json["usage"]["completion_tokens"] == 100
+            assert has_stopped(paused) and paused[-1] < 600 and server.engine.stats().active == 1
+            got = b""
+            while part := connection.recv(1 << 20):
+                got += part
+        assert got.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
+        assert got.count(b'"offset"') == 1000
 
 
 def test_a_client_that_reads_slowly_and_steadily_gets_all_of_its_text(strict: Server) -> None:

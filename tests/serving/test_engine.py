@@ -17,17 +17,9 @@ from multicolm.decoding.row import Row
 from multicolm.decoding.token_reader import TokenReader
 from multicolm.errors import BusyError, ClosedError, InputError
 from multicolm.serving.catalog import Catalog, Choice
-from multicolm.serving.engine import (
-    _LOG,
-    Begun,
-    Ended,
-    Engine,
-    Event,
-    Failed,
-    GenerationRequest,
-    Grown,
-    Handle,
-)
+from multicolm.serving.engine import _LOG, Engine
+from multicolm.serving.events import Begun, Ended, Event, Failed, GenerationRequest, Grown
+from multicolm.serving.workers import Handle
 
 SHORT = GenerationConfig(max_new_tokens=3)
 ENDLESS = GenerationConfig(max_new_tokens=1_000_000)

@@ -317,6 +317,13 @@ def test_a_number_that_no_reply_can_repeat_is_refused_before_a_text_is_written(
     assert server.engine.stats().outcomes["finished"] == finished
 
 
+def test_a_reply_that_is_no_stream_has_a_bound_of_tokens_and_alternatives(server: Server) -> None:
+    wide = {"model": "tiny", "prompt": "a", "n": 40, "max_tokens": 512, "logprobs": 20}
+    reply = ask(server, COMPLETIONS, wide)
+    assert reply.status == 400 and reply.json["error"]["param"] == "logprobs"
+    assert "stream them" in reply.json["error"]["message"]
+
+
 def test_another_type_of_body_is_refused_so_that_no_web_page_can_send_one(server: Server) -> None:
     reply = ask(server, COMPLETIONS, raw=b"{}", headers={"Content-Type": "text/plain"})
     assert reply.status == 415 and "application/json" in reply.json["error"]["message"]
@@ -547,7 +554,7 @@ def test_what_a_models_server_cannot_do_is_told_without_its_address(
 ) -> None:
     for model in small.engine.ensemble.backends:
         model.server = "http://10.0.0.7:8000"
-    for said in ("its server http://10.0.0.7:8000 tells none", "http://10.0.0.7:8000: is slow"):
+    for said in ("its server http://10.0.0.7:8000 returns none", "http://10.0.0.7:8000: is slow"):
         gate.errors.append(CapabilityError(said))
         gate.open.set()
         reply = ask(small, COMPLETIONS, {"model": "duo", "prompt": "a"}, headers=KEY)
@@ -579,7 +586,7 @@ def test_the_operator_says_what_is_served(small: Server, alone: Ensemble) -> Non
     ):
         with pytest.raises(kind, match=said):
             Catalog(alone, "tiny", [allowed])
-    with pytest.raises(ConfigError, match="stands for two policies"):
+    with pytest.raises(ConfigError, match="names two policies"):
         Catalog(alone, "tiny", ["margin", "margin=confidence"])
 
 

@@ -20,8 +20,8 @@ from serving_worlds import HOSTILE, SECONDS, ask, running
 import multicolm
 from multicolm import Ensemble
 from multicolm.decoding.row import Row
-from multicolm.serving.engine import Handle
 from multicolm.serving.server import Server
+from multicolm.serving.workers import Handle
 
 N_CLIENTS = 64
 N_TURNS = 3

@@ -35,7 +35,7 @@ def tokens(answer: Answer) -> list[tuple[int, str, str]]:
     return [(token.id, token.text, token.model) for token in answer.trace]
 
 
-def told(extension: Any) -> list[tuple[int, str, str]]:
+def traced(extension: Any) -> list[tuple[int, str, str]]:
     return [(token["id"], token["text"], token["model"]) for token in extension["tokens"]]
 
 
@@ -53,7 +53,7 @@ def test_a_completion_is_what_generate_writes(
         answer = written(alone, prompt, policy)
         assert choice.text == answer.text
         extension = choice.model_extra["multicolm"]
-        assert told(extension) == tokens(answer)
+        assert traced(extension) == tokens(answer)
         assert joined(extension) == answer.text
         assert extension["finish_reason"] == answer.finish_reason
         assert choice.finish_reason == {"eos": "stop"}.get(answer.finish_reason, "length")
@@ -72,7 +72,7 @@ def test_a_stream_brings_the_same_bit_by_bit(
     choices = [part.choices[0] for part in parts]
     assert "".join(choice.text for choice in choices) == answer.text
     extensions = [choice.model_extra["multicolm"] for choice in choices]
-    assert [token for e in extensions for token in told(e)] == tokens(answer)
+    assert [token for e in extensions for token in traced(e)] == tokens(answer)
     assert "".join(map(joined, extensions)) == answer.text
     assert [choice.finish_reason for choice in choices[:-1]] == [None] * (len(choices) - 1)
     assert choices[-1].finish_reason is not None
@@ -90,7 +90,7 @@ def test_a_chat_is_what_generate_writes_streamed_or_not(
     [choice] = got.choices
     assert choice.message.content == answer.text
     assert choice.message.role == "assistant"
-    assert told(choice.model_extra["multicolm"]) == tokens(answer)
+    assert traced(choice.model_extra["multicolm"]) == tokens(answer)
     stream = client.chat.completions.create(**asked, max_tokens=24, stream=True)
     deltas = [part.choices[0].delta for part in stream]
     assert deltas[0].role == "assistant"
@@ -236,16 +236,18 @@ def test_the_likeliest_tokens_are_told_by_text_in_completions(
     asked: dict[str, Any] = {"model": "tiny:average", "prompt": PROMPTS[0], "max_tokens": 24}
     logprobs = client.completions.create(**asked, logprobs=3).choices[0].logprobs
     assert logprobs is not None and logprobs.top_logprobs is not None
-    for told, token in zip(logprobs.top_logprobs, answer.trace, strict=True):
+    for named, token in zip(logprobs.top_logprobs, answer.trace, strict=True):
         want = {each.text: each.logprob for each in token.alternatives}
-        assert told == pytest.approx(want, abs=1e-4)
-        assert max(told, key=lambda text: told[text]) == token.text
+        assert named == pytest.approx(want, abs=1e-4)
+        assert max(named, key=lambda text: named[text]) == token.text
     parts = [
         part.choices[0].logprobs
         for part in client.completions.create(**asked, logprobs=3, stream=True)
     ]
-    streamed = [told for part in parts if part for told in part.top_logprobs or []]
-    assert [sorted(told) for told in streamed] == [sorted(told) for told in logprobs.top_logprobs]
+    streamed = [named for part in parts if part for named in part.top_logprobs or []]
+    assert [sorted(named) for named in streamed] == [
+        sorted(named) for named in logprobs.top_logprobs
+    ]
 
 
 def test_a_token_that_was_drawn_is_told_beside_the_likeliest_ones(
@@ -257,11 +259,11 @@ def test_a_token_that_was_drawn_is_told_beside_the_likeliest_ones(
     logprobs = got.choices[0].logprobs
     assert logprobs is not None and logprobs.top_logprobs is not None
     sizes = []
-    for text, number, told in zip(
+    for text, number, named in zip(
         logprobs.tokens or [], logprobs.token_logprobs or [], logprobs.top_logprobs, strict=True
     ):
-        assert told[text] == number
-        sizes.append(len(told))
+        assert named[text] == number
+        sizes.append(len(named))
     assert set(sizes) == {1, 2}
 
 
@@ -275,11 +277,11 @@ def test_the_likeliest_tokens_of_a_chat_come_with_their_bytes(
     )
     logprobs = got.choices[0].logprobs
     assert logprobs is not None and logprobs.content is not None
-    for told, token in zip(logprobs.content, answer.trace, strict=True):
-        assert [each.token for each in told.top_logprobs] == [e.text for e in token.alternatives]
+    for named, token in zip(logprobs.content, answer.trace, strict=True):
+        assert [each.token for each in named.top_logprobs] == [e.text for e in token.alternatives]
         want = pytest.approx([each.logprob for each in token.alternatives], abs=1e-4)
-        assert [each.logprob for each in told.top_logprobs] == want
-        assert told.top_logprobs[0].bytes == told.bytes
+        assert [each.logprob for each in named.top_logprobs] == want
+        assert named.top_logprobs[0].bytes == named.bytes
     [choice] = got.choices
     kept = [token["alternatives"] for token in choice.model_extra["multicolm"]["tokens"]]
     assert [[each["id"] for each in token] for token in kept] == [
@@ -315,8 +317,8 @@ def test_models_are_listed_with_what_they_are(client: openai.OpenAI, alone: Ense
     # Not trained, so there is nothing to serve.
     assert "tiny:co-llm" not in {entry.id for entry in listed}
     assert listed[0].model_extra["multicolm"]["models"] == list(alone.models)
-    told = {entry.id: entry.model_extra["multicolm"]["top_logprobs"] for entry in listed}
-    assert (told["tiny"], told["tiny:byte-mixture"]) == (20, 0)
+    named = {entry.id: entry.model_extra["multicolm"]["top_logprobs"] for entry in listed}
+    assert (named["tiny"], named["tiny:byte-mixture"]) == (20, 0)
     assert client.models.retrieve("tiny:confidence@0.3").id == "tiny:confidence@0.3"
 
 

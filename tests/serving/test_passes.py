@@ -53,7 +53,7 @@ class OncePerText(SelectPolicy):
 
 
 class ByState(SelectPolicy):
-    """Looks at the base model's last hidden state."""
+    """Decides on the base model's last hidden state."""
 
     name = "by-state"
     base_signals: ClassVar[Any] = {"hidden"}
@@ -83,17 +83,27 @@ def together(runner: Runner, lives: Sequence[Live]) -> None:
         (cached, LONG_PROMPTS[:5], ["confidence", "average", "speculative", ByState()]),
         (cached, LONG_PROMPTS[:5], ["btm", TOP_1, OncePerText(), "confidence"]),
     ],
-    ids=["looks", "lazy", "words", "text", "text-mixed", "mixed", "bytes", "cached", "text-cached"],
+    ids=[
+        "drafted",
+        "lazy",
+        "words",
+        "text",
+        "text-mixed",
+        "mixed",
+        "bytes",
+        "cached",
+        "text-cached",
+    ],
 )
 @pytest.mark.parametrize("schedule", ["stepwise", "block"])
-def test_texts_of_other_policies_change_nothing(
+def test_texts_of_other_policies_and_pauses_change_nothing(
     world: Any, prompts: list[str], policies: list[Any], schedule: Any
 ) -> None:
     models = world().backends
     ensemble = Ensemble(models, generation=GenerationConfig(schedule=schedule, block_size=4))
     runner = Runner(ensemble.backends, 4)
     lives = [ensemble.live(policy, runner=runner) for policy in policies]
-    chance = random.Random(len(prompts))
+    chance, pausing = random.Random(len(prompts)), random.Random(1)
     coming: list[tuple[int, Row]] = []
     asked = []
     for number in range(4 * len(prompts)):
@@ -110,6 +120,8 @@ def test_texts_of_other_policies_change_nothing(
                 k, row = coming.pop(0)
                 lives[k].add(row)
                 under_way.append((k, row))
+        for _, row in under_way:
+            row.is_paused = pausing.random() < 0.1
         together(runner, lives)
         for live in lives:
             done |= {row.number: live.answer(row) for row in live.finished()}
@@ -127,7 +139,7 @@ def test_texts_of_other_policies_change_nothing(
 
 
 class Counted(Session):
-    """How often it is fed, and how many rows at a time; it breaks when it is told to."""
+    """How often it is fed, and how many rows at a time; it breaks when `broken` is set."""
 
     def __init__(self, inner: Session, name: str, fed: list[tuple[str, int]]) -> None:
         self._inner, self._name, self._fed = inner, name, fed
@@ -215,7 +227,7 @@ def test_a_model_that_breaks_costs_those_who_wanted_it_and_is_opened_anew() -> N
             failed.append(f"{name}: {error}")
 
     names = ["average", "max-confidence", "single"]
-    lives = world.lives(names)  # the last one never looks at the other model
+    lives = world.lives(names)  # the last one never runs the other model
     world.runner.run([round_(*each) for each in zip(names, lives, strict=True)])
     assert failed == [] and len(world.sessions) == 2
     world.sessions[1].broken = True
@@ -284,7 +296,7 @@ class Breaking:
 
         def feed(rows: Any, tokens: Any, n_last: Any, *, hidden: bool = False) -> ModelOutput:
             if self.chance.random() < 0.03:
-                # A part has been read, and something else stands in the cache.
+                # A part has been read, and something else is in the cache.
                 wrong = [[token + 1 if token else 0 for token in line] for line in tokens]
                 whole(rows, wrong, n_last, hidden=hidden)
                 self.n_failed += 1

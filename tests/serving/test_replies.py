@@ -23,11 +23,11 @@ def test_an_impossible_or_unknown_log_probability_is_one_that_clients_can_read(
     replies = Replies(kind, "id", "tiny", {}, 0, lambda token: b"ab"[token % 2 :][:1], True)
     chunk = replies.more(0, Written(), [Piece(0, "aba", "base")], tokens)
     [choice] = json.loads(as_event(chunk).removeprefix(b"data: "))["choices"]
-    told = choice["logprobs"]
+    given = choice["logprobs"]
     if kind == "chat":
-        assert [token["logprob"] for token in told["content"]] == shown
+        assert [token["logprob"] for token in given["content"]] == shown
     else:
-        assert told["token_logprobs"] == shown
+        assert given["token_logprobs"] == shown
     assert [token["logprob"] for token in choice["multicolm"]["tokens"]] == [-0.5, None, None]
 
 

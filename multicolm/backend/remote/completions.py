@@ -35,7 +35,7 @@ def completions(
     final_500: bool = False,
     **more: Any,
 ) -> tuple[list[Completion], dict[str, Any]]:
-    """Ask how some texts go on, in one request.
+    """Ask how to continue some texts, in one request.
 
     Args:
         server: whom to ask.

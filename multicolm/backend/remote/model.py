@@ -28,7 +28,7 @@ __all__ = ["LlamaCppServerModel", "OpenAIModel", "RemoteModel", "SglangModel", "
 
 
 class RemoteModel(Model):
-    """A model in a server; what it shows is what the server was found to give.
+    """A model in a server; what it shows is what the server was found to return.
 
     Args:
         name: its name in the ensemble.
@@ -125,7 +125,7 @@ class RemoteModel(Model):
         prompt_format = PromptFormat(
             self.tokenizer,
             takes_ids=self._abilities.takes_ids,
-            tells_ids=self._abilities.max_top_logprobs != 0,
+            returns_ids=self._abilities.max_top_logprobs != 0,
             name=self.name,
             server=self.server,
         )

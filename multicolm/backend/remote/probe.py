@@ -33,13 +33,13 @@ NEUTRAL: dict[str, Any] = {
     "frequency_penalty": 0.0,
     "presence_penalty": 0.0,
 }
-"""Parameters by which servers are told not to avoid repetitions, as llama-cpp-python's does."""
+"""Parameters with which servers do not avoid repetitions, as llama-cpp-python's does."""
 
 WARM_UP = 180.0
 """Seconds that the first request may take: engines compile, and load what they put off."""
 
 _TEXTS = ("What is 2 + 2? It is 4.", "naïve café, Straße; 你好 😀\n\ttabs  and blanks ")
-_SOME = 20  # log-probabilities, as many as vLLM and others give if they are not told otherwise
+_SOME = 20  # log-probabilities, as many as vLLM and others give by default
 _OFTEN_ALLOWED = (_SOME, 10, 5, 1)
 _SMALL_VOCABULARY = 4096
 # How to ask for all log-probabilities: vLLM takes -1, and llama.cpp gives as many as there are.
@@ -82,8 +82,8 @@ class Abilities:
             where it does not return all.
         unreported: tokens of which no row comes back if it writes them; so it is kept from that.
         scoring: how it returns the log-probabilities of a prompt's own tokens, if it does.
-        is_neutral: whether it can be told not to avoid what it wrote before; asked only of a server
-            whose text is all there is.
+        is_neutral: whether it can be kept from avoiding what it wrote before; asked only of a
+            server whose text is all there is.
         max_tokens_0: what it makes of ``max_tokens: 0``; it is never asked for that.
         context_length: the most tokens of a text that it continues; ``None`` if it is not
             known.

@@ -2,7 +2,7 @@
 
 Nothing is kept at the server: every request names the whole text so far, and the engine's prefix
 cache makes that cheap. What the server said is remembered by its place in the text. So cutting a
-text costs nothing, and where the model's own text goes on, what it foresaw answers later feeds.
+text costs nothing, and where the text follows what the model foresaw, that answers later feeds.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ class _Text:
 
     Attributes:
         ids: the text.
-        line: the text, or where it was cut back, how it went on; and after it what was foreseen.
+        line: the text, or where it was cut back, what came then; and after it what was foreseen.
         known: per number of tokens in front, what may come next; right as long as these are the
             first of ``line``.
         n_ahead: how many tokens to ask for next time.
-        asked_at: the length of the text when the server was last asked to go on.
+        asked_at: the length of the text when the server was last asked to continue it.
         n_foreseen: how many tokens it wrote then.
         n_right: how many of these the text has followed until it took another way; ``None`` while
             it has taken none.
@@ -57,7 +57,7 @@ class _Text:
     n_right: int | None = None
 
     def extend(self, tokens: Sequence[int]) -> None:
-        """The text goes on."""
+        """Add tokens to the text."""
         start = len(self.ids)
         self.ids.extend(tokens)
         same = self.line[start : start + len(tokens)]
@@ -224,7 +224,7 @@ class RemoteSession(Session):
 
     def _learn(self, rows: Sequence[int], n_last: Sequence[int]) -> list[int]:
         """Ask for what is not known; returns in how many requests each row had a part."""
-        going: list[_Text] = []
+        ended: list[_Text] = []
         scored: list[_Text] = []
         inner: list[tuple[_Text, int]] = []
         calls = []
@@ -235,15 +235,15 @@ class RemoteSession(Session):
             if len(missing) > 1 and self._is_cheaper_scored(end, len(missing)):
                 scored.append(text)
             else:
-                going += [text] if end in missing else []
+                ended += [text] if end in missing else []
                 inner += [(text, place) for place in missing if place < end]
             calls.append(1 if missing else 0)
         if scored:
             self._score(scored)
         if inner:
-            self._fill([*inner, *((text, len(text.ids)) for text in going)])
-        elif going:
-            self._go_on(going)
+            self._fill([*inner, *((text, len(text.ids)) for text in ended)])
+        elif ended:
+            self._continue(ended)
         return calls
 
     def _is_cheaper_scored(self, n_tokens: int, n_missing: int) -> bool:
@@ -253,8 +253,8 @@ class RemoteSession(Session):
         n_returned = self._abilities.n_returned
         return n_tokens * n_returned <= n_missing * (n_returned + _A_TEXT)
 
-    def _go_on(self, texts: Sequence[_Text]) -> None:
-        """Ask how texts go on, as far as that is likely to be of use."""
+    def _continue(self, texts: Sequence[_Text]) -> None:
+        """Ask how to continue texts, as far as that is likely to be of use."""
         n_tokens = max(text.plan(self._most_ahead) for text in texts)
         n_tokens = min([n_tokens, *(self._room(text) for text in texts)])
         n_tokens = self._prompt_format.at_least(n_tokens)

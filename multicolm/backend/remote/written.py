@@ -24,7 +24,7 @@ class PromptFormat:
     Args:
         tokenizer: of the model.
         takes_ids: whether prompts are token ids.
-        tells_ids: whether what is written comes back as token ids.
+        returns_ids: whether what is written comes back as token ids.
         name: of the model, for messages.
         server: its address, for messages.
     """
@@ -34,20 +34,20 @@ class PromptFormat:
         tokenizer: TokenizerAdapter,
         *,
         takes_ids: bool,
-        tells_ids: bool,
+        returns_ids: bool,
         name: str,
         server: str,
     ) -> None:
         self._tokenizer = tokenizer
         self._takes_ids = takes_ids
-        self._tells_ids = tells_ids
+        self._returns_ids = returns_ids
         self._name = name
         self._server = server
         self._start = tokenizer.encode("")
 
     def at_least(self, n_tokens: int) -> int:
         """How many tokens to ask for where so many are wanted."""
-        return n_tokens if self._tells_ids else max(n_tokens, _A_FEW)
+        return n_tokens if self._returns_ids else max(n_tokens, _A_FEW)
 
     def prompt(self, ids: Sequence[int]) -> Sequence[int] | str:
         """A text as the server takes it.

@@ -14,7 +14,7 @@ _LOWEST = float(torch.finfo(torch.float32).min)  # what it writes for -inf
 
 
 class FakeLlama(FakeVllm):
-    """It tells ids beside the text, and nothing of a token that ends within a character.
+    """It returns ids beside the text, and nothing of a token that ends within a character.
 
     ``manners.max_model_len`` is the room that all texts of a request share. Of a parameter that
     it does not know it says nothing.
@@ -49,12 +49,12 @@ class FakeLlama(FakeVllm):
             others = [self._entry(i, tokenizer.token_bytes(i), row) for i in top]
             entries.append({**self._entry(token, pending, row), "top_logprobs": others})
             pending = b""
-        told = bool(entries) and (body.get("logprobs") or 0) > 0
+        listed = bool(entries) and (body.get("logprobs") or 0) > 0
         return {
             "index": number,
             "text": self._text(written),
             "finish_reason": "stop" if ended else "length",
-            "logprobs": {"content": entries} if told else None,
+            "logprobs": {"content": entries} if listed else None,
         }
 
     def _entry(self, token: int, content: bytes, row: torch.Tensor) -> dict[str, Any]:

@@ -1,6 +1,6 @@
-"""A server that answers as vLLM does, from a real small model; and misbehaves when it is told to.
+"""A server that answers as vLLM does, from a real small model; and misbehaves on demand.
 
-It speaks HTTP over a real socket. What it can do is said by :class:`Manners`, and so it stands for
+It speaks HTTP over a real socket. What it can do is said by :class:`Manners`, so that it serves as
 other servers too; what goes wrong by :meth:`FakeVllm.go_wrong`. The forms of requests, answers and
 errors are those that vLLM 0.32.0 was seen to have.
 """
@@ -36,8 +36,8 @@ class Manners:
     Attributes:
         takes_ids: prompts may be token ids; else the status is ``refusal``.
         takes_several: a request may hold several prompts.
-        tells_ids: tokens may be named ``token_id:7``; else they are named by their text.
-        max_logprobs: how many log-probabilities it tells at most, -1 for all; 0 ignores the wish.
+        returns_ids: tokens may be named ``token_id:7``; else they are named by their text.
+        max_logprobs: how many log-probabilities it returns at most, -1 for all; 0 ignores the wish.
         returns_named: whether ``logprob_token_ids`` works; else it is ignored.
         clamps: gives ``max_logprobs`` where more are wanted, instead of refusing.
         prompt_logprobs: whether that parameter works; else it is ignored.
@@ -51,7 +51,7 @@ class Manners:
 
     takes_ids: bool = True
     takes_several: bool = True
-    tells_ids: bool = True
+    returns_ids: bool = True
     max_logprobs: int = -1
     returns_named: bool = True
     clamps: bool = False
@@ -196,24 +196,24 @@ class FakeVllm:
             raise Refused(400, f"max_tokens must be at least 1, got {room}.")
         k = self._n_logprobs(body.get("logprobs"))
         written, rows, ended = self._write(ids, min(n_tokens, room), body)
-        named = bool(body.get("return_tokens_as_token_ids")) and manners.tells_ids
-        told = list(zip(written, rows, strict=True))
+        named = bool(body.get("return_tokens_as_token_ids")) and manners.returns_ids
+        listed = list(zip(written, rows, strict=True))
         prompt_rows = self._prompt_rows(ids)
         if body.get("echo") and manners.echo:
-            told = [*zip(ids, prompt_rows, strict=True), *told]
+            listed = [*zip(ids, prompt_rows, strict=True), *listed]
         logprobs = None
         also = body.get("logprob_token_ids", []) if manners.returns_named else []
         if rows and any(i >= len(rows[0]) for i in also):
             raise Refused(400, f"Token id {max(also)} is out of vocabulary")
         if k is not None:
             logprobs = {
-                "tokens": [self._token(i, named) for i, _ in told],
-                "token_logprobs": [None if r is None else _number(r[i]) for i, r in told],
+                "tokens": [self._token(i, named) for i, _ in listed],
+                "token_logprobs": [None if r is None else _number(r[i]) for i, r in listed],
                 "top_logprobs": [
                     None
                     if r is None
                     else {self._token(j, named): p for j, p in _top(r, k, i, also)}
-                    for i, r in told
+                    for i, r in listed
                 ],
             }
         scored = None

@@ -250,7 +250,7 @@ def test_a_comparison_goes_on_where_a_server_that_died_stopped_it(
     assert n_kept > 1
     assert [row.name for row in got.rows] == [row.name for row in want.rows]
     assert [row.quality for row in got.rows] == [row.quality for row in want.rows]
-    # What this server does not tell, traces do not show.
+    # What this server does not return, traces do not show.
     assert any("Traces do not show model 'facts'" in sentence for sentence in got.warnings)
     shutil.rmtree(tmp_path / "there")
 

@@ -82,7 +82,7 @@ def changed(answer: dict[str, Any], **choice: Any) -> dict[str, Any]:
 
 
 def with_top(answer: dict[str, Any], tops: dict[str, Any]) -> dict[str, Any]:
-    """An answer that tells these log-probabilities of each token."""
+    """An answer with these log-probabilities of each token."""
     for each in answer["choices"]:
         n = len(each["logprobs"]["tokens"])
         each["logprobs"]["top_logprobs"] = [tops] * n
@@ -260,7 +260,7 @@ def test_the_same_name_and_place_do_not_make_it_the_same_model(serve: Serve) -> 
     another = local("math")
     fake.restart()
     forward(model)
-    plain, another.name = another.name, "facts"  # what /v1/models tells is as before
+    plain, another.name = another.name, "facts"  # what /v1/models lists is as before
     try:
         fake.restart(model=another)
         with pytest.raises(ServerError, match="is another model now"):

@@ -177,7 +177,7 @@ def change(answer: Any, where: int, how: str, odd: Any, other: int) -> None:
         holder[key] = copy.deepcopy(odd)
     elif how == "remove":
         del holder[key]
-    elif how == "swap":  # with what stands elsewhere, of whatever type
+    elif how == "swap":  # with what is elsewhere, of whatever type
         there, name = found[other % len(found)]
         holder[key], there[name] = copy.deepcopy(there[name]), copy.deepcopy(holder[key])
     elif isinstance(holder, list):
@@ -363,7 +363,7 @@ LIES: dict[str, tuple[str, Callable[[Any], Any], str]] = {
     ),
     "probabilities that sum to more than 1": (
         "vllm, prompt_logprobs",
-        lambda a: [told.update(logprob=-0.5) for told in first(a)["prompt_logprobs"][3].values()],
+        lambda a: [known.update(logprob=-0.5) for known in first(a)["prompt_logprobs"][3].values()],
         "the probabilities of an entry of `prompt_logprobs` sum to ",
     ),
     "ids beyond the vocabulary": (

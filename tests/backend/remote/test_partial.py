@@ -1,4 +1,4 @@
-"""Servers that tell of their likeliest tokens only: the rest is unknown, and nobody makes it up."""
+"""Servers that return their likeliest tokens only: the rest is unknown, and nobody makes it up."""
 
 from __future__ import annotations
 

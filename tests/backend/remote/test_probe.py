@@ -32,7 +32,7 @@ Serve = Callable[..., FakeVllm]
             Manners(max_tokens_0="unlimited", takes_ids=False, refusal=500),
             (False, 0, None, "writes on without a limit"),
         ),
-        (Manners(tells_ids=False), (True, 0, None, "is refused")),
+        (Manners(returns_ids=False), (True, 0, None, "is refused")),
         (Manners(max_logprobs=0), (True, 0, None, "is refused")),
         (Manners(takes_ids=False, refusal=422), (False, 0, None, "is refused")),
         (TEXT_ONLY, (False, 0, None, "is refused")),

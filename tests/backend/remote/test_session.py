@@ -1,4 +1,4 @@
-"""A model in a server shows what it shows in this process, with fewer requests than looks."""
+"""A model in a server shows what it shows in this process, with fewer requests than passes."""
 
 from __future__ import annotations
 

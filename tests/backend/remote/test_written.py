@@ -14,7 +14,7 @@ TOKENIZER = HuggingFaceTokenizer(byte_level(specials=["<|user|>"]), "m")
 
 def prompt_format(*, takes_ids: bool) -> PromptFormat:
     server = "http://127.0.0.1:1"
-    return PromptFormat(TOKENIZER, takes_ids=takes_ids, tells_ids=False, name="m", server=server)
+    return PromptFormat(TOKENIZER, takes_ids=takes_ids, returns_ids=False, name="m", server=server)
 
 
 def test_special_tokens_are_put_to_a_server_of_text_by_their_names() -> None:
