@@ -151,8 +151,6 @@ class Engine:
         # What follows is the working thread's own.
         self._runner = Runner(ensemble.backends, max_concurrent, clock)
         self._workers = PolicyWorkers(ensemble, self._runner, self._news)
-        self._queue: dict[int, Handle] = {}
-        self._n_active = 0
         self._n_broken_off = 0
         self._thread = threading.Thread(target=self._work, name="multicolm-engine", daemon=True)
 
@@ -250,7 +248,7 @@ class Engine:
     def stats(self) -> Stats:
         """Its state now."""
         with self._news:
-            active = self._n_active
+            active = self._workers.n_active
             return Stats(
                 active,
                 max(0, self._n_texts - active),
@@ -272,7 +270,7 @@ class Engine:
         try:
             with torch_threads(ensemble.backends, ensemble.generation.threads):
                 while self._listen():
-                    self._admit()
+                    self._workers.admit()
                     at_work = [worker for worker in self._workers.values() if worker.can_write]
                     for worker in at_work:
                         worker.pause_unread()
@@ -290,9 +288,9 @@ class Engine:
             Whether there is anything left to do.
         """
         with self._news:
-            while not (self._coming or self._leaving or self._can_work()):
+            while not (self._coming or self._leaving or self._workers.can_work):
                 left = self._time_left()
-                if left is not None and (left <= 0 or not (self._queue or self._n_active)):
+                if left is not None and (left <= 0 or self._workers.is_idle):
                     return False
                 self._news.wait(left)
             coming, leaving = list(self._coming), list(self._leaving)
@@ -309,10 +307,6 @@ class Engine:
         """Seconds until what runs is broken off; ``None`` while it is not shutting down."""
         return None if self._deadline is None else self._deadline - self._clock()
 
-    def _can_work(self) -> bool:
-        """Whether a text can be written further, or begun."""
-        return self._next() is not None or any(w.can_write for w in self._workers.values())
-
     def _accept(self, handle: Handle) -> None:
         """Read the prompt of a new text, and let it wait for a slot."""
         request = handle.request
@@ -324,31 +318,9 @@ class Engine:
             return
         row.number = handle.number
         handle.row = row
-        worker.waiting[handle.number] = handle
-        self._queue[handle.number] = handle
+        self._workers.enqueue(worker, handle)
         n_prompt = next(len(ids) for ids in row.prompt_ids if ids)
         handle.deliver(Begun(n_prompt))
-
-    def _admit(self) -> None:
-        """Give slots to those who wait."""
-        while (handle := self._next()) is not None:
-            worker = self._workers.get(handle.request.choice.key)
-            assert worker is not None and handle.row is not None
-            del self._queue[handle.number]
-            worker.active[handle.number] = worker.waiting.pop(handle.number)
-            worker.live.add(handle.row)
-            self._n_active += 1
-
-    def _next(self) -> Handle | None:
-        """Who gets the next slot, if there is one: first come, first served."""
-        if not self._queue or self._n_active == self.max_concurrent:
-            return None
-        handle = next(iter(self._queue.values()))
-        worker = self._workers.get(handle.request.choice.key)
-        assert worker is not None, "who waits keeps it from being closed"
-        # Nobody overtakes who waits for room, or those who work would never be done.
-        has_room = worker.active or not self._n_active or self._workers.has_room(worker)
-        return handle if has_room else None
 
     def _round(self, worker: PolicyWorker) -> Passes[None]:
         """One round of a policy's loop, and the news of it."""
@@ -369,7 +341,6 @@ class Engine:
             handle.deliver(Ended(answer))
 
     def _taken_out(self, worker: PolicyWorker, number: int) -> Handle:
-        self._n_active -= 1
         return worker.active.pop(number)
 
     def _start_over(self, worker: PolicyWorker, error: Exception) -> None:
@@ -382,7 +353,6 @@ class Engine:
             assert handle.row is not None
             worker.live.cancel(handle.row)  # its slot is for others too
         worker.active.clear()
-        self._n_active -= len(failed)
         self._workers.retire([worker])
         for handle in failed:
             self._fail(handle, error)
@@ -391,8 +361,8 @@ class Engine:
         try:
             self._workers.reopen(worker)
         except Exception as again:  # of anybody's policy
-            for number, handle in worker.waiting.items():
-                del self._queue[number]
+            for handle in list(worker.waiting.values()):
+                self._workers.dequeue(worker, handle)
                 self._fail(handle, again)
 
     def _let_go(self, handle: Handle) -> None:
@@ -401,10 +371,9 @@ class Engine:
         if worker is None or handle.row is None:
             return
         if worker.active.pop(handle.number, None) is not None:
-            self._n_active -= 1
             worker.live.cancel(handle.row)
-        elif worker.waiting.pop(handle.number, None) is not None:
-            del self._queue[handle.number]
+        elif handle.number in worker.waiting:
+            self._workers.dequeue(worker, handle)
         else:
             return
         self._end(handle, "cancelled", worker.live.tokens(handle.row))
@@ -431,8 +400,6 @@ class Engine:
             workers = list(self._workers.values())
             self._workers.retire(workers)
         left += [handle for worker in workers for handle in worker.handles]
-        self._queue.clear()
-        self._n_active = 0
         self._n_broken_off = len(left)
         for handle in left:
             self._fail(handle, ClosedError("the server has shut down before this was finished."))

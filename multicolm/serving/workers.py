@@ -131,6 +131,7 @@ class PolicyWorkers:
         self._runner = runner
         self._lock = lock
         self._by_key: dict[str, PolicyWorker] = {}
+        self._queue: dict[int, Handle] = {}
         self._retired = dict.fromkeys(ensemble.models, Usage())
 
     def __len__(self) -> int:
@@ -178,6 +179,48 @@ class PolicyWorkers:
         idle = [w for w in others if w.is_idle][: max(0, len(others) + 1 - _KEPT)]
         self.retire(idle)
         return len(others) - len(idle) < _KEPT
+
+    @property
+    def n_active(self) -> int:
+        """How many texts have a slot."""
+        return sum(len(worker.active) for worker in self.values())
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether there are no texts at all."""
+        return all(worker.is_idle for worker in self.values())
+
+    @property
+    def can_work(self) -> bool:
+        """Whether a text can be written further, or begun."""
+        return self._next() is not None or any(worker.can_write for worker in self.values())
+
+    def enqueue(self, worker: PolicyWorker, handle: Handle) -> None:
+        """Let a text wait for a slot."""
+        worker.waiting[handle.number] = self._queue[handle.number] = handle
+
+    def dequeue(self, worker: PolicyWorker, handle: Handle) -> None:
+        """Let a text wait no longer."""
+        del worker.waiting[handle.number], self._queue[handle.number]
+
+    def admit(self) -> None:
+        """Give slots to those who wait, first come, first served."""
+        while (found := self._next()) is not None:
+            worker, handle = found
+            assert handle.row is not None
+            self.dequeue(worker, handle)
+            worker.active[handle.number] = handle
+            worker.live.add(handle.row)
+
+    def _next(self) -> tuple[PolicyWorker, Handle] | None:
+        """Who gets the next slot, if there is one."""
+        if not self._queue or self.n_active == self._runner.slots.n:
+            return None
+        handle = next(iter(self._queue.values()))
+        worker = self._by_key[handle.request.choice.key]  # who waits keeps it from being closed
+        # Nobody overtakes who waits for room, or those who work would never be done.
+        has_room = worker.active or not self.n_active or self.has_room(worker)
+        return (worker, handle) if has_room else None
 
     def usage(self) -> dict[str, Usage]:
         """What each model did for policies that work, and for those that did before."""

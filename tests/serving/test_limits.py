@@ -574,7 +574,7 @@ def test_the_operator_says_what_is_served(small: Server, alone: Ensemble) -> Non
         "params": {"threshold": 0.25},
     }
     with pytest.raises(InputError, match="no threshold of deferral"):
-        catalog.choose("tiny@0.25")
+        Catalog(Ensemble(alone.backends, policy="average"), "tiny", []).choose("tiny@0.25")
     assert Catalog(Ensemble(alone.backends, policy="entropy"), "tiny", []).choose(
         "tiny@0.25"
     ).params == {"threshold": 0.25}
@@ -582,7 +582,7 @@ def test_the_operator_says_what_is_served(small: Server, alone: Ensemble) -> Non
         ("nope", "unknown policy 'nope'", UnknownNameError),
         ("./folder", "clients need a name for it; write NAME=./folder", ConfigError),
         ("a:b=confidence", "a name has no ':'", ConfigError),
-        ("co-llm", "train", CapabilityError),
+        ("cosd-tree", "train", CapabilityError),
     ):
         with pytest.raises(kind, match=said):
             Catalog(alone, "tiny", [allowed])
