@@ -163,7 +163,8 @@ def test_policies_that_need_caches_of_their_own_do_not_multiply_them() -> None:
         until(lambda: desk.engine.stats().active == 4)
         late = desk.ask(choice=wanted[0])  # its policy is at work, and others came before
         for done, handle in enumerate(endless):
-            until(lambda n=done: desk.engine.stats().active >= min(4, len(wanted) - n))
+            # Who waits for a policy that has caches keeps these: three others are at work then.
+            until(lambda n=done: desk.engine.stats().active >= min(3, len(wanted) - n))
             most = max(most, with_caches())
             assert isinstance(desk.next(handle), Begun) and isinstance(desk.next(handle), Grown)
             desk.engine.cancel(handle)
