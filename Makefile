@@ -40,11 +40,10 @@ lint: $(VENV)/.installed-dev
 	@$(BIN)/ruff format --check .
 
 types: $(VENV)/.installed-dev
-	@echo "== mypy --strict on the package"
-	@$(BIN)/mypy --strict multicolm
+	@echo "== mypy --strict on the package and its tools"
+	@$(BIN)/mypy --strict multicolm tools
 
-# BEFORE_TESTS names targets; nothing may be installed into .venv while tests run in it.
-tests: $(VENV)/.installed-dev $(BEFORE_TESTS)
+tests: $(VENV)/.installed-dev
 	@echo "== tests"
 	@$(BIN)/python $(PYTEST) --ignore tests/engines
 
