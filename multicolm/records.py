@@ -1,11 +1,12 @@
 """Records of a data set, from a file or from the Hub, one after the other; never all in memory.
 
-JSON lines need nothing else; Parquet and the Hub are read by the library ``datasets`` (the extra
-``data``).
+JSON lines and CSV need nothing else; Parquet and the Hub are read by the library ``datasets`` (the
+extra ``data``).
 """
 
 from __future__ import annotations
 
+import csv
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from multicolm.errors import ConfigError, InputError
 
 __all__ = ["Source", "text_lines"]
 
-_FILES = (".jsonl", ".json", ".parquet")
+_FILES = (".jsonl", ".json", ".csv", ".parquet")
 
 
 def text_lines(text: str) -> list[str]:
@@ -37,8 +38,8 @@ class Source:
     a line of JSON may be, or a mapping.
 
     Attributes:
-        name: a file of JSON lines (``.jsonl``, ``.json``), a ``.parquet`` file, or ``org/name`` on
-            the Hub.
+        name: a file of JSON lines (``.jsonl``, ``.json``), a ``.csv`` file whose first line names
+            the fields, a ``.parquet`` file, or ``org/name`` on the Hub.
         split: of a data set of the Hub.
         subset: of a data set of the Hub, where it has several.
         revision: of a data set of the Hub.
@@ -64,8 +65,8 @@ class Source:
         if not is_path and self.name.count("/") <= 1:
             return ""
         return (
-            f"'{self.name}' is no data set; allowed are a .jsonl or .parquet file, and the name of "
-            "a data set on the Hub."
+            f"'{self.name}' is no data set; allowed are a .jsonl, .csv or .parquet file, and the "
+            "name of a data set on the Hub."
         )
 
     def __iter__(self) -> Iterator[tuple[str, Any]]:
@@ -73,8 +74,10 @@ class Source:
 
         Raises:
             ConfigError: if the source cannot be read, or ``datasets`` is needed and missing.
-            InputError: if a line is no JSON.
+            InputError: if a line is no JSON, or has other fields than the first line of a CSV.
         """
+        if self.name.endswith(".csv"):
+            return _csv_rows(Path(self.name))
         if self.is_file and not self.name.endswith(".parquet"):
             return _json_lines(Path(self.name))
         return self._rows()
@@ -112,6 +115,30 @@ def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
                     yield place, _parsed(text, place)
     except UnicodeDecodeError as error:
         raise InputError(f"{place}: not UTF-8 text; convert it first.") from error
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}.") from error
+
+
+def _csv_rows(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
+    place = str(path)
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as stream:
+            rows = csv.reader(stream, strict=True)
+            fields = next(rows, [])
+            for row in rows:
+                place = f"{path}:{rows.line_num}"
+                if not row:
+                    continue
+                if len(row) != len(fields):
+                    raise InputError(
+                        f"{place}: {len(row)} fields, and the first line names {len(fields)} "
+                        f"({', '.join(fields)}); put a field with commas or line breaks in quotes."
+                    )
+                yield place, dict(zip(fields, row, strict=True))
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text; convert it first.") from error
+    except csv.Error as error:
+        raise InputError(f"{place}: no CSV ({error}).") from error
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}.") from error
 

@@ -98,7 +98,7 @@ def tune(
     seed = check_seed(seed)
     batch_size = check_whole("batch_size", batch_size, least=1)
     budget, grid = as_python(budget), _plain(grid)
-    _check_request(policy.policy, tasks, budget, unit, spend, grid)
+    check_request(policy.policy, tasks, budget, unit, spend, grid)
     request = {
         "budget": budget,
         "unit": unit if budget is not None else None,
@@ -223,8 +223,10 @@ class _Bench:
                 policy does not fit, or a question cannot be asked or judged.
         """
         plans = [self._plan(params) for params in self.trials(grid)]
+        is_known = grid is not None or self.policy.deferral is None
         for run in self._runs.values():
             run.check(plans[:1])
+            run.n_rows = len(plans) if is_known else 0
 
     def trials(self, grid: Grid | None) -> list[dict[str, float]]:
         """The params that are sure to be tried; of a threshold to be found, its two ends.
@@ -355,7 +357,7 @@ def _between(points: Mapping[float, Point], rule: Rule) -> float | None:
     return (last + min(beyond)) / 2 if beyond else None
 
 
-def _check_request(
+def check_request(
     policy: Policy,
     tasks: Sequence[Task],
     budget: float | None,

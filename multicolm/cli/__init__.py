@@ -16,10 +16,12 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import click
+from click.shell_completion import shell_complete
 
 from multicolm.errors import MulticolmError, MulticolmWarning, unknown
+from multicolm.version import __version__
 
-__all__ = ["cli", "main"]
+__all__ = ["COMPLETE", "cli", "main"]
 
 _VERBS = {
     "generate": "Write a text for each prompt.",
@@ -36,9 +38,15 @@ _VERBS = {
     "show": "Show what a checkpoint holds, its decision tree as text.",
     "ls": "List ensembles, policies and tasks that can be named.",
     "validate": "Check ensemble and policy files without loading a model.",
+    "init": "Write an ensemble, a task and a policy to begin with.",
+    "env": "Print what a bug report needs.",
     "version": "Print versions.",
+    "completion": "Print what makes a shell complete verbs, options and names.",
 }
 """Every verb and what it does, so that the help needs to import none of them."""
+
+COMPLETE = "_MULTICOLM_COMPLETE"
+"""The variable by which a shell asks for completions; click's convention."""
 
 _INTERRUPTED = 130
 _BROKEN_PIPE = 141
@@ -91,6 +99,7 @@ class _Verbs(click.Group):
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="`multicolm VERB --help` says more about each.",
 )
+@click.version_option(__version__, prog_name="multicolm", message="%(prog)s %(version)s")
 def cli() -> None:
     """Several language models write one text together, token by token."""
 
@@ -142,6 +151,9 @@ def main(args: Sequence[str] | None = None) -> int:
 def _run(args: Sequence[str] | None, state: dict[str, Any]) -> int:
     """Parse and call; everything but click's own complaints goes through to the caller."""
     try:
+        shell = os.environ.get(COMPLETE, "")
+        if shell:
+            return shell_complete(cli, {"obj": state}, "multicolm", COMPLETE, shell)
         given = list(sys.argv[1:] if args is None else args)
         with cli.make_context("multicolm", given, obj=state) as context:
             cli.invoke(context)
@@ -172,11 +184,9 @@ def _warnings_in_one_line() -> Iterator[None]:
 
 
 def _complain(text: str, code: int) -> int:
-    from multicolm.cli.console import visible
+    from multicolm.cli.progress import say
 
-    # stderr may be closed too, and then there is nobody to tell.
-    with contextlib.suppress(OSError):
-        click.echo(visible(text), err=True)
+    say(text)
     return code
 
 

@@ -12,6 +12,8 @@ import click
 
 from multicolm.cli.options import (
     as_json,
+    ensemble_argument,
+    examples,
     json_option,
     load,
     policy_options,
@@ -73,8 +75,12 @@ class _Talk:
         return word != "/quit"
 
 
-@click.command
-@click.argument("ensemble")
+@click.command(
+    epilog=examples(
+        "chat tiny --trace",
+    )
+)
+@ensemble_argument
 @policy_options
 @writing_options
 @click.option("--trace", is_flag=True, help="Show which model wrote each token.")

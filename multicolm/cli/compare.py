@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING
 
 import click
 
-from multicolm.cli.options import SEED, Whole, as_json, json_option
+from multicolm.cli.options import (
+    SEED,
+    Whole,
+    as_json,
+    completes,
+    ensemble_argument,
+    examples,
+    json_option,
+)
 from multicolm.cli.processes import processes
 from multicolm.errors import ConfigError
 
@@ -24,18 +32,24 @@ if TYPE_CHECKING:
 __all__ = ["command"]
 
 
-@click.command
-@click.argument("ensemble")
+@click.command(
+    epilog=examples(
+        "compare tiny --policies tiny/co-llm,cosd-rule --task tiny-world --out runs/comparison",
+    )
+)
+@ensemble_argument
 @click.option(
     "--policies",
     metavar="POLICY,...",
     multiple=True,
+    shell_complete=completes("policies", "trained"),
     help="Names (see `multicolm ls policies`), YAML files, folders with a policy.yaml, or "
     "file.py:Class; with commas between them. Repeatable.",
 )
 @click.option(
     "--task",
     required=True,
+    shell_complete=completes("tasks"),
     help="A name (see `multicolm ls tasks`), or a YAML file.",
 )
 @click.option(
@@ -103,6 +117,7 @@ def command(
 
     # First, so that a slip of the pen costs no loading of weights.
     read = load_task(task)
+    read.sample(split, limit)
     named = _named(policies)
     rank, n_ranks, wait = processes()
     loaded = _load(ensemble, named)
@@ -179,16 +194,16 @@ def _shown(rank: int) -> Iterator[Callable[[Progress], None]]:
     if rank > 0:
         yield lambda progress: None
         return
-    from multicolm.cli.console import visible, work_bar
+    from multicolm.cli.progress import row_step, say, work_bar
 
-    with work_bar("questions") as bar:
+    with work_bar("answers") as bar:
+        step = row_step(bar)
 
         def show(progress: Progress) -> None:
-            bar(progress.done, progress.total, visible(progress.row))
+            step(progress)
             if progress.finished and progress.quality is not None:
                 quality = f"{100 * progress.quality:.1f} %"
-                line = f"{progress.row}: {quality} of {progress.total} questions"
-                click.echo(visible(line), err=True)
+                say(f"{progress.row}: {quality} of {progress.total} questions")
 
         yield show
 
@@ -196,10 +211,10 @@ def _shown(rank: int) -> Iterator[Callable[[Progress], None]]:
 @contextmanager
 def _one_line_warnings() -> Iterator[None]:
     """Warnings as sentences, without the line of code that they are from."""
-    from multicolm.cli.console import visible
+    from multicolm.cli.progress import say
 
     def show(message: Warning | str, *_: object, **more: object) -> None:
-        click.echo(visible(f"Warning: {message}"), err=True)
+        say(f"Warning: {message}")
 
     with warnings.catch_warnings():
         warnings.showwarning = show

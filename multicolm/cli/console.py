@@ -4,27 +4,15 @@ from __future__ import annotations
 
 import re
 import sys
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    Task,
-    TaskProgressColumn,
-    TextColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 from rich.text import Text
 
 from multicolm.types import MIXTURE, Answer, Piece, Trace, Usage
 
-__all__ = ["MinuteLog", "Screen", "console", "print_table", "print_usage", "visible", "work_bar"]
+__all__ = ["Screen", "console", "print_table", "print_usage", "visible"]
 
 # The base model keeps the terminal's own colour, so that what was handed over stands out.
 _COLOURS = ("default", "cyan", "magenta", "yellow", "green", "blue", "red")
@@ -109,112 +97,6 @@ class Screen:
             if n_written:
                 parts.append(Text(f"{name} {n_written}", style=style))
         return Text("  ").join(parts)
-
-
-@contextmanager
-def progress(total: int) -> Iterator[Callable[[], None]]:
-    """A bar on stderr with rate and time left, where it disturbs nothing.
-
-    Not for a single text, and not where the texts themselves go to a terminal.
-
-    Args:
-        total: how many texts there will be.
-
-    Yields:
-        What to call whenever one is done.
-    """
-    if total < 2 or sys.stdout.isatty() or not sys.stderr.isatty():
-        yield lambda: None
-        return
-    columns = (BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=total)
-        yield lambda: bar.advance(task)
-
-
-@contextmanager
-def work_bar(unit: str, label: str = "") -> Iterator[Callable[[float, float, str], None]]:
-    """A bar on stderr for long work, with rate and time left; a line a minute in a file.
-
-    Args:
-        unit: what is counted, such as ``tokens``.
-        label: what is being worked at until that is said.
-
-    Yields:
-        What to call with how much is done, of how much, and what is being worked at.
-    """
-    if not sys.stderr.isatty():
-        yield MinuteLog(unit, lambda line: print(line, file=sys.stderr, flush=True))
-        return
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        _Rate(unit),
-        TimeRemainingColumn(),
-    )
-    # One step may take many seconds; a rate over a few of them would come and go.
-    with Progress(
-        *columns, console=Console(stderr=True), transient=True, speed_estimate_period=300
-    ) as bar:
-        task = bar.add_task(label, total=None)
-        yield lambda done, total, label: bar.update(
-            task, completed=done, total=total, description=label
-        )
-
-
-class MinuteLog:
-    """Says in lines how far long work is, where a bar would fill a file.
-
-    Args:
-        unit: what is counted.
-        write: takes a line.
-        every: seconds between two lines, at least; the first comes so long after the start.
-        clock: current time in seconds.
-    """
-
-    def __init__(
-        self,
-        unit: str,
-        write: Callable[[str], None],
-        every: float = 60.0,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self._unit = unit
-        self._write = write
-        self._every = every
-        self._clock = clock
-        self._begun = self._written = clock()
-        self._before = 0.0
-
-    def __call__(self, done: float, total: float, label: str) -> None:
-        """How much is done, of how much, and what is being worked at."""
-        now = self._clock()
-        if done < self._before:  # The next one of several pieces of work.
-            self._begun = now
-        self._before = done
-        if now - self._written < self._every or not done or now == self._begun:
-            return
-        self._written = now
-        rate = done / (now - self._begun)
-        left = (total - done) / rate
-        ahead = f"{left / 60:,.0f} min" if left >= 60 else f"{left:.0f} s"
-        self._write(
-            f"{label}: {done:,.0f} of {total:,.0f} {self._unit}, {rate:,.3g} {self._unit}/s, "
-            f"{ahead} left"
-        )
-
-
-class _Rate(ProgressColumn):
-    """Texts, or another unit, per second."""
-
-    def __init__(self, unit: str = "") -> None:
-        super().__init__()
-        self._unit = unit and f" {unit}"
-
-    def render(self, task: Task) -> Text:
-        """The rate so far, empty as long as there is none."""
-        return Text(f"{task.speed:,.1f}{self._unit}/s" if task.speed else "")
 
 
 def print_table(

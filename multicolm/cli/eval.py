@@ -5,14 +5,22 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from multicolm.cli.options import SEED, Whole, as_json, json_option, parameters
+from multicolm.cli.options import (
+    SEED,
+    Whole,
+    as_json,
+    completes,
+    ensemble_argument,
+    examples,
+    json_option,
+    parameters,
+)
 from multicolm.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -22,8 +30,12 @@ if TYPE_CHECKING:
 __all__ = ["command"]
 
 
-@click.command
-@click.argument("ensemble")
+@click.command(
+    epilog=examples(
+        "eval tiny --tasks gsm8k --policy average --limit 50 --out runs/eval",
+    )
+)
+@ensemble_argument
 @click.option(
     "--tasks",
     metavar="TASK,...",
@@ -37,6 +49,7 @@ __all__ = ["command"]
     "policies",
     metavar="POLICY",
     multiple=True,
+    shell_complete=completes("policies", "trained"),
     help="A name (see `multicolm ls policies`), a YAML file, a folder with a policy.yaml, or "
     "file.py:Class. Repeatable.  [default: the ensemble's]",
 )
@@ -113,10 +126,9 @@ def command(
     was when it is given again. If the folder holds the results of `multicolm compare`, the figures
     are shown on its page too.
     """
-    if not sys.stderr.isatty():
-        # The harness and the libraries below it draw bars of their own, which belong in no log.
-        os.environ.setdefault("TQDM_DISABLE", "1")
-        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    # The harness and the libraries below it draw bars of their own, into ours and into logs.
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     from multicolm.cli.options import load
     from multicolm.config import load_ensemble
     from multicolm.evaluation.answering import NamedPolicy, named_policy
@@ -193,7 +205,7 @@ class _Shown:
     """A line on stderr for each row of a task that is done, and a bar for the one at work."""
 
     def __init__(self) -> None:
-        from multicolm.cli.console import work_bar
+        from multicolm.cli.progress import work_bar
 
         self._work = work_bar("requests")
 
@@ -204,11 +216,11 @@ class _Shown:
         self._work.__exit__(*error)  # type: ignore[arg-type]
 
     def __call__(self, progress: Progress) -> None:
-        from multicolm.cli.console import visible
+        from multicolm.cli.progress import say
 
-        label = visible(f"{progress.row}, {progress.task}")
+        label = f"{progress.row}, {progress.task}"
         if progress.finished:
-            click.echo(f"{label}: done", err=True)
+            say(f"{label}: done")
         else:
             self._bar(progress.done, progress.total, label)
 

@@ -13,6 +13,8 @@ import click
 from multicolm.cli.options import (
     Whole,
     as_json,
+    ensemble_argument,
+    examples,
     json_option,
     load,
     policy_options,
@@ -80,8 +82,13 @@ def _checked(line: str, place: str) -> Any:
     return prompt
 
 
-@click.command
-@click.argument("ensemble")
+@click.command(
+    epilog=examples(
+        'generate tiny "What is Dulerex made from?" --chat --trace',
+        "generate duo.yaml --from questions.txt --policy confidence --set threshold=0.7 --json",
+    )
+)
+@ensemble_argument
 @click.argument("prompts", nargs=-1, metavar="[PROMPT]...")
 @policy_options
 @writing_options
@@ -149,12 +156,12 @@ def command(
 
 def _print_json(stream: Stream, n_prompts: int) -> None:
     """One line per answer in the order of the prompts, each as soon as that allows."""
-    from multicolm.cli.console import progress
+    from multicolm.cli.progress import text_bar
 
     waiting: dict[int, Answer] = {}
     n_printed = 0
     try:
-        with progress(n_prompts) as advance:
+        with text_bar(n_prompts) as advance:
             for number, answer in stream.finished():
                 waiting[number] = answer
                 while n_printed in waiting:

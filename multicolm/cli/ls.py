@@ -7,7 +7,11 @@ from typing import Any
 
 import click
 
-from multicolm.cli.options import as_json, json_option
+from multicolm.cli.options import (
+    as_json,
+    examples,
+    json_option,
+)
 
 __all__ = ["command"]
 
@@ -91,7 +95,12 @@ def _cell(value: object) -> object:
     return ", ".join(value) if isinstance(value, list) else value
 
 
-@click.command
+@click.command(
+    epilog=examples(
+        "ls policies",
+        "ls ensembles --json",
+    )
+)
 @click.argument("kind", type=click.Choice(list(_KINDS)))
 @json_option
 def command(kind: str, as_json_: bool) -> None:

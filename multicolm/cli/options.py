@@ -7,15 +7,16 @@ import json
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
+from click.shell_completion import CompletionItem
 
 from multicolm.errors import ConfigError
 from multicolm.numbers import check_number, check_whole
 
 if TYPE_CHECKING:
-    from multicolm.config import ModelConfig
+    from multicolm.config import EnsembleConfig, ModelConfig
     from multicolm.ensemble import Ensemble
     from multicolm.policy.base import Policy
 
@@ -24,8 +25,12 @@ __all__ = [
     "Real",
     "Whole",
     "as_json",
+    "completes",
+    "ensemble_argument",
+    "examples",
     "json_option",
     "load",
+    "loading",
     "parameters",
     "policy_options",
     "quiet_transfers",
@@ -80,6 +85,38 @@ class Real(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.
 SEED = Whole(-(2**63), 2**63)
 """Of everything random, the statistics included."""
 
+
+def examples(*commands: str, more: str = "") -> str:
+    """The end of a verb's help.
+
+    Args:
+        commands: what one may type after ``multicolm``.
+        more: paragraphs that follow.
+    """
+    lines = "".join(f"\n  multicolm {command}" for command in commands)
+    return f"\b\nExamples:{lines}" + (more and f"\n\n{more}")
+
+
+def completes(*kinds: str) -> Callable[..., list[CompletionItem]]:
+    """Completes names of the catalogue, the last one of several with commas; else files.
+
+    Args:
+        kinds: of :data:`multicolm.catalog.Kind`.
+    """
+
+    def complete(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[Any]:
+        from multicolm import catalog
+
+        before, comma, begun = incomplete.rpartition(",")
+        known = (name for kind in kinds for name in catalog.names(cast("catalog.Kind", kind)))
+        found = [before + comma + name for name in known if name.startswith(begun)]
+        return [CompletionItem(x) for x in found] or [CompletionItem(incomplete, type="file")]
+
+    return complete
+
+
+ensemble_argument = click.argument("ensemble", shell_complete=completes("ensembles"))
+
 json_option = click.option("--json", "as_json_", is_flag=True, help="Print JSON instead of text.")
 
 
@@ -120,6 +157,7 @@ def policy_options(function: F) -> F:
         click.option(
             "--policy",
             metavar="POLICY",
+            shell_complete=completes("policies", "trained"),
             help="A name (see `multicolm ls policies`), a YAML file, a folder with a policy.yaml, "
             "or file.py:Class. [default: the ensemble's]",
         ),
@@ -192,8 +230,8 @@ def load(
         MulticolmError: see :func:`multicolm.load` and :func:`parameters`.
     """
     import multicolm
-    from multicolm.cli.console import console
     from multicolm.cli.processes import on_own_device
+    from multicolm.cli.progress import working
     from multicolm.config import load_ensemble
     from multicolm.policy.resolve import resolve_policy
     from multicolm.views import ModelNames
@@ -210,11 +248,14 @@ def load(
 
         # One bar per model, each drawn over the other, tells nobody anything.
         logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    errors = console(stderr=True)
-    if not errors.is_terminal:
+    with working(loading(config)):
         return multicolm.load(config), chosen
-    with errors.status(f"loading {len(config.models)} models"):
-        return multicolm.load(config), chosen
+
+
+def loading(config: EnsembleConfig) -> str:
+    """What is said while an ensemble is loaded."""
+    n_models = len(config.models)
+    return f"loading {n_models} models" if n_models > 1 else f"loading {config.base_model}"
 
 
 def _check_template(name: str, model: ModelConfig) -> None:

@@ -6,7 +6,12 @@ from pathlib import Path
 
 import click
 
-from multicolm.cli.options import as_json, json_option, quiet_transfers
+from multicolm.cli.options import (
+    as_json,
+    examples,
+    json_option,
+    quiet_transfers,
+)
 
 __all__ = ["command"]
 
@@ -17,7 +22,11 @@ _USES = {
 }
 
 
-@click.command
+@click.command(
+    epilog=examples(
+        "pull organisation/router runs/router",
+    )
+)
 @click.argument("repository")
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--revision", help="Commit, tag or branch.")

@@ -6,12 +6,21 @@ from pathlib import Path
 
 import click
 
-from multicolm.cli.options import as_json, json_option, quiet_transfers
+from multicolm.cli.options import (
+    as_json,
+    examples,
+    json_option,
+    quiet_transfers,
+)
 
 __all__ = ["command"]
 
 
-@click.command
+@click.command(
+    epilog=examples(
+        "push runs/co-llm organisation/router",
+    )
+)
 @click.argument("path")
 @click.argument("repository")
 @click.option("--public", is_flag=True, help="Make a new repository public; private otherwise.")

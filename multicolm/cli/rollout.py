@@ -7,7 +7,17 @@ from typing import TYPE_CHECKING
 
 import click
 
-from multicolm.cli.options import SEED, Whole, as_json, json_option, load, policy_options
+from multicolm.cli.options import (
+    SEED,
+    Whole,
+    as_json,
+    completes,
+    ensemble_argument,
+    examples,
+    json_option,
+    load,
+    policy_options,
+)
 
 if TYPE_CHECKING:
     from multicolm.calibration.rollouts import Labels, Plan
@@ -15,11 +25,20 @@ if TYPE_CHECKING:
 __all__ = ["command"]
 
 
-@click.command
-@click.argument("ensemble")
+@click.command(
+    epilog=examples(
+        "rollout tiny runs/scores --task tiny-world --limit 60",
+    )
+)
+@ensemble_argument
 @click.argument("scores", type=click.Path(path_type=Path))
 @policy_options
-@click.option("--task", required=True, help="Task that judges the texts: a name or a YAML file.")
+@click.option(
+    "--task",
+    required=True,
+    shell_complete=completes("tasks"),
+    help="Task that judges the texts: a name or a YAML file.",
+)
 @click.option("--split", default="train", show_default=True, help="Split of the task; never test.")
 @click.option(
     "--limit",
@@ -65,7 +84,7 @@ def command(
     are finished. Another policy, such as the one that was trained on these labels, replaces them.
     """
     from multicolm.calibration.rollouts import label, plan_rollouts
-    from multicolm.cli.console import work_bar
+    from multicolm.cli.progress import work_bar
     from multicolm.config import load_ensemble
     from multicolm.evaluation.task import load_task
 

@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING, TypedDict, cast
 import click
 from typing_extensions import Unpack
 
-from multicolm.cli.options import Whole, as_json, json_option
+from multicolm.cli.options import (
+    Whole,
+    as_json,
+    ensemble_argument,
+    examples,
+    json_option,
+    loading,
+)
 from multicolm.cli.processes import on_own_device, processes
 
 if TYPE_CHECKING:
@@ -24,8 +31,13 @@ if TYPE_CHECKING:
 __all__ = ["command"]
 
 
-@click.command
-@click.argument("ensemble")
+@click.command(
+    epilog=examples(
+        "score tiny questions.jsonl --out runs/scores",
+        "score duo.yaml organisation/dataset --for mlp-router --dry-run --out runs/scores",
+    )
+)
+@ensemble_argument
 @click.argument("data")
 @click.option(
     "--out", required=True, type=click.Path(path_type=Path), help="Folder of the score table."
@@ -87,8 +99,8 @@ def command(
 ) -> None:
     """Let every model of ENSEMBLE read DATA, and keep its log-probability of each token.
 
-    DATA is a file of JSON lines {"prompt": ..., "completion": ...} or {"messages": [...]}, a
-    Parquet file, or the name of a data set on the Hub. The same command goes on where it was
+    DATA is a file of JSON lines {"prompt": ..., "completion": ...} or {"messages": [...]}, a CSV
+    or Parquet file, or the name of a data set on the Hub. The same command goes on where it was
     stopped, and loads no model if nothing is missing; models that were added to the ensemble, and
     features that were not asked for before, are scored into the same table by the models that they
     are of. Under `accelerate launch` the shards are split over the processes.
@@ -161,17 +173,18 @@ def _scored(config: EnsembleConfig, corpus: Corpus, out: Path, **how: Unpack[_Ho
     Raises:
         MulticolmError: what can be found without a model first.
     """
-    from multicolm.cli.console import work_bar
+    from multicolm.cli.progress import work_bar, working
     from multicolm.files import locked
     from multicolm.scoring.score import Progress, finish, score
     from multicolm.scoring.store import TableFiles
 
-    there, missing = _there(config, corpus, out, **how)
+    with working("reading what is scored already"):
+        there, missing = _there(config, corpus, out, **how)
     rank, n_ranks, wait = processes()
     if not missing:
         if there.files or rank > 0:
             return there
-        with locked(out):
+        with locked(out), working("writing the table"):
             return finish(TableFiles(out, there))
     loaded = _load(on_own_device(_only(config, missing)))
     if how["end_of_text"] and not loaded.vocabulary.end_ids(0):
@@ -312,12 +325,9 @@ def _only(config: EnsembleConfig, names: Sequence[str]) -> EnsembleConfig:
 
 def _load(config: EnsembleConfig) -> Ensemble:
     import multicolm
-    from multicolm.cli.console import console
+    from multicolm.cli.progress import working
 
-    errors = console(stderr=True)
-    if not errors.is_terminal:
-        return multicolm.load(config)
-    with errors.status(f"loading {', '.join(config.models)}"):
+    with working(loading(config)):
         return multicolm.load(config)
 
 

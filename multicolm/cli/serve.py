@@ -6,7 +6,13 @@ import os
 
 import click
 
-from multicolm.cli.options import Real, Whole, load
+from multicolm.cli.options import (
+    Real,
+    Whole,
+    ensemble_argument,
+    examples,
+    load,
+)
 from multicolm.errors import ConfigError
 from multicolm.keys import check_key
 
@@ -15,8 +21,13 @@ __all__ = ["command"]
 _KEY_VARIABLE = "MULTICOLM_API_KEY"
 
 
-@click.command
-@click.argument("ensemble")
+@click.command(
+    epilog=examples(
+        "serve tiny",
+        "serve duo.yaml --port 8080 --allow-policy mine=./runs/co-llm",
+    )
+)
+@ensemble_argument
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--port", default=8000, show_default=True, type=Whole(0, 65536))
 @click.option(

@@ -9,7 +9,11 @@ from typing import Any
 
 import click
 
-from multicolm.cli.options import as_json, json_option
+from multicolm.cli.options import (
+    as_json,
+    examples,
+    json_option,
+)
 from multicolm.errors import ArtefactError, CapabilityError
 
 __all__ = ["command"]
@@ -19,7 +23,12 @@ _MANY = 8
 _INDENT = "  "
 
 
-@click.command
+@click.command(
+    epilog=examples(
+        "show runs/cosd-tree --tree",
+        "show tiny/co-llm",
+    )
+)
 @click.argument("checkpoint")
 @click.option("--tree", "tree_only", is_flag=True, help="Print a decision tree alone.")
 @click.option(

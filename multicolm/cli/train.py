@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from multicolm.cli.options import Whole, as_json, json_option, parameters, policy_options
+from multicolm.cli.options import (
+    Whole,
+    as_json,
+    completes,
+    ensemble_argument,
+    examples,
+    json_option,
+    loading,
+    parameters,
+    policy_options,
+)
 from multicolm.cli.processes import rank
 from multicolm.errors import ConfigError
 
@@ -19,11 +29,32 @@ if TYPE_CHECKING:
 
 __all__ = ["command"]
 
-Bar: TypeAlias = Callable[[float, float, str], None]
+_OPTIONS = """What --option takes, by policy:
+
+\b
+  co-llm, fusion-route      solver network width n_blocks dropout epochs lr
+                            batch_size l2 held_out patience balance seeds
+                            device weak_epochs cost_weight
+  mlp-router, cpr           the same with recall, not weak_epochs and
+                            cost_weight
+  unite                     gap length_ratio
+  cosd-tree, query-router   none; their own params are given with --set
+  with --train-base         lr head_lr epochs batch_size batch_tokens warmup
+                            weight_decay clip max_length held_out patience
+                            seed ignore_rollouts init network lora_rank
+                            lora_alpha lora_dropout lora_targets
+                            gradient_checkpointing mixed_precision"""
 
 
-@click.command
-@click.argument("ensemble")
+@click.command(
+    epilog=examples(
+        "train tiny runs/scores --policy co-llm --out runs/co-llm",
+        "train tiny --task tiny-world --policy query-router --out runs/query-router",
+        "train tiny runs/scores --policy mlp-router --option network=residual --out runs/mlp",
+        more=_OPTIONS,
+    )
+)
+@ensemble_argument
 @click.argument("scores", required=False)
 @click.option(
     "--out", required=True, type=click.Path(path_type=Path), help="Folder of the checkpoint."
@@ -43,6 +74,7 @@ Bar: TypeAlias = Callable[[float, float, str], None]
 )
 @click.option(
     "--task",
+    shell_complete=completes("tasks"),
     help="Instead of SCORES: every model answers its questions, and the policy learns from that.",
 )
 @click.option("--split", default="train", show_default=True, help="Split of the task.")
@@ -74,7 +106,6 @@ def command(
     that is loaded; with `--policy single` it is fine-tuned alone. The checkpoint is an ensemble
     then. Under `accelerate launch` or `torchrun` the processes share each batch.
     """
-    from multicolm.cli.console import work_bar
     from multicolm.config import load_ensemble
     from multicolm.policy.resolve import resolve_policy
 
@@ -90,11 +121,10 @@ def command(
     if task is not None and train_base is not None:
         raise ConfigError("--train-base learns from SCORES, not from the answers of a --task.")
     shared: dict[str, Any] = {"options": parameters(options, "--option"), "license": license_}
-    with work_bar("steps") as bar:
-        if task is not None:
-            checkpoint = _on_answers(config, chosen, task, out, bar, split, limit, shared)
-        else:
-            checkpoint = _on_scores(config, chosen, str(scores), out, bar, train_base, shared)
+    if task is not None:
+        checkpoint = _on_answers(config, chosen, task, out, split, limit, shared)
+    else:
+        checkpoint = _on_scores(config, chosen, str(scores), out, train_base, shared)
     if rank() > 0:
         return  # The first process of `accelerate launch` speaks for all.
     if as_json_:
@@ -109,27 +139,31 @@ def _on_answers(
     policy: Policy,
     task: str,
     out: Path,
-    bar: Bar,
     split: str,
     limit: int | None,
     shared: Mapping[str, Any],
 ) -> Checkpoint:
     import multicolm
     from multicolm.calibration.queries import train_on_answers
+    from multicolm.cli.progress import row_step, work_bar, working
     from multicolm.evaluation.task import load_task
 
     asked = load_task(task)
-    return train_on_answers(
-        multicolm.load(config),
-        policy,
-        asked,
-        out,
-        split=split,
-        limit=limit,
-        progress=lambda p: bar(p.done, p.total, p.row),
-        on_progress=bar,
-        **shared,
-    )
+    asked.development(split, limit)
+    with working(loading(config)):
+        loaded = multicolm.load(config)
+    with work_bar("answers") as bar:
+        return train_on_answers(
+            loaded,
+            policy,
+            asked,
+            out,
+            split=split,
+            limit=limit,
+            progress=row_step(bar),
+            on_progress=bar,
+            **shared,
+        )
 
 
 def _on_scores(
@@ -137,20 +171,24 @@ def _on_scores(
     policy: Policy,
     scores: str,
     out: Path,
-    bar: Bar,
     train_base: Literal["lora", "full"] | None,
     shared: Mapping[str, Any],
 ) -> Checkpoint:
-    if train_base is None:
-        from multicolm.training.identities import identities
-        from multicolm.training.train import train
+    from multicolm.cli.progress import work_bar, working
 
-        return train(policy, scores, out, models=identities(config), on_progress=bar, **shared)
-    from multicolm.training.joint.train import train_joint
+    if train_base is not None:
+        from multicolm.training.joint.train import train_joint
 
-    return train_joint(
-        policy, scores, out, config=config, how=train_base, on_progress=bar, **shared
-    )
+        how: dict[str, Any] = {"config": config, "how": train_base, **shared}
+        with work_bar("steps", f"loading {config.base_model}") as bar:
+            return train_joint(policy, scores, out, on_progress=bar, **how)
+    from multicolm.training.identities import identities
+    from multicolm.training.train import train
+
+    with working("checking the models"):
+        models = identities(config)
+    with work_bar("steps", "reading the scores") as bar:
+        return train(policy, scores, out, models=models, on_progress=bar, **shared)
 
 
 def _print(checkpoint: Checkpoint, out: Path, *, is_ensemble: bool) -> None:

@@ -14,6 +14,9 @@ from multicolm.cli.options import (
     Real,
     Whole,
     as_json,
+    completes,
+    ensemble_argument,
+    examples,
     json_option,
     load,
     parameters,
@@ -30,10 +33,20 @@ if TYPE_CHECKING:
 __all__ = ["command"]
 
 
-@click.command
-@click.argument("ensemble")
+@click.command(
+    epilog=examples(
+        "tune tiny --policy cosd-rule --task tiny-world --limit 24 --out runs/cosd-rule",
+    )
+)
+@ensemble_argument
 @policy_options
-@click.option("--task", "tasks", multiple=True, help="A name or a YAML file. Repeatable.")
+@click.option(
+    "--task",
+    "tasks",
+    multiple=True,
+    shell_complete=completes("tasks"),
+    help="A name or a YAML file. Repeatable.",
+)
 @click.option(
     "--data",
     help="Questions instead of the task's, in the same form; without a task, records of prompt "
@@ -93,21 +106,26 @@ def command(
     cheapest of equally good ones. What was tried is stored with the policy. The same command goes
     on where it was stopped.
     """
-    from multicolm.calibration.tune import tune
-    from multicolm.cli.console import visible, work_bar
-    from multicolm.evaluation.answering import Progress, named_policy
+    from multicolm.calibration.tune import check_request, tune
+    from multicolm.cli.progress import row_step, work_bar
+    from multicolm.evaluation.answering import named_policy
+    from multicolm.policy.resolve import resolve_policy
 
     if policy is None:
         raise ConfigError("which policy? Give one with --policy, such as cosd-rule.")
     read = _tasks(tasks, data, metric, split)
     grid = _grid(grids)
+    # First, so that a slip of the pen costs no loading of weights.
+    for each in read:
+        each.development(split, limit)
+    asked = resolve_policy(policy, parameters(pairs))
+    check_request(asked, read, budget, unit, spend, grid or None)
+    for name, values in grid.items():
+        for value in values:
+            resolve_policy(asked, {name: value})
     loaded, chosen = load(ensemble, policy, pairs)
     try:
         with work_bar("answers") as bar:
-
-            def show(progress: Progress) -> None:
-                bar(progress.done, progress.total, visible(progress.row))
-
             checkpoint = tune(
                 loaded,
                 _named(named_policy(policy), chosen),
@@ -121,7 +139,7 @@ def command(
                 limit=limit,
                 seed=seed,
                 batch_size=batch_size,
-                progress=show,
+                progress=row_step(bar),
             )
     except KeyboardInterrupt:
         click.echo(f"What was finished is kept in {out}; repeat the command to resume.", err=True)

@@ -7,7 +7,11 @@ from typing import TYPE_CHECKING
 
 import click
 
-from multicolm.cli.options import as_json, json_option
+from multicolm.cli.options import (
+    as_json,
+    examples,
+    json_option,
+)
 
 if TYPE_CHECKING:
     from multicolm.config.validation import Report
@@ -15,7 +19,12 @@ if TYPE_CHECKING:
 __all__ = ["command"]
 
 
-@click.command
+@click.command(
+    epilog=examples(
+        "validate duo.yaml",
+        "validate tiny-mixed --load",
+    )
+)
 @click.argument("sources", metavar="FILE_OR_NAME...", nargs=-1, required=True)
 @click.option("--load", "loads", is_flag=True, help="Load the models of an ensemble too.")
 @json_option

@@ -7,7 +7,11 @@ from importlib.metadata import PackageNotFoundError, version
 
 import click
 
-from multicolm.cli.options import as_json, json_option
+from multicolm.cli.options import (
+    as_json,
+    examples,
+    json_option,
+)
 from multicolm.version import __version__
 
 __all__ = ["command", "versions"]
@@ -27,7 +31,11 @@ def versions() -> dict[str, str | None]:
     return found
 
 
-@click.command
+@click.command(
+    epilog=examples(
+        "version --json",
+    )
+)
 @json_option
 def command(as_json_: bool) -> None:
     """Print the versions of multicolm and of what it stands on."""

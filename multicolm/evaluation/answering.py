@@ -77,9 +77,12 @@ class Progress:
     Attributes:
         row: its name.
         done: questions that it has answered.
-        total: of these there will be.
+        total: of these there will be; 0 for work after the rows, such as the report, whose name is
+            then in ``row``.
         quality: mean so far; ``None`` before the first answer.
         finished: whether the row is done.
+        number: of the row, counted from 1 in the order in which rows are answered.
+        of: how many rows there will be, as far as that is known; 0 if it is not.
     """
 
     row: str
@@ -87,6 +90,8 @@ class Progress:
     total: int
     quality: float | None
     finished: bool = False
+    number: int = 0
+    of: int = 0
 
 
 @dataclass(frozen=True)
@@ -242,6 +247,7 @@ class Answering:
         ledger: where answers are kept; to be set before the first row is run.
         warm_up: rows that write a few tokens, which are not kept, before any row is timed; each
             other row does so before it is timed itself. ``None``: time is of no interest.
+        n_rows: how many rows will be answered, as far as that is known; 0 if it is not.
         settings: of the generation.
         sampling: how tokens are drawn.
         ensemble, task, questions, seed, batch_size: as given.
@@ -273,6 +279,8 @@ class Answering:
         self.batch_size = batch_size
         self._progress = progress
         self._warm: set[str] = set()
+        self._numbers: dict[str, int] = {}
+        self.n_rows = 0
 
     @property
     def has_completions(self) -> bool:
@@ -385,8 +393,14 @@ class Answering:
     ) -> None:
         qualities = Measured(plan, done).qualities
         mean = _mean(qualities) if qualities else None
+        number = self._numbers.setdefault(plan.key, len(self._numbers) + 1)
+        counted = number, max(number, self.n_rows) if self.n_rows else 0
         n_done = len(qualities) + n_more
-        self._progress(Progress(plan.name, n_done, len(self.questions), mean, finished))
+        self._progress(Progress(plan.name, n_done, len(self.questions), mean, finished, *counted))
+
+    def say(self, what: str) -> None:
+        """Report work that is no row of the table."""
+        self._progress(Progress(what, 0, 0, None))
 
     def _first_use(self, plan: Plan) -> None:
         """Write a few tokens with the row's policy, unless it or one of its kind has done so.

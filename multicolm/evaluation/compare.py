@@ -218,11 +218,14 @@ def _measured(
     """Every row of the table, in its order, answered as far as it is not yet."""
     models = run.ensemble.models
     run.warm_up = [plan for plan in plans if plan.kind == "model"]
+    n_policies = sum(plan.kind == "policy" for plan in plans)
+    run.n_rows = len(plans) + n_policies * random + (oracle and run.has_completions)
     team.answer(plans)
     measured = [run.row(plan) for plan in plans if plan.kind != "sweep"]
     more = list(random_by_token(measured, models)) if random else []
     if oracle and run.has_completions:
         more.append(Plan(TOKEN_ORACLE, "oracle", None, note=_ORACLE_NOTE))
+    run.n_rows = len(plans) + len(more)
     team.answer(more)
     measured += [run.row(plan) for plan in more if plan.kind == "random"]
     measured += random_by_question(measured, models) if random else []
@@ -272,8 +275,10 @@ class _Made:
         from multicolm.evaluation.report import write_report
 
         run = self.run
+        run.say("reading traces for the report")
         with torch_threads(run.ensemble.backends, run.settings.threads):
             traced, unread = _traced(run, measured, run.questions[:n_traced])
+        run.say("writing the report")
         comparison = self._comparison(measured, (*self.warnings, *unread))
         comparison = replace(comparison, findings=findings(comparison))
         write_report(comparison, traced, folder)

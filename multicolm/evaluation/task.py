@@ -1,7 +1,7 @@
 """A task: where its questions are, how they are asked, and how answers are judged.
 
-A task is a YAML file (a name in ``registry/tasks/``, or a path). Data are JSON lines, Parquet, or a
-data set of the Hub; the last two through the library ``datasets``.
+A task is a YAML file (a name in ``registry/tasks/``, or a path). Data are JSON lines, CSV, Parquet,
+or a data set of the Hub; the last two through the library ``datasets``.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class DataConfig(Strict):
     """Where one split's records are.
 
     Attributes:
-        source: a file of JSON lines, a ``.parquet`` file, or ``org/name`` on the Hub.
+        source: a file of JSON lines, a ``.csv`` or ``.parquet`` file, or ``org/name`` on the Hub.
         split: of a data set of the Hub.
         subset: of a data set of the Hub, where it has several.
         revision: of a data set of the Hub.

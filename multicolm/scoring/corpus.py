@@ -104,7 +104,7 @@ def open_corpus(
     """The corpus that ``source`` speaks of; nothing is read yet.
 
     Args:
-        source: a file of JSON lines, a Parquet file, or the name of a data set on the Hub.
+        source: a file of JSON lines, a CSV or Parquet file, or the name of a data set on the Hub.
         split: of a data set of the Hub.
         subset: of a data set of the Hub, where it has several.
         revision: of a data set of the Hub.

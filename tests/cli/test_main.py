@@ -84,7 +84,7 @@ def test_a_bug_keeps_its_traceback(run, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize(
-    "args", [["--help"], ["ls", "policies"], ["validate", "tiny", "single"], ["version"]]
+    "args", [["--help"], ["ls", "policies"], ["validate", "tiny-mixed", "single"], ["version"]]
 )
 def test_what_needs_no_model_loads_no_torch(args: list[str]) -> None:
     code = (

@@ -16,7 +16,7 @@ from score_worlds import contents, inodes, records, write
 from tables import TOKENS, random_table
 
 import multicolm
-from multicolm.cli.console import MinuteLog
+from multicolm.cli.progress import MinuteLog
 from multicolm.config import load_ensemble
 from multicolm.scoring.corpus import open_corpus
 from multicolm.scoring.plan import template_digests
@@ -279,7 +279,7 @@ def test_an_out_that_is_a_file_or_anothers_table_is_refused_before_a_model_is_lo
     assert result.code == 1 and result.err.count("digest") == 2 and loads == []
 
 
-def test_in_a_file_progress_is_a_line_a_minute() -> None:
+def test_in_a_file_progress_is_a_line_after_five_seconds_and_then_one_a_minute() -> None:
     now, lines = 0.0, []
     log = MinuteLog("tokens", lines.append, clock=lambda: now)
     for second in range(200):
@@ -287,13 +287,17 @@ def test_in_a_file_progress_is_a_line_a_minute() -> None:
         log(10 * second, 6000, "scoring with base")
     assert lines == [
         f"scoring with base: {n} of 6,000 tokens, 10 tokens/s, {left} min left"
-        for n, left in (("600", 9), ("1,200", 8), ("1,800", 7))
+        for n, left in (("50", 10), ("650", 9), ("1,250", 8), ("1,850", 7))
     ]
     lines.clear()
     for second in range(200, 270):  # the next piece of work begins anew
         now = float(second)
         log(0.5 * (second - 200), 60, "the next")
-    assert lines == ["the next: 20 of 60 tokens, 0.5 tokens/s, 1 min left"]
+    assert lines == ["the next: 22 of 60 tokens, 0.5 tokens/s, 1 min left"]
+    lines.clear()
+    for _ in range(2):
+        log(0, 0, "writing the report")
+    assert lines == ["writing the report ..."]
 
 
 def test_without_the_end_and_with_features_the_embedded_models_are_scored(

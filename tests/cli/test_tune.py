@@ -126,7 +126,7 @@ def test_what_is_beyond_the_budget_is_marked(run, data: str) -> None:
     [
         ([], "tuned on what? Give --task with a task, or --data with a file of JSON lines"),
         (["--data", "nothing.jsonl"], "there is no file"),
-        (["--data", "./data.csv"], "'./data.csv' is no data set; allowed are a .jsonl"),
+        (["--data", "./data.txt"], "'./data.txt' is no data set; allowed are a .jsonl"),
         (["--data", "data.jsonl", "--metric", "exact"], "unknown metric 'exact'. Did you"),
         (["--data", "data.jsonl", "--grid", "threshold"], "write it as name=values"),
         (["--data", "data.jsonl", "--grid", "threshold=a"], "write finite numbers"),

@@ -93,6 +93,31 @@ def test_bytes_that_are_no_utf8_are_refused_with_their_line(tmp_path) -> None:
         read(tmp_path, GOOD.encode() + b'\n{"prompt": "\xe9", "completion": "b"}\n')
 
 
+def test_csv_is_read_by_the_names_in_its_first_line(tmp_path) -> None:
+    path = tmp_path / "d.csv"
+    path.write_bytes(b'\xef\xbb\xbfcompletion,prompt\r\n"b, and ""c""","a\nb"\r\n\r\nd,e\r\n')
+    found = list(open_corpus(path))
+    assert [(e.prompt, e.completion) for e in found] == [("a\nb", 'b, and "c"'), ("e", "d")]
+    assert [e.place for e in found] == [f"{path}:3", f"{path}:5"]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"prompt,completion\na,b,c\n", "d.csv:2: 3 fields, and the first line names 2 (prompt"),
+        (b'prompt,completion\n"a"b,c\n', "no CSV ("),
+        (b"prompt,completion\n\xe9,c\n", "d.csv: not UTF-8 text; convert it first."),
+        (b"", "d.csv holds no example; a record is"),
+    ],
+)
+def test_a_csv_file_that_is_not_right_is_one_sentence(tmp_path, content, said) -> None:
+    path = tmp_path / "d.csv"
+    path.write_bytes(content)
+    with pytest.raises(InputError) as caught:
+        list(open_corpus(path))
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("content", ["", "\n\n", b"\xef\xbb\xbf"])
 def test_a_file_without_examples_is_refused(tmp_path, content) -> None:
     with pytest.raises(InputError, match=r"d\.jsonl holds no example; a record is"):
@@ -107,7 +132,7 @@ def test_a_file_without_examples_is_refused(tmp_path, content) -> None:
         ("./missing", "is no data set; allowed are"),
         ("folder", "is no data set; allowed are"),
         ("folder.jsonl", "there is no file"),
-        ("data.csv", "is no data set; allowed are"),
+        ("data.txt", "is no data set; allowed are"),
     ],
 )
 def test_what_is_no_corpus_is_refused_before_anything_is_loaded(tmp_path, name, said) -> None:
