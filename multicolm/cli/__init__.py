@@ -7,6 +7,7 @@ traceback. Bugs keep theirs.
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib
 import io
 import os
@@ -47,6 +48,18 @@ _VERBS = {
 
 COMPLETE = "_MULTICOLM_COMPLETE"
 """The variable by which a shell asks for completions; click's convention."""
+
+_ELSEWHERE = "; choose a place where you may write"
+_NEXT = {
+    errno.EACCES: _ELSEWHERE,
+    errno.EPERM: _ELSEWHERE,
+    errno.EROFS: _ELSEWHERE,
+    errno.EEXIST: "; choose another folder, or move away what is there",
+    errno.ENOTDIR: "; choose another folder, or move away what is there",
+    errno.ENOENT: "; check the path",
+    errno.ENOSPC: "; make room, and repeat the command",
+}
+"""What to do next, by what the system says of a file."""
 
 _INTERRUPTED = 130
 _BROKEN_PIPE = 141
@@ -135,8 +148,9 @@ def main(args: Sequence[str] | None = None) -> int:
             raise
         else:
             reason = error.strerror or str(error)
-            place = f": {error.filename}" if error.filename else ""
-            code = _complain(f"Error: {reason[:1].lower()}{reason[1:]}{place}.", 1)
+            place = f"{error.filename}: " if error.filename else ""
+            advice = _NEXT.get(error.errno or 0, "")
+            code = _complain(f"Error: {place}{reason[:1].lower()}{reason[1:]}{advice}.", 1)
         _forget_output()
     except Exception as error:
         from multicolm.cli.own_code import sentence_of

@@ -176,9 +176,11 @@ def _load(source: str, named: Sequence[NamedPolicy]) -> Ensemble:
     """The ensemble, after a look at whether the policies fit it."""
     from multicolm.cli.options import load
     from multicolm.config import load_ensemble
+    from multicolm.evaluation.answering import check_names
     from multicolm.views import ModelNames
 
     names = ModelNames(load_ensemble(source).names)
+    check_names([each.name for each in named])
     for each in named:
         each.policy.needs(names)
     return load(source, None, ())[0]

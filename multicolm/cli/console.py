@@ -18,6 +18,8 @@ __all__ = ["Screen", "console", "print_table", "print_usage", "visible"]
 _COLOURS = ("default", "cyan", "magenta", "yellow", "green", "blue", "red")
 _MIXTURE_COLOUR = "bright_black"
 
+_SHORT = 16  # characters of a cell that is kept on one line
+
 _UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
@@ -107,7 +109,13 @@ def print_table(
     cells = [[visible(str(cell)) for cell in row] for row in rows]
     for column, heading in enumerate(headings):
         numbers = bool(cells) and all(row[column][:1].isdigit() for row in cells)
-        table.add_column(heading, justify="right" if numbers else "left", no_wrap=column == 0)
+        longest = max((len(row[column]) for row in cells), default=0)
+        table.add_column(
+            heading,
+            justify="right" if numbers else "left",
+            no_wrap=column == 0,
+            min_width=longest if longest <= _SHORT else None,  # only its heading may be broken
+        )
     for row in cells:
         table.add_row(*map(Text, row))
     screen = console(stderr=stderr)

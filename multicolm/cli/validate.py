@@ -44,7 +44,7 @@ def command(ctx: click.Context, sources: tuple[str, ...], loads: bool, as_json_:
         if as_json_:
             click.echo(as_json(report.as_json()))
             continue
-        click.echo(f"{report.source}: {'not right' if report.errors else 'right'}")
+        click.echo(f"{report.source}: {'not ok' if report.errors else 'ok'}")
         for sign, lines in (
             ("checked", report.checked),
             ("warning", report.warnings),

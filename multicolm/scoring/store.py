@@ -263,6 +263,11 @@ def read_index(folder: str | Path) -> Index:
         ArtefactError: if it is missing, damaged, or of another format.
     """
     path = Path(folder) / "index.json"
+    if Path(folder).is_file():
+        raise ArtefactError(
+            f"{folder} is a file; a score table is a folder, which `multicolm score ENSEMBLE DATA "
+            "--out DIR` writes."
+        )
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         if data.get("format") != FORMAT:

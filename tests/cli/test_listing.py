@@ -69,9 +69,9 @@ def test_validate_prints_what_it_checked(run) -> None:
     result = run("validate", "tiny", "entropy")
     assert (result.code, result.err) == (0, "")
     lines = result.out.splitlines()
-    assert lines[0] == "tiny: right"
+    assert lines[0] == "tiny: ok"
     assert lines[1] == "  checked  settings: base model generalist, assistants facts, math"
-    assert lines[-2:] == ["entropy: right", "  checked  policy entropy: kind and params"]
+    assert lines[-2:] == ["entropy: ok", "  checked  policy entropy: kind and params"]
 
 
 def test_validate_exits_with_two_if_anything_is_wrong(run, tmp_path) -> None:
@@ -79,7 +79,7 @@ def test_validate_exits_with_two_if_anything_is_wrong(run, tmp_path) -> None:
     file.write_text("base_model: a\nmodels:\n  a: {model: org/name, dtyp: auto}\n")
     result = run("validate", "tiny", str(file))
     assert result.code == 2
-    assert f"{file}: not right\n  error  {file}:3:24: models.a.dtyp: unknown key" in result.out
+    assert f"{file}: not ok\n  error  {file}:3:24: models.a.dtyp: unknown key" in result.out
     first, second = map(json.loads, run("validate", "--json", "tiny", str(file)).out.splitlines())
     assert first["ok"] and not second["ok"]
     assert len(second["errors"]) == 1

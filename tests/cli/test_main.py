@@ -49,8 +49,16 @@ def test_a_misspelt_option_is_told_the_nearest_one(run) -> None:
         (ConfigError("duo.yaml:1:1: no."), 2, "Error: duo.yaml:1:1: no.\n"),
         (ModelError("model 'a': no."), 1, "Error: model 'a': no.\n"),
         (KeyboardInterrupt(), 130, "Interrupted.\n"),
-        (OSError(28, "No space left on device"), 1, "Error: no space left on device.\n"),
-        (FileNotFoundError(2, "No such file", "x.txt"), 1, "Error: no such file: x.txt.\n"),
+        (
+            OSError(28, "No space left on device"),
+            1,
+            "Error: no space left on device; make room, and repeat the command.\n",
+        ),
+        (
+            FileNotFoundError(2, "No such file", "x.txt"),
+            1,
+            "Error: x.txt: no such file; check the path.\n",
+        ),
         (BrokenPipeError(32, "Broken pipe"), 141, ""),
     ],
 )
@@ -132,10 +140,13 @@ def test_a_full_disk_is_one_sentence() -> None:
             stderr=subprocess.PIPE,
             text=True,
         )
-    assert (done.returncode, done.stderr) == (1, "Error: no space left on device.\n")
+    assert (done.returncode, done.stderr) == (
+        1,
+        "Error: no space left on device; make room, and repeat the command.\n",
+    )
 
 
 def test_a_terminal_that_knows_only_ascii_is_no_accident() -> None:
     done = process("validate", "caf\u00e9", env={**os.environ, "PYTHONIOENCODING": "ascii"})
     assert (done.returncode, done.stderr) == (2, "")
-    assert ": not right\n" in done.stdout
+    assert ": not ok\n" in done.stdout

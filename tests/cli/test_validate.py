@@ -57,7 +57,7 @@ def test_two_ends_of_a_text_are_told_by_their_names() -> None:
 
 def test_a_task_is_validated_by_name_and_by_file(run, tmp_path: Path) -> None:
     name = catalog.names("tasks")[0]
-    assert f"{name}: right\n  checked  task {name}: fields, metric " in run("validate", name).out
+    assert f"{name}: ok\n  checked  task {name}: fields, metric " in run("validate", name).out
     file = tmp_path / "task.yaml"
     file.write_text("data: {test: none.jsonl}\nprompt: '{q}'\nmetric: {kind: exact-match}\n")
     result = run("validate", str(file))
