@@ -50,6 +50,9 @@ from .types import (
     Answer as Answer,
 )
 from .types import (
+    Chat as Chat,
+)
+from .types import (
     Message as Message,
 )
 from .types import (

@@ -13,7 +13,13 @@ from typing_extensions import Unpack
 
 from multicolm.backend.base import Model
 from multicolm.checking import Shown, check_policy, check_signals, facts_of
-from multicolm.config import EnsembleConfig, GenerationConfig, PolicyConfig, load_ensemble
+from multicolm.config import (
+    EnsembleConfig,
+    GenerationConfig,
+    ModelConfig,
+    PolicyConfig,
+    load_ensemble,
+)
 from multicolm.decoding.live import Live
 from multicolm.decoding.plan import Plan
 from multicolm.decoding.runner import Runner
@@ -37,7 +43,7 @@ from multicolm.policy.base import (
 from multicolm.policy.resolve import resolve_policy
 from multicolm.tokenizer.bridged import join
 from multicolm.tokenizer.bridges import Pair, pairs
-from multicolm.tokenizer.chats import not_special_here
+from multicolm.tokenizer.chats import not_special_here, unknown_args
 from multicolm.tokenizer.shared import SharedVocabulary
 from multicolm.tokenizer.vocabulary import Vocabulary
 from multicolm.types import (
@@ -134,7 +140,8 @@ class Ensemble:
             loaded |= zip(of_backend, cls_.from_configs(of_backend), strict=True)
         models = [loaded[name] for name in config.names]
         for model in models:
-            _warn_of_template(model, config.models[model.name].chat_template_text)
+            model.tokenizer.template_args = config.models[model.name].chat_template_args
+            _warn_of_template(model, config.models[model.name])
         return cls(
             models,
             policy=policy,
@@ -339,8 +346,17 @@ class Ensemble:
         return check_policy(policy, self.backends, self.models, self.vocabulary)
 
 
-def _warn_of_template(model: Model, template: str | None) -> None:
-    """Say where the template of an ensemble file writes special tokens that a model has not."""
+def _warn_of_template(model: Model, config: ModelConfig) -> None:
+    """Say what of a template does not fit: special tokens that the model has not, variables."""
+    unused = unknown_args(model.tokenizer.chat_template or "", config.chat_template_args)
+    if unused:
+        warnings.warn(
+            f"models.{model.name}: its chat template does not use {' and '.join(unused)}, which "
+            "`chat_template_args` sets; see what it calls it, or leave it out.",
+            MulticolmWarning,
+            stacklevel=4,
+        )
+    template = config.chat_template_text
     if template is None or not (names := not_special_here(model.tokenizer, template)):
         return
     warnings.warn(

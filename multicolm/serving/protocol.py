@@ -12,9 +12,10 @@ from pydantic import Field, ValidationError, model_validator
 from pydantic_core import from_json
 
 from multicolm.config import GenerationConfig
+from multicolm.config.chat_template import TemplateArgs
 from multicolm.config.wording import Strict, problems_of
 from multicolm.errors import InputError, shorten
-from multicolm.types import Message, Prompt
+from multicolm.types import Chat, Message, Prompt
 
 __all__ = [
     "MOST_ALTERNATIVES",
@@ -95,7 +96,8 @@ _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
 """Fields of OpenAI's, vLLM's and llama.cpp's that are not served: the values with which they change
 nothing, and why not others."""
 
-_HARMLESS_IN_TURNS = frozenset({"annotations", "name"})
+# How a model thought is not handed back to it: templates of thinking models leave it out, too.
+_HARMLESS_IN_TURNS = frozenset({"annotations", "name", "reasoning", "reasoning_content"})
 _NOTHING_IN_TURNS: dict[str, Any] = {"refusal": "", "tool_calls": []}
 """Fields of a message with what says nothing in them, as clients hand back earlier answers."""
 
@@ -270,13 +272,15 @@ class ChatCompletionRequest(_BaseRequest):
     """The body of ``POST /v1/chat/completions``."""
 
     messages: _List[_Turn] = Field(min_length=1, max_length=_MOST_MESSAGES)
+    chat_template_kwargs: TemplateArgs = Field(default_factory=dict, max_length=_MOST_FIELDS)
     max_completion_tokens: int | None = None
     logprobs: bool = False
     top_logprobs: int = Field(default=0, ge=0, le=MOST_ALTERNATIVES)
 
     def prompts(self) -> list[Prompt]:
         """The one chat."""
-        return [[Message(role=turn.role, content=turn.text) for turn in self.messages]]
+        turns = (Message(role=turn.role, content=turn.text) for turn in self.messages)
+        return [Chat(turns, self.chat_template_kwargs)]
 
     @property
     def wants_logprobs(self) -> bool:
@@ -468,21 +472,12 @@ def _check_together(body: _BaseRequest) -> None:
         raise Refusal(
             f"'stop' must have at most {_LONGEST_STOP} characters, got {longest}.", "stop"
         )
-    try:
-        params = len(json.dumps(body.multicolm.params, ensure_ascii=False, allow_nan=False))
-    except ValueError as error:  # such as 1e999
-        raise Refusal(
-            "'multicolm.params' holds a number that is not finite.", "multicolm.params"
-        ) from error
-    if params > _LONGEST_PARAMS:
-        raise Refusal(
-            f"'multicolm.params' must have at most {_LONGEST_PARAMS} characters, got {params}.",
-            "multicolm.params",
-        )
+    _check_size("multicolm.params", body.multicolm.params)
     if isinstance(body, CompletionRequest) and not body.prompt:
         raise Refusal("'prompt' is empty; write at least a word.", "prompt")
     if not isinstance(body, ChatCompletionRequest):
         return
+    _check_size("chat_template_kwargs", body.chat_template_kwargs)
     if body.top_logprobs and not body.logprobs:
         raise Refusal(
             "'top_logprobs' goes with \"logprobs\": true; add it, or leave this out.",
@@ -493,4 +488,20 @@ def _check_together(body: _BaseRequest) -> None:
         raise Refusal(
             "'max_tokens' and 'max_completion_tokens' say different things; give one of them.",
             "max_tokens",
+        )
+
+
+def _check_size(field: str, values: Mapping[str, Any]) -> None:
+    """Refuse values that are long, or could not be said back in JSON.
+
+    Raises:
+        Refusal: naming the field.
+    """
+    try:
+        size = len(json.dumps(values, ensure_ascii=False, allow_nan=False))
+    except ValueError as error:  # such as 1e999
+        raise Refusal(f"'{field}' holds a number that is not finite.", field) from error
+    if size > _LONGEST_PARAMS:
+        raise Refusal(
+            f"'{field}' must have at most {_LONGEST_PARAMS} characters, got {size}.", field
         )

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
+from types import MappingProxyType
+from typing import Any
 
 from multicolm.errors import InputError
 from multicolm.tokenizer.cuts import Cuts
@@ -26,10 +28,12 @@ class TokenizerAdapter(ABC):
     Attributes:
         n_tokens: number of ids, 0..n_tokens-1; ids without a token have no bytes and no name.
         end_ids: tokens with which this model ends a text.
+        template_args: variables of its chat template, unless a chat sets them itself.
     """
 
     n_tokens: int
     end_ids: frozenset[int]
+    template_args: Mapping[str, Any] = MappingProxyType({})
 
     @property
     def settings(self) -> dict[str, object] | None:
@@ -143,9 +147,9 @@ class TokenizerAdapter(ABC):
         return None
 
     @property
-    def has_chat_template(self) -> bool:
-        """Whether chats have a template of the model's author or of the user."""
-        return False
+    def chat_template(self) -> str | None:
+        """The jinja text of the model's author or of the user that chats go through, if any."""
+        return None
 
     def chat_text(self, messages: Sequence[Message]) -> str | None:
         """A chat in this model's own template, with names of special tokens; ``None``: not known.

@@ -13,7 +13,14 @@ from transformers import PreTrainedTokenizerBase
 
 from multicolm.errors import InputError, VocabularyError
 from multicolm.tokenizer.base import TokenizerAdapter
-from multicolm.tokenizer.chats import hidden_in, no_template, rendered, replaced, strings_of
+from multicolm.tokenizer.chats import (
+    hidden_in,
+    no_template,
+    plain_template,
+    rendered,
+    replaced,
+    strings_in,
+)
 from multicolm.tokenizer.cuts import Cuts, cuts_of
 from multicolm.types import Message
 
@@ -177,16 +184,17 @@ class HuggingFaceTokenizer(TokenizerAdapter):
         return _without_specials(self.settings, self._stand_ins)
 
     @property
-    def has_chat_template(self) -> bool:
-        """Whether it has a template for every chat."""
+    def chat_template(self) -> str | None:
+        """The template for every chat, if it has one."""
         template = self._tokenizer.chat_template
-        return bool(template) and (not isinstance(template, dict) or "default" in template)
+        found = template.get("default") if isinstance(template, dict) else template
+        return found or None
 
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of a chat in the model's own template, ready for the reply.
 
         Raises:
-            InputError: if there is no template, or the template refuses the messages.
+            InputError: if there are templates for some chats only, or the template refuses these.
         """
         # What the tokenizer puts at the start of a text is in the template if it should be there.
         text, hides = self._rendered(messages)
@@ -200,17 +208,17 @@ class HuggingFaceTokenizer(TokenizerAdapter):
         """A chat in the model's own template, with names of special tokens.
 
         Raises:
-            InputError: if there is no template, or the template refuses the messages.
+            InputError: if there are templates for some chats only, or the template refuses these.
         """
         text, hides = self._rendered(messages)
         return replaced(text, self._names) if hides else text
 
     def _rendered(self, messages: Sequence[Message]) -> tuple[str, bool]:
         """A chat in the template, and whether stand-ins hide names that are text of a message."""
-        if not self.has_chat_template:
-            raise no_template(self._name, self._tokenizer.chat_template or ())
+        if not self.chat_template and self._tokenizer.chat_template:
+            raise no_template(self._name, self._tokenizer.chat_template)
         stand_ins = self._stand_ins
-        if not any(name in text for text in strings_of(messages) for name in stand_ins):
+        if not any(name in text for text in strings_in(messages) for name in stand_ins):
             return rendered(self._name, self._in_template, messages), False
         hidden = hidden_in(messages, stand_ins)
         return rendered(self._name, self._in_template, hidden, stand_ins), True
@@ -220,13 +228,19 @@ class HuggingFaceTokenizer(TokenizerAdapter):
         """The name of a special token for each stand-in."""
         return {stand_in: name for name, stand_in in self._stand_ins.items()}
 
-    def _in_template(self, messages: list[dict[str, Any]]) -> Any:
+    def _in_template(self, messages: list[dict[str, Any]], args: Mapping[str, Any]) -> Any:
         return self._tokenizer.apply_chat_template(
             messages,
+            chat_template=None if self.chat_template else self._plain_template,
             add_generation_prompt=True,
             tokenize=False,
             start_of_text="".join(self._specials.get(i, "") for i in self._front),
+            **{**self.template_args, **args},
         )
+
+    @cached_property
+    def _plain_template(self) -> str:
+        return plain_template(self._name)
 
     @cached_property
     def _stand_ins(self) -> dict[str, str]:

@@ -3,12 +3,14 @@ from __future__ import annotations
 import json
 import os
 import pty
+import shutil
 import subprocess
 import sys
 
 import pytest
 
 import multicolm
+from multicolm import catalog
 from multicolm.cli.generate import read_prompts
 from multicolm.errors import InputError
 from multicolm.plugins import policies
@@ -133,28 +135,26 @@ def test_chats_of_a_corpus_are_answered_without_the_answer_that_they_hold(
     assert len({text["text"] for text in texts}) == 1
 
 
-def test_a_model_without_a_template_is_named_before_anything_is_loaded(
-    run, tmp_path, monkeypatch
+@pytest.mark.filterwarnings("always::multicolm.errors.MulticolmWarning")
+def test_a_model_without_a_template_reads_chats_in_the_plain_one_and_it_is_said(
+    run, tmp_path
 ) -> None:
-    monkeypatch.setattr(multicolm, "load", lambda source: pytest.fail("it was loaded"))
     model = tmp_path / "m"
-    model.mkdir()
-    (model / "config.json").write_text("{}")
-    (model / "tokenizer_config.json").write_text("{}")
+    shutil.copytree(catalog.registry() / "tiny/math", model)
+    for file in model.glob("*.jinja"):
+        file.unlink()
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    settings.pop("chat_template", None)
+    (model / "tokenizer_config.json").write_text(json.dumps(settings))
     file = tmp_path / "e.yaml"
-    file.write_text("base_model: a\nmodels:\n  a: {model: tiny-math}\n  b: {model: ./m}\n")
-    both = ("--policy", "max-confidence")
-    for result in (
-        run("generate", str(file), "Hi", "--chat", *both),
-        run("chat", str(file), *both),
-    ):
-        assert result.code == 2 and result.err == (
-            "Error: model 'b' has no chat template; give a plain text prompt, or set "
-            "`chat_template:` for it in the ensemble file: `chatml` or `plain`, jinja text that "
-            "uses `messages`, or a .jinja file.\n"
-        )
-    with pytest.raises(pytest.fail.Exception, match="it was loaded"):
-        run("generate", str(file), "Hi", "--chat")  # model b is not in use
+    file.write_text("base_model: b\nmodels:\n  b: {model: ./m, dtype: float32}\n")
+    result = run("generate", str(file), "What is 1 + 2?", "--chat", "--json")
+    plain = run("generate", str(file), "User: What is 1 + 2?\n\nAssistant:", "--json")
+    assert json.loads(result.out)["text"] == json.loads(plain.out)["text"]
+    assert result.err.startswith(
+        "Warning: model 'b' has no chat template, so its chats are written as `plain` "
+        '("User: ...", "Assistant:"); set `chat_template:` for it in the ensemble file'
+    )
 
 
 def test_an_error_in_ones_own_policy_is_one_line(run, loaded, tmp_path, monkeypatch) -> None:
@@ -367,6 +367,7 @@ def in_a_terminal(*args: str, **environment: str) -> str:
 
 
 SHOW = """
+import shutil
 import sys
 from multicolm.cli.console import Screen
 from multicolm.types import Answer, Piece, Trace, TracedToken

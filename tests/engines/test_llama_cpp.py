@@ -20,7 +20,7 @@ from multicolm import catalog
 from multicolm.backend.llama_cpp.model import LlamaCppModel
 from multicolm.backend.transformers import TransformersModel
 from multicolm.config import ModelConfig, parse_ensemble
-from multicolm.errors import InputError, ModelError, VocabularyError
+from multicolm.errors import InputError, ModelError, MulticolmWarning, VocabularyError
 from multicolm.policy.co_llm import CoLlmPolicy
 from multicolm.scoring.corpus import open_corpus
 from multicolm.scoring.score import score
@@ -370,7 +370,7 @@ def test_a_file_without_a_first_token_begins_texts_with_its_last_one(
     assert tokenizer.start_ids == references["facts"].tokenizer.start_ids == [0]
 
 
-def test_a_file_without_a_template_says_so(
+def test_a_file_without_a_template_says_so_and_takes_the_plain_one(
     tmp_path: Path, tiny_folders: Mapping[str, Path]
 ) -> None:
     from gguf_files import write_gguf
@@ -378,8 +378,10 @@ def test_a_file_without_a_template_says_so(
     path = write_gguf(
         tiny_folders["facts"], tmp_path / "m.gguf", metadata={"tokenizer.chat_template": None}
     )
-    with pytest.raises(InputError, match="model 'm' has no chat template"):
-        load(path).tokenizer.encode_chat([{"role": "user", "content": "Hi"}])
+    model = load(path)
+    with pytest.warns(MulticolmWarning, match="model 'm' has no chat template, so its chats"):
+        ids = model.tokenizer.encode_chat([{"role": "user", "content": "Hi"}])
+    assert model.tokenizer.decode(ids) == b"User: Hi\n\nAssistant:"
 
 
 @pytest.mark.parametrize("pre", [None, "default"])

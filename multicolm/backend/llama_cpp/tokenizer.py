@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 from multicolm.backend.llama_cpp.library import Weights, library
 from multicolm.errors import VocabularyError
 from multicolm.tokenizer.base import TokenizerAdapter
-from multicolm.tokenizer.chats import hidden_in, no_template, rendered, strings_of
+from multicolm.tokenizer.chats import hidden_in, plain_template, rendered, strings_in
 from multicolm.types import Message
 
 __all__ = ["LlamaCppTokenizer", "vocabulary_pieces"]
@@ -112,13 +112,11 @@ class LlamaCppTokenizer(TokenizerAdapter):
         Special tokens are those that the template writes; their names in a message are text.
 
         Raises:
-            InputError: if there is no template, or the template refuses the messages.
+            InputError: if the template refuses the messages.
         """
         # What stands at the start of a text is in the template if it should be there.
-        if not self._chat_template:
-            raise no_template(self._name)
         vocabulary, ids = self._weights.vocabulary, self._special_ids
-        texts = strings_of(messages)
+        texts = strings_in(messages)
         if not any(self._special_pattern.search(text) for text in texts):
             text = rendered(self._name, self._in_template, messages)
             return _tokenize(vocabulary, text, read_specials=True)
@@ -135,20 +133,19 @@ class LlamaCppTokenizer(TokenizerAdapter):
                 encoded += _tokenize(vocabulary, part.translate(meant))
         return encoded
 
-    @property
-    def has_chat_template(self) -> bool:
-        """Whether the file has one, or the user has given one."""
-        return bool(self._chat_template)
-
     @cached_property
-    def _chat_template(self) -> str:
-        """The user's template or the file's own; empty if there is none."""
+    def chat_template(self) -> str | None:
+        """The user's template or the file's own, if there is one."""
         if self._template is not None:
             return self._template
         own = library().llama_model_chat_template(self._weights.pointer, None)
-        return str(own.decode("utf-8", "replace")) if own else ""
+        return str(own.decode("utf-8", "replace")) if own else None
 
-    def _in_template(self, messages: list[dict[str, Any]]) -> Any:
+    @cached_property
+    def _plain_template(self) -> str:
+        return plain_template(self._name)
+
+    def _in_template(self, messages: list[dict[str, Any]], args: Mapping[str, Any]) -> Any:
         """A chat as the template writes it."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -156,9 +153,9 @@ class LlamaCppTokenizer(TokenizerAdapter):
         names: dict[str, Any] = {role: self._pieces[i[0]] if i else "" for role, i in ids.items()}
         result: Any = render_jinja_template(
             conversations=[messages],
-            chat_template=self._chat_template,
+            chat_template=self.chat_template or self._plain_template,
             add_generation_prompt=True,
-            **names,
+            **{**names, **self.template_args, **args},
         )
         return result[0][0]
 
