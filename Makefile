@@ -4,6 +4,8 @@
 #   make test    install the tools too, run ruff, mypy and the tests
 #   make test-engines   install real engines too (llama.cpp, vLLM on CPU), test against them;
 #                       with LLAMA_SERVER=build, llama.cpp's own server too
+#   make test-real      fetch two pretrained models (350 MB, once), test on them; with
+#                       MULTICOLM_REAL=all, the larger one in transformers too
 #   make test-soak      64 clients of every manner against a server for ten minutes
 #   make test-genlm     install genlm-bytes too, hold its next-byte probabilities against ours
 #   make browser        install Debian's Chromium, for the tests of pages; needs root
@@ -26,7 +28,7 @@ export TOKENIZERS_PARALLELISM := false
 
 PYTEST := -m pytest -n 2 --dist worksteal -q -rs
 
-.PHONY: demo test lint types tests llama-cpp vllm test-engines test-genlm test-soak test-latest browser bench clean
+.PHONY: demo test lint types tests llama-cpp vllm test-engines test-genlm test-real test-soak test-latest browser bench clean
 
 demo: $(VENV)/.installed
 	@echo "== asking the embedded ensemble with every policy"
@@ -45,7 +47,7 @@ types: $(VENV)/.installed-dev
 
 tests: $(VENV)/.installed-dev
 	@echo "== tests"
-	@$(BIN)/python $(PYTEST) --ignore tests/engines
+	@$(BIN)/python $(PYTEST) --ignore tests/engines --ignore tests/real
 
 llama-cpp: $(VENV)/.installed-dev
 	@$(BIN)/python tests/engines/with_engines.py --llama-cpp
@@ -56,6 +58,9 @@ vllm:
 
 test-engines: llama-cpp vllm
 	@LLAMA_SERVER=$(LLAMA_SERVER) $(BIN)/python tests/engines/with_engines.py $(ENGINES)
+
+test-real: llama-cpp
+	@$(BIN)/python tests/real/with_models.py
 
 test-soak: $(VENV)/.installed-dev
 	@PYTHONPATH=.:tests $(BIN)/python tests/serving/soak.py
