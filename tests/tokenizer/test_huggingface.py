@@ -21,7 +21,7 @@ from multicolm.tokenizer.huggingface import HuggingFaceTokenizer
 
 TINY = Path(__file__).parents[2] / "registry" / "tiny"
 KINDS = ["byte-level", "bpe", "bpe-no-prefix", "unigram", "unigram-no-prefix", "trained"]
-KINDS += [f"tiny-{path.name}" for path in sorted(TINY.glob("*")) if (path / "config.json").exists()]
+KINDS += [f"tiny-{path.parent.name}" for path in sorted(TINY.glob("*/tokenizer.json"))]
 
 
 @lru_cache(maxsize=16)
