@@ -279,8 +279,8 @@ class ChatCompletionRequest(_BaseRequest):
 
     def prompts(self) -> list[Prompt]:
         """The one chat."""
-        turns = (Message(role=turn.role, content=turn.text) for turn in self.messages)
-        return [Chat(turns, self.chat_template_kwargs)]
+        turns = [Message(role=turn.role, content=turn.text) for turn in self.messages]
+        return [Chat(turns, self.chat_template_kwargs) if self.chat_template_kwargs else turns]
 
     @property
     def wants_logprobs(self) -> bool:
