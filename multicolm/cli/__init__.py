@@ -27,7 +27,7 @@ __all__ = ["COMPLETE", "cli", "main"]
 _VERBS = {
     "generate": "Write a text for each prompt.",
     "chat": "Talk with an ensemble.",
-    "serve": "Serve an ensemble over HTTP, as OpenAI's interface does.",
+    "serve": "Serve an ensemble with an OpenAI-compatible API.",
     "score": "Keep the log-probabilities that every model gives to texts.",
     "rollout": "Label a score table by what becomes of the texts.",
     "compare": "Compare policies with each other and with every model alone.",

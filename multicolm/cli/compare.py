@@ -109,9 +109,9 @@ def command(
 ) -> None:
     """Compare policies on TASK with each other and with every model of ENSEMBLE alone.
 
-    Answers are kept in FOLDER as they are finished: a command that was stopped goes on where it
-    was when it is given again. In the end the folder holds a table, a plot and a page. Under
-    `accelerate launch` the questions are split over the processes.
+    Answers are kept in FOLDER as they are finished: repeat the command to resume. In the end the
+    folder holds a table, a plot and a page. Under `accelerate launch` the questions are split over
+    the processes.
     """
     from multicolm.evaluation.task import load_task
 

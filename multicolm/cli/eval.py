@@ -122,9 +122,8 @@ def command(
 ) -> None:
     """Evaluate policies, and every model of ENSEMBLE alone, on tasks of the lm-evaluation-harness.
 
-    With --out every request is kept as it is answered: a command that was stopped goes on where it
-    was when it is given again. If the folder holds the results of `multicolm compare`, the figures
-    are shown on its page too.
+    With --out every request is kept as it is answered: repeat the command to resume. If the folder
+    holds the results of `multicolm compare`, the figures are shown on its page too.
     """
     # The harness and the libraries below it draw bars of their own, into ours and into logs.
     os.environ.setdefault("TQDM_DISABLE", "1")

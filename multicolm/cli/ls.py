@@ -104,7 +104,7 @@ def _cell(value: object) -> object:
 @click.argument("kind", type=click.Choice(list(_KINDS)))
 @json_option
 def command(kind: str, as_json_: bool) -> None:
-    """List the models, ensembles, policies or tasks that one may name."""
+    """List the models, ensembles, policies or tasks known by name."""
     read, columns = _KINDS[kind]
     entries = read()
     if as_json_:

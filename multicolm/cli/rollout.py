@@ -74,14 +74,14 @@ def command(
 ) -> None:
     """Label SCORES by what becomes of the text after each model's token.
 
-    Where the base model's first choice is not what the corpus has, and another model's is a third
-    thing or just that, the text is finished after each of them by --policy (the ensemble's own if
-    not given), and judged by the metric of the task, whose questions the prompts of the corpus are.
-    Whoever's token leads to the best text was right: `multicolm train` learns from that at these
-    places, and elsewhere from the corpus.
+    Where the base model's likeliest token is not the corpus's, and another model's is the corpus's
+    or a third one, the text is completed after each candidate with --policy (the ensemble's own if
+    not given) and scored with the task's metric; the corpus's prompts are the task's questions. The
+    model whose token gives the best text is the label there; elsewhere the corpus's token is.
+    `multicolm train` learns from these labels.
 
-    The same command goes on where it was stopped, and with a larger --limit after the texts that
-    are finished. Another policy, such as the one that was trained on these labels, replaces them.
+    Repeat the command to resume; a larger --limit adds texts. Another --policy, such as the one
+    that was trained on these labels, replaces them.
     """
     from multicolm.calibration.rollouts import label, plan_rollouts
     from multicolm.cli.progress import work_bar

@@ -100,10 +100,9 @@ def command(
     """Let every model of ENSEMBLE read DATA, and keep its log-probability of each token.
 
     DATA is a file of JSON lines {"prompt": ..., "completion": ...} or {"messages": [...]}, a CSV
-    or Parquet file, or the name of a data set on the Hub. The same command goes on where it was
-    stopped, and loads no model if nothing is missing; models that were added to the ensemble, and
-    features that were not asked for before, are scored into the same table by the models that they
-    are of. Under `accelerate launch` the shards are split over the processes.
+    or Parquet file, or the name of a data set on the Hub. Repeat the command to resume: nothing is
+    loaded if nothing is missing, and new models and features are added to the existing table.
+    Under `accelerate launch` the shards are split over the processes.
     """
     from multicolm.config import load_ensemble
     from multicolm.scoring.corpus import open_corpus

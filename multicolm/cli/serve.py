@@ -39,7 +39,7 @@ _KEY_VARIABLE = "MULTICOLM_API_KEY"
     metavar="NAME[=SOURCE]",
     multiple=True,
     help="A policy that clients may choose: a preset, or NAME=FOLDER for one of yours; `default` "
-    "allows no other than the ensemble's own. Repeatable. [default: every preset that fits]",
+    "allows only the ensemble's own. Repeatable. [default: every preset that fits]",
 )
 @click.option(
     "--api-key",
@@ -94,7 +94,7 @@ def command(
     max_waiting: int,
     grace: float,
 ) -> None:
-    """Serve ENSEMBLE over HTTP, as OpenAI's interface does, and with a page to try it on.
+    """Serve ENSEMBLE over HTTP with an OpenAI-compatible API, and a web page for trying it.
 
     Clients choose a policy by the model's name: NAME, NAME:confidence, or NAME:confidence@0.3 with
     another threshold. Ctrl-C ends it.

@@ -71,7 +71,7 @@ __all__ = ["command"]
 @click.option(
     "--spend",
     is_flag=True,
-    help="Take what spends most of the budget, not what answers best within it.",
+    help="Use as much of the budget as possible, instead of the best score within it.",
 )
 @click.option("--metric", help="Judge answers by this metric, such as exact-match.")
 @click.option(
@@ -100,11 +100,10 @@ def command(
     batch_size: int,
     as_json_: bool,
 ) -> None:
-    """Find thresholds of a policy of ENSEMBLE from questions that are not the test's.
+    """Tune the thresholds of a policy of ENSEMBLE on questions that are not the test's.
 
-    The values are chosen that answer best, with --budget among those that keep within it, and the
-    cheapest of equally good ones. What was tried is stored with the policy. The same command goes
-    on where it was stopped.
+    Picks the values that answer best, within --budget if there is one; ties go to the cheapest.
+    What was tried is stored with the policy. Repeat the command to resume.
     """
     from multicolm.calibration.tune import check_request, tune
     from multicolm.cli.progress import row_step, work_bar

@@ -34,7 +34,8 @@ def command(ctx: click.Context, sources: tuple[str, ...], loads: bool, as_json_:
 
     What was checked is printed. Nothing is fetched, so models of the Hub are not looked up. With
     --load an ensemble is loaded: what each model is and what its server can do is printed, how each
-    two of them hand over to each other, and where tokenizers of one vocabulary cut texts otherwise.
+    two of them hand over to each other, and where tokenizers with the same vocabulary split text
+    differently.
     """
     reports = [_checked(source) for source in sources]
     for report in reports if loads else ():

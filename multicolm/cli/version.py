@@ -38,7 +38,7 @@ def versions() -> dict[str, str | None]:
 )
 @json_option
 def command(as_json_: bool) -> None:
-    """Print the versions of multicolm and of what it stands on."""
+    """Print the versions of multicolm and of its dependencies."""
     found = versions()
     if as_json_:
         click.echo(as_json(found))
