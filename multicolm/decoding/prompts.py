@@ -64,18 +64,18 @@ def _check_bytes(prompt: Prompt, where: str, model: Model) -> None:
     if limit is None or isinstance(prompt, OwnTokens) or _is_ids(prompt):
         return
     if isinstance(prompt, str):
-        n_bytes = len(prompt.encode())
+        content = prompt.encode()
     elif sum(len(message["content"]) for message in cast("Sequence[Message]", prompt)) > limit:
         text = model.tokenizer.chat_text(cast("Sequence[Message]", prompt)) or ""
         # A special token may stand for the blanks beside it, too.
-        n_bytes = len("".join(text.split()).encode())
+        content = "".join(text.split()).encode()
     else:
         return
-    least = least_tokens(model.tokenizer, n_bytes)
+    least = least_tokens(model.tokenizer, content)
     if least > limit:
         raise InputError(
-            f"{where} has {n_bytes} bytes, which are {least} tokens or more, and the context of "
-            f"model '{model.name}' holds {limit}; shorten it."
+            f"{where} has {len(content)} bytes, which are {least} tokens or more, and the context "
+            f"of model '{model.name}' holds {limit}; shorten it."
         )
 
 

@@ -6,7 +6,6 @@ from weakref import WeakKeyDictionary
 
 from multicolm.exact.plan import NotCovered, plan_of
 from multicolm.tokenizer.base import TokenizerAdapter
-from multicolm.tokenizer.literal import LiteralTokenizer
 
 __all__ = ["least_tokens"]
 
@@ -16,8 +15,8 @@ _COMPOSED = 3
 _longest: WeakKeyDictionary[TokenizerAdapter, int | None] = WeakKeyDictionary()
 
 
-def least_tokens(tokenizer: TokenizerAdapter, n_bytes: int) -> int:
-    """A number of tokens that a text of so many bytes has in any case; 0 if nothing is known.
+def least_tokens(tokenizer: TokenizerAdapter, content: bytes) -> int:
+    """A number of tokens that a text has in any case; 0 if nothing is known.
 
     A tokenizer that writes every byte of a text needs a token for each stretch of the longest one,
     be it text or the name of a special token.
@@ -25,7 +24,9 @@ def least_tokens(tokenizer: TokenizerAdapter, n_bytes: int) -> int:
     if tokenizer not in _longest:
         _longest[tokenizer] = _most_bytes(tokenizer)
     longest = _longest[tokenizer]
-    return 0 if longest is None else -(-n_bytes // longest)
+    if longest is None:
+        return 0
+    return -(-len(content.translate(None, tokenizer.dropped_bytes or b"")) // longest)
 
 
 def _most_bytes(tokenizer: TokenizerAdapter) -> int | None:
@@ -33,7 +34,7 @@ def _most_bytes(tokenizer: TokenizerAdapter) -> int | None:
     contents = [tokenizer.token_bytes(token_id) for token_id in range(tokenizer.n_tokens)]
     names = (tokenizer.special_name(token_id) or "" for token_id in range(tokenizer.n_tokens))
     longest = max(len(content) for content in (*contents, *(name.encode() for name in names), b""))
-    if isinstance(tokenizer, LiteralTokenizer):
+    if tokenizer.dropped_bytes is not None:
         return longest or None
     settings = tokenizer.settings
     if settings is None:

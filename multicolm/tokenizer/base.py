@@ -43,6 +43,11 @@ class TokenizerAdapter(ABC):
         """
         return None
 
+    @property
+    def dropped_bytes(self) -> bytes | None:
+        """Bytes of texts that are in none of their tokens; ``None`` if there may be others."""
+        return None
+
     @abstractmethod
     def encode(self, text: str) -> list[int]:
         """Token ids of a prompt, with whatever the tokenizer puts at the start of a text.

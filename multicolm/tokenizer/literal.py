@@ -39,6 +39,11 @@ class LiteralTokenizer(TokenizerAdapter):
         self._ids = {token: i for i, token in enumerate(self._tokens)}
         self._cuts = GreedyCuts(texts)
 
+    @property
+    def dropped_bytes(self) -> bytes:
+        """None: it refuses what it has no token for."""
+        return b""
+
     def encode(self, text: str) -> list[int]:
         """Token ids of a prompt.
 

@@ -21,6 +21,7 @@ from multicolm.backend.llama_cpp.model import LlamaCppModel
 from multicolm.backend.transformers import TransformersModel
 from multicolm.config import ModelConfig, parse_ensemble
 from multicolm.errors import InputError, ModelError, MulticolmWarning, VocabularyError
+from multicolm.exact.bounds import least_tokens
 from multicolm.policy.co_llm import CoLlmPolicy
 from multicolm.scoring.corpus import open_corpus
 from multicolm.scoring.score import score
@@ -59,6 +60,19 @@ def test_it_keeps_the_laws_of_models_and_of_tokenizers(gguf_models: Mapping[str,
     for seed in range(4):
         check_model(model, seed=seed)
     check_tokenizer(model.tokenizer)
+
+
+def test_a_prompt_that_cannot_fit_is_refused_by_its_bytes(
+    gguf_models: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = load(gguf_models["facts"]).tokenizer
+    for text in ("What is Dulerex made from? ", "   ", "caf\u00e9 \U0001f600", "\n", "response"):
+        n_tokens = len(tokenizer.encode(text * 99))
+        assert n_tokens >= least_tokens(tokenizer, (text * 99).encode()) > 0
+    monkeypatch.setattr(type(tokenizer), "encode", lambda *_: pytest.fail("it is read"))
+    ensemble = multicolm.Ensemble([load(gguf_models["facts"])], policy="single")
+    with pytest.raises(InputError, match=r"bytes, which are \d+ tokens or more"):
+        ensemble.generate(["a " * 500_000])
 
 
 def test_hidden_states_are_those_that_transformers_shows(

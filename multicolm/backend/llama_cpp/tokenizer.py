@@ -56,6 +56,8 @@ class LlamaCppTokenizer(TokenizerAdapter):
         attributes = [int(lib.llama_vocab_get_attr(vocabulary, i)) for i in range(self.n_tokens)]
         special = lib.LLAMA_TOKEN_ATTR_CONTROL | lib.LLAMA_TOKEN_ATTR_UNKNOWN
         self._special = [bool(attribute & special) for attribute in attributes]
+        strips = lib.LLAMA_TOKEN_ATTR_LSTRIP | lib.LLAMA_TOKEN_ATTR_RSTRIP
+        self._drops_blanks = any(attribute & strips for attribute in attributes)
         self._added = [bool(a & lib.LLAMA_TOKEN_ATTR_USER_DEFINED) for a in attributes]
         self._bytes = [
             b"" if piece is None or self._special[i] else _bytes(vocabulary, i)
@@ -79,6 +81,14 @@ class LlamaCppTokenizer(TokenizerAdapter):
         is_given = self._weights.metadata(f"tokenizer.ggml.{role}_token_id") is not None
         is_token = 0 <= token_id < self.n_tokens
         return [token_id] if is_token and (is_given or self._special[token_id]) else []
+
+    @property
+    def dropped_bytes(self) -> bytes | None:
+        """Those without a token, in the kinds of tokenizers that normalise nothing."""
+        kind = self._weights.metadata("tokenizer.ggml.model")
+        if kind not in ("gpt2", "llama") or self._drops_blanks:
+            return None
+        return bytes({*range(256)} - {content[0] for content in self._bytes if len(content) == 1})
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a prompt, after the one beginning-of-text token that the file asks for."""

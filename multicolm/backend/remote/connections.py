@@ -1,9 +1,9 @@
-"""HTTP connections on which no request outlasts its deadline, whatever the peer does.
+"""HTTP connections on which no request outlasts its deadline, whatever the server does.
 
 The time-out of a socket begins anew with every byte, and an HTTP client sees an answer only when a
 part of it is whole: a head that comes byte by byte, or interim answers without end, never become
 one. So the deadline is kept where the bytes are: each connect, handshake, read and write has what
-is left of it.
+is left of it. Names are resolved within it too.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import threading
 import time
 import zlib
 from collections.abc import Iterable, Iterator
+from queue import Empty, SimpleQueue
 from typing import Any
 from urllib.parse import quote, unquote, urlsplit
 from urllib.request import getproxies, proxy_bypass
@@ -148,10 +149,7 @@ class _Backend(httpcore.SyncBackend):
     ) -> httpcore.NetworkStream:
         # A name may have several addresses, and the time is that of all of them.
         until = math.inf if timeout is None else time.monotonic() + timeout
-        try:
-            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        except (OSError, UnicodeError) as error:
-            raise httpcore.ConnectError(str(error)) from error
+        found = _addresses(host, port, self._deadline.left(timeout))
         failed: Exception = httpcore.ConnectError("the name has no address")
         for *_, address in found:
             left = self._deadline.left(max(1e-3, until - time.monotonic()))
@@ -164,6 +162,33 @@ class _Backend(httpcore.SyncBackend):
             else:
                 return _Stream(stream, self._deadline, self._events.new())
         raise failed
+
+
+def _addresses(host: str, port: int, seconds: float) -> list[Any]:
+    """The addresses of a name, as :func:`socket.getaddrinfo` gives them.
+
+    That function has no time-out, so it runs in a thread that is left alone when the time is over.
+
+    Raises:
+        httpcore.ConnectTimeout: if they are not found in time.
+        httpcore.ConnectError: if there are none.
+    """
+    found: SimpleQueue[list[Any] | Exception] = SimpleQueue()
+
+    def resolve() -> None:
+        try:
+            found.put(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
+        except (OSError, UnicodeError) as error:
+            found.put(error)
+
+    threading.Thread(target=resolve, name="multicolm-resolver", daemon=True).start()
+    try:
+        addresses = found.get(timeout=seconds)
+    except Empty as error:
+        raise httpcore.ConnectTimeout(f"the name {host} is not resolved in time") from error
+    if isinstance(addresses, Exception):
+        raise httpcore.ConnectError(str(addresses)) from addresses
+    return addresses
 
 
 def ascii_url(url: str) -> str:

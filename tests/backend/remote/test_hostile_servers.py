@@ -344,6 +344,17 @@ def test_all_addresses_of_a_name_have_one_time(monkeypatch: pytest.MonkeyPatch) 
     assert 0.19 < seconds < 0.8
 
 
+def test_a_name_that_is_not_resolved_costs_no_more_than_its_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    over = threading.Event()
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: over.wait(10))
+    seconds, reason = wait_for("http://slow", {}, retries=0, timeout=5.0, connect_timeout=0.2)
+    over.set()
+    assert "no connection in time" in reason
+    assert 0.19 < seconds < 0.8
+
+
 @pytest.mark.parametrize("name", ["HTTP_PROXY", "http_proxy", "ALL_PROXY"])
 def test_a_server_elsewhere_is_asked_through_the_proxy_that_the_environment_names(
     monkeypatch: pytest.MonkeyPatch, name: str
