@@ -241,7 +241,8 @@ class Usage:
     and forwards count a pass once per row.
 
     Attributes:
-        forwards: forward passes.
+        forwards: forward passes; one for several models that share their weights counts for the
+            first of them.
         tokens_read: tokens fed to the model, the prompt included.
         tokens_written: tokens that it wrote.
         seconds: wall-clock time inside its forward passes.

@@ -173,6 +173,10 @@ class Session(ABC):
     def truncate(self, row: int, length: int) -> None:
         """Cut a row back to its first ``length`` tokens; what follows is as if never fed."""
 
+    def add_rows(self, model: Model, n_rows: int) -> None:
+        """Append empty rows of a model that has the same weights (:attr:`Model.weights`)."""
+        raise NotImplementedError(f"a {type(self).__name__} has rows of one model only")
+
 
 class TokenSession(Session):
     """A session that keeps the tokens of its rows, for models that have to read them again."""
@@ -264,6 +268,11 @@ class Model(ABC):
     def shows(self) -> frozenset[Signal]:
         """What this very model shows."""
         return self.signals
+
+    @property
+    def weights(self) -> object:
+        """What models have in common whose rows can be fed in one pass; by default, itself."""
+        return self
 
     @property
     def abilities(self) -> list[str]:

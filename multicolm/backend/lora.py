@@ -15,7 +15,7 @@ import dataclasses
 import math
 import re
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-__all__ = ["Lora", "LoraLayers", "read_lora"]
+__all__ = ["Lora", "LoraLayers", "LoraPair", "read_lora"]
 
 # What PEFT's settings may say of an adapter that is no more than two matrices per linear layer.
 _PLAIN = frozenset(
@@ -60,7 +60,7 @@ _KEY = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
 
 
 @dataclass(frozen=True, slots=True)
-class _Pair:
+class LoraPair:
     """The two matrices of an adapter in one layer; its scaling is in ``up``."""
 
     down: Float[Tensor, "rank inputs"]
@@ -75,7 +75,7 @@ class Lora:
         pairs: its matrices, by the name of the layer in the network.
     """
 
-    pairs: Mapping[str, _Pair]
+    pairs: Mapping[str, LoraPair]
 
     @property
     def n_parameters(self) -> int:
@@ -114,7 +114,7 @@ def read_lora(folder: Path, settings: Any, network: PreTrainedModel) -> Lora | s
     }
     if differing := targets.keys() ^ halves.keys():
         return f"does not fit at {min(differing)}"
-    pairs: dict[str, _Pair] = {}
+    pairs: dict[str, LoraPair] = {}
     for name, module in targets.items():
         rank = settings.rank_pattern.get(get_pattern_key(settings.rank_pattern, name), settings.r)
         alpha = settings.alpha_pattern.get(
@@ -128,7 +128,7 @@ def read_lora(folder: Path, settings: Any, network: PreTrainedModel) -> Lora | s
         if not (bool(down.isfinite().all()) and bool(up.isfinite().all())):
             # Where it is another row's, it would be multiplied by zero, and NaN all the same.
             return f"is infinite or no number at {name}"
-        pairs[name] = _Pair(down, up.T.contiguous())
+        pairs[name] = LoraPair(down, up.T.contiguous())
     return Lora(pairs)
 
 
@@ -167,11 +167,16 @@ class LoraLayers:
     Args:
         network: it gets a hook in every layer that an adapter changes.
         adapters: numbered as they come; a batch names them by these numbers.
+
+    Attributes:
+        n_adapters: how many there are.
     """
 
     def __init__(self, network: PreTrainedModel, adapters: Sequence[Lora]) -> None:
+        self.n_adapters = len(adapters)
         self._lock = threading.Lock()
         self._rows = _Rows(())
+        self._mixes: bool | None = None
         for name in dict.fromkeys(name for lora in adapters for name in lora.pairs):
             module = network.get_submodule(name)
             pairs = [lora.pairs.get(name) for lora in adapters]
@@ -187,6 +192,12 @@ class LoraLayers:
                 yield
             finally:
                 self._rows = _Rows(())
+
+    def mixes(self, probe: Callable[[LoraLayers], bool]) -> bool:
+        """Whether one batch can have several adapters; ``probe`` finds out at the first call."""
+        if self._mixes is None:
+            self._mixes = probe(self)
+        return self._mixes
 
     @property
     def rows(self) -> _Rows:
@@ -237,7 +248,7 @@ class _Layer:
     def __init__(
         self,
         layers: LoraLayers,
-        pairs: Sequence[_Pair | None],
+        pairs: Sequence[LoraPair | None],
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:

@@ -74,11 +74,14 @@ class PassResult:
         output: the predictions. Those of a row that failed are even: all tokens are equally likely.
         seconds: what it took; of a pass that was run with others, its share.
         errors: by number among the rows of the pass, why the row failed.
+        again: numbers of the rows whose text another model read in the same forward pass, which is
+            counted there.
     """
 
     output: ModelOutput
     seconds: float
     errors: Mapping[int, ModelError]
+    again: frozenset[int] = frozenset()
 
 
 Passes: TypeAlias = Generator[Sequence[Wanted], Sequence[PassResult], T]

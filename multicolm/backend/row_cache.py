@@ -72,14 +72,14 @@ class RowLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # their __ini
         )
         self.is_initialized = True
 
-    def grow(self, n_slots: int) -> None:
-        """Make room for ``n_slots`` tokens per row."""
+    def grow(self, n_rows: int, n_slots: int) -> None:
+        """Make room for ``n_rows`` rows of ``n_slots`` tokens each."""
         if self.keys is None or self.values is None:
             return
         for name in ("keys", "values"):
             old = getattr(self, name)
-            new = old.new_zeros(old.shape[0], old.shape[1], n_slots + 1, old.shape[3])
-            new[:, :, : old.shape[2] - 1] = old[:, :, :-1]
+            new = old.new_zeros(n_rows, old.shape[1], n_slots + 1, old.shape[3])
+            new[: old.shape[0], :, : old.shape[2] - 1] = old[:, :, :-1]
             setattr(self, name, new)
 
     def clear(self, row: int, n_slots: int) -> None:
@@ -149,9 +149,17 @@ class RowCache(Cache):
             return
         while self.n_slots < n_slots:
             self.n_slots *= 2
+        self._grow()
+
+    def add_rows(self, n_rows: int) -> None:
+        """Append empty rows."""
+        self.n_rows += n_rows
+        self._grow()
+
+    def _grow(self) -> None:
         for layer in self.layers:
             assert isinstance(layer, RowLayer)
-            layer.grow(self.n_slots)
+            layer.grow(self.n_rows, self.n_slots)
 
     def clear(self, row: int, n_slots: int) -> None:
         """Forget what a row held, so that not even a NaN of an old text reaches a new one."""

@@ -46,7 +46,10 @@ class Runs(Protocol):
     def forward(
         self, input_ids: Tensor, n_keep: int, hidden: bool, **arguments: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """Logits (and the head's inputs) of the last ``n_keep`` columns: [rows, n_keep, width]."""
+        """Logits (and the head's inputs) of the last ``n_keep`` columns: [rows, n_keep, width].
+
+        Only where rows of several models are fed, ``arguments`` has ``models``: whose each row is.
+        """
 
 
 class RowSession(Session):
@@ -61,6 +64,7 @@ class RowSession(Session):
 
     def __init__(self, model: Runs, n_rows: int, *, by_layer_type: bool = True) -> None:
         self._model = model
+        self._model_of = [model] * n_rows
         config = model.config
         self._cache = RowCache(config.num_hidden_layers, n_rows)
         self.lengths = [0] * n_rows
@@ -68,6 +72,14 @@ class RowSession(Session):
         layer_types = getattr(config, "layer_types", None) if by_layer_type else None
         self._layer_types = None if layer_types is None else sorted(set(layer_types))
         self._window = getattr(config, "sliding_window", None)
+
+    def add_rows(self, model: Any, n_rows: int) -> None:
+        """See :meth:`multicolm.backend.base.Session.add_rows`."""
+        self._model_of += [model] * n_rows
+        self.lengths += [0] * n_rows
+        self._n_filled += [0] * n_rows
+        with torch.inference_mode():
+            self._cache.add_rows(n_rows)
 
     def feed(
         self,
@@ -107,7 +119,9 @@ class RowSession(Session):
         n_last: Sequence[int],
         hidden: bool,
     ) -> ModelOutput:
-        model, device = self._model, self._model.device
+        models = [self._model_of[row] for row in rows]
+        model, device = models[0], models[0].device
+        mixed = {} if all(each is model for each in models) else {"models": models}
         keep = max(n_last)
         starts = [self.lengths[row] for row in rows]
         ends = [start + len(new) for start, new in zip(starts, tokens, strict=True)]
@@ -129,6 +143,7 @@ class RowSession(Session):
             hidden,
             position_ids=position,
             attention_mask=self._mask(position, real, max(ends), uniform),
+            **mixed,
             **_caching(model, self._cache),
         )
         for row, end in zip(rows, ends, strict=True):

@@ -13,7 +13,8 @@ The first needs full or sliding-window attention; recurrent and hybrid models fa
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import cached_property, partial
 from typing import Any, ClassVar, cast
 
@@ -27,6 +28,7 @@ from multicolm.backend.base import Model, Session
 from multicolm.backend.checked import refuse_no_numbers
 from multicolm.backend.identity import identity_of
 from multicolm.backend.loading import load_tokenizer
+from multicolm.backend.lora import LoraLayers
 from multicolm.backend.sessions import GrowingSession, RowSession, UncachedSession
 from multicolm.backend.sharing import Network, load_networks
 from multicolm.config import ModelConfig
@@ -99,6 +101,7 @@ class TransformersModel(Model):
         self.on_cpu = self.device.type == "cpu"
         self.architecture = type(model).__name__
         self.n_bytes = sum(weight.nbytes for weight in model.parameters())
+        self.n_bytes += self._network.n_adapter * self.dtype.itemsize
         self.sampling_defaults = _sampling_defaults(model)
         self.served_as = ""
         self._parameters = frozenset(inspect.signature(model.forward).parameters)
@@ -136,6 +139,19 @@ class TransformersModel(Model):
         """What it shows; hidden states only if it has an output layer, whose input they are."""
         head = self.model.get_output_embeddings()  # type: ignore[no-untyped-call]
         return self.signals - {"hidden"} if head is None else self.signals
+
+    @property
+    def weights(self) -> object:
+        """The network, where rows of all models that share it can be fed in one pass."""
+        layers = self._network.layers
+        if not self._network.shared_with or not self._is_in_rows:
+            return self
+        return self.model if layers is None or layers.mixes(self._mixes) else self
+
+    @property
+    def _is_in_rows(self) -> bool:
+        self.open(0)
+        return self.served_as == "rows"
 
     def open(self, n_rows: int) -> Session:
         """A session of ``n_rows`` empty rows; the first call probes how to serve the model."""
@@ -210,13 +226,36 @@ class TransformersModel(Model):
 
     def _run(self, input_ids: Tensor, arguments: dict[str, Any]) -> Tensor:
         """Logits of all columns that are kept."""
-        layers, own = self._network.layers, self._network.adapter
-        if layers is None:
+        models: Sequence[TransformersModel] = arguments.pop("models", [self] * len(input_ids))
+        layers = self._network.layers
+        adapters = [model._network.adapter for model in models]
+        with nullcontext() if layers is None else layers.used_by(adapters):
             logits: Tensor = self.model(input_ids=input_ids, **arguments).logits
-            return logits
-        with layers.used_by([own] * len(input_ids)):
-            logits = self.model(input_ids=input_ids, **arguments).logits
         return logits
+
+    def _mixes(self, layers: LoraLayers) -> bool:
+        """Whether a batch of all adapters gives what each gives alone.
+
+        Some networks sort tokens between layers, so that it is lost which row one is of.
+        """
+        adapters: list[int | None] = [None, *range(layers.n_adapters)]
+        texts = [
+            [(7 * i + 3 * row + 1) % self.config.vocab_size for i in range(12)]
+            for row in range(len(adapters))
+        ]
+        ids = torch.tensor(texts, device=self.device)
+        with torch.inference_mode():
+            alone = []
+            for number, adapter in enumerate(adapters):
+                with layers.used_by([adapter]):
+                    one = self.model(input_ids=ids[number : number + 1], use_cache=False)
+                    alone.append(one.logits)
+            try:
+                with layers.used_by(adapters):
+                    mixed = self.model(input_ids=ids, use_cache=False).logits
+            except _REFUSALS:
+                return False
+        return _agree(self, mixed.flatten(0, 1), torch.cat(alone).flatten(0, 1))
 
 
 def _end_ids(model: PreTrainedModel) -> list[int]:
@@ -281,9 +320,14 @@ def is_right(model: TransformersModel, way: Way) -> bool:
         return False
     # Or no way would be found right, and the model be served in the slowest one.
     refuse_no_numbers(model, whole)
+    got = torch.cat([ragged[:3], even[1:], ragged[3:], even[:1]])
+    return _agree(model, got, torch.cat([whole, whole[1:2]]))
+
+
+def _agree(model: TransformersModel, got: Tensor, want: Tensor) -> bool:
+    """Whether logits, [positions, vocab], are equal but for rounding."""
     n_tokens = model.tokenizer.n_tokens
-    got = torch.cat([ragged[:3], even[1:], ragged[3:], even[:1]])[:, :n_tokens].float()
-    want = torch.cat([whole, whole[1:2]])[:, :n_tokens].float()
+    got, want = got[:, :n_tokens].float(), want[:, :n_tokens].float()
     half = model.dtype in (torch.float16, torch.bfloat16)
     # Some models rule tokens out by -inf.
     differences = torch.where(got == want, 0.0, (got - want).abs())

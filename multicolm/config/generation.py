@@ -30,7 +30,7 @@ class GenerationConfig(Strict):
         top_p: draw from the fewest most likely tokens whose probabilities sum to this.
         seed: of everything random; a fresh one for each call if ``None``.
         stop: texts that end an answer and are not part of it; they may name special tokens.
-        schedule: ``None`` takes the one that suits the policy.
+        schedule: ``None`` takes the one that suits the policy and its models.
         block_size: tokens that the base model drafts at a time under ``block``.
         threads: torch threads; ``None`` is one for small models on a CPU.
         top_logprobs: how many of the likeliest tokens are returned with each written one.

@@ -35,13 +35,16 @@ class Drafter:
         decider: asks the policy.
         readers: the models; the first one drafts.
         noise: what tokens are drawn with.
+        beside: other models that are run with the base model, for drafts of one token.
     """
 
-    def __init__(self, decider: Decider, readers: Readers, noise: Noise) -> None:
+    def __init__(
+        self, decider: Decider, readers: Readers, noise: Noise, beside: Sequence[int] = ()
+    ) -> None:
         self._decider = decider
         self._readers = readers
         self._noise = noise
-        self._hidden = "hidden" in decider.plan.needs.of(0)
+        self._run = (0, *beside)
         self._end_ids = decider.plan.end_ids[0]
         self._steps: list[_Step] = []
 
@@ -67,18 +70,15 @@ class Drafter:
 
     def _draft_one(self, rows: Sequence[Row]) -> Passes[Draft]:
         """One token of the base model in every row, and whether the policy defers there."""
-        places = [len(row.ids) for row in rows]
-        output = yield from self._readers[0].forward(
-            rows, [[p] for p in places], hidden=self._hidden
-        )
-        positions = Positions(rows, places, self._noise)
+        positions = Positions(rows, [len(row.ids) for row in rows], self._noise)
         every = range(len(rows))
-        step = Draft(positions, {0: Shown.of(output, every)})
-        step.tokens = positions.draw(output.logits).tolist()
+        step = Draft(positions)
+        yield from self._readers.show(dict.fromkeys(self._run, every), step)
+        step.tokens = positions.draw(step.shown[0].output.logits).tolist()
         step.deferring = [True] * len(rows)
         step.scores = [None] * len(rows)
         if self._decider.policy.can_defer:
-            views = self._decider.views(positions, every, step.shown)
+            views = self._decider.views(positions, every, step.shown, models={0})
             step.deferring = self._decider.defers(views)
             if self._decider.policy.assistants == "deferred":
                 step.scores = self._decider.scores(views)

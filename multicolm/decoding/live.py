@@ -38,7 +38,7 @@ class Live:
             or characters.
         name: the policy's, for answers.
         runner: runs the models, and has the places of the texts that are written; others wait.
-        schedule: how models are run; ``None`` takes what suits the policy.
+        schedule: how models are run; ``None`` takes what suits the policy and its models.
         block_size: tokens that the base model drafts at a time under ``block``.
 
     Attributes:
@@ -63,7 +63,7 @@ class Live:
         self._name = name
         self._used = plan.used
         self._runner = runner
-        drafts = (schedule or policy.schedule) == "block"
+        drafts = (schedule or plan.schedule) == "block"
         # Elsewhere what the base model drafts is not in the others' tokens, or in tokens at all.
         own = written_in is vocabulary and (policy.support == "shared" or vocabulary.is_shared)
         # What is remembered after a token is known once the token is.

@@ -176,7 +176,11 @@ class TokenLoop(Loop):
         self._block_size = block_size
         self._consulting = Consulting(plan, self._decider, self.readers)
         # A base model that the policy does not run everywhere has nothing to draft with.
-        self._drafter = Drafter(self._decider, self.readers, self._noise) if plan.drafts else None
+        # What is drafted one token at a time is decided in the same round, so that models that are
+        # wanted there anyway are run with the base model: in one pass, if they share its weights.
+        beside = plan.wanted_beside_base if block_size == 1 else ()
+        drafter = Drafter(self._decider, self.readers, self._noise, beside)
+        self._drafter = drafter if plan.drafts else None
         self._drafted: list[Row] = []  # their drafts have ended, and wait to be decided
         self._enough = _verify_batch_fraction(plan)
 

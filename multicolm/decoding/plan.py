@@ -9,7 +9,7 @@ from functools import cached_property
 from multicolm.backend.base import Model
 from multicolm.errors import PolicyError
 from multicolm.exact.byte_vocabulary import ByteVocabulary
-from multicolm.policy.base import Needs, Policy
+from multicolm.policy.base import Needs, Policy, Schedule
 from multicolm.tokenizer.bridged import BridgedVocabulary
 from multicolm.tokenizer.vocabulary import Outcomes, Vocabulary
 from multicolm.types import MIXTURE, Pooling
@@ -88,6 +88,22 @@ class Plan:
     def drafts(self) -> bool:
         """Whether the base model writes ahead: it is run everywhere."""
         return 0 in self.needs.always or self.policy.acts == "verify"
+
+    @cached_property
+    def wanted_beside_base(self) -> tuple[int, ...]:
+        """Other models that are wanted wherever the base model is run, whatever it writes there."""
+        policy = self.policy
+        if policy.assistants != "always" or policy.names_models or policy.narrows:
+            return ()
+        return () if self.has_boundaries else tuple(sorted(self.needs.always.keys() - {0}))
+
+    @cached_property
+    def schedule(self) -> Schedule:
+        """The schedule that suits the policy and its models."""
+        together = (0, *self.wanted_beside_base)
+        if together == self.used and len({self.models[k].weights for k in together}) == 1:
+            return "stepwise"  # One pass a token: nothing is cheaper to draft with.
+        return self.policy.schedule
 
     @cached_property
     def _mixes_vocabularies(self) -> bool:

@@ -137,8 +137,8 @@ class Reader(ABC):
             rows[number].error = error
         self.usage += Usage(output.n_passes, n_read, 0, seconds, output.n_calls)
         calls = output.calls_of or [0] * len(rows)
-        for row, new, n_calls in zip(rows, fed, calls, strict=True):
-            # What a server foresaw is no pass of its own.
-            n_passes = 1 if n_calls or not output.calls_of else 0
+        for number, (row, new, n_calls) in enumerate(zip(rows, fed, calls, strict=True)):
+            # What a server foresaw is no pass of its own, nor what another model's pass includes.
+            n_passes = 0 if number in result.again or (output.calls_of and not n_calls) else 1
             share = seconds * len(new) / n_read
             row.usage[self._index] += Usage(n_passes, len(new), 0, share, n_calls)

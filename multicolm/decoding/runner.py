@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from multicolm.backend.base import Model, ModelOutput
-from multicolm.backend.checked import CheckedSession, open_session
+from multicolm.backend.checked import CheckedSession, RowPool, open_session
 from multicolm.backend.passes import ForwardPass, Passes, PassResult, TokenQuery, Wanted
 from multicolm.decoding.slots import Slots
 from multicolm.errors import ModelError
@@ -22,14 +22,15 @@ __all__ = ["Runner"]
 
 T = TypeVar("T")
 _Ran: TypeAlias = dict[Wanted, PassResult | Exception]
-_Groups: TypeAlias = dict[CheckedSession, list[Wanted]]
+_Groups: TypeAlias = dict[RowPool, list[Wanted]]
 
 
 class Runner:
     """The models at work for one or several loops.
 
-    What loops want of one model of this process is run as one forward pass, and these models one
-    after another; servers are asked side by side, and put requests together themselves.
+    What loops want of models of this process that have the same weights is run as one forward pass,
+    and those of different weights one after another; servers are asked side by side, and put
+    requests together themselves.
 
     Args:
         models: the ensemble's.
@@ -54,14 +55,17 @@ class Runner:
         self._clock = clock
         self._order = {model.name: k for k, model in enumerate(models)}
         self._sessions: dict[int, CheckedSession] = {}
+        self._row_pools: dict[object, RowPool] = {}
         self._pool: ThreadPoolExecutor | None = None
 
     def open(self, k: int) -> CheckedSession:
         """A session of model ``k`` whose rows are the slots; of a model here, one for all loops."""
-        if self.models[k].server:
-            return open_session(self.models[k], self.slots.n)
+        model = self.models[k]
+        if model.server:
+            return open_session(model, self.slots.n)
         if k not in self._sessions:
-            self._sessions[k] = open_session(self.models[k], self.slots.n)
+            pool = self._row_pools.setdefault(model.weights, RowPool())
+            self._sessions[k] = open_session(model, self.slots.n, pool)
         return self._sessions[k]
 
     def embed(self, k: int, ids: Int[Tensor, "positions"]) -> Float[Tensor, "positions width"]:
@@ -78,7 +82,7 @@ class Runner:
             The result of each.
         """
         tasks = [_Task(each) for each in computations]
-        asked: dict[Future[_Ran], CheckedSession] = {}
+        asked: dict[Future[_Ran], RowPool] = {}
         try:
             for task in tasks:
                 task.advance()
@@ -92,66 +96,76 @@ class Runner:
             wait(asked)
         return [task.result for task in tasks]
 
-    def _run_next(
-        self, wanted: Sequence[Wanted], asked: dict[Future[_Ran], CheckedSession]
-    ) -> _Ran:
+    def _run_next(self, wanted: Sequence[Wanted], asked: dict[Future[_Ran], RowPool]) -> _Ran:
         """Ask all servers, and run the first model of this process that is wanted.
 
         Policies ask for models in ascending order, so that a model is run about once in a round of
         all loops, however many they are. Where there is no such model, wait for a server.
         """
         groups: _Groups = {}
+        order: dict[RowPool, int] = {}  # of those that have no server
         for each in wanted:
-            groups.setdefault(each.session, []).append(each)
-        local = [session for session in groups if not session.model.server]
+            model, pool = each.session.model, each.session.pool
+            groups.setdefault(pool, []).append(each)
+            if not model.server:
+                number = self._order[model.name]
+                order[pool] = min(order.get(pool, number), number)
+        local = [pool for pool in groups if pool in order]
         busy = set(asked.values())
-        away = [session for session in groups if session.model.server and session not in busy]
+        away = [pool for pool in groups if pool not in order and pool not in busy]
         if len(away) == 1 and not local and not asked:  # the usual case of one server
             return self._moved(self._pass(away[0], groups[away[0]]))
         if away and self._pool is None:
             self._pool = ThreadPoolExecutor(len(self.models), "multicolm-server")
-        for session in away:
+        for pool in away:
             assert self._pool is not None
-            asked[self._pool.submit(self._pass, session, groups[session])] = session
+            asked[self._pool.submit(self._pass, pool, groups[pool])] = pool
         ran: _Ran = {}
         if local:
-            first = min(self._order[session.model.name] for session in local)
-            for session in local:
-                if self._order[session.model.name] == first:
-                    ran |= self._pass(session, groups[session])
+            first = min(order.values())
+            for pool in local:
+                if order[pool] == first:
+                    ran |= self._pass(pool, groups[pool])
         else:
             for done in wait(asked, return_when=FIRST_COMPLETED).done:
                 del asked[done]
                 ran |= done.result()
         return self._moved(ran)
 
-    def _pass(self, session: CheckedSession, wanted: Sequence[Wanted]) -> _Ran:
-        """Run what is wanted of one session, forward passes as one."""
+    def _pass(self, pool: RowPool, wanted: Sequence[Wanted]) -> _Ran:
+        """Run what is wanted of the rows of one pool, forward passes as one."""
         passes = [each for each in wanted if isinstance(each, ForwardPass)]
         try:
-            ran: _Ran = dict(zip(passes, self._forward(session, passes), strict=True))
+            ran: _Ran = dict(zip(passes, self._forward(pool, passes), strict=True))
             for each in wanted:
                 if isinstance(each, TokenQuery):
                     ran[each] = self._query(each)
             return ran
         except Exception as error:
             # What its caches hold is unknown. Other loops' texts are read anew.
-            session.reset()
+            pool.reset()
             return dict.fromkeys(wanted, error)
 
-    def _forward(self, session: CheckedSession, passes: Sequence[ForwardPass]) -> list[PassResult]:
+    def _forward(self, pool: RowPool, passes: Sequence[ForwardPass]) -> list[PassResult]:
         if not passes:
             return []
-        merged, lines = _merged(session, passes)
         start = self._clock()
-        output, errors = session.feed_each(
-            merged.rows, merged.tokens, merged.n_last, hidden=merged.hidden
-        )
-        session.model.synchronize()
-        seconds = self._clock() - start
         if len(passes) == 1:
-            return [PassResult(output, seconds, errors)]
-        return list(_divided(passes, lines, output, errors, seconds))
+            [each] = passes
+            output, errors = each.session.feed_each(
+                each.rows, each.tokens, each.n_last, hidden=each.hidden
+            )
+            each.session.model.synchronize()
+            return [PassResult(output, self._clock() - start, errors)]
+        lines = _lines(passes)
+        output, errors = pool.feed_each(
+            [row for row, _, _ in lines],
+            [passes[number].tokens[i] for _, number, i in lines],
+            [passes[number].n_last[i] for _, number, i in lines],
+            hidden=any(each.hidden for each in passes),
+        )
+        passes[0].session.model.synchronize()
+        return list(_divided(passes, lines, output, errors, self._clock() - start))
 
     def _query(self, query: TokenQuery) -> PassResult:
         start = self._clock()
@@ -222,23 +236,13 @@ class _Task(Generic[T]):
             del failed
 
 
-def _merged(
-    session: CheckedSession, passes: Sequence[ForwardPass]
-) -> tuple[ForwardPass, list[tuple[int, int, int]]]:
-    """Several passes as one, and of each of its rows: row, number of the pass, number there."""
-    if len(passes) == 1:
-        return passes[0], []
-    lines = sorted(
-        (row, number, i) for number, each in enumerate(passes) for i, row in enumerate(each.rows)
+def _lines(passes: Sequence[ForwardPass]) -> list[tuple[int, int, int]]:
+    """The rows of several passes as those of one: in the pool, whose pass, and which row there."""
+    return sorted(
+        (each.session.first_row + row, number, i)
+        for number, each in enumerate(passes)
+        for i, row in enumerate(each.rows)
     )
-    merged = ForwardPass(
-        session,
-        [row for row, _, _ in lines],
-        [passes[number].tokens[i] for _, number, i in lines],
-        [passes[number].n_last[i] for _, number, i in lines],
-        any(each.hidden for each in passes),
-    )
-    return merged, lines
 
 
 def _divided(
@@ -259,13 +263,18 @@ def _divided(
         if line in errors:
             failed[number][i] = errors[line]
     n_read = sum(each.n_read for each in passes)
+    seen: set[int] = set()
     for number, each in enumerate(passes):
         index = [at for i in range(len(each.rows)) for at in places[number, i]]
-        chosen = torch.tensor(index, device=output.logits.device)
+        chosen: slice | Tensor = slice(index[0], index[-1] + 1)
+        if index != list(range(index[0], index[-1] + 1)):
+            chosen = torch.tensor(index, device=output.logits.device)
         hidden = output.hidden if each.hidden else None
         part = ModelOutput(
             output.logits[chosen],
             None if hidden is None else hidden[chosen],
             0 if number else output.n_passes,  # each pass counts once
         )
-        yield PassResult(part, seconds * each.n_read / n_read, failed[number])
+        again = frozenset(i for i, row in enumerate(each.rows) if row in seen)
+        seen.update(each.rows)
+        yield PassResult(part, seconds * each.n_read / n_read, failed[number], again)

@@ -13,7 +13,8 @@ import pytest
 import torch
 from tiny_models import PROMPTS, network, save, shared_tokenizer
 
-from multicolm import Answer, Ensemble
+import multicolm
+from multicolm import Ensemble
 from multicolm.backend.loading import load_model, load_tokenizer
 from multicolm.backend.transformers import TransformersModel
 from multicolm.config import ModelConfig
@@ -191,51 +192,22 @@ def test_a_model_that_nobody_shares_weights_with_says_nothing_of_it(places: Path
     assert [model.abilities for model in shared({"left": every["left"]})] == [[]]
 
 
-POLICIES: dict[str, dict[str, Any]] = {
-    "cosd-rule": {"kind": "cosd-rule", "params": {"alpha": 0.3, "beta": 0.6}},
-    "confidence": {"kind": "confidence", "params": {"threshold": 0.2}},
-    "max-confidence": {"kind": "max-confidence"},
-    "average": {"kind": "average"},
-    "speculative": {"kind": "speculative"},
-}
-
-
-def traces(answers: list[Answer]) -> list[list[tuple[int, str]]]:
-    return [[(token.id, token.model) for token in answer.trace] for answer in answers]
-
-
-def logprobs(answers: list[Answer]) -> torch.Tensor:
-    return torch.tensor([token.logprob for answer in answers for token in answer.trace])
-
-
-@pytest.fixture(scope="module", params=["llama", "gemma3"])
-def pair(request: pytest.FixtureRequest, places: Path) -> tuple[Ensemble, Ensemble]:
-    """An ensemble of models that share a network, and the same one of separate copies."""
-    every = configs(places, request.param)
-    return Ensemble(shared(every)), Ensemble(separate(every))
-
-
-@pytest.mark.parametrize(("schedule", "block_size"), [("stepwise", 1), ("block", 5)])
-@pytest.mark.parametrize("policy", POLICIES)
-def test_an_ensemble_that_shares_weights_writes_what_separate_copies_write(
-    pair: tuple[Ensemble, Ensemble], policy: str, schedule: Any, block_size: int
+def test_an_ensemble_file_shares_weights_and_writes_what_separate_copies_write(
+    places: Path, tmp_path: Path
 ) -> None:
-    settings: dict[str, Any] = {
-        "schedule": schedule,
-        "block_size": block_size,
-        "max_new_tokens": 10,
-        "seed": 3,
-    }
-    for temperature, batch_size in ((0.0, 3), (0.9, 1)):
-        mine, theirs = (
-            ensemble.generate(
-                PROMPTS[:4],
-                POLICIES[policy],
-                temperature=temperature,
-                batch_size=batch_size,
-                **settings,
-            )
-            for ensemble in pair
-        )
-        assert traces(mine) == traces(theirs)
-        assert torch.allclose(logprobs(mine), logprobs(theirs), atol=1e-3)
+    (tmp_path / "e.yaml").write_text(
+        "base_model: plain\nmodels:\n"
+        f"  plain: {{model: {places}/llama, dtype: float32}}\n"
+        f"  left: {{model: {places}/llama, dtype: float32, adapter: {places}/llama-1}}\n"
+        f"  right: {{model: {places}/llama, dtype: float32, adapter: {places}/llama-2}}\n"
+        "policy: max-confidence\n"
+    )
+    every = {name.replace("base", "plain"): each for name, each in configs(places).items()}
+    mine, theirs = multicolm.load(tmp_path / "e.yaml"), Ensemble(separate(every))
+    for batch_size in (1, 3):
+        settings: dict[str, Any] = {"max_new_tokens": 10, "batch_size": batch_size}
+        answers = mine.generate(PROMPTS[:4], **settings)
+        others = theirs.generate(PROMPTS[:4], "max-confidence", **settings)
+        assert [answer.text for answer in answers] == [answer.text for answer in others]
+        written = {token.model for answer in answers for token in answer.trace}
+        assert written == {"plain", "left", "right"}

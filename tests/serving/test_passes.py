@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from expert_worlds import experts
 from live_worlds import (
     LONG_PROMPTS,
     MIXED_PROMPTS,
@@ -82,6 +83,7 @@ def together(runner: Runner, lives: Sequence[Live]) -> None:
         (mixed, MIXED_PROMPTS, ["byte-mixture", "chared", "unite", "max-confidence"]),
         (cached, LONG_PROMPTS[:5], ["confidence", "average", "speculative", ByState()]),
         (cached, LONG_PROMPTS[:5], ["btm", TOP_1, OncePerText(), "confidence"]),
+        (experts, LONG_PROMPTS[:4], ["confidence", "average", "speculative", ByState(), "btm"]),
     ],
     ids=[
         "drafted",
@@ -93,6 +95,7 @@ def together(runner: Runner, lives: Sequence[Live]) -> None:
         "bytes",
         "cached",
         "text-cached",
+        "experts",
     ],
 )
 @pytest.mark.parametrize("schedule", ["stepwise", "block"])
