@@ -116,9 +116,14 @@ class CheckedSession(Session):
         self._n_rows = n_rows
 
     @property
+    def inner(self) -> Session:
+        """The session of all rows of the pool."""
+        return self.pool.inner
+
+    @property
     def lengths(self) -> list[int]:  # type: ignore[override]  # those of the pool
         """Per row, how many tokens it holds."""
-        return self.pool.inner.lengths[self.first_row : self.first_row + self._n_rows]
+        return self.inner.lengths[self.first_row : self.first_row + self._n_rows]
 
     def _in_pool(self, rows: Sequence[int]) -> list[int]:
         return [self.first_row + row for row in rows]
@@ -165,11 +170,11 @@ class CheckedSession(Session):
         after: Sequence[Sequence[int]] | None = None,
     ) -> ModelOutput:
         """See :meth:`multicolm.backend.base.Session.logprobs_of`."""
-        return self.pool.inner.logprobs_of(self._in_pool(rows), lengths, ids, after)
+        return self.inner.logprobs_of(self._in_pool(rows), lengths, ids, after)
 
     def truncate(self, row: int, length: int) -> None:
         """See :meth:`multicolm.backend.base.Session.truncate`."""
-        self.pool.inner.truncate(self.first_row + row, length)
+        self.inner.truncate(self.first_row + row, length)
 
 
 def refuse_no_numbers(model: Model, logits: Tensor) -> None:
