@@ -38,6 +38,7 @@ __all__ = [
     "Message",
     "OwnTokens",
     "Piece",
+    "PieceKind",
     "Pooling",
     "Prompt",
     "Signal",
@@ -69,6 +70,10 @@ Pooling: TypeAlias = Literal["last", "mean"]
 FinishReason: TypeAlias = Literal["eos", "stop", "length", "context"]
 """Why a text ended: the writer's end-of-text token, a stop string, ``max_new_tokens``, or a model
 whose context is full."""
+
+PieceKind: TypeAlias = Literal["answer", "reasoning", "marker"]
+"""What a piece of text is: of the ``answer``, of the ``reasoning`` before it, or of a ``marker``
+around that, such as ``<think>``."""
 
 MIXTURE = "mixture"
 """The writer's name in a trace where several models wrote a token together."""
@@ -109,8 +114,9 @@ class GenerationSettings(TypedDict, total=False):
     ``max_new_tokens`` tokens at most. ``temperature`` 0 is greedy; ``top_k`` and ``top_p`` cut the
     distribution after it. ``stop`` strings end a text and are not part of it; they may name special
     tokens. ``schedule`` and ``block_size`` say how models are run and never what is written.
-    ``threads`` is torch's count. ``top_logprobs`` of the likeliest tokens are returned with each
-    written one.
+    ``think_end_token`` and ``think_start_token`` mark what models think off from what they answer,
+    and ``thinking_token_budget`` limits it. ``threads`` is torch's count. ``top_logprobs`` of the
+    likeliest tokens are returned with each written one.
     """
 
     max_new_tokens: int | None
@@ -118,6 +124,9 @@ class GenerationSettings(TypedDict, total=False):
     top_k: int | None
     top_p: float | None
     stop: str | Sequence[str] | None
+    think_end_token: str | None
+    think_start_token: str | None
+    thinking_token_budget: int | None
     schedule: Literal["stepwise", "block"] | None
     block_size: int | None
     threads: int | None
@@ -277,11 +286,13 @@ class Piece:
         text: the new text, never empty.
         model: name of its writer, or ``"mixture"``; of the last byte's writer where a character
             was written by two.
+        kind: ``answer``, but of models that think (``think_end_token``).
     """
 
     row: int
     text: str
     model: str
+    kind: PieceKind = "answer"
 
 
 @dataclass(frozen=True, slots=True)
@@ -298,6 +309,9 @@ class Answer:
         policy: the policy's name, as it was asked for.
         seed: what the random draws of this answer were seeded with; ``None`` when nothing was
             random.
+        reasoning_content: what it thought before it answered, without markers; ``None`` if it did
+            not, or no ``think_end_token`` says where thoughts end.
+        content_start: how many characters of ``text`` come before the answer proper.
     """
 
     prompt: Prompt
@@ -307,9 +321,19 @@ class Answer:
     finish_reason: FinishReason
     policy: str
     seed: int | None = None
+    reasoning_content: str | None = None
+    content_start: int = 0
+
+    @property
+    def content(self) -> str:
+        """The answer proper: the text after what was thought; all of it if nothing was."""
+        return self.text[self.content_start :]
 
     def as_json(self) -> dict[str, Any]:
         """A dictionary of plain values; numbers that JSON cannot hold become ``None``."""
+        thought = {}
+        if self.reasoning_content is not None:
+            thought = {"reasoning_content": self.reasoning_content, "content": self.content}
         tokens = [asdict(token) for token in self.trace.tokens]
         for token in tokens:
             token |= {key: finite(token[key]) for key in ("logprob", "score")}
@@ -317,6 +341,7 @@ class Answer:
         return {
             "prompt": _plain(self.prompt),
             "text": self.text,
+            **thought,
             "finish_reason": self.finish_reason,
             "policy": self.policy,
             "seed": self.seed,

@@ -442,7 +442,7 @@ class _Finisher:
         return row
 
     def _keep(self, text: _Unfinished, row: Row) -> None:
-        quality = self._task.score(row.text.text, text.position.question)
+        quality = self._task.score(row.text.content, text.position.question)
         record = {
             "quality": quality,
             "text": row.text.text,

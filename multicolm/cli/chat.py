@@ -113,7 +113,7 @@ def _answer_lines(talk: _Talk) -> None:
         for _ in stream:
             pass
         [answer] = stream.answers
-        talk.keep(text, answer.text)
+        talk.keep(text, answer.content)
         click.echo(as_json(answer.as_json()))
 
 
@@ -177,7 +177,8 @@ def _answer(talk: _Talk, text: str) -> None:
     written = []
     try:
         for piece in stream:
-            written.append(piece.text)
+            if piece.kind == "answer":  # templates of thinking models leave out what they thought
+                written.append(piece.text)
             screen.show(piece)
         screen.end(stream.answers[0])
     except KeyboardInterrupt:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from multicolm.decoding.plan import Plan
 from multicolm.decoding.readers import Readers
 from multicolm.decoding.row import Row, Written
+from multicolm.decoding.text import Shown
 from multicolm.types import Piece
 
 __all__ = ["Committer"]
@@ -49,19 +50,29 @@ class Committer:
             pieces += self._pieces(row, row.text.finish())
         return pieces
 
+    def close_thoughts(self, row: Row) -> list[Piece]:
+        """Write the end of thinking in a text whose budget for it is used up.
+
+        No model was asked: it is the base model's, and nothing else could have come.
+        """
+        ids, row.end_of_thinking = row.end_of_thinking, ()
+        return self.write_all(row, [Written(token, 0, 0.0, None) for token in ids])
+
     def end(self, row: Row) -> list[Piece]:
         """End a text where its policy wants it to end."""
         row.finish_reason = "stop"
         return self._pieces(row, row.text.finish())
 
     def write_all(self, row: Row, tokens: Sequence[Written]) -> list[Piece]:
-        """Write tokens until the text is finished."""
+        """Write tokens until the text is finished, or has to stop thinking."""
         pieces: list[Piece] = []
         for new in tokens:
             pieces += self.write(row, new)
-            if row.finish_reason is not None:
+            if row.finish_reason is not None or row.thinking_is_used_up:
                 break
         return pieces
 
-    def _pieces(self, row: Row, parts: Sequence[tuple[str, int]]) -> list[Piece]:
-        return [Piece(row.number, text, self._plan.name(writer)) for text, writer in parts]
+    def _pieces(self, row: Row, parts: Sequence[Shown]) -> list[Piece]:
+        return [
+            Piece(row.number, text, self._plan.name(writer), kind) for text, writer, kind in parts
+        ]

@@ -16,13 +16,19 @@ from multicolm.decoding.row import Row, Written
 from multicolm.decoding.runner import Runner
 from multicolm.decoding.sampling import Sampling, row_key
 from multicolm.decoding.text import TextStream
+from multicolm.decoding.thinking import Thinking
 from multicolm.errors import CapabilityError, InputError, ModelError
+from multicolm.exact.byte_vocabulary import ByteVocabulary
+from multicolm.exact.character_vocabulary import CharacterVocabulary
 from multicolm.policy.base import Schedule
+from multicolm.tokenizer.bridged import BridgedVocabulary
 from multicolm.tokenizer.incremental import IncrementalEncoder
 from multicolm.tokenizer.vocabulary import Vocabulary
 from multicolm.types import MIXTURE, Alternative, Answer, Piece, Prompt, Trace, TracedToken, Usage
 
 __all__ = ["Live"]
+
+_BLANKS = 8  # the most tokens of blank space after a marker at the end of a prompt
 
 
 class Live:
@@ -101,13 +107,55 @@ class Live:
             key=row_key(seed, ids[self._used[0]]),
             seed=seed,
             max_new_tokens=wanted.max_new_tokens,
-            text=TextStream(wanted.stop),
+            text=TextStream(wanted.stop, self._thinking(wanted, ids)),
             draft_length=self._block_size,
             sampling=sampling,
             models=self._used,
+            thinking_token_budget=wanted.thinking_token_budget,
+            end_of_thinking=self._end_of_thinking(wanted),
             n_alternatives=wanted.top_logprobs,
             meter=None if in_tokens else IncrementalEncoder(self._models[0].tokenizer),
         )
+
+    def _thinking(self, wanted: GenerationConfig, ids: Sequence[Sequence[int]]) -> Thinking | None:
+        """What tells the thoughts of a text from its answer, if it may have any."""
+        if wanted.think_end_token is None:
+            return None
+        start = wanted.think_start_token
+        ends = (self._prompt_end(k, ids[k], len(start.encode())) for k in self._used)
+        is_open = any(end.rstrip().endswith(start) for end in ends)
+        return Thinking(start, wanted.think_end_token, is_open=is_open)
+
+    def _prompt_end(self, k: int, ids: Sequence[int], n_bytes: int) -> str:
+        """The end of a prompt, as text and names of special tokens."""
+        tokenizer = self._models[k].tokenizer
+        tail = [
+            (tokenizer.special_name(token) or "").encode() or tokenizer.token_bytes(token)
+            for token in ids[-(n_bytes + _BLANKS) :]
+        ]
+        return b"".join(tail).decode(errors="replace")
+
+    def _end_of_thinking(self, wanted: GenerationConfig) -> list[int]:
+        """The tokens that end the thoughts of a text whose budget is used up.
+
+        Raises:
+            CapabilityError: if the policy writes in characters.
+        """
+        end = wanted.think_end_token
+        if wanted.thinking_token_budget is None or end is None:
+            return []
+        vocabulary, tokenizer = self._written_in, self._models[0].tokenizer
+        own = tokenizer.encode_rendered(end)[len(tokenizer.encode("")) :]
+        if isinstance(vocabulary, ByteVocabulary):
+            return list(end.encode())
+        if isinstance(vocabulary, BridgedVocabulary):
+            return vocabulary.ids_of(0, own)
+        if isinstance(vocabulary, CharacterVocabulary):
+            raise CapabilityError(
+                f"policy '{self._name}' writes in characters, and cannot be made to stop thinking; "
+                "leave `thinking_token_budget` out."
+            )
+        return own
 
     def _check_draws(self, sampling: Sampling) -> None:
         """Refuse to draw from a distribution of which a part is not known."""
@@ -223,6 +271,8 @@ class Live:
             finish_reason=row.finish_reason,
             policy=self._name,
             seed=row.seed if row.noise_used else None,
+            reasoning_content=row.text.reasoning if row.text.content_start else None,
+            content_start=row.text.content_start,
         )
 
     def _as_tokens(self, row: Row, meter: IncrementalEncoder) -> list[Written]:

@@ -106,14 +106,24 @@ class Loop(ABC):
             The text that has become certain; nothing where no text is to be written.
         """
         yield from self._admit()
-        pieces = (yield from self._write()) if self._active else []
+        pieces: list[Piece] = []
+        for row in self._active:
+            if row.thinking_is_used_up:
+                pieces += self._committer.close_thoughts(row)
+        self._take_out()
+        if self._active:
+            pieces += yield from self._write()
+        self._take_out()
+        return pieces
+
+    def _take_out(self) -> None:
+        """Release the texts that are finished, and those that failed."""
         for row in [row for row in self._active if row.finish_reason or row.error]:
             self._release(row)
             if row.error is None:
                 self.finished.append(row)
             else:
                 self.failed.append((row, row.error))
-        return pieces
 
     @abstractmethod
     def _write(self) -> Passes[list[Piece]]:
@@ -310,7 +320,8 @@ class TokenLoop(Loop):
             row.n_changed += draft.deferring[i] and not kept
             # With `history`, later positions were decided as if the base model had written all.
             other_history = writer != 0 and self._plan.policy.history
-            if row.finish_reason is not None or not kept or other_history:
+            ends = row.finish_reason is not None or row.thinking_is_used_up
+            if ends or not kept or other_history:
                 break
         row.drop_draft()
         self.readers.rollback(row, n_kept)

@@ -50,6 +50,8 @@ class Row:
         text: the text as it is shown.
         draft_length: how many tokens the base model drafts at a time.
         sampling: how its tokens are drawn.
+        thinking_token_budget: the most tokens that it may think; ``None`` if that is not limited.
+        end_of_thinking: tokens that are written when it has, until they are.
         n_alternatives: how many of the likeliest tokens are kept with each written one.
         prompt_mean_nll: per model, how unlikely it finds its prompt, for policies that look at
             prompts, in nats per token of the base model's prompt; NaN for models not in use.
@@ -82,6 +84,8 @@ class Row:
     text: TextStream
     draft_length: int
     sampling: Sampling
+    thinking_token_budget: int | None = None
+    end_of_thinking: Sequence[int] = ()
     n_alternatives: int = 0
     slot: int = -1
     drafter: int = 0
@@ -120,6 +124,17 @@ class Row:
     def n_tokens(self) -> int:
         """How many tokens were written; of a text of bytes, in the base model's tokens."""
         return len(self.written) if self.meter is None else len(self.meter.ids)
+
+    @property
+    def thinking_is_used_up(self) -> bool:
+        """Whether it has to stop thinking."""
+        budget = self.thinking_token_budget
+        return (
+            budget is not None
+            and self.n_tokens >= budget
+            and bool(self.end_of_thinking)
+            and self.text.has_open_thoughts
+        )
 
     @property
     def n_drafted(self) -> int:

@@ -4,25 +4,27 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
 from itertools import accumulate
+from typing import NamedTuple
 
-__all__ = ["TextStream"]
+from multicolm.decoding.thinking import Part, Thinking, split
+from multicolm.types import PieceKind
+
+__all__ = ["Shown", "TextStream"]
 
 
-@dataclass(frozen=True, slots=True)
-class _Part:
-    """A stretch of what was written.
+class Shown(NamedTuple):
+    """A piece of text that is certain to stay.
 
     Attributes:
-        text: that stop strings are looked for in.
-        writer: who wrote it.
-        is_shown: whether it is text, and not the name of a special token.
+        text: of it, never empty.
+        writer: the index of its model.
+        kind: see :class:`multicolm.types.Piece`.
     """
 
     text: str
     writer: int
-    is_shown: bool = True
+    kind: PieceKind = "answer"
 
 
 class TextStream:
@@ -32,14 +34,24 @@ class TextStream:
     string. Bytes that are no UTF-8 show as U+FFFD. A stop string may name special tokens, which
     are no part of the text; it holds the whole name of one or nothing of it.
 
+    Attributes:
+        stopped: whether a stop string was found.
+        content_start: how many characters of :attr:`text` come before what it answers: what it has
+            thought, and the markers around that.
+
     Args:
-        stops: strings that end the text; they may straddle tokens and writers.
+        stops: strings that end the text; they may straddle tokens and writers. They are looked for
+            in what it answers, not in what it thinks.
+        thinking: tells the two apart; a text without one only answers.
     """
 
-    def __init__(self, stops: Sequence[str] = ()) -> None:
+    def __init__(self, stops: Sequence[str] = (), thinking: Thinking | None = None) -> None:
         self._stops = tuple(stops)
+        self._thinking = thinking
+        self._thoughts: list[str] = []
+        self.content_start = 0
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self._held: list[_Part] = []
+        self._held: list[Part] = []
         self._shown: list[str] = []
         self._last_writer = 0
         self.stopped = False
@@ -49,8 +61,28 @@ class TextStream:
         """Everything that was let out."""
         return "".join(self._shown)
 
-    def push(self, content: bytes, writer: int, special: str = "") -> list[tuple[str, int]]:
-        """Add what ``writer`` wrote; returns new pieces of text with their writers.
+    @property
+    def content(self) -> str:
+        """What was let out of the answer, without thoughts."""
+        return self.text[self.content_start :]
+
+    @property
+    def is_thinking(self) -> bool:
+        """Whether it thinks, or has not begun to write yet and may."""
+        return self._thinking is not None and not self._thinking.is_over
+
+    @property
+    def has_open_thoughts(self) -> bool:
+        """Whether it thinks, and has not closed its thoughts yet."""
+        return self._thinking is not None and self._thinking.is_open
+
+    @property
+    def reasoning(self) -> str:
+        """What it has thought, without markers."""
+        return "".join(self._thoughts)
+
+    def push(self, content: bytes, writer: int, special: str = "") -> list[Shown]:
+        """Add what ``writer`` wrote; returns new pieces of text with their writers and kinds.
 
         Sets :attr:`stopped` when a stop string is complete; the text ends before it.
 
@@ -59,22 +91,34 @@ class TextStream:
             writer: the index of its model.
             special: the name of a special token, where that was written.
         """
-        if special and self._stops:
-            return self._let_out(_Part(special, writer, is_shown=False), last=False)
+        if special and (self._stops or self._thinking is not None):
+            return self._let_out(Part(special, writer, is_shown=False), last=False)
         if content:
             self._last_writer = writer
         new = self._decoder.decode(content)
-        return self._let_out(_Part(new, writer), last=False) if new else []
+        return self._let_out(Part(new, writer), last=False) if new else []
 
-    def finish(self) -> list[tuple[str, int]]:
+    def finish(self) -> list[Shown]:
         """The text ends here: let out what was held back."""
         if self.stopped:
             return []
         rest = self._decoder.decode(b"", final=True)
-        return self._let_out(_Part(rest, self._last_writer), last=True)
+        return self._let_out(Part(rest, self._last_writer), last=True)
 
-    def _let_out(self, new: _Part, *, last: bool) -> list[tuple[str, int]]:
-        parts = [*self._held, new]
+    def _let_out(self, new: Part, *, last: bool) -> list[Shown]:
+        parts = [new] if self._thinking is None else self._thinking.push(new, last=last)
+        thoughts = [part for part in parts if part.kind != "answer"]
+        return [*self._show(thoughts), *self._answer(parts[len(thoughts) :], last=last)]
+
+    def _show(self, parts: Sequence[Part]) -> list[Shown]:
+        shown = [Shown(part.text, part.writer, part.kind) for part in parts if part.is_shown]
+        self._shown += [part.text for part in shown]
+        self._thoughts += [part.text for part in shown if part.kind == "reasoning"]
+        self.content_start += sum(len(part.text) for part in shown if part.kind != "answer")
+        return shown
+
+    def _answer(self, new: Sequence[Part], *, last: bool) -> list[Shown]:
+        parts = [*self._held, *new]
         text = "".join(part.text for part in parts)
         ends = list(accumulate(len(part.text) for part in parts))
         # Places that lie within the name of a special token.
@@ -89,9 +133,8 @@ class TextStream:
             n_certain, self.stopped = min(found), True
         else:
             n_certain = len(text) if last else len(text) - self._n_possible(text, within)
-        out, self._held = _split(parts, n_certain)
-        self._shown.extend(part.text for part in out if part.is_shown)
-        return [(part.text, part.writer) for part in out if part.is_shown]
+        out, self._held = split(parts, n_certain)
+        return self._show(out)
 
     def _n_possible(self, text: str, within: Collection[int]) -> int:
         """Length of the longest end of ``text`` that begins a stop string."""
@@ -110,15 +153,3 @@ def _find(text: str, stop: str, within: Collection[int]) -> int:
     while at >= 0 and (at in within or at + len(stop) in within):
         at = text.find(stop, at + 1)
     return at
-
-
-def _split(parts: Sequence[_Part], length: int) -> tuple[list[_Part], list[_Part]]:
-    before: list[_Part] = []
-    after: list[_Part] = []
-    for part in parts:
-        if part.text[:length]:
-            before.append(replace(part, text=part.text[:length]))
-        if part.text[length:]:
-            after.append(replace(part, text=part.text[length:]))
-        length = max(0, length - len(part.text))
-    return before, after

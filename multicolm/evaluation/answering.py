@@ -434,7 +434,7 @@ class Answering:
             answers: Answers = stream.answers
         qualities = []
         for question, answer in zip(questions, answers, strict=True):
-            qualities.append(self.task.score(answer.text, question))
+            qualities.append(self.task.score(answer.content, question))
             record = {
                 "text": answer.text,
                 "quality": qualities[-1],

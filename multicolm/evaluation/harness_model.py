@@ -261,7 +261,7 @@ class EnsembleLM(LM):  # type: ignore[misc]
             with stream:
                 for number, answer in stream.finished():
                     i = open_[number]
-                    texts[i] = kept[keys[i]] = answer.text
+                    texts[i] = kept[keys[i]] = answer.content
                     self._progress(len(texts), len(requests))
         return [texts[i] for i in range(len(requests))]
 

@@ -332,6 +332,7 @@ class _RequestHandler:
             self._engine.ensemble.vocabulary.token_bytes,
             body.wants_logprobs,
             body.alternatives[1],
+            not isinstance(body, ChatCompletionRequest) or body.include_reasoning,
         )
 
     def explained(self, error: Exception) -> dict[str, Any]:

@@ -173,6 +173,7 @@ class _BaseRequest(_Body):
     top_p: float | None = Field(default=None, gt=0, le=1)
     top_k: int | None = Field(default=None, ge=-1)  # -1 and 0: all tokens
     max_tokens: int | None = None
+    thinking_token_budget: int | None = Field(default=None, ge=0)
     multicolm: Extension = Field(default_factory=Extension)
 
     def prompts(self) -> list[Prompt]:
@@ -212,7 +213,7 @@ class _BaseRequest(_Body):
         top_k = self.top_k
         if top_k in (-1, 0):
             own, top_k = own.model_copy(update={"top_k": None}), None
-        for name in ("temperature", "top_p", "stop"):
+        for name in ("temperature", "top_p", "stop", "thinking_token_budget"):
             value = getattr(self, name)
             try:
                 own.updated({name: value})
@@ -225,6 +226,7 @@ class _BaseRequest(_Body):
                 "top_p": self.top_p,
                 "top_k": top_k,
                 "stop": self.stop,
+                "thinking_token_budget": self.thinking_token_budget,
                 "top_logprobs": self.alternatives[1],
             }
         )
@@ -272,6 +274,7 @@ class ChatCompletionRequest(_BaseRequest):
     """The body of ``POST /v1/chat/completions``."""
 
     messages: _List[_Turn] = Field(min_length=1, max_length=_MOST_MESSAGES)
+    include_reasoning: bool = True
     chat_template_kwargs: TemplateArgs = Field(default_factory=dict, max_length=_MOST_FIELDS)
     max_completion_tokens: int | None = None
     logprobs: bool = False

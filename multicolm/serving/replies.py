@@ -64,6 +64,7 @@ class Replies:
         content: the bytes of a token.
         logprobs: whether log-probabilities are wanted.
         top_logprobs: how many of the likeliest tokens are wanted with each.
+        reasoning: whether a chat's client wants what models thought.
     """
 
     kind: Literal["completion", "chat"]
@@ -74,6 +75,7 @@ class Replies:
     content: Callable[[int], bytes]
     logprobs: bool
     top_logprobs: int = 0
+    reasoning: bool = True
 
     def beginning(self, texts: Sequence[Written]) -> bytes:
         """A reply with all texts, up to the first of its choices."""
@@ -88,7 +90,7 @@ class Replies:
         return _as_bytes(
             {
                 "index": index,
-                **self._said(answer.text),
+                **self._said(answer),
                 "logprobs": self._logprobs(written.tokens, offsets),
                 "finish_reason": _REASONS[answer.finish_reason],
                 "multicolm": {
@@ -111,7 +113,7 @@ class Replies:
         offsets = self._offsets(written, tokens)
         choice = {
             "index": index,
-            **self._new("".join(piece.text for piece in pieces)),
+            **self._new(pieces),
             "logprobs": self._logprobs(tokens, offsets),
             "finish_reason": None,
             "multicolm": _provenance(pieces, tokens, offsets),
@@ -122,7 +124,7 @@ class Replies:
         """The last chunk of a text."""
         choice = {
             "index": index,
-            **(self._new("") if self.kind == "completion" else {"delta": {}}),
+            **(self._new(()) if self.kind == "completion" else {"delta": {}}),
             "logprobs": None,
             "finish_reason": _REASONS[answer.finish_reason],
             "multicolm": {**_provenance((), (), ()), **_end(answer)},
@@ -140,13 +142,23 @@ class Replies:
     def _head(self, kind: str) -> dict[str, Any]:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
 
-    def _said(self, text: str) -> dict[str, Any]:
+    def _said(self, answer: Answer) -> dict[str, Any]:
         if self.kind == "completion":
-            return {"text": text}
-        return {"message": {"role": "assistant", "content": text, "refusal": None}}
+            return {"text": answer.text}
+        message = {"role": "assistant", "content": answer.content, "refusal": None}
+        if self.reasoning and answer.reasoning_content is not None:
+            message["reasoning_content"] = answer.reasoning_content
+        return {"message": message}
 
-    def _new(self, text: str) -> dict[str, Any]:
-        return {"text": text} if self.kind == "completion" else {"delta": {"content": text}}
+    def _new(self, pieces: Sequence[Piece]) -> dict[str, Any]:
+        if self.kind == "completion":
+            return {"text": "".join(piece.text for piece in pieces)}
+        answer = "".join(piece.text for piece in pieces if piece.kind == "answer")
+        thoughts = "".join(piece.text for piece in pieces if piece.kind == "reasoning")
+        if not thoughts or not self.reasoning:
+            return {"delta": {"content": answer}}
+        delta = {"reasoning_content": thoughts, "content": answer}
+        return {"delta": {name: text for name, text in delta.items() if text}}
 
     def _usage(self, texts: Sequence[Written]) -> dict[str, Any]:
         answers = [written.answer for written in texts if written.answer is not None]

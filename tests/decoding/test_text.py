@@ -55,11 +55,11 @@ def run(pushes: list[Push], stops: list[str]) -> tuple[Shown, bool, list[str]]:
     pieces: Shown = []
     seen: list[str] = []
     for push in pushes:
-        pieces += stream.push(*push)
+        pieces += [piece[:2] for piece in stream.push(*push)]
         seen.append(stream.text)
         if stream.stopped:
             break
-    pieces += stream.finish()
+    pieces += [piece[:2] for piece in stream.finish()]
     assert "".join(text for text, _ in pieces) == stream.text
     assert all(text for text, _ in pieces), "an empty piece"
     return pieces, stream.stopped, [*seen, stream.text]
@@ -115,7 +115,7 @@ def test_without_stops_nothing_but_a_broken_character_is_held_back(
     stream = TextStream()
     for push in pushes:
         decoded = decoder.decode(push[0])
-        assert "".join(text for text, _ in stream.push(*push)) == decoded
+        assert "".join(text for text, _, _ in stream.push(*push)) == decoded
 
 
 @pytest.mark.parametrize(
@@ -172,7 +172,7 @@ def test_no_part_of_a_stop_that_may_still_come_is_shown() -> None:
     stream = TextStream(["<stop>"])
     shown = ""
     for character in "a<sto<stop":
-        shown += "".join(text for text, _ in stream.push(character.encode(), 0))
+        shown += "".join(text for text, _, _ in stream.push(character.encode(), 0))
     assert shown == stream.text == "a<sto"
     assert stream.push(b">", 0) == [] and stream.stopped and stream.finish() == []
 
