@@ -13,6 +13,7 @@ import os
 import pkgutil
 import runpy
 import select
+import signal
 import socket
 import subprocess
 import sys
@@ -22,10 +23,12 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from accelerate.state import AcceleratorState
+
 import multicolm
 from multicolm.cli import main
 
-__all__ = ["command", "program", "script"]
+__all__ = ["Running", "command", "job", "program", "script", "start"]
 
 Done = subprocess.CompletedProcess[str]
 
@@ -68,12 +71,54 @@ def program(path: Path, *arguments: str) -> Done:
     return _run(run, Path.cwd())
 
 
+def job(n: int, arguments: Sequence[str], cwd: Path) -> list[Done]:
+    """What a command does as several processes of one job, as torchrun starts them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = {"WORLD_SIZE": str(n), "LOCAL_WORLD_SIZE": str(n)}
+    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+
+    def rank(i: int) -> Running:
+        def run() -> int:
+            os.environ.update(shared, RANK=str(i), LOCAL_RANK=str(i))
+            AcceleratorState._reset_state(reset_partial_state=True)  # that of the tests
+            return main(arguments)
+
+        return Running(run, cwd)
+
+    return [running.end() for running in [rank(i) for i in range(n)]]
+
+
+def start(arguments: Sequence[str], cwd: Path) -> Running:
+    """A command that runs, and may be sent signals."""
+    return Running(lambda: main(arguments), cwd)
+
+
+class Running:
+    """Something that is done in a fork."""
+
+    def __init__(self, what: Callable[[], int], cwd: Path) -> None:
+        self._out = tempfile.TemporaryFile()  # noqa: SIM115  # they are closed at its end
+        self._err = tempfile.TemporaryFile()  # noqa: SIM115
+        with open(os.devnull) as nothing:
+            streams = [nothing.fileno(), self._out.fileno(), self._err.fileno()]
+            self.pid = _fork(what, cwd, streams)
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether it did, also of a signal."""
+        return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+    def end(self) -> Done:
+        """Wait until it ends."""
+        code = _exit_code(self.pid)
+        with self._out as out, self._err as err:
+            return Done([], code, _text(out), _text(err))
+
+
 def _run(what: Callable[[], int], cwd: Path) -> Done:
-    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-        streams = [os.open(os.devnull, os.O_RDONLY), out.fileno(), err.fileno()]
-        code = _fork(what, cwd, streams)
-        os.close(streams[0])
-        return Done([], code, _text(out), _text(err))
+    return Running(what, cwd).end()
 
 
 def script(words: Sequence[str], cwd: Path, environment: Mapping[str, str]) -> Done:
@@ -103,14 +148,14 @@ def _serve(server: socket.socket) -> None:
         size, streams, _, _ = socket.recv_fds(connection, 8, 3)
         asked = connection.recv(int.from_bytes(size, "big"), socket.MSG_WAITALL)
         arguments, cwd = json.loads(asked)
-        code = _fork(lambda: main(arguments), Path(cwd), streams)
+        code = _exit_code(_fork(lambda: main(arguments), Path(cwd), streams))
         for stream in streams:
             os.close(stream)
         connection.sendall(b"%d" % code)
 
 
 def _fork(what: Callable[[], int], cwd: Path, streams: Sequence[int]) -> int:
-    """Do something in a child with these streams; its exit code."""
+    """Do something in a child with these streams; its process id."""
     child = os.fork()
     if child == 0:
         code = 1
@@ -122,6 +167,7 @@ def _fork(what: Callable[[], int], cwd: Path, streams: Sequence[int]) -> int:
                 raw = io.FileIO(number, "w", closefd=False)
                 setattr(sys, name, io.TextIOWrapper(io.BufferedWriter(raw), "utf-8"))
             os.chdir(cwd)
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # pytest-xdist ignores it
             warnings.resetwarnings()  # pytest makes errors of them
             warnings.simplefilter("default")
             code = what()
@@ -131,6 +177,10 @@ def _fork(what: Callable[[], int], cwd: Path, streams: Sequence[int]) -> int:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(code)
+    return child
+
+
+def _exit_code(child: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 

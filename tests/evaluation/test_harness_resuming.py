@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 from fake_vllm import FakeVllm
 from harness_worlds import Request, records, without_times, write_tasks
@@ -378,22 +377,22 @@ def test_a_damaged_ledger_of_requests_is_named(judge: Any, passes: Passes, tmp_p
 def test_the_command_that_was_stopped_goes_on_within_a_row(number: int, tmp_path: Path) -> None:
     folder = write_tasks(tmp_path / "tasks", records(40))
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "multicolm", "eval", "tiny", "--tasks", "tiny_answer"]
-    command += ["--policy", "cosd-rule", "--no-alone", "--batch-size", "1"]
-    command += ["--include-path", str(folder), "--out", str(out)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    command = ["eval", "tiny", "--tasks", "tiny_answer", "--policy", "cosd-rule", "--no-alone"]
+    command += ["--batch-size", "1", "--include-path", str(folder), "--out", str(out)]
+    process = forked.start(command, tmp_path)
     while not list(out.glob("lm_eval.requests/*/ledger.jsonl")) or n_lines(part(out)) < 5:
-        assert process.poll() is None, "it ended before it could be stopped"
+        assert not process.has_ended, process.end()
         time.sleep(0.02)
-    process.send_signal(number)
-    _, err = process.communicate(timeout=120)
+    os.kill(process.pid, number)
+    done = process.end()
     n = n_kept_whole(out)
     assert 3 <= n < 40 and not (out / "lm_eval.json").exists()
     if number == signal.SIGINT:
-        assert process.returncode == 130
-        assert f"What was finished is kept in {out}; repeat the command to resume." in err
-        assert err.strip().endswith("Interrupted.") and "Traceback" not in err
+        assert done.returncode == 130
+        assert f"What was finished is kept in {out}; repeat the command to resume." in done.stderr
+        assert done.stderr.strip().endswith("Interrupted.") and "Traceback" not in done.stderr
+    else:
+        assert done.returncode == -number
     before = part(out).read_bytes()
     settings: dict[str, Any] = {"include_path": [folder], "alone": False, "batch_size": 1}
     tiny, told = multicolm.load("tiny"), []

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
-import subprocess
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import tiny_models as tiny
 import torch
@@ -639,21 +638,17 @@ def test_the_command_trains_the_base_model_and_the_result_generates(
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_weights_of_one(home: Home, tmp_path: Path) -> None:
+def test_two_processes_give_the_weights_of_one(
+    home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     trained(home, tmp_path / "one", "full")
     pairs = [f"--option={name}={value}" for name, value in FAST.items()]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc_per_node", "2", "-m", "multicolm", "train", str(home.ensemble)]
-    command += [str(home.scores), "--policy", "co-llm", "--train-base", "full", *pairs]
-    done = subprocess.run(
-        [*command, "--out", str(tmp_path / "two")],
-        capture_output=True,
-        text=True,
-        timeout=250,
-        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("an ensemble: multicolm generate") == 1
+    command = ["train", str(home.ensemble), str(home.scores), "--policy", "co-llm", *pairs]
+    command += ["--train-base", "full", "--out", str(tmp_path / "two")]
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    done, second = forked.job(2, command, Path.cwd())
+    assert (done.returncode, second.returncode) == (0, 0), done.stderr + second.stderr
+    assert "an ensemble: multicolm generate" in done.stdout and not second.stdout
     assert read_provenance(tmp_path / "two")["train"]["processes"] == 2
     one, two = (load_file(tmp_path / n / "base" / "model.safetensors") for n in ("one", "two"))
     for name, tensor in one.items():
