@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -94,31 +94,36 @@ def write_table(folder: Path, shards: Iterable[ScoreTable]) -> Path:
     return folder
 
 
-PEAK = """
+PEAKS = """
 import resource, sys
 from multicolm.policy.co_llm import CoLlmPolicy
 from multicolm.training.train import train
-train(CoLlmPolicy(), sys.argv[1], sys.argv[2], options=eval(sys.argv[3]))
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+for folder in sys.argv[2:]:
+    train(CoLlmPolicy(), folder + "/table", folder + "/out", options=eval(sys.argv[1]))
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 
 
-def peak(folder: Path, n_shards: int, options: dict[str, object], width: int = 512) -> int:
-    """Bytes that a training takes at most; of a table of 4,000 positions a shard, in bfloat16."""
+def peaks(folder: Path, sizes: Sequence[int], options: dict[str, object]) -> list[int]:
+    """Bytes that trainings take at most, each after those before it in one process.
 
-    def shards() -> Iterator[ScoreTable]:
+    A table of size n has n shards of 4,000 positions, with 512 hidden states each in bfloat16.
+    """
+
+    def shards(n_shards: int) -> Iterator[ScoreTable]:
         for number in range(n_shards):
             part = world(n=4000, seed=number)
-            part = replace(part, base={"hidden": torch.randn(4000, width).bfloat16()})
+            part = replace(part, base={"hidden": torch.randn(4000, 512).bfloat16()})
             part.example.add_(1000 * number)
             yield part
 
-    write_table(folder / "table", shards())
+    for n in sizes:
+        write_table(folder / str(n) / "table", shards(n))
     done = subprocess.run(
-        [sys.executable, "-c", PEAK, folder / "table", folder / "out", repr(options)],
+        [sys.executable, "-c", PEAKS, repr(options), *(str(folder / str(n)) for n in sizes)],
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONPATH": str(Path(multicolm.__file__).parents[1])},
         check=True,
     )
-    return int(done.stdout) * 1024
+    return [int(line) * 1024 for line in done.stdout.split()]

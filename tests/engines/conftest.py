@@ -19,8 +19,12 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+import signal
 import socket
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +35,8 @@ if TYPE_CHECKING:
     from multicolm.backend.transformers import TransformersModel
 
 TINY = ("generalist", "facts", "math")
+ROOT = Path(__file__).parents[2]
+START = 300  # seconds; compiling nothing, with all cores busy
 _HERE = Path(__file__).parent
 
 
@@ -111,6 +117,74 @@ def free_port() -> Callable[[], int]:
             return int(server.getsockname()[1])
 
     return find
+
+
+@dataclass(frozen=True)
+class TwoServers:
+    """What the example of two vLLM servers started, and what it printed.
+
+    Attributes:
+        folders: the models that are served, by name; their heads are wider, and they say the same.
+        urls: where each is served.
+        printed: the answers to its own questions, and what comes before.
+    """
+
+    folders: Mapping[str, Path]
+    urls: Mapping[str, str]
+    printed: str
+
+
+@pytest.fixture(scope="session")
+def two_servers(
+    vllm_python: str, free_port: Callable[[], int], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[TwoServers]:
+    """The servers of ``examples/two-servers``, which stops them when the tests have ended."""
+    out = tmp_path_factory.mktemp("two-servers")
+    ports = {"facts": free_port(), "math": free_port()}
+    environment = {
+        **os.environ,
+        **{f"{name.upper()}_PORT": str(port) for name, port in ports.items()},
+        "VLLM": vllm_python,
+        "PYTHON": sys.executable,
+        "MULTICOLM": f"{sys.executable} -m multicolm",
+        "PATIENCE": str(START),
+    }
+    command = ["sh", "examples/two-servers/run.sh", str(out), "sh", "-c", "echo up; read line"]
+    with (
+        (out / "errors.txt").open("w") as errors,
+        subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            cwd=ROOT,
+            env=environment,
+            start_new_session=True,
+        ) as process,
+    ):
+        try:
+            assert process.stdout is not None
+            printed = ""
+            for line in process.stdout:
+                if line == "up\n":
+                    break
+                printed += line
+            else:
+                pytest.fail((out / "errors.txt").read_text()[-2000:])
+            yield TwoServers(
+                {name: out / name for name in ports},
+                {name: f"http://127.0.0.1:{port}/v1" for name, port in ports.items()},
+                printed,
+            )
+            process.communicate("\n", timeout=60)
+            assert process.returncode == 0, (out / "errors.txt").read_text()[-2000:]
+            for port in ports.values():
+                with pytest.raises(ConnectionRefusedError):
+                    socket.create_connection(("127.0.0.1", port), 5)
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGTERM)
 
 
 @pytest.fixture(scope="session")

@@ -15,6 +15,7 @@ from wider_heads import widen_heads
 import multicolm
 
 ROOT = Path(__file__).parents[2]
+TWO_NODES = ROOT / "examples/two-servers/two-nodes.md"
 EXPERT = """\
   {name}:
     backend: vllm-engine
@@ -46,7 +47,7 @@ def said(
     file = folder / "ensemble.yaml"
     file.write_text(BASE + experts)
     done = subprocess.run(
-        [vllm_python, "tests/engines/vllm_in_process.py", str(file)],
+        [vllm_python, "tests/engines/vllm_in_process.py", str(file), str(TWO_NODES)],
         capture_output=True,
         text=True,
         cwd=ROOT,
@@ -79,3 +80,12 @@ def test_an_option_that_vllm_does_not_know_is_refused_in_one_sentence(
 ) -> None:
     assert said["refusal"].startswith("model 'facts': vLLM cannot load")
     assert "no_such_option" in said["refusal"] and "\n" not in said["refusal"]
+
+
+def test_the_commands_for_two_nodes_are_read_by_vllm_itself(said: Mapping[str, Any]) -> None:
+    assert said["commands"] == [
+        ["/models/facts-405b", 0, False, 8],
+        ["/models/facts-405b", 1, True, 8],
+        ["/models/math-8b", 0, False, 2],
+        ["/models/facts-405b", 0, False, 8],
+    ]

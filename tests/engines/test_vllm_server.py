@@ -6,15 +6,15 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import forked
 import httpx
 import pytest
 from same_texts import POLICIES, QUESTIONS, check_drawn_texts, check_greedy_texts
-from wider_heads import widen_heads
 
 from multicolm import Ensemble
 from multicolm.backend.base import Model
@@ -24,50 +24,37 @@ from multicolm.config import ModelConfig
 from multicolm.errors import MulticolmWarning, ServerError
 from multicolm.testing import check_against, check_model
 
-Widened = dict[str, Path]
 Url = str
 
 FACTS = {"kind": "single", "params": {"model": "facts"}}
+# What the example of two servers asks.
+EXAMPLE = (
+    "Question: What is Dulerex made from?\nResponse:",
+    "Question: What is 3 ^ 2 + 4?\nResponse:",
+)
+ROOT = Path(__file__).parents[2]
 START = 300  # seconds; compiling nothing, with all cores busy
 ONE_TOKEN_EACH = 48
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(600)  # two servers on two cores
 
 
-@pytest.fixture(scope="module")
-def folders(tiny_folders: Widened, tmp_path_factory: pytest.TempPathFactory) -> Widened:
+@pytest.fixture(scope="session")
+def folders(two_servers: Any) -> Mapping[str, Path]:
     """The experts with attention heads that vLLM serves on CPUs; they say the same."""
-    out = tmp_path_factory.mktemp("wide")
-    return {name: widen_heads(tiny_folders[name], out / name) for name in ("facts", "math")}
+    return two_servers.folders
 
 
-@pytest.fixture(scope="module")
-def served(
-    vllm_python: str,
-    free_port: Callable[[], int],
-    folders: Widened,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[dict[str, Url]]:
-    """Two servers, started at the same time."""
-    logs = tmp_path_factory.mktemp("logs")
-    with ExitStack() as stack:
-        urls = {}
-        for name, folder in folders.items():
-            start = vllm(vllm_python, free_port(), name, folder, logs / f"{name}.log")
-            urls[name] = stack.enter_context(start)
-        for name, url in urls.items():
-            wait_for(url, logs / f"{name}.log")
-        yield urls
+@pytest.fixture(scope="session")
+def served(two_servers: Any) -> Mapping[str, Url]:
+    """Where the experts are served."""
+    return two_servers.urls
 
 
 @contextmanager
 def vllm(python: str, port: int, name: str, folder: Path, log: Path, *more: str) -> Iterator[Url]:
     """A server that is starting; it and all of its processes end with the block."""
     quiet = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
-    if "--tensor-parallel-size" not in more:
-        # A worker of its own takes seconds to start, and both sides wait for one another by
-        # spinning, of which two servers on two cores do little else.
-        quiet["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     given = ["--model", str(folder), "--served-model-name", name, "--port", str(port)]
     small = ["--kv-cache-memory-bytes", "64M", "--max-num-seqs", "16", "--max-model-len", "512"]
     exact = ["--dtype", "float32", "--enforce-eager", "--max-logprobs", "-1"]
@@ -120,13 +107,22 @@ def behind(url: Url, name: str, **settings: Any) -> RemoteModel:
 
 
 @pytest.fixture(scope="module")
-def experts(served: dict[str, Url]) -> list[Model]:
+def experts(served: Mapping[str, Url]) -> list[Model]:
     return [behind(served[name], name) for name in ("facts", "math")]
 
 
 @pytest.fixture(scope="module")
 def together(references: dict[str, TransformersModel], experts: list[Model]) -> Ensemble:
     return Ensemble([references["generalist"], *experts])
+
+
+def test_two_servers_answer_as_in_process(two_servers: Any) -> None:
+    """That they are stopped, the end of the tests shows."""
+    assert "prompts are token ids" in two_servers.printed
+    alone = ["generate", "tiny", "--policy", "cosd-rule", "--temperature", "0", "--trace"]
+    done = forked.command([*alone, *EXAMPLE], ROOT)
+    assert done.returncode == 0, done.stderr
+    assert two_servers.printed.endswith(done.stdout) and "[facts]" in done.stdout
 
 
 def test_it_can_do_all_that_is_asked_of_it(experts: list[Model]) -> None:
@@ -143,7 +139,7 @@ def test_it_can_do_all_that_is_asked_of_it(experts: list[Model]) -> None:
 @pytest.mark.parametrize("logprobs", ["all", 20])
 @pytest.mark.parametrize("name", ["facts", "math"])
 def test_it_shows_what_transformers_shows_in_single_precision(
-    served: dict[str, Url], folders: Widened, name: str, logprobs: Any
+    served: Mapping[str, Url], folders: Mapping[str, Path], name: str, logprobs: Any
 ) -> None:
     reference = TransformersModel.from_config(name, ModelConfig(model=str(folders[name])))
     assert reference.precision == "float32"
@@ -167,7 +163,7 @@ def test_the_same_greedy_text_comes_as_in_process(
 
 
 def test_average_of_the_twenty_likeliest_is_the_average_of_what_is_known(
-    served: dict[str, Url], references: dict[str, TransformersModel], at_home: Ensemble
+    served: Mapping[str, Url], references: dict[str, TransformersModel], at_home: Ensemble
 ) -> None:
     partial = Ensemble(
         [references["generalist"], *(behind(served[n], n, logprobs=20) for n in served)]
@@ -186,7 +182,7 @@ def test_average_of_the_twenty_likeliest_is_the_average_of_what_is_known(
     ids=["unite", "bild", "cool-fusion"],
 )
 def test_tokens_that_a_policy_names_are_told_beside_the_twenty_likeliest(
-    served: dict[str, Url],
+    served: Mapping[str, Url],
     references: dict[str, TransformersModel],
     at_home: Ensemble,
     policy: Any,
@@ -203,7 +199,7 @@ def test_tokens_that_a_policy_names_are_told_beside_the_twenty_likeliest(
 
 
 def test_looking_ahead_takes_half_the_calls_on_a_span_of_one_expert_or_fewer(
-    served: dict[str, Url], references: dict[str, TransformersModel]
+    served: Mapping[str, Url], references: dict[str, TransformersModel]
 ) -> None:
     calls, texts = {}, {}
     for look_ahead in (1, 16):
@@ -225,7 +221,7 @@ def test_drawn_texts_are_those_of_this_process(together: Ensemble, at_home: Ense
 def test_over_two_processes_it_says_the_same_and_without_them_nobody_steps_in(
     vllm_python: str,
     free_port: Callable[[], int],
-    folders: Widened,
+    folders: Mapping[str, Path],
     references: dict[str, TransformersModel],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

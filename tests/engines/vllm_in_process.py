@@ -1,12 +1,14 @@
 """What a program does that has vLLM in its own process; run by the python that has it.
 
-python vllm_in_process.py ENSEMBLE.yaml     prints JSON
+python vllm_in_process.py ENSEMBLE.yaml PAGE.md     prints JSON
 """
 
 from __future__ import annotations
 
 import json
+import shlex
 import sys
+from pathlib import Path
 
 import torch
 
@@ -21,7 +23,7 @@ QUESTIONS = ["What is Dulerex made from?", "Question: What is 3 + 4?\nResponse:"
 POLICIES = ["cosd-rule", "average", "nudging", "max-confidence"]
 
 
-def main(file: str) -> None:
+def main(file: str, page: str) -> None:
     torch.set_num_threads(1)
     ensemble = multicolm.load(file)
     seen = {}
@@ -36,7 +38,8 @@ def main(file: str) -> None:
         answers = ensemble.generate(QUESTIONS, policy, temperature=0.0, max_new_tokens=48)
         texts[policy] = [answer.text for answer in answers]
         calls[policy] = sum(a.usage[n].calls for a in answers for n in ("facts", "math"))
-    print(json.dumps({"differences": seen, "texts": texts, "calls": calls, "refusal": refusal()}))
+    found = {"differences": seen, "texts": texts, "calls": calls, "refusal": refusal()}
+    print(json.dumps({**found, "commands": commands(Path(page).read_text("utf-8"))}))
 
 
 def refusal() -> str:
@@ -51,5 +54,18 @@ def refusal() -> str:
     return ""
 
 
+def commands(page: str) -> list[list[object]]:
+    """How vLLM reads every `vllm serve` of a page: model, node, whether it listens, split by."""
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser, found = make_arg_parser(FlexibleArgumentParser()), []
+    for line in page.replace("\\\n", " ").splitlines():
+        if line.startswith("vllm serve "):
+            read = parser.parse_args(shlex.split(line)[2:])
+            found.append([read.model_tag, read.node_rank, read.headless, read.tensor_parallel_size])
+    return found
+
+
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

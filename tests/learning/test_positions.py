@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from learning_worlds import hidden, peak, world, write_table
+from learning_worlds import hidden, peaks, world, write_table
 from safetensors.torch import save
 
 from multicolm.learning import positions as module
@@ -113,5 +113,5 @@ def test_features_are_standardised_as_over_the_whole_table(small_blocks) -> None
 def test_ten_times_the_tokens_take_no_more_memory(tmp_path, options) -> None:
     """Whoever holds the larger table once takes 37 MB more, in float32 74."""
     options |= {"epochs": 1, "weak_epochs": 0, "held_out": 0.02}
-    small, large = (peak(tmp_path / str(n), n, options) for n in (1, 10))
+    small, large = peaks(tmp_path, (1, 10), options)
     assert large < 1.2 * small and large - small < 20e6

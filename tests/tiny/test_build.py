@@ -1,6 +1,7 @@
 """Building: what is refused, what is kept, and one run through worker processes."""
 
 import json
+import multiprocessing
 
 import pytest
 from click.testing import CliRunner
@@ -49,18 +50,26 @@ def test_finished_models_are_not_trained_again(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_build_of_two_steps_runs_through_worker_processes(tmp_path):
+@pytest.mark.parametrize(
+    ("made", "start"), [(("facts", "facts-own"), "fork"), (("math",), "spawn")]
+)
+def test_a_build_of_two_steps_runs_through_worker_processes(tmp_path, monkeypatch, made, start):
     prepare(tmp_path, WORLD)
-    for name in set(PLANS) - {"facts", "facts-own"}:
+    for name in set(PLANS) - set(made):
         finish(tmp_path, name)
+    if start == "fork":  # which starts at once
+        fork = multiprocessing.get_context("fork")
+        monkeypatch.setattr("multiprocessing.get_context", lambda _: fork)
     reports = list(build(WORLD, tmp_path, workers=2, steps=2))
-    assert {(report.model, report.step) for report in reports} == {("facts", 2), ("facts-own", 2)}
+    assert {(report.model, report.step) for report in reports} == {(name, 2) for name in made}
     assert not missing(tmp_path)
     assert not list(tmp_path.glob(".*.unfinished"))
 
 
 @pytest.mark.slow
-def test_a_worker_that_fails_ends_the_build_with_its_name(tmp_path):
+def test_a_worker_that_fails_ends_the_build_with_its_name(tmp_path, monkeypatch):
+    fork = multiprocessing.get_context("fork")  # it starts at once, and fails as any other
+    monkeypatch.setattr("multiprocessing.get_context", lambda _: fork)
     prepare(tmp_path, WORLD)
     for name in set(PLANS) - {"facts"}:
         finish(tmp_path, name)
