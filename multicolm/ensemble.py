@@ -118,6 +118,13 @@ class Ensemble:
         self.policy = resolve_policy(policy or {"kind": "single"}, base_dir=base_dir)
         self._sentences = self.check(self.policy)
 
+    def __repr__(self) -> str:
+        base, *assistants = self.models
+        names = f"{base} with {', '.join(assistants)}" if assistants else base
+        bridges = ", ".join(sorted({pair.bridge for pair in self.bridges}))
+        bridge = f", bridge {bridges}" if bridges else ""
+        return f"<Ensemble {names}: policy {self.policy.name}{bridge}>"
+
     @classmethod
     def from_config(cls, config: EnsembleConfig) -> Ensemble:
         """Load the models that a configuration declares.

@@ -16,8 +16,10 @@ This module imports no torch, so that configuration can be checked without it.
 from __future__ import annotations
 
 import hashlib
+import html
 import json
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict
@@ -221,6 +223,9 @@ class Trace:
     def __iter__(self) -> Iterator[TracedToken]:
         return iter(self.tokens)
 
+    def __repr__(self) -> str:
+        return f"<Trace: {len(self)} tokens, {self.handovers} handovers>"
+
     @property
     def handovers(self) -> int:
         """How often the writer changed."""
@@ -271,6 +276,13 @@ class Usage:
             self.tokens_written + other.tokens_written,
             self.seconds + other.seconds,
             self.calls + other.calls,
+        )
+
+    def __repr__(self) -> str:
+        calls = f", calls={self.calls}" if self.calls else ""
+        return (
+            f"Usage(forwards={self.forwards}, tokens_read={self.tokens_read}, "
+            f"tokens_written={self.tokens_written}, seconds={self.seconds:.3g}{calls})"
         )
 
 
@@ -348,3 +360,55 @@ class Answer:
             "usage": {name: asdict(usage) for name, usage in self.usage.items()},
             "trace": tokens,
         }
+
+    def __repr__(self) -> str:
+        text = self.text if len(self.text) <= 60 else f"{self.text[:57]}..."
+        return f"<Answer {text!r}: {len(self.trace)} tokens by {self.policy}, {self.finish_reason}>"
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: every token in its writer's colour, with its numbers on hover."""
+        return _as_html(self)
+
+
+_HUES = (195, 300, 45, 120, 225, 0)
+
+
+def _as_html(answer: Answer) -> str:
+    """The trace as HTML that needs nothing else. What models wrote is escaped."""
+    writers = dict.fromkeys([*answer.usage, *(token.model for token in answer.trace)])
+    assistants = [name for name in list(writers)[1:] if name != MIXTURE]
+    styles = {
+        name: f"background:hsla({_HUES[i % len(_HUES)]},80%,50%,.25)"
+        for i, name in enumerate(assistants)
+    }
+    styles[MIXTURE] = "background:hsla(0,0%,50%,.25)"
+    text = "".join(
+        f'<span title="{_shown(_facts(token))}" style="{styles.get(token.model, "")}">'
+        f"{_shown(token.text)}</span>"
+        for token in answer.trace
+    )
+    shares = ((name, answer.trace.share(name)) for name in writers)
+    legend = " ".join(
+        f'<span style="{styles.get(name, "")}">{_shown(name)} {100 * share:.0f} %</span>'
+        for name, share in shares
+        if share
+    )
+    return (
+        f'<div style="white-space:pre-wrap;font-family:monospace">{text}</div>'
+        f'<div style="font-size:85%">{_shown(answer.policy)}, {len(answer.trace)} tokens, '
+        f"{answer.finish_reason}: {legend}</div>"
+    )
+
+
+def _facts(token: TracedToken) -> str:
+    """Who wrote a token, how likely it was, and what else might have stood there."""
+    score = "" if token.score is None else f", score {token.score:.3g}"
+    others = "".join(f"\n{other.text!r} {other.logprob:.2f}" for other in token.alternatives)
+    return f"{token.model}, log-probability {token.logprob:.2f}{score}{others}"
+
+
+def _shown(text: str) -> str:
+    r"""Text for HTML; control characters, and marks that turn its direction, as ``\xNN``."""
+    unsafe = "[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+    plain = re.sub(unsafe, lambda found: ascii(found[0])[1:-1], text)
+    return html.escape(plain)

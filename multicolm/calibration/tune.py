@@ -22,6 +22,7 @@ from multicolm.calibration.thresholds import thresholds_for_shares
 from multicolm.ensemble import Ensemble
 from multicolm.errors import CapabilityError, InputError
 from multicolm.evaluation.answering import Answering, Measured, NamedPolicy, Plan, Progress
+from multicolm.evaluation.estimate import Estimate, OnEstimate, estimated
 from multicolm.evaluation.ledger import Ledger
 from multicolm.evaluation.statistics import mean_interval
 from multicolm.evaluation.task import Question, Task
@@ -57,6 +58,7 @@ def tune(
     batch_size: int = 16,
     max_new_tokens: int | None = None,
     progress: Callable[[Progress], None] = lambda _: None,
+    on_estimate: OnEstimate | None = None,
 ) -> Checkpoint:
     """Find params of a policy, and write it with them as a checkpoint.
 
@@ -85,6 +87,8 @@ def tune(
         batch_size: how many texts are written at a time.
         max_new_tokens: the most tokens of an answer; the task's if not given.
         progress: called after every answer.
+        on_estimate: called before anything is written to ``out`` with what the answers take at
+            most.
 
     Raises:
         InputError: if the split is the test split, or its questions are in the test split too, or
@@ -111,6 +115,9 @@ def tune(
     bench = _Bench(
         ensemble, policy, tasks, questions, split, seed, batch_size, max_new_tokens, progress
     )
+    if on_estimate is not None:
+        bench.check(grid)
+        on_estimate(bench.estimated(grid, budget))
     folder, key = Path(out), bench.key(request)
 
     def make() -> Checkpoint:
@@ -223,10 +230,9 @@ class _Bench:
                 policy does not fit, or a question cannot be asked or judged.
         """
         plans = [self._plan(params) for params in self.trials(grid)]
-        is_known = grid is not None or self.policy.deferral is None
         for run in self._runs.values():
             run.check(plans[:1])
-            run.n_rows = len(plans) if is_known else 0
+            run.n_rows = len(plans) if self._knows_trials(grid) else 0
 
     def trials(self, grid: Grid | None) -> list[dict[str, float]]:
         """The params that are sure to be tried; of a threshold to be found, its two ends.
@@ -249,6 +255,22 @@ class _Bench:
             values = {**values, "cost_weight": scaled}
         combinations = itertools.product(*values.values())
         return [dict(zip(values, each, strict=True)) for each in combinations]
+
+    def estimated(self, grid: Grid | None, budget: float | None) -> Estimate:
+        """What trying all values takes at most."""
+        trials = self.trials(grid)
+        # Of a threshold that is to be found: one for each share, and more about the budget.
+        n_more = 0 if self._knows_trials(grid) else len(_SHARES) + 1 - len(trials)
+        n_more += _REFINEMENTS if n_more and budget is not None else 0
+        picked = [trials[i] for i in sorted({0, len(trials) // 2, len(trials) - 1})]
+        rows = len(trials) + n_more
+        shares = [rows // len(picked) + (i < rows % len(picked)) for i in range(len(picked))]
+        plans = list(zip(map(self._plan, picked), shares, strict=True))
+        return sum((estimated(run, plans) for run in self._runs.values()), Estimate())
+
+    def _knows_trials(self, grid: Grid | None) -> bool:
+        """Whether all values that will be tried are known before."""
+        return grid is not None or self.policy.deferral is None
 
     def opened(self, folder: Path) -> ExitStack:
         """Keep answers in this folder, one ledger per task, until the stack is closed."""

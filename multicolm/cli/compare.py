@@ -12,12 +12,15 @@ import click
 
 from multicolm.cli.options import (
     SEED,
+    DryRun,
     Whole,
     as_json,
     completes,
+    dry_run_option,
     ensemble_argument,
     examples,
     json_option,
+    telling,
 )
 from multicolm.cli.processes import processes
 from multicolm.errors import ConfigError
@@ -89,6 +92,7 @@ __all__ = ["command"]
     show_default=True,
     help="Questions whose traces are kept.",
 )
+@dry_run_option
 @json_option
 def command(
     ensemble: str,
@@ -105,6 +109,7 @@ def command(
     oracle: bool,
     sweep: int,
     traces: int,
+    dry_run: bool,
     as_json_: bool,
 ) -> None:
     """Compare policies on TASK with each other and with every model of ENSEMBLE alone.
@@ -146,7 +151,10 @@ def command(
                 n_ranks=n_ranks,
                 wait=wait,
                 progress=show,
+                on_estimate=telling(dry_run, out) if n_ranks == 1 else None,
             )
+    except DryRun:
+        return
     except KeyboardInterrupt:
         click.echo(f"What was finished is kept in {out}; repeat the command to resume.", err=True)
         raise

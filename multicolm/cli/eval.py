@@ -6,6 +6,7 @@ import contextlib
 import os
 import re
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from multicolm.cli.options import (
     Whole,
     as_json,
     completes,
+    dry_run_option,
     ensemble_argument,
     examples,
     json_option,
@@ -26,6 +28,7 @@ from multicolm.errors import ConfigError
 if TYPE_CHECKING:
     from multicolm.evaluation.harness import Likelihoods, Progress
     from multicolm.evaluation.harness_results import HarnessResults
+    from multicolm.evaluation.harness_tasks import Unit
 
 __all__ = ["command"]
 
@@ -100,6 +103,7 @@ __all__ = ["command"]
 @click.option(
     "--confirm-run-unsafe-code", is_flag=True, help="Allow tasks to run code that the models write."
 )
+@dry_run_option
 @json_option
 def command(
     ensemble: str,
@@ -118,6 +122,7 @@ def command(
     seed: int,
     batch_size: int,
     confirm_run_unsafe_code: bool,
+    dry_run: bool,
     as_json_: bool,
 ) -> None:
     """Evaluate policies, and every model of ENSEMBLE alone, on tasks of the lm-evaluation-harness.
@@ -129,9 +134,11 @@ def command(
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     from multicolm.cli.options import load
+    from multicolm.cli.progress import say, working
     from multicolm.config import load_ensemble
     from multicolm.evaluation.answering import NamedPolicy, named_policy
-    from multicolm.evaluation.harness import check_generation, evaluate_tasks
+    from multicolm.evaluation.harness import check_generation, check_units, evaluate_tasks
+    from multicolm.evaluation.harness_tasks import load_units
 
     names = [name.strip() for part in tasks for name in part.split(",")]
     if not all(names):
@@ -140,6 +147,13 @@ def command(
     check_generation(gen_kwargs)
     named = [named_policy(policy) for policy in policies]
     config = load_ensemble(ensemble)
+    # First, so that a slip of the pen costs no loading of weights.
+    with working("reading the tasks"):
+        units = load_units(names, include_path, num_fewshot, gen_kwargs, limit)
+    check_units(units, confirm_run_unsafe_code)
+    say(f"Ahead: {_ahead(units, max(1, len(named)) + alone * len(config.models), limit)}")
+    if dry_run:
+        return
     loaded, own = load(ensemble, None, ())
     if not named:
         named = [NamedPolicy(config.policy.kind, own)]
@@ -149,9 +163,8 @@ def command(
             results = evaluate_tasks(
                 loaded,
                 named,
-                names,
+                units,
                 out=out,
-                include_path=include_path,
                 likelihood=likelihood,
                 alone=alone,
                 limit=limit,
@@ -177,6 +190,14 @@ def command(
         click.echo(as_json(plain(results.as_json())))
     else:
         _print(results, out)
+
+
+def _ahead(units: Sequence[Unit], n_rows: int, limit: int | None) -> str:
+    """What will be asked. How long that takes is known once requests are answered."""
+    asked = (islice(task.eval_docs, limit) for unit in units for task in unit.tasks)
+    n = sum(1 for questions in asked for _ in questions)
+    names = ", ".join(unit.name for unit in units)
+    return f"{n_rows:,} rows, {n:,} questions each ({names}), {n_rows * n:,} in all."
 
 
 def _generation(pairs: Sequence[str]) -> dict[str, Any]:

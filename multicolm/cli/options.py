@@ -21,10 +21,12 @@ if TYPE_CHECKING:
 
 __all__ = [
     "SEED",
+    "DryRun",
     "Real",
     "Whole",
     "as_json",
     "completes",
+    "dry_run_option",
     "ensemble_argument",
     "examples",
     "json_option",
@@ -33,6 +35,7 @@ __all__ = [
     "parameters",
     "policy_options",
     "quiet_transfers",
+    "telling",
     "writing_options",
 ]
 
@@ -112,6 +115,34 @@ def completes(*kinds: str) -> Callable[..., list[CompletionItem]]:
         return [CompletionItem(x) for x in found] or [CompletionItem(incomplete, type="file")]
 
     return complete
+
+
+dry_run_option = click.option(
+    "--dry-run", is_flag=True, help="Say what it will take, and exit; nothing is written."
+)
+
+
+class DryRun(Exception):
+    """What --dry-run was to find out is found out."""
+
+
+def telling(dry_run: bool, out: Path) -> Callable[[object], None] | None:
+    """What is done with an estimate: it is said, and with --dry-run nothing else is done.
+
+    Args:
+        dry_run: whether that was asked for.
+        out: the folder of results; what is begun there needs no estimate any more.
+    """
+
+    def tell(estimate: object) -> None:
+        from multicolm.cli.progress import say
+
+        say(f"Ahead: {estimate}")
+        if dry_run:
+            raise DryRun
+
+    begun = out.is_dir() and any(out.iterdir())
+    return None if begun and not dry_run else tell
 
 
 ensemble_argument = click.argument("ensemble", shell_complete=completes("ensembles"))

@@ -9,15 +9,18 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from multicolm.cli.options import (
+    DryRun,
     Whole,
     as_json,
     completes,
+    dry_run_option,
     ensemble_argument,
     examples,
     json_option,
     loading,
     parameters,
     policy_options,
+    telling,
 )
 from multicolm.cli.processes import rank
 from multicolm.errors import ConfigError
@@ -80,6 +83,7 @@ _OPTIONS = """What --option takes, by policy:
 @click.option("--split", default="train", show_default=True, help="Split of the task.")
 @click.option("--limit", type=Whole(1), help="Use this many questions only.")
 @click.option("--license", "license_", default="", help="License of the checkpoint, for its card.")
+@dry_run_option
 @json_option
 def command(
     ensemble: str,
@@ -93,6 +97,7 @@ def command(
     split: str,
     limit: int | None,
     license_: str,
+    dry_run: bool,
     as_json_: bool,
 ) -> None:
     """Train a policy of ENSEMBLE on SCORES, a folder that `multicolm score` wrote.
@@ -106,6 +111,7 @@ def command(
     that is loaded; with `--policy single` it is fine-tuned alone. The checkpoint is an ensemble
     then. Under `accelerate launch` or `torchrun` the processes share each batch.
     """
+    from multicolm.cli.progress import say
     from multicolm.config import load_ensemble
     from multicolm.policy.resolve import resolve_policy
 
@@ -122,8 +128,15 @@ def command(
         raise ConfigError("--train-base learns from SCORES, not from the answers of a --task.")
     shared: dict[str, Any] = {"options": parameters(options, "--option"), "license": license_}
     if task is not None:
-        checkpoint = _on_answers(config, chosen, task, out, split, limit, shared)
+        shared["on_estimate"] = telling(dry_run, out)
+        try:
+            checkpoint = _on_answers(config, chosen, task, out, split, limit, shared)
+        except DryRun:
+            return
     else:
+        say(f"Ahead: {_ahead(str(scores), train_base)}")
+        if dry_run:
+            return
         checkpoint = _on_scores(config, chosen, str(scores), out, train_base, shared)
     if rank() > 0:
         return  # The first process of `accelerate launch` speaks for all.
@@ -132,6 +145,20 @@ def command(
         click.echo(as_json({"out": str(out), "kind": checkpoint.policy.name, **report}))
     else:
         _print(checkpoint, out, is_ensemble=train_base is not None)
+
+
+def _ahead(scores: str, train_base: str | None) -> str:
+    """What is learned from. How long that takes is known once it has begun."""
+    from multicolm.scoring.store import read_index
+
+    index = read_index(scores)
+    names = ", ".join(model.name for model in index.models)
+    loads = "the base model alone is" if train_base else "no model is"
+    size = sum(file.stat().st_size for file in Path(scores).rglob("*") if file.is_file())
+    return (
+        f"{index.n_positions:,} tokens of {index.n_examples:,} completions, scored by {names} "
+        f"({size / 2**20:,.0f} MiB); {loads} loaded."
+    )
 
 
 def _on_answers(

@@ -11,16 +11,19 @@ import click
 
 from multicolm.cli.options import (
     SEED,
+    DryRun,
     Real,
     Whole,
     as_json,
     completes,
+    dry_run_option,
     ensemble_argument,
     examples,
     json_option,
     load,
     parameters,
     policy_options,
+    telling,
 )
 from multicolm.errors import ConfigError
 
@@ -81,6 +84,7 @@ __all__ = ["command"]
 @click.option("--limit", type=Whole(1), help="Use this many questions only, spread evenly.")
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Random seed.")
 @click.option("--batch-size", type=Whole(1), default=16, show_default=True)
+@dry_run_option
 @json_option
 def command(
     ensemble: str,
@@ -98,6 +102,7 @@ def command(
     limit: int | None,
     seed: int,
     batch_size: int,
+    dry_run: bool,
     as_json_: bool,
 ) -> None:
     """Tune the thresholds of a policy of ENSEMBLE on questions that are not the test's.
@@ -139,7 +144,10 @@ def command(
                 seed=seed,
                 batch_size=batch_size,
                 progress=row_step(bar),
+                on_estimate=telling(dry_run, out),
             )
+    except DryRun:
+        return
     except KeyboardInterrupt:
         click.echo(f"What was finished is kept in {out}; repeat the command to resume.", err=True)
         raise

@@ -418,6 +418,15 @@ class Answering:
             for _ in stream.finished():
                 pass
 
+    def sample(self, plan: Plan, n_tokens: int) -> Answers:
+        """A few tokens of the answers to the first batch of questions; nothing is kept."""
+        asked = [question.asked for question in self.questions[: self.batch_size]]
+        with self._stream(plan, asked, max_new_tokens=n_tokens) as stream:
+            for _ in stream.finished():
+                pass
+            answers: Answers = stream.answers
+        return answers
+
     def _stream(self, plan: Plan, prompts: Sequence[Any], **more: Any) -> Any:
         arguments = {**self._arguments, **more}
         return self.ensemble.stream(

@@ -37,6 +37,7 @@ from multicolm.evaluation.baselines import (
     random_by_question,
     random_by_token,
 )
+from multicolm.evaluation.estimate import OnEstimate, estimated
 from multicolm.evaluation.explain import Explainer
 from multicolm.evaluation.findings import findings
 from multicolm.evaluation.provenance import machine, plain, versions
@@ -92,6 +93,7 @@ def compare(
     n_ranks: int = 1,
     wait: Callable[[], None] = lambda: None,
     progress: Callable[[Progress], None] = lambda _: None,
+    on_estimate: OnEstimate | None = None,
 ) -> Comparison:
     """Compare policies with each other and with every model alone.
 
@@ -120,6 +122,8 @@ def compare(
         n_ranks: how many they are; what is written does not depend on it, only times do.
         wait: returns when all of them have come this far.
         progress: called after every answer, and when a row is done.
+        on_estimate: called before anything is written to ``out`` with what the answers take at
+            most; the oracle of tokens and the report are not part of it.
 
     Raises:
         InputError: if two rows have one name, a number is out of range, a question cannot be asked
@@ -142,6 +146,9 @@ def compare(
         progress=progress,
     )
     run.check(plans)
+    if on_estimate is not None:
+        run.say("measuring how long it will take")
+        on_estimate(estimated(run, ((p, 1 + (random and p.kind == "policy")) for p in plans)))
     digest = task.digest(split)
     warnings = _warnings(run, named, digest, oracle)
     made = _Made(run, split, digest, limit, title or ", ".join(ensemble.models), n_ranks, warnings)

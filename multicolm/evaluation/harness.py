@@ -43,7 +43,7 @@ from multicolm.numbers import check_seed, check_whole
 from multicolm.policy.base import Policy
 from multicolm.scoring.likelihood import Kind, LikelihoodReader
 
-__all__ = ["Likelihoods", "Progress", "check_generation", "evaluate_tasks"]
+__all__ = ["Likelihoods", "Progress", "check_generation", "check_units", "evaluate_tasks"]
 
 Likelihoods: TypeAlias = Literal["auto", "joint", "routed", "both"]
 """Which log-likelihoods a policy is judged by: the joint ones where it has them and else the
@@ -88,7 +88,7 @@ class _Row:
 def evaluate_tasks(
     ensemble: Ensemble,
     policies: Sequence[NamedPolicy | str | Path | Policy],
-    tasks: Sequence[str],
+    tasks: Sequence[str | Unit],
     *,
     out: str | Path | None = None,
     include_path: Sequence[str | Path] = (),
@@ -115,7 +115,8 @@ def evaluate_tasks(
     Args:
         ensemble: whose models read and write.
         policies: what is judged.
-        tasks: names of tasks, groups or tags of the harness, with wildcards, or YAML files.
+        tasks: names of tasks, groups or tags of the harness, with wildcards, or YAML files; or
+            what :func:`multicolm.evaluation.harness_tasks.load_units` made of them.
         out: folder for ``lm_eval.json`` and ``lm_eval.md``; if it holds a comparison, the figures
             are shown on its page too. Nothing is written and nothing resumed if not given.
         include_path: folders with tasks of your own. What their YAML names is Python that is run.
@@ -146,8 +147,11 @@ def evaluate_tasks(
     seed, batch_size = check_seed(seed), check_whole("batch_size", batch_size, least=1)
     check_generation(gen_kwargs)
     plans = _plans(ensemble, policies, alone)
-    units = load_units(tasks, include_path, num_fewshot, gen_kwargs, limit)
-    _check_units(units, confirm_run_unsafe_code)
+    units = [task for task in tasks if isinstance(task, Unit)]
+    named = [task for task in tasks if not isinstance(task, Unit)]
+    if named or not units:
+        units += load_units(named, include_path, num_fewshot, gen_kwargs, limit)
+    check_units(units, confirm_run_unsafe_code)
     # Found out now, so that no policy is refused when others have run for hours.
     rows = {unit.name: list(_rows(ensemble, plans, unit, likelihood)) for unit in units}
     settings = {
@@ -185,7 +189,7 @@ def check_generation(gen_kwargs: Mapping[str, Any] | None) -> None:
     generation_settings(gen_kwargs)
 
 
-def _check_units(units: Sequence[Unit], confirm_run_unsafe_code: bool) -> None:
+def check_units(units: Sequence[Unit], confirm_run_unsafe_code: bool) -> None:
     """Refuse tasks that run what models wrote, unless that is wanted, and those that show pictures.
 
     Raises:

@@ -13,6 +13,7 @@ from multicolm import catalog
 from multicolm.cli import main
 from multicolm.scoring.corpus import open_corpus
 from multicolm.scoring.score import score
+from multicolm.training.report import report_lines
 
 SHORT = ("--option", "epochs=3", "--option", "weak_epochs=1")
 
@@ -205,3 +206,22 @@ def test_a_folder_that_is_no_score_table_is_told_how_to_make_one(run, tmp_path) 
     result = run("train", "tiny", str(tmp_path), "--policy", "co-llm", "--out", str(tmp_path / "o"))
     assert result.code == 1 and "is no score table" in result.err
     assert "`multicolm score ENSEMBLE DATA --out DIR`" in result.err
+
+
+def test_a_dry_run_of_train_says_what_there_is_to_learn_from(run, scores, tmp_path) -> None:
+    out = tmp_path / "ckpt"
+    result = run("train", "tiny", str(scores), "--policy", "co-llm", "--out", str(out), "--dry-run")
+    assert (result.code, result.out) == (0, "") and not out.exists()
+    assert "completions, scored by generalist, facts, math (" in result.err
+    assert result.err.endswith(" MiB); no model is loaded.\n")
+
+
+def test_right_tokens_stand_beside_the_base_model_and_what_is_possible() -> None:
+    report = {"loss_nats": 0.0952, "nll_nats": 0.09521, "right_tokens": 0.95}
+    report |= {"right_tokens_base": 0.845, "right_tokens_oracle": 0.953}
+    assert report_lines(report) == [
+        ("loss nats", "0.0952"),
+        ("nll nats", "0.09521"),
+        ("right tokens", "95.0 % (base alone 84.5 %, best possible 95.3 %)"),
+    ]
+    assert report_lines({"loss_nats": 0.0952, "nll_nats": 0.0952}) == [("nll nats", "0.0952")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -147,3 +148,21 @@ def test_what_cannot_be_tuned_is_told_in_a_sentence(
 def test_a_policy_is_needed(run, data: str) -> None:
     result = run("tune", "tiny", "--data", data, "--out", "out")
     assert "which policy? Give one with --policy" in result.err
+
+
+def test_a_dry_run_of_tune_says_what_the_values_take_and_writes_nothing(run, data: str) -> None:
+    result = run(
+        "tune", "tiny", "--policy", "confidence", "--data", data, "--out", "o", "--dry-run"
+    )
+    assert (result.code, result.out) == (0, "") and not Path("o").exists()
+    assert re.fullmatch(r"Ahead: 12 rows, \d+ answers: at most .*\n", result.err)
+
+
+def test_values_and_splits_of_tune_are_checked_before_a_model_is_loaded(
+    run, data: str, monkeypatch
+) -> None:
+    monkeypatch.setattr(multicolm, "load", lambda source: pytest.fail("it was loaded"))
+    asked = ("tune", "tiny", "--policy", "confidence", "--task", "task.yaml", "--out", "o")
+    assert "unknown key 'treshold'" in run(*asked, "--grid", "treshold=0.1").err
+    assert "unknown split 'nix'" in run(*asked, "--split", "nix").err
+    assert "budget" in run(*asked, "--budget", "7").err

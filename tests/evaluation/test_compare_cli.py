@@ -39,7 +39,11 @@ def test_a_table_and_the_page_s_path_come_on_stdout_and_progress_on_stderr(
     names = ["base_ alone", "helper alone", "cosd-rule", "confidence", "max-confidence"]
     assert [line.split("  ")[0] for line in lines[3:8]] == names
     assert lines[-1] == str(tmp_path / "out" / "report.html")
-    assert [line.partition(":")[0] for line in err.splitlines()][:5] == names
+    measured, ahead, *rows = err.splitlines()
+    assert measured == "measuring how long it will take ..."
+    assert ahead.startswith("Ahead: ") and "4 questions" not in ahead
+    assert [line.partition(":")[0] for line in rows][:5] == names
+    assert rows[-2:] == ["reading traces for the report ...", "writing the report ..."]
     assert "base_ alone: 25.0 % of 4 questions" in err
     [line] = [line for line in lines if line.startswith("helper alone")]
     assert line.split()[2:7] == ["25.0", "%", "0.6", "to", "80.6"]
@@ -149,3 +153,23 @@ def test_the_embedded_ensemble_is_compared_and_reported(tmp_path: Path, capfd) -
                 assert again == pytest.approx(token.logprob, abs=1e-3)
     assert (out / "report.html").is_file()
     assert (out / "table.md").is_file()
+
+
+def test_a_dry_run_says_what_a_comparison_takes_and_writes_nothing(
+    loaded, arguments, capfd, tmp_path
+) -> None:
+    assert main([*arguments, "--dry-run", "--sweep", "0"]) == 0
+    out, err = capfd.readouterr()
+    assert out == "" and not (tmp_path / "out").exists()
+    # Two models, the policy, and the random baseline of the policy, on four questions.
+    assert "Ahead: 4 rows, 16 answers: at most 80 new tokens, " in err
+    assert " forward passes, " in err and err.endswith(" GiB of memory.\n")
+
+
+@pytest.mark.parametrize("wrong", [["--split", "nix"], ["--policies", "cosd-rule"]])
+def test_a_slip_in_split_or_names_is_found_before_a_model_is_loaded(
+    monkeypatch, arguments, wrong: list[str], capfd
+) -> None:
+    monkeypatch.setattr(multicolm, "load", lambda source: pytest.fail("it was loaded"))
+    assert main([*arguments, *wrong]) == 2
+    assert capfd.readouterr().err.startswith(("Error: task", "Error: two rows"))

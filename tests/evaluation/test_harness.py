@@ -608,7 +608,22 @@ def test_the_command_judges_the_ensembles_own_policy_if_none_is_named(
     arguments = ["eval", "tiny", "--tasks", "tiny_rolling", "--limit", "1", "--no-alone", "--json"]
     assert main([*arguments, "--include-path", str(tasks)]) == 0
     figures = json.loads(capfd.readouterr().out)["figures"]
-    assert [figure["row"] for figure in figures] == ["cosd-rule"]
+    assert [figure["row"] for figure in figures] == ["co-llm"]
+
+
+@pytest.mark.usefixtures("quiet")
+def test_what_an_evaluation_asks_is_said_before_a_model_is_loaded(
+    tasks: Path, tmp_path: Path, monkeypatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(multicolm, "load", lambda source: pytest.fail("it was loaded"))
+    arguments = ["eval", "tiny", "--tasks", "tiny_choice", "--limit", "2", "--policy", "average"]
+    arguments += ["--include-path", str(tasks), "--out", str(tmp_path / "out")]
+    assert main([*arguments, "--dry-run"]) == 0
+    said = capfd.readouterr().err.splitlines()[-1]
+    assert said == "Ahead: 4 rows, 2 questions each (tiny_choice), 8 in all."
+    assert not (tmp_path / "out").exists()
+    slip = ["eval", "tiny", "--tasks", "tiny_chioce", "--include-path", str(tasks)]
+    assert main(slip) == 2
 
 
 @pytest.mark.usefixtures("quiet")
