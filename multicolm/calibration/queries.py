@@ -23,7 +23,7 @@ from multicolm.decoding.token_reader import TokenReader
 from multicolm.ensemble import Ensemble
 from multicolm.errors import CapabilityError
 from multicolm.evaluation.answering import Answering, Progress, plans_alone
-from multicolm.evaluation.estimate import OnEstimate, estimated
+from multicolm.evaluation.estimate import OnEstimate, announce
 from multicolm.evaluation.ledger import Ledger
 from multicolm.evaluation.task import Task
 from multicolm.learning.queries import JudgedAnswers
@@ -71,8 +71,7 @@ def train_on_answers(
         batch_size: how many texts are written at a time.
         progress: called after every answer.
         on_progress: called with what is being done after that.
-        on_estimate: called before anything is written to ``out`` with what the answers take at
-            most.
+        on_estimate: called first, with what the answers take at most.
 
     Raises:
         CapabilityError: if the policy does not learn from answers, or the base model shows no
@@ -87,8 +86,7 @@ def train_on_answers(
     questions = task.development(split, limit)
     run = Answering(ensemble, task, questions, seed=seed, batch_size=batch_size, progress=progress)
     run.n_rows = len(ensemble.models)
-    if on_estimate is not None:
-        on_estimate(estimated(run, ((plan, 1) for plan in plans_alone(ensemble))))
+    announce(on_estimate, run, ((plan, 1) for plan in plans_alone(ensemble)))
     header = run.header("train", split, task.digest(split))
     key = _key(policy, header, ensemble.costs, limit, options or {})
 

@@ -86,9 +86,7 @@ def tune(
         seed: of everything random.
         batch_size: how many texts are written at a time.
         max_new_tokens: the most tokens of an answer; the task's if not given.
-        progress: called after every answer.
-        on_estimate: called before anything is written to ``out`` with what the answers take at
-            most.
+        progress, on_estimate: called after every answer; and first, with what all take at most.
 
     Raises:
         InputError: if the split is the test split, or its questions are in the test split too, or
@@ -99,8 +97,7 @@ def tune(
         MulticolmError: if a task, the policy or a value of the grid cannot be used.
     """
     limit = limit if limit is None else check_whole("limit", limit, least=1)
-    seed = check_seed(seed)
-    batch_size = check_whole("batch_size", batch_size, least=1)
+    seed, batch_size = check_seed(seed), check_whole("batch_size", batch_size, least=1)
     budget, grid = as_python(budget), _plain(grid)
     check_request(policy.policy, tasks, budget, unit, spend, grid)
     request = {
@@ -112,12 +109,9 @@ def tune(
         "seed": seed,
     }
     questions = {task.name: task.development(split, limit) for task in tasks}
-    bench = _Bench(
-        ensemble, policy, tasks, questions, split, seed, batch_size, max_new_tokens, progress
-    )
-    if on_estimate is not None:
-        bench.check(grid)
-        on_estimate(bench.estimated(grid, budget))
+    how = (seed, batch_size, max_new_tokens, progress)
+    bench = _Bench(ensemble, policy, tasks, questions, split, *how)
+    bench.announce(on_estimate, grid, budget)
     folder, key = Path(out), bench.key(request)
 
     def make() -> Checkpoint:
@@ -256,8 +250,13 @@ class _Bench:
         combinations = itertools.product(*values.values())
         return [dict(zip(values, each, strict=True)) for each in combinations]
 
-    def estimated(self, grid: Grid | None, budget: float | None) -> Estimate:
-        """What trying all values takes at most."""
+    def announce(
+        self, on_estimate: OnEstimate | None, grid: Grid | None, budget: float | None
+    ) -> None:
+        """Tell what trying all values takes at most."""
+        if on_estimate is None:
+            return
+        self.check(grid)
         trials = self.trials(grid)
         # Of a threshold that is to be found: one for each share, and more about the budget.
         n_more = 0 if self._knows_trials(grid) else len(_SHARES) + 1 - len(trials)
@@ -266,7 +265,7 @@ class _Bench:
         rows = len(trials) + n_more
         shares = [rows // len(picked) + (i < rows % len(picked)) for i in range(len(picked))]
         plans = list(zip(map(self._plan, picked), shares, strict=True))
-        return sum((estimated(run, plans) for run in self._runs.values()), Estimate())
+        on_estimate(sum((estimated(run, plans) for run in self._runs.values()), Estimate()))
 
     def _knows_trials(self, grid: Grid | None) -> bool:
         """Whether all values that will be tried are known before."""

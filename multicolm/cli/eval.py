@@ -140,9 +140,7 @@ def command(
     from multicolm.evaluation.harness import check_generation, check_units, evaluate_tasks
     from multicolm.evaluation.harness_tasks import load_units
 
-    names = [name.strip() for part in tasks for name in part.split(",")]
-    if not all(names):
-        raise ConfigError("--tasks: a name is missing beside a comma.")
+    names = _names(tasks)
     gen_kwargs = _generation(pairs)
     check_generation(gen_kwargs)
     named = [named_policy(policy) for policy in policies]
@@ -151,15 +149,13 @@ def command(
     with working("reading the tasks"):
         units = load_units(names, include_path, num_fewshot, gen_kwargs, limit)
     check_units(units, confirm_run_unsafe_code)
-    say(f"Ahead: {_ahead(units, max(1, len(named)) + alone * len(config.models), limit)}")
+    say(_ahead(units, max(1, len(named)) + alone * len(config.models), limit))
     if dry_run:
         return
     loaded, own = load(ensemble, None, ())
-    if not named:
-        named = [NamedPolicy(config.policy.kind, own)]
-    show = _Shown()
+    named = named or [NamedPolicy(config.policy.kind, own)]
     try:
-        with show:
+        with _Shown() as show:
             results = evaluate_tasks(
                 loaded,
                 named,
@@ -181,8 +177,7 @@ def command(
             )
     except KeyboardInterrupt:
         if out is not None:
-            text = f"What was finished is kept in {out}; repeat the command to resume."
-            click.echo(text, err=True)
+            say(f"What was finished is kept in {out}; repeat the command to resume.")
         raise
     if as_json_:
         from multicolm.evaluation.wording import plain
@@ -192,12 +187,24 @@ def command(
         _print(results, out)
 
 
+def _names(given: Sequence[str]) -> list[str]:
+    """The tasks that are named.
+
+    Raises:
+        ConfigError: if a name is empty.
+    """
+    names = [name.strip() for part in given for name in part.split(",")]
+    if not all(names):
+        raise ConfigError("--tasks: a name is missing beside a comma.")
+    return names
+
+
 def _ahead(units: Sequence[Unit], n_rows: int, limit: int | None) -> str:
     """What will be asked. How long that takes is known once requests are answered."""
     asked = (islice(task.eval_docs, limit) for unit in units for task in unit.tasks)
     n = sum(1 for questions in asked for _ in questions)
     names = ", ".join(unit.name for unit in units)
-    return f"{n_rows:,} rows, {n:,} questions each ({names}), {n_rows * n:,} in all."
+    return f"Ahead: {n_rows:,} rows, {n:,} questions each ({names}), {n_rows * n:,} in all."
 
 
 def _generation(pairs: Sequence[str]) -> dict[str, Any]:
@@ -229,8 +236,9 @@ class _Shown:
 
         self._work = work_bar("requests")
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> _Shown:
         self._bar = self._work.__enter__()
+        return self
 
     def __exit__(self, *error: object) -> None:
         self._work.__exit__(*error)  # type: ignore[arg-type]

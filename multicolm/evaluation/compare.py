@@ -37,7 +37,7 @@ from multicolm.evaluation.baselines import (
     random_by_question,
     random_by_token,
 )
-from multicolm.evaluation.estimate import OnEstimate, estimated
+from multicolm.evaluation.estimate import OnEstimate, announce
 from multicolm.evaluation.explain import Explainer
 from multicolm.evaluation.findings import findings
 from multicolm.evaluation.provenance import machine, plain, versions
@@ -122,8 +122,7 @@ def compare(
         n_ranks: how many they are; what is written does not depend on it, only times do.
         wait: returns when all of them have come this far.
         progress: called after every answer, and when a row is done.
-        on_estimate: called before anything is written to ``out`` with what the answers take at
-            most; the oracle of tokens and the report are not part of it.
+        on_estimate: called first, with what the answers take at most; see :func:`announce`.
 
     Raises:
         InputError: if two rows have one name, a number is out of range, a question cannot be asked
@@ -136,19 +135,11 @@ def compare(
     task = task if isinstance(task, Task) else load_task(task)
     named = [_suited(each, task.name) for each in policies]
     plans = _plans(ensemble, named, alone, sweep)
-    run = Answering(
-        ensemble,
-        task,
-        task.sample(split, limit),
-        seed=seed,
-        batch_size=batch_size,
-        max_new_tokens=max_new_tokens,
-        progress=progress,
-    )
+    how: Any = {"seed": seed, "batch_size": batch_size, "progress": progress}
+    asked = task.sample(split, limit)
+    run = Answering(ensemble, task, asked, max_new_tokens=max_new_tokens, **how)
     run.check(plans)
-    if on_estimate is not None:
-        run.say("measuring how long it will take")
-        on_estimate(estimated(run, ((p, 1 + (random and p.kind == "policy")) for p in plans)))
+    announce(on_estimate, run, [(p, 1 + (random and p.kind == "policy")) for p in plans])
     digest = task.digest(split)
     warnings = _warnings(run, named, digest, oracle)
     made = _Made(run, split, digest, limit, title or ", ".join(ensemble.models), n_ranks, warnings)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from multicolm.evaluation.answering import Answering, Plan
 
-__all__ = ["Estimate", "OnEstimate", "estimated"]
+__all__ = ["Estimate", "OnEstimate", "announce", "estimated"]
 
 _N_TOKENS = 8
 """New tokens of a text that is measured; more of them say little more."""
@@ -66,6 +66,21 @@ def _time(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def announce(
+    on_estimate: OnEstimate | None, run: Answering, plans: Iterable[tuple[Plan, int]]
+) -> None:
+    """Tell what answers take at most, before any is written or kept; for nobody no time is spent.
+
+    Args:
+        on_estimate: is told.
+        run: whose questions are answered.
+        plans: see :func:`estimated`; oracles and reports are not part of it.
+    """
+    if on_estimate is not None:
+        run.say("measuring how long it will take")
+        on_estimate(estimated(run, plans))
 
 
 def estimated(run: Answering, plans: Iterable[tuple[Plan, int]]) -> Estimate:

@@ -115,8 +115,7 @@ def evaluate_tasks(
     Args:
         ensemble: whose models read and write.
         policies: what is judged.
-        tasks: names of tasks, groups or tags of the harness, with wildcards, or YAML files; or
-            what :func:`multicolm.evaluation.harness_tasks.load_units` made of them.
+        tasks: names of tasks, groups or tags, with wildcards; YAML files; or what is loaded.
         out: folder for ``lm_eval.json`` and ``lm_eval.md``; if it holds a comparison, the figures
             are shown on its page too. Nothing is written and nothing resumed if not given.
         include_path: folders with tasks of your own. What their YAML names is Python that is run.
@@ -147,10 +146,7 @@ def evaluate_tasks(
     seed, batch_size = check_seed(seed), check_whole("batch_size", batch_size, least=1)
     check_generation(gen_kwargs)
     plans = _plans(ensemble, policies, alone)
-    units = [task for task in tasks if isinstance(task, Unit)]
-    named = [task for task in tasks if not isinstance(task, Unit)]
-    if named or not units:
-        units += load_units(named, include_path, num_fewshot, gen_kwargs, limit)
+    units = load_units(tasks, include_path, num_fewshot, gen_kwargs, limit)
     check_units(units, confirm_run_unsafe_code)
     # Found out now, so that no policy is refused when others have run for hours.
     rows = {unit.name: list(_rows(ensemble, plans, unit, likelihood)) for unit in units}

@@ -62,24 +62,25 @@ def quiet() -> Iterator[None]:
 
 @quiet()
 def load_units(
-    names: Sequence[str],
+    tasks: Sequence[str | Unit],
     include_path: Sequence[str | Path],
     num_fewshot: int | None,
     gen_kwargs: Mapping[str, Any] | None,
     limit: int | None,
 ) -> list[Unit]:
-    """The tasks, loaded and set up.
+    """The tasks, loaded and set up; those that are so already stay as they are.
 
     Raises:
         ConfigError: if the harness is not installed, or a task cannot be loaded.
         UnknownNameError: if there is no such task.
     """
-    manager, found = _manager(names, include_path)
-    units = []
+    units = [task for task in tasks if isinstance(task, Unit)]
+    names = [task for task in tasks if not isinstance(task, Unit)]
+    manager, found = _manager(names, include_path) if names or not units else (None, [])
     for name in found:
         # What a task file may do to fail is not ours to enumerate: it downloads, and runs Python.
         try:
-            loaded = manager.load([name])
+            loaded = manager.load([name])  # type: ignore[union-attr]  # there is one for names
             for task in loaded["tasks"].values():
                 _set_up(task, num_fewshot, gen_kwargs)
             digest = _digest(loaded["tasks"].values(), limit)
