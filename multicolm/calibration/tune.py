@@ -86,7 +86,8 @@ def tune(
         seed: of everything random.
         batch_size: how many texts are written at a time.
         max_new_tokens: the most tokens of an answer; the task's if not given.
-        progress, on_estimate: called after every answer; and first, with what all take at most.
+        progress: called after every answer.
+        on_estimate: called first, with what the answers take at most.
 
     Raises:
         InputError: if the split is the test split, or its questions are in the test split too, or
@@ -96,8 +97,7 @@ def tune(
         ArtefactError: if ``out`` holds another checkpoint.
         MulticolmError: if a task, the policy or a value of the grid cannot be used.
     """
-    limit = limit if limit is None else check_whole("limit", limit, least=1)
-    seed, batch_size = check_seed(seed), check_whole("batch_size", batch_size, least=1)
+    limit, seed, batch_size = _numbers(limit, seed, batch_size)
     budget, grid = as_python(budget), _plain(grid)
     check_request(policy.policy, tasks, budget, unit, spend, grid)
     request = {
@@ -122,6 +122,19 @@ def tune(
         return bench.checkpoint(points, rule, {"key": key, **request})
 
     return made_once(folder, key, make, "tune")
+
+
+def _numbers(limit: int | None, seed: int, batch_size: int) -> tuple[int | None, int, int]:
+    """The whole numbers of a call, as Python's own.
+
+    Raises:
+        InputError: naming one that is out of range.
+    """
+    return (
+        limit if limit is None else check_whole("limit", limit, least=1),
+        check_seed(seed),
+        check_whole("batch_size", batch_size, least=1),
+    )
 
 
 def _plain(grid: Grid | None) -> Grid | None:
