@@ -189,6 +189,7 @@ def _model(catalog: Catalog, engine: Engine, name: str, created: int) -> dict[st
             "kind": model.policy.name,
             "summary": model.summary,
             "models": list(ensemble.models),
+            "chat": bool(ensemble.backends[0].tokenizer.chat_template),
             "threshold": model.policy.params_at(0.5) is not None,
             "top_logprobs": MOST_ALTERNATIVES if in_tokens else 0,
         },

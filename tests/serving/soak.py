@@ -27,6 +27,9 @@ import multicolm
 from multicolm.serving.server import Server
 
 
+NAP = 0.01  # seconds
+
+
 @dataclass(frozen=True)
 class Remote:
     """A server of which only the address is known."""
@@ -34,8 +37,17 @@ class Remote:
     address: str
 
 
+def sleep() -> None:
+    """Print how late a thread wakes that does nothing but sleep: what the machine adds to gaps."""
+    while True:
+        start = time.monotonic()
+        time.sleep(NAP)
+        print("late", time.monotonic() - start - NAP, flush=True)
+
+
 def watch(address: str) -> None:
     """Read texts one after another, and print the seconds between events, one a line."""
+    threading.Thread(target=sleep, daemon=True).start()
     place = urlsplit(address)
     body = json.dumps({"model": "tiny", "prompt": "What is 2 * x?", "max_tokens": 200,
                        "temperature": 1, "stream": True})  # fmt: skip
@@ -47,7 +59,7 @@ def watch(address: str) -> None:
         while line := reply.readline():
             now = time.monotonic()
             if last is not None and line.startswith(b"data: {"):
-                print(now - last, flush=True)
+                print("gap", now - last, flush=True)
             if line.startswith(b"data: {"):
                 last = now
         connection.close()
@@ -81,14 +93,20 @@ def main() -> None:
     watcher = subprocess.Popen(
         [sys.executable, __file__, "--watch", address[0]], stdout=subprocess.PIPE, text=True
     )
-    gaps: list[float] = []
+    seen: dict[str, list[float]] = {"gap": [], "late": []}
     assert watcher.stdout is not None
     lines = watcher.stdout
-    threading.Thread(target=lambda: gaps.extend(map(float, lines)), daemon=True).start()
+
+    def collect() -> None:
+        for line in lines:
+            kind, _, seconds = line.partition(" ")
+            seen[kind].append(float(seconds))
+
+    threading.Thread(target=collect, daemon=True).start()
     start, first, done, wrong, memory = time.monotonic(), 0, Counter[str](), [], []
-    while len(gaps) < 500:
+    while len(seen["gap"]) < 500:
         time.sleep(0.1)
-    quiet = list(gaps)
+    quiet = {kind: list(seconds) for kind, seconds in seen.items()}
     try:
         while time.monotonic() - start < given.seconds:
             clients = [
@@ -111,9 +129,14 @@ def main() -> None:
         watcher.terminate()
         server.terminate()
     failed = re.findall(r'requests_total\{.*status="5\d\d"\} \S+', metrics)
-    loud = gaps[len(quiet) :]
+    loud = {kind: seconds[len(quiet[kind]) :] for kind, seconds in seen.items()}
     for name, some in (("undisturbed", quiet), ("under load", loud)):
-        print(f"gaps {name}: median {statistics.median(some):.3f} s, worst {max(some):.3f} s")
+        gaps = sorted(some["gap"])
+        print(
+            f"gaps {name}: median {statistics.median(gaps):.3f} s, 99 % below "
+            f"{gaps[len(gaps) * 99 // 100]:.3f} s, worst {gaps[-1]:.3f} s; who only sleeps wakes up "
+            f"to {max(some['late']):.3f} s late"
+        )
     half = len(memory) // 2
     print(f"requests: {sum(done.values())} {dict(done)}; wrong: {wrong}; server errors: {failed}")
     print(f"memory: {memory[0]:.0f} MB after the first wave, {memory[half]:.0f} half way, "

@@ -9,12 +9,23 @@ let menu = [];        // what /v1/models says
 let names = [];       // the models, the base model first
 let running = null;   // stops the text that is being written
 
-// The text as it comes: its characters, and its tokens with the places where they begin.
-let characters = [];
-let tokens = [];
-let spans = [];
-let whole = 0;        // so many spans at the front show all that they ever will
-let picked = -1;
+let turns = [];       // of the chat so far: what was asked, and its answer
+
+// An answer while it comes: its characters, and its tokens with the places where they begin.
+class Answer {
+  constructor(node) {
+    this.node = node;
+    this.characters = [];
+    this.tokens = [];
+    this.spans = [];
+    this.whole = 0;   // so many spans at the front show all that they ever will
+    this.picked = -1;
+  }
+
+  part(name) { return this.node.querySelector(`.${name}`); }
+}
+
+let answer = null;    // the last one
 
 function writerClass(name) {
   const index = names.indexOf(name);
@@ -79,8 +90,17 @@ async function loadMenu() {
     option.value = String(i);
     return option;
   }));
+  $("mode").value = menu[0].multicolm.chat ? "chat" : "text";
   showPolicy();
+  showMode();
   say("");
+}
+
+const isChat = () => $("mode").value === "chat";
+
+function showMode() {
+  $("prompt-label").textContent = isChat() ? "Message" : "Text to continue";
+  $("system-box").hidden = !isChat();
 }
 
 function showPolicy() {
@@ -90,7 +110,7 @@ function showPolicy() {
   $("threshold").value = "";
 }
 
-function request() {
+function request(prompt) {
   const entry = menu[Number($("policy").value)];
   const body = {
     model: entry.id,
@@ -102,10 +122,16 @@ function request() {
   if (!$("threshold-box").hidden && $("threshold").value !== "") {
     body.model += `@${Number($("threshold").value)}`;
   }
-  const prompt = $("prompt").value;
   const n = Math.min(N_LIKELIEST, entry.multicolm.top_logprobs);
-  if ($("manner").value === "chat") {
-    body.messages = [{ role: "user", content: prompt }];
+  if (isChat()) {
+    const system = $("system").value.trim();
+    body.messages = [
+      ...(system ? [{ role: "system", content: system }] : []),
+      ...turns.flatMap(([asked, said]) => [
+        { role: "user", content: asked }, { role: "assistant", content: said },
+      ]),
+      { role: "user", content: prompt },
+    ];
     if (n) Object.assign(body, { logprobs: true, top_logprobs: n });
   } else {
     body.prompt = prompt;
@@ -114,18 +140,35 @@ function request() {
   return ["messages" in body ? "/v1/chat/completions" : "/v1/completions", body];
 }
 
+// The prompt and what is written after it, as one entry of the log.
+function begin(prompt) {
+  const node = element("li", "turn card");
+  const text = element("div", "text");
+  text.dir = "auto";
+  text.tabIndex = 0;
+  text.setAttribute("aria-label", "Answer; arrow keys walk through its tokens");
+  const detail = element("dl", "detail");
+  detail.setAttribute("aria-live", "polite");
+  detail.hidden = true;
+  node.append(element("p", "asked", prompt), text, detail, element("p", "usage"));
+  const own = new Answer(node);
+  text.addEventListener("keydown", (event) => walk(own, event));
+  text.addEventListener("focus", () => { if (own.picked < 0 && own.spans.length) pick(own, 0); });
+  $("log").append(node);
+  return own;
+}
+
 async function write() {
-  if (running || !menu.length) return;
-  characters = []; tokens = []; spans = []; whole = 0; picked = -1;
-  $("text").replaceChildren();
-  $("detail").replaceChildren();
-  $("usage").textContent = "";
+  const prompt = $("prompt").value;
+  if (running || !menu.length || !prompt) return;
+  const [address, body] = request(prompt);
+  answer = begin(prompt);
+  $("prompt").value = "";
   running = new AbortController();
   busy(true);
   say("Writing…");
   const start = performance.now();
   try {
-    const [address, body] = request();
     const reply = await fetch(address, {
       method: "POST", headers: headers(), body: JSON.stringify(body), signal: running.signal,
     });
@@ -138,12 +181,26 @@ async function write() {
     running = null;
     busy(false);
   }
+  if (!answer.characters.length && !answer.tokens.length) {  // to be asked once more
+    answer.node.remove();
+    $("prompt").value ||= prompt;
+  } else if ("messages" in body) {
+    turns.push([prompt, answer.characters.join("")]);
+  }
+}
+
+function clear() {
+  if (running) running.abort();
+  turns = [];
+  $("log").replaceChildren();
+  say("");
+  $("prompt").focus();
 }
 
 function busy(is) {
   $("go").disabled = is;
   $("stop").disabled = !is;
-  $("text").setAttribute("aria-busy", String(is));
+  $("log").setAttribute("aria-busy", String(is));
 }
 
 async function* events(body) {
@@ -168,49 +225,51 @@ function take(event, start) {
   for (const choice of event.choices) {
     const added = choice.multicolm;
     if (!added) continue;
-    for (const piece of added.pieces) characters.push(...piece.text);
-    tokens.push(...added.tokens);
-    show();
+    for (const piece of added.pieces) answer.characters.push(...piece.text);
+    answer.tokens.push(...added.tokens);
+    show(answer);
     if (choice.finish_reason) say(ending(added.finish_reason));
   }
   if (event.usage) showUsage(event, (performance.now() - start) / 1000);
 }
 
 const ENDINGS = {
-  eos: "The writer ended the text.", stop: "A stop text came.",
-  length: "The most tokens are written.", context: "A model's context is full.",
+  eos: "Finished.", stop: "Stopped at a stop text.",
+  length: "Stopped at the limit of new tokens.", context: "A model's context is full.",
 };
 const ending = (reason) => ENDINGS[reason] || reason;
 
 // A token's characters end where the next token begins; those that are not certain yet are not here.
-function show() {
+function show(own) {
+  const { characters, tokens, spans } = own;
   while (spans.length < tokens.length) {
     const i = spans.length;
     const span = element("span", `token ${writerClass(tokens[i].model)}`);
-    span.addEventListener("mouseenter", () => pick(i));
+    span.addEventListener("mouseenter", () => pick(own, i));
     spans.push(span);
-    $("text").append(span);
+    own.part("text").append(span);
   }
-  for (let i = whole; i < spans.length; i += 1) {
+  for (let i = own.whole; i < spans.length; i += 1) {
     const isLast = i + 1 === tokens.length;
     const end = isLast ? characters.length : tokens[i + 1].offset;
     spans[i].textContent = characters.slice(tokens[i].offset, end).join("");
-    if (!isLast && end <= characters.length && i === whole) whole += 1;
+    if (!isLast && end <= characters.length && i === own.whole) own.whole += 1;
   }
 }
 
-function pick(i) {
-  if (picked >= 0) spans[picked].classList.remove("picked");
-  picked = i;
-  spans[i].classList.add("picked");
-  const token = tokens[i];
-  const facts = [["token", JSON.stringify(token.text)], ["by", token.model]];
+function pick(own, i) {
+  if (own.picked >= 0) own.spans[own.picked].classList.remove("picked");
+  own.picked = i;
+  own.spans[i].classList.add("picked");
+  const token = own.tokens[i];
+  const facts = [["token", JSON.stringify(token.text)], ["written by", token.model]];
   if (token.logprob !== null) {
     facts.push(["probability", percent(token.logprob)]);
     facts.push(["log-probability", `${token.logprob.toFixed(3)} nats`]);
   }
   if (token.score !== null) facts.push(["policy's score", token.score.toPrecision(4)]);
-  $("detail").replaceChildren(...facts.map(([name, value]) => {
+  own.part("detail").hidden = false;
+  own.part("detail").replaceChildren(...facts.map(([name, value]) => {
     const pair = element("div");
     pair.append(element("dt", "", name), element("dd", "", value));
     return pair;
@@ -234,32 +293,40 @@ function likeliest(token) {
   return [list];
 }
 
-function walk(event) {
+function walk(own, event) {
+  const { picked, spans } = own;
   const steps = { ArrowRight: picked + 1, ArrowLeft: picked - 1, Home: 0, End: spans.length - 1 };
   if (!(event.key in steps) || !spans.length) return;
   event.preventDefault();
-  pick(Math.min(spans.length - 1, Math.max(0, steps[event.key])));
-  spans[picked].scrollIntoView({ block: "nearest" });
+  pick(own, Math.min(spans.length - 1, Math.max(0, steps[event.key])));
+  spans[own.picked].scrollIntoView({ block: "nearest" });
 }
+
+const count = (n, noun, nouns) => `${n} ${n === 1 ? noun : nouns}`;
 
 function showUsage(event, seconds) {
   const used = event.multicolm.usage;
   const n = event.usage.completion_tokens;
   const parts = Object.entries(used).map(([name, u]) =>
-    `${name} wrote ${u.tokens_written} and read ${u.tokens_read} tokens in ${u.forwards} passes`);
+    `${name} wrote ${u.tokens_written} and read ${count(u.tokens_read, "token", "tokens")} ` +
+    `in ${count(u.forwards, "pass", "passes")}`);
   const mixed = n - Object.values(used).reduce((sum, u) => sum + u.tokens_written, 0);
-  if (mixed) parts.push(`${mixed} were written together`);
-  $("usage").textContent = `${n} tokens in ${seconds.toFixed(2)} s · ${parts.join(" · ")}`;
+  if (mixed) parts.push(`${count(mixed, "was", "were")} written together`);
+  answer.part("usage").textContent = `${count(n, "token", "tokens")} in ${seconds.toFixed(2)} s · ${parts.join(" · ")}`;
 }
 
 $("form").addEventListener("submit", (event) => { event.preventDefault(); write(); });
 $("stop").addEventListener("click", () => running && running.abort());
 $("policy").addEventListener("change", showPolicy);
 $("key").addEventListener("change", loadMenu);
-$("text").addEventListener("keydown", walk);
-$("text").addEventListener("focus", () => { if (picked < 0 && spans.length) pick(0); });
+$("mode").addEventListener("change", showMode);
+$("new").addEventListener("click", clear);
+$("prompt").addEventListener("keydown", (event) => {
+  if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+  event.preventDefault();
+  $("form").requestSubmit();
+});
 document.addEventListener("keydown", (event) => {
   if (event.key === "Escape" && running) running.abort();
-  if (event.key === "Enter" && event.ctrlKey) { event.preventDefault(); $("form").requestSubmit(); }
 });
 loadMenu();
