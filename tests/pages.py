@@ -5,10 +5,11 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from weakref import WeakKeyDictionary
 
 import pytest
 
-__all__ = ["chromium", "opened"]
+__all__ = ["chromium", "complaints_of", "opened", "requests_of"]
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
 CHROMIUM = next(
@@ -33,22 +34,29 @@ def opened(
     *,
     width: int = 1280,
     dark: bool = False,
-    requests: list[str] | None = None,
-    complaints: list[str] | None = None,
 ) -> sync_api.Page:
-    """A page of its own after its scripts ran.
-
-    Args:
-        requests: gets every address that the page asks for, its own included.
-        complaints: gets errors of scripts, of the console, and of the content security policy.
-    """
+    """A page of its own after its scripts ran."""
     page = browser.new_page(
         viewport={"width": width, "height": 1000}, color_scheme="dark" if dark else "light"
     )
-    if requests is not None:
-        page.on("request", lambda request: requests.append(request.url))
-    if complaints is not None:
-        page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.on("console", lambda said: said.type == "error" and complaints.append(said.text))
+    requests = _requests[page] = []
+    complaints = _complaints[page] = []
+    page.on("request", lambda request: requests.append(request.url))
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.on("console", lambda said: said.type == "error" and complaints.append(said.text))
     page.goto(address)
     return page
+
+
+_requests: WeakKeyDictionary[sync_api.Page, list[str]] = WeakKeyDictionary()
+_complaints: WeakKeyDictionary[sync_api.Page, list[str]] = WeakKeyDictionary()
+
+
+def requests_of(page: sync_api.Page) -> list[str]:
+    """Every address that a page has asked for, its own included."""
+    return _requests[page]
+
+
+def complaints_of(page: sync_api.Page) -> list[str]:
+    """Errors of a page's scripts, of its console, and of its content security policy."""
+    return _complaints[page]

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shlex
+import textwrap
+from shutil import get_terminal_size
 
 import click
 
@@ -81,6 +85,12 @@ _KEY_VARIABLE = "MULTICOLM_API_KEY"
     show_default=True,
     help="Seconds that running texts get at shutdown.",
 )
+@click.option(
+    "--access-log/--no-access-log",
+    default=True,
+    show_default=True,
+    help="Print a line for each request.",
+)
 def command(
     ensemble: str,
     host: str,
@@ -93,6 +103,7 @@ def command(
     max_concurrent: int,
     max_waiting: int,
     grace: float,
+    access_log: bool,
 ) -> None:
     """Serve ENSEMBLE over HTTP with an OpenAI-compatible API, and a web page for trying it.
 
@@ -124,15 +135,44 @@ def command(
 
     def ready() -> None:
         click.echo(f"{served} is served at {server.address}; Ctrl-C ends it.", err=True)
-        click.echo(f"models: {', '.join(server.catalog.ids())}", err=True)
+        click.echo(f"page: {server.address}/", err=True)
+        click.echo(f"try:  {_curl(server.address, served, api_key is not None)}", err=True)
+        models = f"models: {', '.join(server.catalog.ids())}"
+        # A name that is cut in two cannot be copied.
+        lines = textwrap.wrap(models, get_terminal_size().columns, break_on_hyphens=False)
+        click.echo("\n".join(lines), err=True)
         if api_key is None and host not in ("127.0.0.1", "localhost", "::1"):
             click.echo("Anybody who reaches this address may ask: set MULTICOLM_API_KEY.", err=True)
 
+    if access_log:
+        _log_requests()
     closing = server.run(ready)
     click.echo(
         f"ended; finished meanwhile: {closing.finished}, broken off: {closing.broken_off}.",
         err=True,
     )
+
+
+def _curl(address: str, model: str, needs_key: bool) -> str:
+    """A command that asks the server for a chat completion."""
+    message = {"model": model, "messages": [{"role": "user", "content": "Hello!"}]}
+    key = f' -H "Authorization: Bearer ${_KEY_VARIABLE}"' if needs_key else ""
+    return (
+        f"curl {address}/v1/chat/completions -H 'Content-Type: application/json'{key} "
+        f"-d {shlex.quote(json.dumps(message))}"
+    )
+
+
+def _log_requests() -> None:
+    """Print a line for each request: when, from where, what, and the status."""
+    import logging
+
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    logger = logging.getLogger("uvicorn.access")
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    logger.propagate = False
 
 
 def _checked_key(option: str | None) -> str | None:

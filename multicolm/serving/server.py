@@ -104,7 +104,6 @@ class Server:
             http=connections(settings.limits.head_seconds, settings.limits.send_seconds),
             ws="none",
             log_config=None,
-            access_log=False,
             lifespan="off",
             server_header=False,
             timeout_graceful_shutdown=math.ceil(settings.grace) + _LAST_WORDS,

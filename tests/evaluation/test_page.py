@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from fake_results import answer, fake_comparison, fake_traces
-from pages import chromium, opened
+from pages import chromium, complaints_of, opened, requests_of
 from playwright.sync_api import Browser, Page
 
 from multicolm.evaluation.page import as_page
@@ -29,36 +29,24 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture
-def requests() -> list[str]:
-    return []
+def page(browser: Browser, address: str) -> Page:
+    return opened(browser, address)
 
 
-@pytest.fixture
-def complaints() -> list[str]:
-    return []
-
-
-@pytest.fixture
-def page(browser: Browser, address: str, requests: list[str], complaints: list[str]) -> Page:
-    return opened(browser, address, requests=requests, complaints=complaints)
-
-
-def test_it_asks_for_nothing_and_complains_of_nothing(
-    page: Page, address: str, requests: list[str], complaints: list[str]
-) -> None:
-    assert requests == [address]
-    assert complaints == []
+def test_it_asks_for_nothing_and_complains_of_nothing(page: Page, address: str) -> None:
+    assert requests_of(page) == [address]
+    assert complaints_of(page) == []
     assert page.evaluate("document.querySelectorAll('#plot svg .mark').length") == 10
     policy = page.evaluate("document.querySelector('meta[http-equiv]').content")
     assert "default-src 'none'" in policy and "unsafe" not in policy
 
 
 def test_a_request_that_the_policy_forbids_is_complained_of_and_not_made(
-    page: Page, address: str, requests: list[str], complaints: list[str]
+    page: Page, address: str
 ) -> None:
     page.evaluate("fetch('http://127.0.0.1:9/').catch(() => null)")
-    assert requests == [address]
-    assert any("Content Security Policy" in complaint for complaint in complaints)
+    assert requests_of(page) == [address]
+    assert any("Content Security Policy" in complaint for complaint in complaints_of(page))
 
 
 def test_a_click_on_a_heading_sorts_and_a_third_one_undoes_it(page: Page) -> None:
@@ -201,7 +189,7 @@ def test_answers_are_filtered_by_right_and_wrong(page: Page) -> None:
     assert all(0 < n < total for n in counts) and sum(counts) == total
 
 
-def test_what_models_write_cannot_break_out_of_the_page(page: Page, complaints: list[str]) -> None:
+def test_what_models_write_cannot_break_out_of_the_page(page: Page) -> None:
     page.evaluate("window.broken = false; window.alert = () => { window.broken = true; }; null")
     page.select_option("#row", label="confidence")
     for question in page.locator("#question option").all_inner_texts():
@@ -211,7 +199,7 @@ def test_what_models_write_cannot_break_out_of_the_page(page: Page, complaints: 
     assert "</script>" in page.inner_text(".answers")
     assert page.evaluate("window.broken") is False
     assert page.evaluate("document.querySelectorAll('.answers script, .answers img').length") == 0
-    assert complaints == []
+    assert complaints_of(page) == []
 
 
 def test_two_rows_are_shown_side_by_side(page: Page) -> None:
@@ -220,12 +208,10 @@ def test_two_rows_are_shown_side_by_side(page: Page) -> None:
     assert len(page.locator(".answers .answer").all_inner_texts()) == 2
 
 
-def test_nothing_scrolls_sideways_on_a_phone(
-    browser: Browser, address: str, complaints: list[str]
-) -> None:
-    page = opened(browser, address, width=390, complaints=complaints)
+def test_nothing_scrolls_sideways_on_a_phone(browser: Browser, address: str) -> None:
+    page = opened(browser, address, width=390)
     width = page.evaluate("document.documentElement.scrollWidth")
-    assert width <= 390 and complaints == []
+    assert width <= 390 and complaints_of(page) == []
 
 
 def test_it_follows_the_colour_scheme(browser: Browser, address: str) -> None:

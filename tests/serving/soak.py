@@ -26,7 +26,6 @@ from serving.test_load import BODIES, N_CLIENTS, PATH, Client, expected
 import multicolm
 from multicolm.serving.server import Server
 
-
 NAP = 0.01  # seconds
 
 
@@ -37,12 +36,18 @@ class Remote:
     address: str
 
 
+def report(kind: str, seconds: float) -> None:
+    """Print a line at once and whole, whatever other threads print."""
+    sys.stdout.write(f"{kind} {seconds}\n")
+    sys.stdout.flush()
+
+
 def sleep() -> None:
     """Print how late a thread wakes that does nothing but sleep: what the machine adds to gaps."""
     while True:
         start = time.monotonic()
         time.sleep(NAP)
-        print("late", time.monotonic() - start - NAP, flush=True)
+        report("late", time.monotonic() - start - NAP)
 
 
 def watch(address: str) -> None:
@@ -59,7 +64,7 @@ def watch(address: str) -> None:
         while line := reply.readline():
             now = time.monotonic()
             if last is not None and line.startswith(b"data: {"):
-                print("gap", now - last, flush=True)
+                report("gap", now - last)
             if line.startswith(b"data: {"):
                 last = now
         connection.close()
@@ -83,15 +88,18 @@ def main() -> None:
         return
     alone = multicolm.load("tiny")
     texts = [expected(alone, body) for body in BODIES]
-    command = [sys.executable, "-m", "multicolm", "serve", "tiny", "--port", "0"]
+    command = [sys.executable, "-m", "multicolm", "serve", "tiny", "--port", "0", "--no-access-log"]
     waiting = ["--max-waiting", str(3 * N_CLIENTS)]
     server = subprocess.Popen([*command, *waiting], stderr=subprocess.PIPE, text=True)
     assert server.stderr is not None
-    address = re.search(r"http://\S+\d", server.stderr.readline())
-    assert address is not None
+    address = None
+    while address is None:
+        line = server.stderr.readline()
+        assert line, "the server has ended"
+        address = re.search(r"served at (http://\S+\d)", line)
     threading.Thread(target=server.stderr.read, daemon=True).start()
     watcher = subprocess.Popen(
-        [sys.executable, __file__, "--watch", address[0]], stdout=subprocess.PIPE, text=True
+        [sys.executable, __file__, "--watch", address[1]], stdout=subprocess.PIPE, text=True
     )
     seen: dict[str, list[float]] = {"gap": [], "late": []}
     assert watcher.stdout is not None
@@ -110,7 +118,7 @@ def main() -> None:
     try:
         while time.monotonic() - start < given.seconds:
             clients = [
-                Client(first + i, cast("Server", Remote(address[0])), texts)
+                Client(first + i, cast("Server", Remote(address[1])), texts)
                 for i in range(N_CLIENTS)
             ]
             for client in clients:
@@ -121,7 +129,7 @@ def main() -> None:
                 wrong += client.wrong
             first += N_CLIENTS
             memory.append(megabytes(server.pid))
-        place = urlsplit(address[0])
+        place = urlsplit(address[1])
         connection = http.client.HTTPConnection(place.hostname or "", place.port, timeout=60)
         connection.request("GET", "/metrics")
         metrics = connection.getresponse().read().decode()
@@ -134,8 +142,8 @@ def main() -> None:
         gaps = sorted(some["gap"])
         print(
             f"gaps {name}: median {statistics.median(gaps):.3f} s, 99 % below "
-            f"{gaps[len(gaps) * 99 // 100]:.3f} s, worst {gaps[-1]:.3f} s; who only sleeps wakes up "
-            f"to {max(some['late']):.3f} s late"
+            f"{gaps[len(gaps) * 99 // 100]:.3f} s, worst {gaps[-1]:.3f} s; who only sleeps wakes "
+            f"up to {max(some['late']):.3f} s late"
         )
     half = len(memory) // 2
     print(f"requests: {sum(done.values())} {dict(done)}; wrong: {wrong}; server errors: {failed}")

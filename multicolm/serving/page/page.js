@@ -181,6 +181,7 @@ async function write() {
     running = null;
     busy(false);
   }
+  if (!answer.node.isConnected) return;  // of a chat that is over
   if (!answer.characters.length && !answer.tokens.length) {  // to be asked once more
     answer.node.remove();
     $("prompt").value ||= prompt;
