@@ -111,10 +111,11 @@ def main() -> None:
             seen[kind].append(float(seconds))
 
     threading.Thread(target=collect, daemon=True).start()
-    start, first, done, wrong, memory = time.monotonic(), 0, Counter[str](), [], []
+    first, done, wrong, memory = 0, Counter[str](), [], []
     while len(seen["gap"]) < 500:
         time.sleep(0.1)
     quiet = {kind: list(seconds) for kind, seconds in seen.items()}
+    start = time.monotonic()
     try:
         while time.monotonic() - start < given.seconds:
             clients = [

@@ -135,10 +135,11 @@ def test_a_second_signal_does_not_wait() -> None:
 def test_the_command_serves_says_where_and_ends_with_ctrl_c() -> None:
     with child("-m", "multicolm", "serve", "tiny", "--port", "0", "--name", "t") as process:
         assert process.stderr is not None
-        first = process.stderr.readline()
-        found = re.fullmatch(r"t is served at (http://127\.0\.0\.1:\d+); Ctrl-C ends it\.\n", first)
-        assert found is not None, first
-        assert process.stderr.readline().startswith("models: t, t:average, ")
+        lines = iter(process.stderr.readline, "")
+        found = next(filter(None, (re.match(r"t is served at (\S+); Ctrl-C", e) for e in lines)))
+        assert next(lines) == f"page: {found[1]}/\n"
+        assert next(lines).startswith(f"try:  curl {found[1]}/v1/chat/completions -H 'Content-Type")
+        assert next(lines).startswith("models: t, t:average, ")
         place = urlsplit(found[1])
         connection = http.client.HTTPConnection(place.hostname or "", place.port, timeout=SECONDS)
         connection.request("GET", "/health")
@@ -146,7 +147,8 @@ def test_the_command_serves_says_where_and_ends_with_ctrl_c() -> None:
         connection.close()
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=SECONDS)
-        assert err == "ended; finished meanwhile: 0, broken off: 0.\n"
+        assert '"GET /health HTTP/1.1" 200' in err
+        assert err.endswith("ended; finished meanwhile: 0, broken off: 0.\n")
         assert process.returncode == 0
 
 
