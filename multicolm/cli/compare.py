@@ -23,6 +23,7 @@ from multicolm.cli.options import (
     telling,
 )
 from multicolm.cli.processes import processes
+from multicolm.cli.tracking import Log, track_option, tracked
 from multicolm.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -92,6 +93,7 @@ __all__ = ["command"]
     show_default=True,
     help="Questions whose traces are kept.",
 )
+@track_option
 @dry_run_option
 @json_option
 def command(
@@ -109,6 +111,7 @@ def command(
     oracle: bool,
     sweep: int,
     traces: int,
+    track: str | None,
     dry_run: bool,
     as_json_: bool,
 ) -> None:
@@ -130,7 +133,8 @@ def command(
     from multicolm.evaluation.compare import compare
 
     try:
-        with _shown(rank) as show, _one_line_warnings():
+        asked = {"ensemble": ensemble, "task": task, "split": split, "limit": limit, "seed": seed}
+        with tracked(track, out, asked) as log, _shown(rank, log) as show, _one_line_warnings():
             comparison = compare(
                 loaded,
                 named,
@@ -195,11 +199,12 @@ def _load(source: str, named: Sequence[NamedPolicy]) -> Ensemble:
 
 
 @contextmanager
-def _shown(rank: int) -> Iterator[Callable[[Progress], None]]:
+def _shown(rank: int, log: Log) -> Iterator[Callable[[Progress], None]]:
     """A bar for the row at work, and a line on stderr for each that is done.
 
     Args:
         rank: of this process; only the first one speaks.
+        log: is given each row's quality and speed when it is done.
     """
     if rank > 0:
         yield lambda progress: None
@@ -214,6 +219,7 @@ def _shown(rank: int) -> Iterator[Callable[[Progress], None]]:
             if progress.finished and progress.quality is not None:
                 quality = f"{100 * progress.quality:.1f} %"
                 say(f"{progress.row}: {quality} of {progress.total} questions")
+                log({f"quality/{progress.row}": progress.quality}, progress.number)
 
         yield show
 

@@ -23,6 +23,7 @@ from multicolm.cli.options import (
     telling,
 )
 from multicolm.cli.processes import rank
+from multicolm.cli.tracking import numbers_of, track_option, tracked
 from multicolm.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -83,6 +84,7 @@ _OPTIONS = """What --option takes, by policy:
 @click.option("--split", default="train", show_default=True, help="Split of the task.")
 @click.option("--limit", type=Whole(1), help="Use this many questions only.")
 @click.option("--license", "license_", default="", help="License of the checkpoint, for its card.")
+@track_option
 @dry_run_option
 @json_option
 def command(
@@ -97,6 +99,7 @@ def command(
     split: str,
     limit: int | None,
     license_: str,
+    track: str | None,
     dry_run: bool,
     as_json_: bool,
 ) -> None:
@@ -140,8 +143,13 @@ def command(
         checkpoint = _on_scores(config, chosen, str(scores), out, train_base, shared)
     if rank() > 0:
         return  # The first process of `accelerate launch` speaks for all.
+    report = checkpoint.provenance["train"]["report"]
+    with tracked(track, out, {"ensemble": ensemble, "policy": policy, **shared["options"]}) as log:
+        history = report.get("history", [])
+        for step, epoch in enumerate(history):
+            log(numbers_of(epoch), step)
+        log(numbers_of(report), len(history))
     if as_json_:
-        report = checkpoint.provenance["train"]["report"]
         click.echo(as_json({"out": str(out), "kind": checkpoint.policy.name, **report}))
     else:
         _print(checkpoint, out, is_ensemble=train_base is not None)

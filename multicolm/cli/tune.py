@@ -25,6 +25,7 @@ from multicolm.cli.options import (
     policy_options,
     telling,
 )
+from multicolm.cli.tracking import numbers_of, track_option, tracked
 from multicolm.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -84,6 +85,7 @@ __all__ = ["command"]
 @click.option("--limit", type=Whole(1), help="Use this many questions only, spread evenly.")
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Random seed.")
 @click.option("--batch-size", type=Whole(1), default=16, show_default=True)
+@track_option
 @dry_run_option
 @json_option
 def command(
@@ -102,6 +104,7 @@ def command(
     limit: int | None,
     seed: int,
     batch_size: int,
+    track: str | None,
     dry_run: bool,
     as_json_: bool,
 ) -> None:
@@ -151,6 +154,9 @@ def command(
     except KeyboardInterrupt:
         click.echo(f"What was finished is kept in {out}; repeat the command to resume.", err=True)
         raise
+    with tracked(track, out, {"ensemble": ensemble, "policy": policy, "split": split}) as log:
+        for step, point in enumerate(checkpoint.provenance["tune"]["curve"]):
+            log(numbers_of(point), step)
     _report(checkpoint, out, as_json_)
 
 
