@@ -64,9 +64,12 @@ class ModelOutput:
     def at(self, lines: Sequence[int]) -> Self:
         """The predictions at some lines, in their order; counts are those of all."""
         index = list(lines)
-        hidden = None if self.hidden is None else self.hidden[index]
+        first = index[0] if index else 0
+        in_a_row = index == list(range(first, first + len(index)))
+        chosen = slice(first, first + len(index)) if in_a_row else index
+        hidden = None if self.hidden is None else self.hidden[chosen]
         unspelled = tuple(n for n, line in enumerate(index) if line in self.unspelled)
-        return replace(self, logits=self.logits[index], hidden=hidden, unspelled=unspelled)
+        return replace(self, logits=self.logits[chosen], hidden=hidden, unspelled=unspelled)
 
     def to(self, device: torch.device) -> Self:
         """The same on another device."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -213,12 +214,7 @@ class UncachedSession(TokenSession):
             for row, new, count in zip(rows, tokens, n_last, strict=True):
                 self._ids[row].extend(new)
                 outputs.append(self._forward(row, count, hidden))
-            states = [output.hidden for output in outputs if output.hidden is not None]
-            return ModelOutput(
-                torch.cat([output.logits for output in outputs]),
-                torch.cat(states) if hidden else None,
-                n_passes=sum(output.n_passes for output in outputs),
-            )
+            return ModelOutput.joined(outputs)
 
     def _forward(self, row: int, count: int, hidden: bool) -> ModelOutput:
         return self._read(self._ids[row], count, hidden)
@@ -256,19 +252,15 @@ class GrowingSession(UncachedSession):
         start = self._n_cached[row]
         step = 1 if self._one_by_one else len(ids) - start
         outputs: deque[ModelOutput] = deque(maxlen=count)
-        n_passes = 0
-        for place in range(start, len(ids), step):
+        places = range(start, len(ids), step)
+        for place in places:
             part = ids[place : place + step]
             n_keep = min(count, len(part))
             outputs.append(self._read(part, n_keep, hidden, **_caching(self._model, cache)))
-            n_passes += 1
         self._n_cached[row] = len(ids)
-        states = [output.hidden for output in outputs if output.hidden is not None]
-        return ModelOutput(
-            torch.cat([output.logits for output in outputs])[-count:],
-            torch.cat(states)[-count:] if hidden else None,
-            n_passes,
-        )
+        output = ModelOutput.joined(list(outputs))
+        last = output.at(range(len(output) - count, len(output)))
+        return replace(last, n_passes=len(places))
 
     def truncate(self, row: int, length: int) -> None:
         """See :meth:`multicolm.backend.base.Session.truncate`."""

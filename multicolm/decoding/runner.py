@@ -179,10 +179,7 @@ class Runner:
                 output = result.output
                 if self.device is None:
                     self.device = output.logits.device
-                if output.logits.device != self.device:
-                    hidden = None if output.hidden is None else output.hidden.to(self.device)
-                    output = replace(output, logits=output.logits.to(self.device), hidden=hidden)
-                    ran[wanted] = replace(result, output=output)
+                ran[wanted] = replace(result, output=output.to(self.device))
         return ran
 
 
@@ -255,6 +252,7 @@ def _divided(
     """What each of several passes gets of the one that was run for all."""
     places: dict[tuple[int, int], range] = {}
     failed: list[dict[int, ModelError]] = [{} for _ in passes]
+    calls: list[list[int]] = [[] for _ in passes]  # a pass's rows ascend among all
     first = 0
     for line, (_, number, i) in enumerate(lines):
         n = passes[number].n_last[i]
@@ -262,18 +260,19 @@ def _divided(
         first += n
         if line in errors:
             failed[number][i] = errors[line]
+        if output.calls_of:
+            calls[number].append(output.calls_of[line])
     n_read = sum(each.n_read for each in passes)
     seen: set[int] = set()
     for number, each in enumerate(passes):
         index = [at for i in range(len(each.rows)) for at in places[number, i]]
-        chosen: slice | Tensor = slice(index[0], index[-1] + 1)
-        if index != list(range(index[0], index[-1] + 1)):
-            chosen = torch.tensor(index, device=output.logits.device)
-        hidden = output.hidden if each.hidden else None
-        part = ModelOutput(
-            output.logits[chosen],
-            None if hidden is None else hidden[chosen],
-            0 if number else output.n_passes,  # each pass counts once
+        part = output.at(index)
+        part = replace(
+            part,
+            hidden=part.hidden if each.hidden else None,
+            n_passes=0 if number else output.n_passes,  # each pass counts once
+            n_calls=0 if number else output.n_calls,
+            calls_of=tuple(calls[number]),
         )
         again = frozenset(i for i, row in enumerate(each.rows) if row in seen)
         seen.update(each.rows)

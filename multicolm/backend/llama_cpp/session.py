@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import torch
-
 from multicolm.backend.base import ModelOutput, Session, TokenSession
 from multicolm.backend.llama_cpp.context import Context, Entry
 
@@ -114,12 +112,7 @@ class SplitSession(Session):
                 own = [rows[i] % self._size for i in which]
                 new, counts = [tokens[i] for i in which], [n_last[i] for i in which]
                 outputs.append(part.feed(own, new, counts, hidden=hidden))
-        states = [output.hidden for output in outputs if output.hidden is not None]
-        return ModelOutput(
-            torch.cat([output.logits for output in outputs]),
-            torch.cat(states) if hidden else None,
-            sum(output.n_passes for output in outputs),
-        )
+        return ModelOutput.joined(outputs)
 
     def truncate(self, row: int, length: int) -> None:
         """See :meth:`multicolm.backend.base.Session.truncate`."""
