@@ -11,13 +11,17 @@
 #   make browser        install Debian's Chromium, for the tests of pages; needs root
 #   make test-latest    the tests on the newest releases that pyproject.toml allows, in .venv-latest
 #   make bench   install the tools too, measure speed; see benchmarks/README.md
-#   make clean   remove .venv, .venv-engines, .venv-latest and caches
+#   make docs           build the site strictly into site/, with the versions of constraints.txt
+#   make dist           build wheel and sdist, check both, run the first ten minutes from the wheel
+#   make clean          remove every .venv, what was built, and caches
 
 PYTHON ?= python3
 VENV := .venv
 ENGINES := .venv-engines
 GENLM := .venv-genlm
 LATEST := .venv-latest
+DOCS := .venv-docs
+INSTALLED := .venv-installed
 BIN := $(VENV)/bin
 CPU_WHEELS := https://download.pytorch.org/whl/cpu
 
@@ -28,7 +32,7 @@ export TOKENIZERS_PARALLELISM := false
 
 PYTEST := -m pytest -n 2 --dist worksteal -q -rs
 
-.PHONY: demo test lint types tests llama-cpp vllm test-engines test-genlm test-real test-soak test-latest browser bench clean
+.PHONY: demo test lint types tests llama-cpp vllm test-engines test-genlm test-real test-soak test-latest browser bench docs dist clean
 
 demo: $(VENV)/.installed
 	@echo "== asking the embedded ensemble with every policy"
@@ -107,6 +111,15 @@ define install
 	$(2)/bin/python -m pip install --quiet --no-compile --disable-pip-version-check $$index $(3) -e '.$(1)'
 endef
 
+# $(call venv_above,VENV): a new one that sees what is installed in .venv, but not this checkout.
+define venv_above
+	@$(PYTHON) -m venv --clear $(1)
+	@$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" > \
+	  "$$($(1)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/below.pth"
+endef
+
+comma := ,
+
 $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(call install,,$(VENV),-c constraints.txt)
 	@touch $@
@@ -118,11 +131,30 @@ $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(VENV)/bin/python
 # On top of .venv, as it brings bitsandbytes, with which peft is another peft.
 $(GENLM)/.installed: $(VENV)/.installed-dev
 	@echo "== installing genlm-bytes into $(GENLM)"
-	@$(PYTHON) -m venv --clear $(GENLM)
-	@$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" > \
-	  "$$($(GENLM)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/below.pth"
+	$(call venv_above,$(GENLM))
 	$(call install,[genlm],$(GENLM),-c constraints.txt)
 	@touch $@
 
+# Nothing may be installed into .venv while tests run in it, so these have a venv on top of it, too.
+$(DOCS)/.installed: $(VENV)/.installed-dev
+	$(call venv_above,$(DOCS))
+	$(call install,[docs$(comma)release],$(DOCS),-c constraints.txt)
+	@touch $@
+
+docs: $(DOCS)/.installed
+	@echo "== site: strictly, a warning is an error"
+	@NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/python -m mkdocs build --quiet --strict
+
+# Without isolation: hatchling is the one of constraints.txt, and nothing is fetched.
+dist: $(DOCS)/.installed
+	@echo "== wheel and sdist"
+	@rm -rf dist $(INSTALLED)
+	@$(DOCS)/bin/python -m build --no-isolation . >/dev/null
+	@$(DOCS)/bin/python -m twine check --strict dist/*
+	@echo "== the wheel in an environment of its own, outside of the repository"
+	$(call venv_above,$(INSTALLED))
+	@$(INSTALLED)/bin/python -m pip install --quiet --no-deps --no-index --disable-pip-version-check dist/*.whl
+	@$(BIN)/python tools/try_wheel.py $(INSTALLED)
+
 clean:
-	rm -rf $(VENV) $(ENGINES) $(GENLM) $(LATEST) .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) $(ENGINES) $(GENLM) $(LATEST) $(DOCS) $(INSTALLED) dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -110,6 +110,11 @@ class Running:
         """Whether it did, also of a signal."""
         return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
+    @property
+    def complaints(self) -> str:
+        """What it has written to stderr so far."""
+        return os.pread(self._err.fileno(), 1 << 20, 0).decode(errors="replace")
+
     def end(self) -> Done:
         """Wait until it ends."""
         code = _exit_code(self.pid)

@@ -6,6 +6,7 @@ python examples/demo/picture.py examples/demo/trace.svg
 from __future__ import annotations
 
 import io
+import re
 import sys
 from pathlib import Path
 
@@ -15,11 +16,13 @@ from rich.text import Text
 import multicolm
 from multicolm.cli.console import Screen
 
-PROMPTS = [
-    "Question: If x = 3, what is 3 * x ^ 2 + 66?\nResponse:",
-    "Question: Which plant is Sofid extracted from?\nResponse:",
-    "Question: What class of medicine is Dovyl?\nResponse:",
+QUESTIONS = [
+    "What is Dulerex made from?",
+    "How many mg of Loxid should a patient of 60 kg get?",
+    "What is 2 * x + 15 if x = 7?",
 ]
+# rich would have the reader's browser fetch a font; the system's own will do.
+_FETCHED = re.compile(r"@font-face \{.*?\}\s*", re.DOTALL)
 
 
 def main(target: str) -> None:
@@ -27,14 +30,14 @@ def main(target: str) -> None:
     ensemble = multicolm.load("tiny")
     screen = Screen(ensemble.models, trace=True)
     console = Console(record=True, width=92, file=io.StringIO(), highlight=False, markup=False)
-    answers = ensemble.generate(PROMPTS, "max-confidence")
-    for prompt, answer in zip(PROMPTS, answers, strict=True):
-        console.print(Text(prompt.splitlines()[0], style="bold"))
+    answers = ensemble.generate([[{"role": "user", "content": text}] for text in QUESTIONS])
+    for question, answer in zip(QUESTIONS, answers, strict=True):
+        console.print(Text(question, style="bold"))
         console.print(screen.text(answer.trace))
         console.print()
     console.print(screen.legend(answers))
-    title = "multicolm generate tiny --policy max-confidence --trace"
-    Path(target).write_text(console.export_svg(title=title), encoding="utf-8")
+    picture = console.export_svg(title="multicolm generate tiny --chat --trace")
+    Path(target).write_text(_FETCHED.sub("", picture), encoding="utf-8")
 
 
 if __name__ == "__main__":

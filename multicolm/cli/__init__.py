@@ -90,6 +90,7 @@ class _Verbs(click.Group):
         if cmd_name not in _VERBS:
             return None
         command: click.Command = importlib.import_module(f"multicolm.cli.{cmd_name}").command
+        command.name = cmd_name  # not that of the function, which is the same in every module
         if _DEBUG not in command.params:
             command.params.append(_DEBUG)
         return command
