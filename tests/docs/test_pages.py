@@ -86,7 +86,7 @@ def test_the_table_of_policies_lists_every_policy_with_its_params() -> None:
         for name in catalog.names("policies")
     }
     assert listed == wanted
-    assert f"[{len(wanted)} come along]" in README
+    assert f"[{len(wanted)} are built in]" in README
 
 
 def test_the_readme_names_the_command_for_its_figures() -> None:
