@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Sequence
 
-from multicolm.backend.passes import Passes
+from multicolm.backend.passes import Passes, together
 from multicolm.decoding.committing import Committer
 from multicolm.decoding.consulting import Consulting
 from multicolm.decoding.decider import Decider
@@ -73,6 +73,8 @@ class Loop(ABC):
         self.failed: deque[tuple[Row, InputError | ModelError]] = deque()
         self._coming: deque[Row] = deque()
         self._active: list[Row] = []
+        self._prompt_tokens = runner.prompt_tokens
+        self._unread: list[Row] = []  # those among them whose long prompts are read part by part
 
     @property
     def busy(self) -> bool:
@@ -106,6 +108,7 @@ class Loop(ABC):
             The text that has become certain; nothing where no text is to be written.
         """
         yield from self._admit()
+        yield from self._read_ahead()
         pieces: list[Piece] = []
         for row in self._active:
             if row.thinking_is_used_up:
@@ -140,6 +143,19 @@ class Loop(ABC):
             self.readers.start(row)
         if new:
             yield from self._begin(new)
+            self._unread += [row for row in new if self._is_long(row)]
+
+    def _is_long(self, row: Row) -> bool:
+        longest = max((len(row.prompt_ids[k]) for k in self._plan.first_run), default=0)
+        return self._prompt_tokens is not None and longest > self._prompt_tokens
+
+    def _read_ahead(self) -> Passes[None]:
+        """Read a part of the first long prompt in the models that are run at its end."""
+        if self._unread and self._prompt_tokens is not None:
+            row, n = self._unread[0], self._prompt_tokens
+            parts = [self.readers[k].read_ahead(row, n) for k in self._plan.first_run]
+            if all((yield from together(parts))):
+                self._unread.remove(row)
 
     def _begin(self, rows: Sequence[Row]) -> Passes[None]:
         """Find out what the policy wants to know of new texts before their first tokens."""
@@ -148,10 +164,12 @@ class Loop(ABC):
 
     @property
     def _unpaused(self) -> list[Row]:
-        return [row for row in self._active if not row.is_paused]
+        return [row for row in self._active if not row.is_paused and row not in self._unread]
 
     def _release(self, row: Row) -> None:
         self._active.remove(row)
+        if row in self._unread:
+            self._unread.remove(row)
         self._slots.give(row.slot)
         self.readers.stop(row)
 

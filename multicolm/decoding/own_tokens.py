@@ -125,6 +125,16 @@ class OwnTokens(Reader):
         self._follow(row, len(row.written))
         return len(self._aligners[row.slot].own)
 
+    def read_ahead(self, row: Row, n_tokens: int) -> Passes[bool]:
+        """Read so many tokens of a prompt; its last one is left for the first prediction."""
+        if self._model.server:  # which reads texts as it likes
+            return True
+        own, start = self._aligners[row.slot].own, self._session.lengths[row.slot]
+        end = min(start + n_tokens, len(own) - 1)
+        if end > start:
+            yield from self._run([row], [own[start:end]], [1])
+        return len(own) - end <= n_tokens
+
     def logprobs_of(
         self, rows: Sequence[Row], places: Sequence[int], ids: Sequence[Int[Tensor, "_"]]
     ) -> Passes[list[Float[Tensor, "_"]]]:

@@ -90,6 +90,11 @@ class Plan:
         return 0 in self.needs.always or self.policy.acts == "verify"
 
     @cached_property
+    def first_run(self) -> tuple[int, ...]:
+        """Models that are run at the end of every prompt."""
+        return (0, *self.wanted_beside_base) if self.drafts else ()
+
+    @cached_property
     def wanted_beside_base(self) -> tuple[int, ...]:
         """Other models that are wanted wherever the base model is run, whatever it writes there."""
         policy = self.policy

@@ -58,6 +58,15 @@ class Reader(ABC):
             Predictions over the ensemble's vocabulary, row after row, by ascending place.
         """
 
+    def read_ahead(self, row: Row, n_tokens: int) -> Passes[bool]:
+        """Read so many tokens of a prompt, of which nothing is wanted yet but the cache.
+
+        Returns:
+            Whether what is left of it is no more than that.
+        """
+        yield from ()
+        return True
+
     def logprobs_of(
         self, rows: Sequence[Row], places: Sequence[int], ids: Sequence[Int[Tensor, "_"]]
     ) -> Passes[list[Float[Tensor, "_"]]]:

@@ -36,10 +36,13 @@ class Runner:
         models: the ensemble's.
         n_slots: how many texts can be written at a time.
         clock: current time in seconds.
+        prompt_tokens: how many tokens of a long prompt a loop reads in a round, so that others'
+            texts grow meanwhile; ``None`` reads prompts whole.
 
     Attributes:
         models: the ensemble's.
         slots: places of the texts of all loops.
+        prompt_tokens: as given.
         device: on which decisions are made: that of the first result. All others are moved there.
     """
 
@@ -48,9 +51,11 @@ class Runner:
         models: Sequence[Model],
         n_slots: int,
         clock: Callable[[], float] = time.perf_counter,
+        prompt_tokens: int | None = None,
     ) -> None:
         self.models = tuple(models)
         self.slots = Slots(n_slots)
+        self.prompt_tokens = prompt_tokens
         self.device: torch.device | None = None
         self._clock = clock
         self._order = {model.name: k for k, model in enumerate(models)}

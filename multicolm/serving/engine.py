@@ -31,7 +31,7 @@ from multicolm.errors import (
 )
 from multicolm.numbers import check_whole
 from multicolm.serving.events import Begun, Ended, Event, Failed, GenerationRequest, Grown
-from multicolm.serving.workers import Backlog, Handle, PolicyWorker, PolicyWorkers
+from multicolm.serving.workers import PROMPT_TOKENS, Backlog, Handle, PolicyWorker, PolicyWorkers
 from multicolm.types import MIXTURE, TracedToken, Usage
 
 __all__ = ["Closing", "Engine", "Stats"]
@@ -149,7 +149,7 @@ class Engine:
         self._deadline: float | None = None
         self._counts = Counts(ensemble.models)
         # What follows is the working thread's own.
-        self._runner = Runner(ensemble.backends, max_concurrent, clock)
+        self._runner = Runner(ensemble.backends, max_concurrent, clock, PROMPT_TOKENS)
         self._workers = PolicyWorkers(ensemble, self._runner, self._news)
         self._n_broken_off = 0
         self._thread = threading.Thread(target=self._work, name="multicolm-engine", daemon=True)

@@ -15,10 +15,12 @@ from multicolm.serving.catalog import Choice
 from multicolm.serving.events import Event, GenerationRequest, Grown
 from multicolm.types import Piece, Usage
 
-__all__ = ["Backlog", "Handle", "PolicyWorker", "PolicyWorkers"]
+__all__ = ["PROMPT_TOKENS", "Backlog", "Handle", "PolicyWorker", "PolicyWorkers"]
 
 _LOG = logging.getLogger("multicolm.serving")
 _KEPT = 4  # policies that have caches, in use or not; each other threshold is another policy
+PROMPT_TOKENS = 256
+"""Of new prompts, about so many tokens are read between two rounds of the texts under way."""
 _MOST_UNREAD = 256  # tokens of a request; one with 20 alternatives has some 5 kB
 
 
@@ -204,10 +206,12 @@ class PolicyWorkers:
         del worker.waiting[handle.number], self._queue[handle.number]
 
     def admit(self) -> None:
-        """Give slots to those who wait, first come, first served."""
-        while (found := self._next()) is not None:
+        """Give slots to those who wait, first come, first served, and to few in one round."""
+        n_tokens = 0
+        while n_tokens < PROMPT_TOKENS and (found := self._next()) is not None:
             worker, handle = found
             assert handle.row is not None
+            n_tokens += max(map(len, handle.row.prompt_ids))
             self.dequeue(worker, handle)
             worker.active[handle.number] = handle
             worker.live.add(handle.row)

@@ -99,12 +99,12 @@ def together(runner: Runner, lives: Sequence[Live]) -> None:
     ],
 )
 @pytest.mark.parametrize("schedule", ["stepwise", "block"])
-def test_texts_of_other_policies_and_pauses_change_nothing(
+def test_other_texts_pauses_and_prompts_in_parts_change_nothing(
     world: Any, prompts: list[str], policies: list[Any], schedule: Any
 ) -> None:
     models = world().backends
     ensemble = Ensemble(models, generation=GenerationConfig(schedule=schedule, block_size=4))
-    runner = Runner(ensemble.backends, 4)
+    runner = Runner(ensemble.backends, 4, prompt_tokens=2)
     lives = [ensemble.live(policy, runner=runner) for policy in policies]
     chance, pausing = random.Random(len(prompts)), random.Random(1)
     coming: list[tuple[int, Row]] = []
@@ -201,6 +201,24 @@ def test_a_model_is_run_once_for_all_policies_that_want_it() -> None:
     # Five tokens in six texts: five passes of each model, over all of them.
     assert Counter(world.fed) == {("base", 6): 5, ("other", 6): 5}
     assert len(world.sessions) == 2
+
+
+@pytest.mark.parametrize("policy", ["average", "max-confidence"])
+def test_a_text_grows_while_the_long_prompt_of_another_is_read_in_parts(policy: str) -> None:
+    world = Counting()
+    runner = Runner(world.ensemble.backends, 2, prompt_tokens=5)
+    live = world.ensemble.live(policy, runner=runner)
+    wanted = GenerationConfig(max_new_tokens=9)
+    short, long = live.row("a", 0, wanted, seed=0), live.row("a" * 24, 1, wanted, seed=0)
+    live.add(short)
+    runner.run([live.loop.step()])
+    live.add(long)
+    while not long.written:
+        before = len(short.written)
+        runner.run([live.loop.step()])
+        assert len(short.written) == before + 1
+    assert len(short.written) == 5  # the prompt was read in four parts, and the last four tokens
+    assert all(used.tokens_read in (0, 24) for used in long.usage)
 
 
 def test_passes_are_counted_once_for_all_and_once_for_each_text() -> None:
