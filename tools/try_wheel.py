@@ -6,6 +6,7 @@ python tools/try_wheel.py VENV
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -38,9 +39,8 @@ def main(venv: str) -> int:
             return 1
         for command in ("multicolm version", "multicolm validate tiny", *first_ten_minutes()):
             print("$", command, flush=True)
-            done = subprocess.run(
-                f"{binary}/{command}", shell=True, cwd=folder, env=OUTSIDE, check=False
-            )
+            words = [str(binary / "multicolm"), *shlex.split(command)[1:]]
+            done = subprocess.run(words, cwd=folder, env=OUTSIDE, check=False)
             if done.returncode:
                 return done.returncode
     return 0
