@@ -73,15 +73,22 @@ MODELS = (
 FOLDERS = tuple(model.folder for model in MODELS)
 
 
-def fetch(folder: Path = FOLDER, converted: Collection[str] = FOLDERS) -> Path:
+def fetch(
+    folder: Path = FOLDER,
+    converted: Collection[str] = FOLDERS,
+    models: Collection[str] = FOLDERS,
+) -> Path:
     """Make what is not there yet; returns the folder.
 
     Args:
         folder: where the GGUF files and the folders go.
         converted: of which models a folder for transformers is made, too.
+        models: which of them are wanted.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for model in MODELS:
+        if model.folder not in models:
+            continue
         if not (folder / model.file).exists():
             print(f"fetching {model.file}", flush=True)
             _download(model, folder)

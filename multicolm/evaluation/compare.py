@@ -309,6 +309,7 @@ class _Made:
             binary=binary,
             intervals=_BINARY if binary else _OTHER,
             timing=_TIMING,
+            questions=tuple(question.id for question in run.questions),
         )
 
 
@@ -336,6 +337,7 @@ def _results(measured: Sequence[Measured], ensemble: Ensemble, seed: int) -> Ite
                 if bounds and plan.kind == "policy"
                 else None
             ),
+            qualities=tuple(row.qualities),
             **_work(row, ensemble),
         )
 

@@ -98,6 +98,8 @@ class RowResult:
         of: for ``random`` and ``sweep``, the name of the row that it belongs to.
         point: for ``sweep``, the params that differ from that row's.
         note: one sentence that a reader of the row has to know; empty if there is none.
+        qualities: of each answer, in the order of ``Comparison.questions``; empty in results of
+            earlier versions.
     """
 
     name: str
@@ -125,6 +127,7 @@ class RowResult:
     of: str = ""
     point: Mapping[str, Any] = field(default_factory=dict)
     note: str = ""
+    qualities: tuple[float, ...] = ()
 
     @property
     def assistant_share(self) -> float:
@@ -155,6 +158,7 @@ class Comparison:
         binary: whether every answer is right or wrong, and nothing between; ``None`` if unknown.
         intervals: how intervals and p-values were made, in words.
         timing: what tokens per second leave out, in words.
+        questions: their ids; empty in results of earlier versions.
     """
 
     ensemble: str
@@ -175,6 +179,7 @@ class Comparison:
     binary: bool | None = None
     intervals: str = ""
     timing: str = ""
+    questions: tuple[str, ...] = ()
 
     @property
     def has_calls(self) -> bool:
@@ -189,10 +194,16 @@ class Comparison:
     def from_json(cls, data: Mapping[str, Any]) -> Comparison:
         """The reverse of :meth:`as_json`."""
         rows = tuple(
-            RowResult(**{**row, "uses": tuple(ModelUse(**use) for use in row["uses"])})
+            RowResult(
+                **{
+                    **row,
+                    "uses": tuple(ModelUse(**use) for use in row["uses"]),
+                    "qualities": tuple(row.get("qualities", ())),
+                }
+            )
             for row in data["rows"]
         )
-        names = ("models", "identities", "costs", "warnings", "findings")
+        names = ("models", "identities", "costs", "warnings", "findings", "questions")
         lists = {name: tuple(data[name]) for name in names if name in data}
         return cls(**{**data, **lists, "rows": rows})
 

@@ -69,6 +69,11 @@ def test_every_row_says_what_the_tables_make_of_it(rows) -> None:
     assert [row.quality for row in found.values()] == [0.25, 0.25, 0.75, 0.5, 0.75]
     assert [row.kind for row in found.values()] == ["model"] * 2 + ["policy"] + ["oracle"] * 2
     assert [row.n_questions for row in found.values()] == [4] * 5
+    assert [row.qualities for row in (base, helper, rule)] == [
+        (1.0, 0.0, 0.0, 0.0),
+        (0.0, 1.0, 0.0, 0.0),
+        (1.0, 1.0, 1.0, 0.0),
+    ]
     assert [use.tokens_written for use in base.uses] == [8, 0]
     assert [use.tokens_written for use in helper.uses] == [0, 8]
     assert [use.tokens_written for use in rule.uses] == [7, 2]
@@ -307,6 +312,7 @@ def test_the_comparison_says_how_it_was_measured(duo, make_task, tmp_path, repor
     assert {"multicolm", "torch", "transformers", "python"} == set(comparison.versions)
     assert "1 thread" in comparison.machine
     assert {row.n_questions for row in comparison.rows} == {2}
+    assert comparison.questions == tuple(q.id for q in task.sample("dev", 2))
     assert Comparison.from_json(json.loads(json.dumps(comparison.as_json()))) == comparison
 
 
