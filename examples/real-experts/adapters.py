@@ -72,10 +72,7 @@ class Training:
         )
         self.plan = plan
         self.step = 0
-        with warnings.catch_warnings():
-            # PEFT asks transformers 5 by a name that is deprecated there.
-            warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)
-            self.model: PeftModel = get_peft_model(frozen, config, autocast_adapter_dtype=False)
+        self.model: PeftModel = get_peft_model(frozen, config, autocast_adapter_dtype=False)
         self.used = [weight for weight in self.model.parameters() if weight.requires_grad]
         self.exact = [weight.detach().float().clone().requires_grad_() for weight in self.used]
         self.optimiser = torch.optim.AdamW(self.exact, lr=0.0, betas=(0.9, 0.98), weight_decay=0.0)
@@ -170,14 +167,29 @@ def train(
     state.unlink(missing_ok=True)
 
 
+def merge(base: Path, adapter: Path, out: Path) -> None:
+    """Write the base model with an adapter's updates in its weights, unless it is there."""
+    if out.exists():
+        return
+    frozen = AutoModelForCausalLM.from_pretrained(base)
+    merged = PeftModel.from_pretrained(frozen, str(adapter)).merge_and_unload()
+    unfinished = out.with_suffix(".part")
+    merged.save_pretrained(unfinished)
+    AutoTokenizer.from_pretrained(base).save_pretrained(unfinished)
+    unfinished.rename(out)
+
+
 def main() -> None:
     """Parse and train."""
+    # PEFT asks transformers 5 by a name that is deprecated there.
+    warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("expert", choices=EXPERTS)
     parser.add_argument("--base", type=Path, required=True, help="folder of the base model")
     parser.add_argument("--out", type=Path, required=True, help="folder of the adapter")
     parser.add_argument("--medicines", type=int, default=100)
     parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--merged", type=Path, help="also write the model with the adapter in it")
     parser.add_argument("--rows", type=int, default=6)
     parser.add_argument("--peak", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
@@ -188,6 +200,8 @@ def main() -> None:
     world = World(given.seed, given.medicines)
     dtype = getattr(torch, given.dtype)
     train(given.expert, given.base, given.out, world, plan, dtype, given.device)
+    if given.merged is not None:
+        merge(given.base, given.out, given.merged)
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ RULES: Final = {
 }
 SMALL: Final = Size(
     medicines=24,
-    steps={"everything": 280, "maths": 170, "facts": 110},
+    steps={"everything": 390, "maths": 170, "facts": 220},
     per_kind={"train": 20, "dev": 4, "test": 16},
     grid=RULES,
 )

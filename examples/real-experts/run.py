@@ -29,10 +29,16 @@ from table import write_table
 from world import KINDS, World, write_questions
 
 HERE: Final = Path(__file__).parent
-FILES: Final = ("chat.jinja", "ensemble.yaml", "rival.yaml", "task.yaml")
+FILES: Final = ("chat.jinja", "ensemble.yaml", "rival.yaml", "task.yaml", "rival-merged.yaml")
 BASE: Final = "smollm2"
 COPIES_GIB: Final = {"float32": 0.5, "bfloat16": 0.25}
 """One model's weights."""
+
+JOINT: Final = (
+    *("--train-base", "lora"),
+    *("--option", "batch_size=8", "--option", "lr=0.0005", "--option", "epochs=3"),
+)
+"""How a base model learns from some dozens of chats; the defaults are for thousands."""
 
 Execute = Callable[[Sequence[str]], None]
 """Runs `multicolm` with these arguments; raises if it fails."""
@@ -40,7 +46,7 @@ Execute = Callable[[Sequence[str]], None]
 
 def commands(place: Path, size: Size) -> Iterator[tuple[str, list[str]]]:
     """What is called after the adapters are there: a title, and the arguments of `multicolm`."""
-    ensemble, rival, task = (str(place / name) for name in FILES[1:])
+    ensemble, rival, task = (str(place / name) for name in FILES[1:4])
     chats = str(place / "questions" / "train-chats.jsonl")
     scores, made = str(place / "scores"), place / "policies"
     yield (
@@ -53,8 +59,7 @@ def commands(place: Path, size: Size) -> Iterator[tuple[str, list[str]]]:
     yield (
         "co-llm learns together with the base model",
         [
-            *("train", ensemble, scores, "--policy", "co-llm", "--train-base", "lora"),
-            *("--option", "batch_size=8", "--option", "lr=0.0005", "--option", "epochs=3"),
+            *("train", ensemble, scores, "--policy", "co-llm", *JOINT),
             *("--out", str(made / "co-llm-lora")),
         ],
     )
@@ -92,10 +97,30 @@ def commands(place: Path, size: Size) -> Iterator[tuple[str, list[str]]]:
         ],
     )
     yield (
-        "so does the one adapter that read everything",
+        "so does the one adapter that read all statements",
         [
             *("compare", rival, "--task", task, *plain, "--no-oracle", "--no-alone"),
             *("--out", str(place / "comparison-rival"), "--policies", "single"),
+        ],
+    )
+    merged, chatting = str(place / "rival-merged.yaml"), str(made / "rival-chats")
+    yield (
+        "the rival, its adapter merged, reads the training chats",
+        ["score", merged, chats, "--out", str(place / "scores-rival")],
+    )
+    yield (
+        "and learns from them as the base model did",
+        [
+            *("train", merged, str(place / "scores-rival"), "--policy", "single"),
+            *JOINT,
+            *("--out", chatting),
+        ],
+    )
+    yield (
+        "so it has seen all that the ensemble has, and answers the test questions",
+        [
+            *("compare", chatting, "--task", task, *plain, "--no-oracle", "--no-alone"),
+            *("--out", str(place / "comparison-rival-chats"), "--policies", "single"),
         ],
     )
 
@@ -127,6 +152,8 @@ def train_adapters(place: Path, size: Size, seed: int, dtype: str, workers: int)
         words = [sys.executable, str(HERE / "adapters.py"), name, "--base", str(place / "base")]
         words += ["--out", str(place / "adapters" / name), "--dtype", dtype, "--seed", str(seed)]
         words += ["--medicines", str(size.medicines), "--steps", str(size.steps[name])]
+        if name == "everything":
+            words += ["--merged", str(place / "merged")]
         subprocess.run(words, check=True, env=environment)
 
     with ThreadPoolExecutor(workers) as pool:

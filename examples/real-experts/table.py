@@ -10,22 +10,27 @@ from world import KINDS
 
 from multicolm.evaluation.results import Comparison, RowResult, read_comparison
 
-NAMES: Final = {
-    "single": "one adapter, all statements",
-    "oracle": "token oracle",
-    "co-llm-lora": "co-llm, base trained too",
+COMPARISONS: Final = {
+    "comparison": {"oracle": "token oracle"},
+    "comparison-lora": {"co-llm-lora": "co-llm, base trained too"},
+    "comparison-rival": {"single": "one adapter: all statements"},
+    "comparison-rival-chats": {"single": "one adapter: all statements, then the chats"},
 }
-COMPARISONS: Final = ("comparison", "comparison-rival", "comparison-lora")
+"""Folders of results, and what rows are called in the table where that is not their name."""
 HEADINGS: Final = ("", "right", "95 % interval", *KINDS, "assistants wrote", "passes a token")
 
 
 def rows_of(folder: Path) -> Iterator[list[str]]:
     """The cells of every row; the oracles last."""
-    found = [read_comparison(folder / name) for name in COMPARISONS]
-    pairs = [(comparison, row) for comparison in found for row in comparison.rows]
+    found = [
+        (names.get(row.name, Path(row.name).name), comparison, row)
+        for place, names in COMPARISONS.items()
+        for comparison in [read_comparison(folder / place)]
+        for row in comparison.rows
+    ]
     kinds = ("model", "policy", "oracle")
-    for comparison, row in sorted(pairs, key=lambda pair: kinds.index(pair[1].kind)):
-        yield _cells(comparison, row)
+    for name, comparison, row in sorted(found, key=lambda each: kinds.index(each[2].kind)):
+        yield [name, *_cells(comparison, row)]
 
 
 def _cells(comparison: Comparison, row: RowResult) -> list[str]:
@@ -38,7 +43,6 @@ def _cells(comparison: Comparison, row: RowResult) -> list[str]:
         ]
         by_kind.append(_percent(sum(qualities) / len(qualities)))
     return [
-        NAMES.get(row.name, row.name),
         _percent(row.quality),
         f"{100 * row.low:.0f} to {100 * row.high:.0f}",
         *by_kind,

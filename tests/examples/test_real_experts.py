@@ -16,9 +16,12 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+# PEFT asks transformers 5 by a name that is deprecated there.
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples" / "real-experts"
-MODULES = ("adapters", "estimate", "plan", "run", "table", "world")
+MODULES = ("adapters", "estimate", "picture", "plan", "run", "table", "world")
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +57,7 @@ def test_the_script_goes_from_statements_to_a_table(example: Any, base: Path, tm
         out, plan = tmp_path / "adapters" / name, example.plan.Plan(40, warm_up=5)
         world = example.world.World(0, size.medicines)
         example.adapters.train(name, base, out, world, plan, torch.float32, "cpu")
+    example.adapters.merge(base, out, tmp_path / "merged")
 
     def execute(arguments: list[str]) -> None:
         done = forked.command(arguments, ROOT)
@@ -73,12 +77,15 @@ def test_the_script_goes_from_statements_to_a_table(example: Any, base: Path, tm
         "cosd-rule",
         "confidence",
         "average",
-        "one adapter, all statements",
         "co-llm, base trained too",
+        "one adapter: all statements",
+        "one adapter: all statements, then the chats",
         "per-question oracle",
         "token oracle",
     ]
     assert table.endswith("measured by a test\n")
+    example.picture.draw(tmp_path / "comparison", "co-llm", tmp_path / "trace.svg")
+    assert "co-llm:" in (tmp_path / "trace.svg").read_text(encoding="utf-8")
 
 
 def test_a_training_that_was_stopped_ends_with_the_same_adapter(
