@@ -23,7 +23,7 @@ def draw(comparison: Path, policy: str, target: Path, n: int = 3) -> None:
     screen = Screen(models, trace=True)
     console = Console(record=True, width=92, file=io.StringIO(), highlight=False, markup=False)
     rows = (f"{models[0]} alone", policy)
-    traced = {(each.question, each.row): each for each in read_traces(comparison)}
+    traced = {(each.question, Path(each.row).name): each for each in read_traces(comparison)}
     for question in list(dict.fromkeys(question for question, _ in traced))[:n]:
         console.print(Text(traced[question, policy].prompt, style="bold"))
         for row in rows:
@@ -32,7 +32,9 @@ def draw(comparison: Path, policy: str, target: Path, n: int = 3) -> None:
             text = Text(f"{row + ':':16}") + screen.text(answer.tokens)
             console.print(text + Text(f"  {mark}", style="dim"))
         console.print()
-    answers = [SimpleNamespace(trace=each.tokens) for each in traced.values() if each.row == policy]
+    answers = [
+        SimpleNamespace(trace=each.tokens) for (_, row), each in traced.items() if row == policy
+    ]
     console.print(screen.legend(answers))
     target.write_text(console.export_svg(title=f"policy {policy}"), encoding="utf-8")
 

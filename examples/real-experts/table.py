@@ -23,10 +23,11 @@ HEADINGS: Final = ("", "right", "95 % interval", *KINDS, "assistants wrote", "pa
 def rows_of(folder: Path) -> Iterator[list[str]]:
     """The cells of every row; the oracles last."""
     found = [
-        (names.get(row.name, Path(row.name).name), comparison, row)
+        (names.get(name, name), comparison, row)
         for place, names in COMPARISONS.items()
         for comparison in [read_comparison(folder / place)]
         for row in comparison.rows
+        for name in [Path(row.name).name]  # a checkpoint's row is called by its path
     ]
     kinds = ("model", "policy", "oracle")
     for name, comparison, row in sorted(found, key=lambda each: kinds.index(each[2].kind)):
