@@ -45,6 +45,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_the_script_goes_from_statements_to_a_table(example: Any, base: Path, tmp_path: Path):
     size = example.plan.Size(
         medicines=10,
