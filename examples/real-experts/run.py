@@ -198,7 +198,7 @@ def minutes(size: Size, speed: Mapping[str, float], workers: int) -> dict[str, f
 def fetched() -> Path:
     """The folder of SmolLM2-135M-Instruct, which the other example fetches."""
     fetch = runpy.run_path(str(HERE.parent / "real-models" / "fetch.py"))["fetch"]
-    folder: Path = fetch(only=BASE) / BASE
+    folder: Path = fetch(converted=(BASE,), models=(BASE,)) / BASE
     return folder
 
 
