@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -174,17 +175,22 @@ def _print_json(stream: Stream, n_prompts: int) -> None:
 
 def _print_text(stream: Stream, ensemble: Ensemble, prompts: Sequence[Prompt], trace: bool) -> None:
     from multicolm.cli.console import Screen
+    from multicolm.cli.progress import working
 
     screen = Screen(ensemble.models, trace=trace)
     if len(prompts) == 1:
-        for piece in stream:
+        # Before the first piece, caches and what leads from one vocabulary to another are built.
+        with working("reading the prompt"):
+            first = list(islice(stream, 1))
+        for piece in chain(first, stream):
             screen.show(piece)
         screen.end(stream.answers[0])
         return
     pieces: dict[int, list[Piece]] = {}
     try:
-        for piece in stream:
-            pieces.setdefault(piece.row, []).append(piece)
+        with working(f"writing {len(prompts)} texts"):
+            for piece in stream:
+                pieces.setdefault(piece.row, []).append(piece)
     finally:
         whole = len(stream.answers) == len(prompts)
         # After Ctrl-C or an error: what was written by then, so that it is not lost.

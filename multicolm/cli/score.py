@@ -113,7 +113,6 @@ def command(
     asked = {"hidden": hidden, "embedding": embedding, "topk": topk is not None}
     features |= {name: 0 for name in asked if asked[name] and name not in features}
     top_k = max(topk or 0, features.get("topk", 0))
-    start = time.perf_counter()
     how: _How = {
         "features": tuple(sorted(features)),
         "top_k": top_k,
@@ -124,9 +123,9 @@ def command(
     if dry_run:
         _say_plan(config, corpus, out, how, as_json_)
         return
-    index = _scored(config, corpus, out, **how)
+    index, seconds = _scored(config, corpus, out, **how)
     if int(os.environ.get("RANK", "0")) == 0:
-        _report(index, out, time.perf_counter() - start, as_json_)
+        _report(index, out, seconds, as_json_)
 
 
 def _features(config: EnsembleConfig, names: Sequence[str]) -> dict[str, int]:
@@ -166,8 +165,12 @@ class _How(TypedDict):
     batch_tokens: int | None
 
 
-def _scored(config: EnsembleConfig, corpus: Corpus, out: Path, **how: Unpack[_How]) -> Index:
-    """The finished table; only models that have something to read are loaded.
+def _scored(
+    config: EnsembleConfig, corpus: Corpus, out: Path, **how: Unpack[_How]
+) -> tuple[Index, float]:
+    """The finished table, and how long it was scored; 0 seconds if nothing was missing.
+
+    Only models that have something to read are loaded.
 
     Raises:
         MulticolmError: what can be found without a model first.
@@ -182,13 +185,14 @@ def _scored(config: EnsembleConfig, corpus: Corpus, out: Path, **how: Unpack[_Ho
     rank, n_ranks, wait = processes()
     if not missing:
         if there.files or rank > 0:
-            return there
+            return there, 0.0
         with locked(out), working("writing the table"):
-            return finish(TableFiles(out, there))
+            return finish(TableFiles(out, there)), 0.0
     loaded = _load(on_own_device(_only(config, missing)))
     if how["end_of_text"] and not loaded.vocabulary.end_ids(0):
         # Then the token that stands for the end of a text is one of the others'.
         loaded = _load(on_own_device(_only(config, config.names)))
+    start = time.perf_counter()
     with work_bar("tokens", "reading the corpus") as bar:
 
         def show(progress: Progress) -> None:
@@ -196,7 +200,7 @@ def _scored(config: EnsembleConfig, corpus: Corpus, out: Path, **how: Unpack[_Ho
                 done = progress.done - progress.before
                 bar(done, progress.total - progress.before, f"scoring with {progress.model}")
 
-        return score(
+        index = score(
             loaded,
             corpus,
             out,
@@ -207,6 +211,7 @@ def _scored(config: EnsembleConfig, corpus: Corpus, out: Path, **how: Unpack[_Ho
             on_progress=show,
             **how,
         )
+    return index, time.perf_counter() - start
 
 
 def _say_plan(config: EnsembleConfig, corpus: Corpus, out: Path, how: _How, as_json_: bool) -> None:
@@ -337,9 +342,10 @@ def _report(index: Index, out: Path, seconds: float, as_json_: bool) -> None:
         click.echo(as_json({"out": str(out), **asdict(index)}))
         return
     names = ", ".join(model.name for model in index.models)
+    took = f"{seconds:.1f} s" if seconds else "nothing was missing"
     click.echo(
-        f"{out}: {index.n_positions} tokens of {index.n_examples} completions, scored by {names} "
-        f"({len(index.shards)} shards, {seconds:.1f} s)"
+        f"{out}: {index.n_positions:,} tokens of {index.n_examples:,} completions, scored by "
+        f"{names} ({len(index.shards)} shard{'s' * (len(index.shards) != 1)}, {took})"
     )
     if index.models[0].features:
         click.echo(f"{index.models[0].name}'s features: {', '.join(index.models[0].features)}")

@@ -319,6 +319,12 @@ def _annotations(cls: type) -> dict[str, Any]:
 
 def _param_problems(cls: type, params: Mapping[str, Any], place: Place) -> list[Problem]:
     allowed = _annotations(cls)
+    if params and not dataclasses.is_dataclass(cls):
+        text = (
+            f"class {cls.__name__} takes no params; write @multicolm.register_policy"
+            f'("{getattr(cls, "name", cls.__name__).lower()}") above it, and its fields are params.'
+        )
+        return [Problem(place, text)]
     problems = [
         Problem((*place, key), unknown_key(key, allowed), at_key=True)
         for key in params

@@ -139,7 +139,7 @@ def compare(
     asked = task.sample(split, limit)
     run = Answering(ensemble, task, asked, max_new_tokens=max_new_tokens, **how)
     run.check(plans)
-    announce(on_estimate, run, [(p, 1 + (random and p.kind == "policy")) for p in plans])
+    announce(on_estimate, run, [(p, 1 + (random and _has_random(p))) for p in plans])
     digest = task.digest(split)
     warnings = _warnings(run, named, digest, oracle)
     made = _Made(run, split, digest, limit, title or ", ".join(ensemble.models), n_ranks, warnings)
@@ -149,6 +149,11 @@ def compare(
         mine = made.report(measured, traces, Path(out)) if rank == 0 else None
         wait()
     return mine or read_comparison(Path(out))
+
+
+def _has_random(plan: Plan) -> bool:
+    """Whether a row gets a random baseline with its shares, as far as that shows before."""
+    return plan.kind == "policy" and plan.checked.acts == "select"
 
 
 def _numbers(
@@ -216,8 +221,8 @@ def _measured(
     """Every row of the table, in its order, answered as far as it is not yet."""
     models = run.ensemble.models
     run.warm_up = [plan for plan in plans if plan.kind == "model"]
-    n_policies = sum(plan.kind == "policy" for plan in plans)
-    run.n_rows = len(plans) + n_policies * random + (oracle and run.has_completions)
+    n_random = sum(map(_has_random, plans)) if random else 0
+    run.n_rows = len(plans) + n_random + (oracle and run.has_completions)
     team.answer(plans)
     measured = [run.row(plan) for plan in plans if plan.kind != "sweep"]
     more = list(random_by_token(measured, models)) if random else []

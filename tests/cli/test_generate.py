@@ -408,6 +408,6 @@ def test_the_command_itself_works_without_a_terminal() -> None:
         capture_output=True, text=True, stdin=subprocess.DEVNULL,
     )  # fmt: skip
     assert done.returncode == 0
-    # Nothing else is said: no progress bars, no warnings.
-    assert done.stderr == ""
+    # No progress bars, no warnings; only what takes more than two seconds says so.
+    assert set(done.stderr.splitlines()) <= {"loading 3 models ..."}
     assert json.loads(done.stdout)["text"]
