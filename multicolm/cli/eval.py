@@ -204,7 +204,8 @@ def _ahead(units: Sequence[Unit], n_rows: int, limit: int | None) -> str:
     asked = (islice(task.eval_docs, limit) for unit in units for task in unit.tasks)
     n = sum(1 for questions in asked for _ in questions)
     names = ", ".join(unit.name for unit in units)
-    return f"Ahead: {n_rows:,} rows, {n:,} questions each ({names}), {n_rows * n:,} in all."
+    rows = f"{n_rows:,} row{'s' * (n_rows != 1)}"
+    return f"Ahead: {rows}, {n:,} questions each ({names}), {n_rows * n:,} in all."
 
 
 def _generation(pairs: Sequence[str]) -> dict[str, Any]:

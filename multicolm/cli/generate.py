@@ -181,8 +181,9 @@ def _print_text(stream: Stream, ensemble: Ensemble, prompts: Sequence[Prompt], t
     if len(prompts) == 1:
         # Before the first piece, caches and what leads from one vocabulary to another are built.
         with working("reading the prompt"):
-            first = list(islice(stream, 1))
-        for piece in chain(first, stream):
+            written = iter(stream)
+            first = list(islice(written, 1))
+        for piece in chain(first, written):
             screen.show(piece)
         screen.end(stream.answers[0])
         return

@@ -52,8 +52,9 @@ class Estimate:
 
     def __str__(self) -> str:
         cost = "" if self.cost == self.passes else f" of cost {self.cost:,.0f}"
+        rows = f"{self.rows:,} row{'s' * (self.rows != 1)}"
         return (
-            f"{self.rows:,} rows, {self.answers:,} answers: at most {self.tokens:,} new tokens, "
+            f"{rows}, {self.answers:,} answers: at most {self.tokens:,} new tokens, "
             f"{self.passes:,.0f} forward passes{cost}, {_time(self.seconds)} and, as measured, "
             f"{self.memory_bytes / 2**30:.1f} GiB of memory."
         )
