@@ -18,7 +18,7 @@ from multicolm.evaluation.results import read_comparison, read_traces
 
 
 def draw(comparison: Path, policy: str, target: Path, n: int = 3) -> None:
-    """The policy's answers to the first questions, under each the base model's own."""
+    """The policy's answers to the first questions, and the base model's own if they are there."""
     models = read_comparison(comparison).models
     screen = Screen(models, trace=True)
     console = Console(record=True, width=92, file=io.StringIO(), highlight=False, markup=False)
@@ -26,7 +26,7 @@ def draw(comparison: Path, policy: str, target: Path, n: int = 3) -> None:
     traced = {(each.question, Path(each.row).name): each for each in read_traces(comparison)}
     for question in list(dict.fromkeys(question for question, _ in traced))[:n]:
         console.print(Text(traced[question, policy].prompt, style="bold"))
-        for row in rows:
+        for row in (row for row in rows if (question, row) in traced):
             answer = traced[question, row]
             mark = "right" if answer.quality == 1 else "wrong"
             text = Text(f"{row + ':':16}") + screen.text(answer.tokens)
