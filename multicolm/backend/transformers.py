@@ -127,12 +127,15 @@ class TransformersModel(Model):
 
     @property
     def abilities(self) -> list[str]:
-        """With which models it shares its weights, or why it does not."""
+        """With which models it shares its weights and passes, or why it does not."""
         if self._network.apart:
             return [f"weights of its own: {self._network.apart}"]
-        if others := self._network.shared_with:
-            return [f"one copy of the weights with {', '.join(others)}"]
-        return []
+        if not self._network.shared_with:
+            return []
+        others = ", ".join(self._network.shared_with)
+        if self.weights is self:
+            return [f"one copy of the weights with {others}, and forward passes of its own"]
+        return [f"one copy of the weights and one forward pass with {others}"]
 
     @property
     def shows(self) -> frozenset[Signal]:

@@ -131,6 +131,8 @@ def test_models_of_one_network_predict_what_separate_copies_predict(
         assert torch.allclose(logits(mine), logits(theirs), atol=2e-4)
         assert mine.served_as == theirs.served_as
         assert mine.n_parameters == theirs.n_parameters
+    passes = "and forward passes of its own" if kind == "mamba" else "and one forward pass"
+    assert all(passes in " ".join(model.abilities) for model in together)
     left, right = (logits(model) for model in together[1:])
     assert (left - right).abs().max() > 0.1 < (left - logits(together[0])).abs().max()
 
@@ -162,7 +164,9 @@ def test_any_other_adapter_gets_a_copy_of_the_network_and_says_why(
         assert torch.allclose(logits(mine), logits(theirs), atol=2e-4)
     [sentence] = together[3].abilities
     assert sentence.startswith(f"weights of its own: its adapter {reason}")
-    assert together[1].abilities == ["one copy of the weights with base, right"]
+    assert together[1].abilities == [
+        "one copy of the weights and one forward pass with base, right"
+    ]
 
 
 def test_experts_on_one_base_take_the_memory_of_their_adapters(places: Path) -> None:
@@ -184,7 +188,7 @@ def test_models_that_run_the_same_weights_in_another_way_share_nothing(
     assert base.model is left.model is not right.model
     own = getattr(every["base"], key)
     assert right.abilities == [f"weights of its own: `{key}` is {other[key]}, and {own} for base"]
-    assert base.abilities == ["one copy of the weights with left"]
+    assert base.abilities == ["one copy of the weights and one forward pass with left"]
 
 
 def test_a_model_that_nobody_shares_weights_with_says_nothing_of_it(places: Path) -> None:
