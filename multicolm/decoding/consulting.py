@@ -80,6 +80,8 @@ class Consulting:
         """
         if not self._choosing.by_place:
             yield from self._models.show(dict.fromkeys(self._asked_at, which), draft)
+            if self._plan.same_weights:  # Some may have been run that are not asked for.
+                draft.seen |= dict.fromkeys(which, (0, *self._asked_at))
             return [list(which)]
         yield from self._models.show(self._choosing.always(draft, which), draft)
         yield from self._models.show(self._choosing.named(draft, which), draft)

@@ -35,7 +35,7 @@ class Drafter:
         decider: asks the policy.
         readers: the models; the first one drafts.
         noise: what tokens are drawn with.
-        beside: other models that are run with the base model, for drafts of one token.
+        beside: other models that are run with the base model always, for drafts of one token.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class Drafter:
         self._decider = decider
         self._readers = readers
         self._noise = noise
-        self._run = (0, *beside)
+        self._beside = frozenset(beside)
         self._end_ids = decider.plan.end_ids[0]
         self._steps: list[_Step] = []
 
@@ -73,7 +73,11 @@ class Drafter:
         positions = Positions(rows, [len(row.ids) for row in rows], self._noise)
         every = range(len(rows))
         step = Draft(positions)
-        yield from self._readers.show(dict.fromkeys(self._run, every), step)
+        wanted: dict[int, list[int]] = {0: list(every)}
+        for i, row in enumerate(rows):
+            for k in sorted(self._beside | row.beside):
+                wanted.setdefault(k, []).append(i)
+        yield from self._readers.show(wanted, step)
         step.tokens = positions.draw(step.shown[0].output.logits).tolist()
         step.deferring = [True] * len(rows)
         step.scores = [None] * len(rows)

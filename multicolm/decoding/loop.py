@@ -203,11 +203,13 @@ class TokenLoop(Loop):
         super().__init__(plan, runner)
         self._block_size = block_size
         self._consulting = Consulting(plan, self._decider, self.readers)
-        # A base model that the policy does not run everywhere has nothing to draft with.
         # What is drafted one token at a time is decided in the same round, so that models that are
-        # wanted there anyway are run with the base model: in one pass, if they share its weights.
+        # wanted there anyway are run with the base model. Those that cost no pass of their own are,
+        # too, as long as they are wanted: who has written a token tends to write the next one.
         beside = plan.wanted_beside_base if block_size == 1 else ()
+        self._follows_wanted = plan.same_weights if block_size == 1 else frozenset()
         drafter = Drafter(self._decider, self.readers, self._noise, beside)
+        # A base model that the policy does not run everywhere has nothing to draft with.
         self._drafter = drafter if plan.drafts else None
         self._drafted: list[Row] = []  # their drafts have ended, and wait to be decided
         self._enough = _verify_batch_fraction(plan)
@@ -333,6 +335,7 @@ class TokenLoop(Loop):
             alternatives = decision.alternatives.get(i, ())
             new = Written(token, writer, decision.logprobs[i], draft.scores[i], alternatives)
             pieces += self._committer.write(row, new)
+            row.beside = self._follows_wanted & {writer, *draft.seen.get(i, ())}
             n_kept += kept
             row.n_deferred += draft.deferring[i]
             row.n_changed += draft.deferring[i] and not kept

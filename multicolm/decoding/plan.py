@@ -103,10 +103,17 @@ class Plan:
         return () if self.has_boundaries else tuple(sorted(self.needs.always.keys() - {0}))
 
     @cached_property
+    def same_weights(self) -> frozenset[int]:
+        """Other models that can be run in one pass with the base model."""
+        weights, others = self.models[0].weights, set(self.used) - {0}
+        if self.has_boundaries or not self.drafts:
+            return frozenset()
+        return frozenset(k for k in others if self.models[k].weights is weights)
+
+    @cached_property
     def schedule(self) -> Schedule:
         """The schedule that suits the policy and its models."""
-        together = (0, *self.wanted_beside_base)
-        if together == self.used and len({self.models[k].weights for k in together}) == 1:
+        if {0, *self.wanted_beside_base} == {0, *self.same_weights} == set(self.used):
             return "stepwise"  # One pass a token: nothing is cheaper to draft with.
         return self.policy.schedule
 

@@ -60,6 +60,8 @@ class Row:
             policy reads it.
         state: what the policy remembers of it, if it keeps state.
         drafter: index of the model whose tokens follow the written ones.
+        beside: indices of models that are run with the base model for the next token, since they
+            were wanted for the last one.
         slot: its place in every session.
         ids: written tokens and, after them, drafted ones.
         written: the written tokens.
@@ -89,6 +91,7 @@ class Row:
     n_alternatives: int = 0
     slot: int = -1
     drafter: int = 0
+    beside: frozenset[int] = frozenset()
     ids: list[int] = field(default_factory=list)
     written: list[Written] = field(default_factory=list)
     prompt_mean_nll: list[float] = field(default_factory=list)

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from expert_worlds import NAMES, apart, expert_models, experts
 from tiny_models import PROMPTS, model
 
-from multicolm import Answer, Ensemble
+from multicolm import Answer, Ensemble, SelectPolicy, Views
 from multicolm.backend.base import ModelOutput
 from multicolm.backend.checked import RowPool, open_session
 from multicolm.backend.transformers import TransformersModel
@@ -119,6 +119,45 @@ def test_a_round_that_wants_all_models_is_one_pass_of_all_rows(policy: str) -> N
         answers = ensemble.generate(["a", "b"], policy, max_new_tokens=5)
     assert all(len(answer.trace) == 5 for answer in answers)
     assert rows == [6] * 5
+
+
+class Streaks(SelectPolicy):
+    """Lets an assistant write wherever the base model's likeliest token is of one half."""
+
+    name = "streaks"
+    assistants: ClassVar[Any] = "deferred"
+    base_signals: ClassVar[Any] = {"top1"}
+
+    def defers(self, views: Views) -> torch.Tensor:
+        assert not views.assistants
+        return views.base.top1_ids % 3 > 0
+
+    def select(self, views: Views) -> torch.Tensor:
+        assert not views.assistants  # It asked for none.
+        return views.base.top1_ids % 3
+
+
+@pytest.mark.parametrize("policy", [Streaks(), "confidence"], ids=["names a writer", "compares"])
+def test_models_that_were_wanted_for_a_token_are_run_with_the_base_model_for_the_next(
+    policy: Any,
+) -> None:
+    settings: dict[str, Any] = {
+        "max_new_tokens": 12,
+        "schedule": "stepwise",
+        "temperature": 0.9,
+        "seed": 1,
+    }
+    params = {"threshold": 0.4} if policy == "confidence" else None
+    mine = experts()
+    with counted(mine) as rows:
+        answers = mine.generate(PROMPTS[:4], policy, params=params, batch_size=1, **settings)
+    others = apart().generate(PROMPTS[:4], policy, params=params, batch_size=4, **settings)
+    assert traces(answers) == traces(others)
+    tokens = [token.model for answer in answers for token in answer.trace]
+    deferred = sum(name != "base" for name in tokens)
+    assert deferred > 8
+    # Less than a pass for each token and one for each that an assistant writes.
+    assert len(tokens) <= len(rows) <= len(tokens) + 0.75 * deferred
 
 
 def test_with_drafts_the_other_models_read_them_in_one_pass() -> None:
