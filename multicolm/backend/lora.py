@@ -124,6 +124,8 @@ def read_lora(folder: Path, settings: Any, network: PreTrainedModel) -> Lora | s
         shapes = {half: tuple(value.shape) for half, value in halves[name].items()}
         if shapes != _shapes(module, rank):
             return f"changes {name}, a {type(module).__name__}, in another way"
+        if _device_of(module).type == "meta":  # accelerate moves its weights for each pass
+            return f"changes {name}, which is offloaded"
         down, up = halves[name]["A"].float(), halves[name]["B"].float() * scaling
         if not (bool(down.isfinite().all()) and bool(up.isfinite().all())):
             # Where it is another row's, it would be multiplied by zero, and NaN all the same.
