@@ -125,6 +125,7 @@ policies: Registry[object] = Registry(
         "max-confidence": "multicolm.policy.threshold:MaxConfidencePolicy",
         "mlp-router": "multicolm.policy.mlp_router:MlpRouterPolicy",
         "nudging": "multicolm.policy.nudging:NudgingPolicy",
+        "phases": "multicolm.policy.phases:PhasesPolicy",
         "pack-llm": "multicolm.policy.pack_llm:PackLlmPolicy",
         "query-router": "multicolm.policy.query_router:QueryRouterPolicy",
         "proxy-tuning": "multicolm.policy.logit_arithmetic:ProxyTuningPolicy",

@@ -534,6 +534,14 @@ class Views:
             )
         return self._context["state"]()
 
+    @property
+    def thinking(self) -> Bool[Tensor, "positions"]:
+        """Where a text thinks, or has not begun yet and may; nowhere without ``think_end_token``.
+
+        A policy that reads it must declare ``reads_thinking = True``.
+        """
+        return self._worked_out("thinking")
+
     def prompt_hidden(
         self, role: Role = "base", pooling: Pooling = "last"
     ) -> Float[Tensor, "positions hidden"]:

@@ -119,6 +119,9 @@ class Positions:
                 [row.sampling.greedy for row in self.rows], dtype=torch.bool, device=device
             ),
         }
+        known["thinking"] = lambda: torch.tensor(
+            [row.text.is_thinking for row in self.rows], dtype=torch.bool, device=device
+        )
         if not self.rows:
             return known
         first = self.rows[0]

@@ -72,8 +72,9 @@ class Live:
         drafts = (schedule or plan.schedule) == "block"
         # Elsewhere what the base model drafts is not in the others' tokens, or in tokens at all.
         own = written_in is vocabulary and (policy.support == "shared" or vocabulary.is_shared)
-        # What is remembered after a token is known once the token is.
-        self._block_size = block_size if drafts and own and not policy.keeps_state else 1
+        # What is remembered after a token is known once the token is, and whether it ends thoughts.
+        by_token = policy.keeps_state or policy.reads_thinking
+        self._block_size = block_size if drafts and own and not by_token else 1
         self.loop = loop_for(plan, runner, self._block_size)
 
     @property

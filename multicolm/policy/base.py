@@ -181,6 +181,9 @@ class Policy:
     """How a policy that needs ``logprobs`` treats the tokens whose probability a server does not
     return, in a sentence for users; empty if it cannot do without them."""
 
+    reads_thinking: ClassVar[bool] = False
+    """Whether it reads ``views.thinking``; it is asked token by token then."""
+
     reads_boundaries: ClassVar[bool] = False
     """Whether a policy that mixes asks where models of other vocabularies could continue
     (:meth:`multicolm.views.Views.is_open`); for one that selects that is always found out."""

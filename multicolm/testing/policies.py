@@ -82,6 +82,7 @@ class _Scene:
             "place": torch.randint(0, 40, (n,), generator=generator),
             "uniform": torch.rand(n, generator=generator),
             "greedy": torch.full((n,), sampling.greedy),
+            "thinking": torch.arange(n) % 3 == 0,
             "prompt_mean_nll": torch.rand(n, len(models), generator=generator) * 4,
         }
         # Token i begins like token (i - 1) // 2, as in a binary tree.

@@ -238,6 +238,7 @@ OF_ONE = [
     "gac",
     "margin",
     "max-confidence",
+    "phases",
     "random",
     "safe",
     "single",
