@@ -31,6 +31,10 @@ from world import KINDS, World, write_questions
 HERE: Final = Path(__file__).parent
 FILES: Final = ("chat.jinja", "ensemble.yaml", "rival.yaml", "task.yaml", "rival-merged.yaml")
 BASE: Final = "smollm2"
+ROWS: Final = 13
+"""Systems that answer the test questions; oracles are computed."""
+PROMPT_TOKENS: Final = 190
+ANSWER_TOKENS: Final = 20
 COPIES_GIB: Final = {"float32": 0.5, "bfloat16": 0.25}
 """One model's weights."""
 

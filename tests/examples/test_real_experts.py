@@ -114,6 +114,12 @@ def test_a_training_that_was_stopped_ends_with_the_same_adapter(
         assert torch.equal(one, other)
 
 
+def test_more_of_everything_takes_longer(example: Any):
+    plan, speed = example.plan, {"trained": 300.0, "read": 600.0, "step_s": 0.1}
+    small, full = (example.run.minutes(size, speed, 2) for size in (plan.SMALL, plan.FULL))
+    assert all(0 < small[part] < full[part] for part in small)
+
+
 def test_no_medicine_and_no_sum_is_asked_in_two_splits(example: Any):
     world = example.world.World(0, 20)
     names = [{medicine.name for medicine in world.medicines[s]} for s in example.world.SPLITS]
