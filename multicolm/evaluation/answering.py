@@ -418,9 +418,9 @@ class Answering:
             for _ in stream.finished():
                 pass
 
-    def sample(self, plan: Plan, n_tokens: int) -> Answers:
-        """A few tokens of the answers to the first batch of questions; nothing is kept."""
-        asked = [question.asked for question in self.questions[: self.batch_size]]
+    def sample(self, plan: Plan, n_questions: int, n_tokens: int) -> Answers:
+        """A few tokens of the answers to the first questions; nothing is kept."""
+        asked = [question.asked for question in self.questions[:n_questions]]
         with self._stream(plan, asked, max_new_tokens=n_tokens) as stream:
             for _ in stream.finished():
                 pass

@@ -13,6 +13,10 @@ if TYPE_CHECKING:
 
 __all__ = ["Estimate", "OnEstimate", "announce", "estimated"]
 
+_N_QUESTIONS = 2
+"""Of which a text is measured: a batch would take as long as a good part of the comparison. A text
+takes less time among more, so the time is an upper bound."""
+
 _N_TOKENS = 8
 """New tokens of a text that is measured; more of them say little more."""
 
@@ -134,14 +138,13 @@ class _Pace:
 
 
 def _measured(run: Answering, plan: Plan) -> _Pace:
-    """Both parts, from the first batch of questions; what the first use builds is not counted."""
-    _written(run, plan, 1)
+    """Both parts, from the first questions."""
     first, n_first = _written(run, plan, 1)
     longer, n_longer = _written(run, plan, min(_N_TOKENS, run.settings.max_new_tokens))
     n_further = n_longer - n_first
     if n_further <= 0:
         return _Pace(first)
-    n_texts = min(run.batch_size, len(run.questions))
+    n_texts = min(_N_QUESTIONS, len(run.questions))
     further = {
         name: max(0.0, longer[name] - value) * n_texts / n_further for name, value in first.items()
     }
@@ -151,7 +154,7 @@ def _measured(run: Answering, plan: Plan) -> _Pace:
 def _written(run: Answering, plan: Plan, n_tokens: int) -> tuple[dict[str, float], int]:
     """What texts of so many tokens took, for one text, and how many tokens all of them have."""
     start = time.perf_counter()
-    answers = run.sample(plan, n_tokens)
+    answers = run.sample(plan, _N_QUESTIONS, n_tokens)
     seconds = time.perf_counter() - start
     costs = dict(zip(run.ensemble.models, run.ensemble.costs, strict=True))
     passes = {
