@@ -97,8 +97,8 @@ def test_a_gguf_tokenizer_cuts_texts_as_its_hugging_face_twin(
     name: str, request: pytest.FixtureRequest
 ) -> None:
     one, other = (request.getfixturevalue(each).tokenizer for each in (f"{name}_gguf", name))
-    # Of U+2581 in a text, which comes back from neither as it was, they make different tokens.
-    same = texts if name == "smol" else texts.filter(lambda text: "\u2581" not in text)
+    # Of what the vocabulary cannot spell they make different things, none of them the text.
+    same = texts.filter(lambda text: spelled(one, text))
 
     @given(same)
     @settings(max_examples=300, deadline=None)
