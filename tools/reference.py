@@ -194,8 +194,8 @@ def _fields(cls: type) -> Iterator[tuple[str, Any, str]]:
             yield name, field.annotation, _default(field.default, field.default_factory)
         return
     hints = get_type_hints(cls)
-    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
-        yield field.name, hints[field.name], _default(field.default, field.default_factory)
+    for each in dataclasses.fields(cls):  # type: ignore[arg-type]
+        yield each.name, hints[each.name], _default(each.default, each.default_factory)
 
 
 def _default(value: Any, factory: Any) -> str:
