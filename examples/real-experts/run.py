@@ -132,11 +132,11 @@ def commands(place: Path, size: Size) -> Iterator[tuple[str, list[str]]]:
 def prepare(place: Path, size: Size, base: Path, seed: int, dtype: str) -> None:
     """The folder of a run: its files, questions, and a link to the base model."""
     place.mkdir(parents=True, exist_ok=True)
-    mine = {"size": asdict(size), "seed": seed, "dtype": dtype}
+    mine = json.dumps({"size": asdict(size), "seed": seed, "dtype": dtype}, indent=2) + "\n"
     mark = place / "run.json"
-    if mark.exists() and json.loads(mark.read_text(encoding="utf-8")) != mine:
+    if mark.exists() and json.loads(mark.read_text(encoding="utf-8")) != json.loads(mine):
         raise SystemExit(f"{place} holds another run ({mark}); choose another folder.")
-    mark.write_text(json.dumps(mine, indent=2) + "\n", encoding="utf-8")
+    mark.write_text(mine, encoding="utf-8")
     for name in FILES:
         text = (HERE / name).read_text(encoding="utf-8")
         (place / name).write_text(
