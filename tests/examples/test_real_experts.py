@@ -45,6 +45,15 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_the_same_command_resumes_and_another_run_is_refused(
+    example: Any, base: Path, tmp_path: Path
+) -> None:
+    example.run.prepare(tmp_path, example.plan.SMALL, base, 0, "float32")
+    example.run.prepare(tmp_path, example.plan.SMALL, base, 0, "float32")
+    with pytest.raises(SystemExit, match="holds another run"):
+        example.run.prepare(tmp_path, example.plan.SMALL, base, 1, "float32")
+
+
 @pytest.mark.slow
 def test_the_script_goes_from_statements_to_a_table(example: Any, base: Path, tmp_path: Path):
     size = example.plan.Size(
