@@ -25,9 +25,9 @@ from multicolm.plugins import policies
 KNOWN_MODELS = "tiny-facts, tiny-facts-own, tiny-generalist, tiny-math, tiny-math-own"
 MODEL_KEYS = (
     "adapter, allow_pickled_weights, api_key_env, attn_implementation, backend, cache_type, "
-    "chat_template, connect_timeout, context_length, cost, device, device_map, dtype, "
-    "engine_options, gpu_layers, logprobs, look_ahead, model, retries, revision, served_model, "
-    "timeout, tokenizer, trust_remote_code, url"
+    "chat_template, chat_template_args, connect_timeout, context_length, cost, device, device_map, "
+    "dtype, engine_options, gpu_layers, logprobs, look_ahead, model, retries, revision, "
+    "served_model, timeout, tokenizer, trust_remote_code, url"
 )
 DUO = """\
 base_model: small
@@ -676,7 +676,8 @@ def test_settings_of_one_call_replace_those_of_the_file() -> None:
         ({"schedule": "blok"}, "schedule: must be 'stepwise' or 'block', got 'blok'. "
             "Did you mean 'block'?"),
         ({"temprature": 1.0}, "unknown setting 'temprature'. Did you mean 'temperature'? Allowed: "
-            "block_size, max_new_tokens, schedule, seed, stop, temperature, threads, top_k, "
+            "block_size, max_new_tokens, schedule, seed, stop, temperature, "
+            "think_end_token, think_start_token, thinking_token_budget, threads, top_k, "
             "top_logprobs, top_p."),
     ],
 )  # fmt: skip

@@ -452,5 +452,8 @@ def test_a_policy_that_uses_no_model_of_an_ensemble_is_refused() -> None:
         def uses(self, models: Any) -> frozenset[int]:
             return frozenset(range(1, len(models)))
 
+        def select(self, views: Any) -> Any:
+            raise NotImplementedError
+
     with pytest.raises(CapabilityError, match="uses none of the models"):
         Ensemble([PLAIN[0]]).generate(["ab"], Assistants())

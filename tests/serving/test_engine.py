@@ -97,8 +97,10 @@ def test_there_are_as_many_places_as_it_says_and_a_request_gets_all_or_none(desk
         desk.engine.submit([request, request], [print, print])
     assert caught.value.retry_after >= 1
     last = desk.ask()
-    until(lambda: desk.engine.stats().active == 2)
-    assert desk.engine.stats().waiting == 2
+    # One or both of the slots: the first pass may have begun before the second text came.
+    until(lambda: desk.engine.stats().active in (1, 2))
+    stats = desk.engine.stats()
+    assert stats.active + stats.waiting == 4
     desk.gate.open.set()
     for handle in (*rest, last):
         assert isinstance(desk.end(handle), Ended)

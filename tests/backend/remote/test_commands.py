@@ -274,6 +274,7 @@ sys.exit(main(["generate", sys.argv[1], "x"]))
         timeout=120,
     )
     assert done.returncode == 1
-    assert done.stderr == (
+    # On a slow machine a line before it says what takes so long.
+    assert done.stderr.endswith(
         "Error: models in a server need httpcore and tenacity: pip install 'multicolm[remote]'.\n"
     )
