@@ -207,7 +207,7 @@ class Model(ABC):
         max_top_logprobs: of how many of its likeliest tokens it returns the log-probability;
             ``None`` for the whole vocabulary, 0 if it says no more than which token is next.
         server: the address of the server that runs it; empty for a model in this process.
-        context_length: the most tokens a row may hold; ``None`` if there is no limit.
+        context_length: maximum number of tokens a row may hold; ``None`` if there is no limit.
         n_parameters: number of weights, 0 if it has none.
         on_cpu: whether it runs on this process's CPU threads.
         identity: what it is, wherever it lies and whatever it is called; empty if unknown. Equal

@@ -33,7 +33,7 @@ class TableModel(Model):
             longest context that fits counts; ``""`` fits always and has to be there. Tokens that
             are not named have probability 0.
         ends: tokens that end a text; they are special and stand for no text.
-        context_length: the most tokens a text may have.
+        context_length: maximum number of tokens a text may have.
 
     Raises:
         ModelError: if a distribution does not sum to 1 (within 1e-6), names an unknown token, or

@@ -85,7 +85,7 @@ def tune(
         limit: only this many questions of each task.
         seed: of everything random.
         batch_size: how many texts are written at a time.
-        max_new_tokens: the most tokens of an answer; the task's if not given.
+        max_new_tokens: maximum number of tokens of an answer; the task's if not given.
         progress: called after every answer.
         on_estimate: called first, with what the answers take at most.
 

@@ -24,7 +24,7 @@ class GenerationConfig(Strict):
     """How texts are written, unless a call says otherwise.
 
     Attributes:
-        max_new_tokens: the most tokens to write.
+        max_new_tokens: maximum number of tokens to write.
         temperature: 0 is greedy.
         top_k: draw from this many most likely tokens.
         top_p: draw from the fewest most likely tokens whose probabilities sum to this.
@@ -32,10 +32,10 @@ class GenerationConfig(Strict):
         stop: texts that end an answer and are not part of it; they may name special tokens.
         think_end_token: text, or the name of a special token, after which models that think answer,
             such as ``</think>``; lm-evaluation-harness has the same word. Stop strings hold after
-            it, tasks judge what comes after it, and the server tells ``reasoning_content`` from
+            it, tasks judge what comes after it, and the server separates ``reasoning_content`` from
             ``content``. ``None``: all of the text is the answer.
         think_start_token: with which thoughts begin, in the text or at the end of the prompt.
-        thinking_token_budget: the most tokens to think, as vLLM calls it; after them
+        thinking_token_budget: maximum number of tokens to think, as vLLM calls it; after them
             ``think_end_token`` is written.
         schedule: ``None`` takes the one that suits the policy and its models.
         block_size: tokens that the base model drafts at a time under ``block``.

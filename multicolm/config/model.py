@@ -74,7 +74,7 @@ class ModelFile(Strict):
         repository: its id on the Hugging Face Hub.
         path: its folder, from ``registry/``; for the embedded models.
         revision: the pinned commit of ``repository``.
-        context_length: the most tokens it takes.
+        context_length: maximum number of tokens it takes.
         parameters: number of weights, shared ones counted once.
         tokenizer: name or digest of its tokenizer; equal for models with one vocabulary.
         licence: of the weights, an SPDX name where there is one.
@@ -146,7 +146,7 @@ class ModelConfig(Strict):
         allow_pickled_weights: load weights that are not safetensors.
         tokenizer: registry name, folder or Hub id of the tokenizer, instead of the one in a GGUF
             file.
-        context_length: the most tokens of a text, where that is less than the model allows.
+        context_length: maximum number of tokens of a text, where that is less than the model's.
         cache_type: in what llama.cpp keeps what it has read; ``f16`` is smaller, ``f32`` exact.
         gpu_layers: how many layers llama.cpp puts on an accelerator.
         engine_options: keyword arguments of ``vllm.LLM``, for backend ``vllm-engine``.
@@ -158,7 +158,7 @@ class ModelConfig(Strict):
         connect_timeout: the most seconds to wait for a connection.
         retries: how often a request that failed is sent again, with growing pauses; one that ran
             out of time, once at most.
-        look_ahead: the most tokens to ask for at a time while the model's own text goes on.
+        look_ahead: maximum number of tokens to ask for at a time while the same model writes.
         logprobs: of how many of its likeliest tokens to ask for the log-probability, or ``all``.
             Not given: all of a vocabulary of up to 4096 tokens, else 20; less where the server
             gives less.

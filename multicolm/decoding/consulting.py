@@ -14,6 +14,7 @@ from multicolm.decoding.choosing import Choosing
 from multicolm.decoding.decider import Decider
 from multicolm.decoding.decision import Decision
 from multicolm.decoding.draft import Draft, Positions
+from multicolm.decoding.kinds import write
 from multicolm.decoding.plan import Plan
 
 __all__ = ["Consulting", "Showing"]
@@ -61,7 +62,7 @@ class Consulting:
             kept = [i for i in asked if not draft.deferring[i]]
             asked = [i for i in asked if draft.deferring[i]]
             if kept:
-                self._decider.write(draft, 0, kept, decision)
+                write(draft, 0, kept, decision)
         if not asked:
             return decision
         now = self._models.find_boundaries(self._asked_at, draft, asked)
@@ -133,4 +134,4 @@ class Consulting:
         for k, theirs in wanted.items():
             for writer in sorted({draft.fallback_writer(k, i) for i in theirs}):
                 able = [i for i in theirs if draft.fallback_writer(k, i) == writer]
-                self._decider.write(draft, writer, able, decision)
+                write(draft, writer, able, decision)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from multicolm.decoding.decision import Decision
 from multicolm.decoding.draft import Draft, Positions, Shown
-from multicolm.decoding.kinds import check_answer, kind_of, write
+from multicolm.decoding.kinds import check_answer, kind_of
 from multicolm.decoding.plan import Plan
 from multicolm.decoding.row import Row
 from multicolm.errors import PolicyError
@@ -196,7 +196,3 @@ class Decider:
                 f"{answer!r}."
             )
         return answer
-
-    def write(self, draft: Draft, writer: int, which: Sequence[int], decision: Decision) -> None:
-        """Let a model that was run write the positions numbered ``which``."""
-        write(draft, writer, which, decision)

@@ -28,7 +28,7 @@ from multicolm.types import MIXTURE, Alternative, Answer, Piece, Prompt, Trace, 
 
 __all__ = ["Live"]
 
-_BLANKS = 8  # the most tokens of blank space after a marker at the end of a prompt
+_BLANKS = 8  # maximum number of tokens of blank space after a marker at the end of a prompt
 
 
 class Live:

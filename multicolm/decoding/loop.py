@@ -19,6 +19,7 @@ from multicolm.decoding.decider import Decider
 from multicolm.decoding.decision import Decision
 from multicolm.decoding.draft import Draft, Positions
 from multicolm.decoding.drafter import Drafter
+from multicolm.decoding.kinds import write
 from multicolm.decoding.memory import Memory
 from multicolm.decoding.plan import Plan
 from multicolm.decoding.readers import Readers
@@ -308,7 +309,7 @@ class TokenLoop(Loop):
             place, (writer, token) = len(row.written), draft.predicted[i]
             if not base.can_start_at(row, [place], token, writer)[place]:
                 held.append(row)
-                self._decider.write(draft, writer, [i], decision)
+                write(draft, writer, [i], decision)
             base.rollback(row, place)
         self._memory.update(draft, decision)
         pieces: list[Piece] = []

@@ -240,7 +240,7 @@ class Answering:
         questions: to be answered.
         seed: of everything random.
         batch_size: how many texts are written at a time.
-        max_new_tokens: the most tokens of an answer; the task's if not given.
+        max_new_tokens: maximum number of tokens of an answer; the task's if not given.
         progress: called after every answer, and when a row is done.
 
     Attributes:

@@ -116,7 +116,7 @@ def compare(
             the answers of models alone), and for each token (with gold completions).
         sweep: how many other values to try of the first param that a policy calls tunable.
         traces: of how many questions to keep the traces, for every model and policy.
-        max_new_tokens: the most tokens of an answer; the task's if not given.
+        max_new_tokens: maximum number of tokens of an answer; the task's if not given.
         title: what the results call the ensemble; its models' names if not given.
         rank: of this process among those that share the work. The first one writes the report.
         n_ranks: how many they are; what is written does not depend on it, only times do.

@@ -88,7 +88,7 @@ class EnsembleLM(LM):  # type: ignore[misc]
         likelihood: ``joint`` or ``routed`` (:mod:`multicolm.scoring.likelihood`); the policy's
             first if not given.
         batch_size: how many texts are written at a time.
-        batch_tokens: the most tokens of one pass while texts are read.
+        batch_tokens: maximum number of tokens of one pass while texts are read.
         seed: of everything random.
         kept: what is answered already, and where answers go as they come; they go nowhere if not
             given.

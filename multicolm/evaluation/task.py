@@ -101,7 +101,7 @@ class TaskConfig(Strict):
             are, ``package.module:function`` that gives all of a record's. For the oracle.
         chat: whether the prompt is a message that goes through each model's chat template.
         stop: texts that end an answer and are not part of it; they may name special tokens.
-        max_new_tokens: the most tokens of an answer.
+        max_new_tokens: maximum number of tokens of an answer.
         metric: how answers are judged.
         source: the publication it is from.
     """

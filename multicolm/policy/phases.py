@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import cached_property
 from typing import Annotated, Any, ClassVar, TypeAlias
 
 from jaxtyping import Bool, Int
@@ -20,15 +19,14 @@ __all__ = ["PhasesPolicy"]
 
 def _check(source: str | dict[str, Any]) -> str | dict[str, Any]:
     try:
-        _resolved(json.dumps(source, sort_keys=True))
+        _resolved(source)
     except (MulticolmError, TypeError) as error:
         raise ValueError(str(error)) from error
     return source
 
 
-@lru_cache(maxsize=64)
-def _resolved(source: str) -> SelectPolicy:
-    """The policy that some JSON stands for.
+def _resolved(source: str | dict[str, Any]) -> SelectPolicy:
+    """The policy of a phase.
 
     Raises:
         MulticolmError: if there is none, or its params are wrong.
@@ -36,7 +34,7 @@ def _resolved(source: str) -> SelectPolicy:
     """
     from multicolm.policy.resolve import resolve_policy
 
-    policy = resolve_policy(json.loads(source))
+    policy = resolve_policy(source)
     more = {
         "mixes, verifies or writes segments": policy.acts != "select",
         "remembers something of a text": policy.keeps_state or policy.history,
@@ -80,13 +78,10 @@ class PhasesPolicy(SelectPolicy):
     assistants: ClassVar[When] = "deferred"
     reads_thinking: ClassVar[bool] = True
 
-    @property
+    @cached_property
     def _both(self) -> tuple[SelectPolicy, SelectPolicy]:
-        """The policies of thoughts and of answers."""
-        thinks, answers = (
-            _resolved(json.dumps(each, sort_keys=True)) for each in (self.think, self.answer)
-        )
-        return thinks, answers
+        """The policies of thoughts and of answers, read once for each policy of phases."""
+        return _resolved(self.think), _resolved(self.answer)
 
     def needs(self, models: ModelNames) -> Needs:
         """What either of them needs, where it is its turn."""

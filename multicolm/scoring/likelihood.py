@@ -83,7 +83,7 @@ class LikelihoodReader(WholeReader):
         ensemble: whose models read.
         policy: decides who writes.
         seed: of whatever the policy decides at random.
-        batch_tokens: the most tokens of one forward pass.
+        batch_tokens: maximum number of tokens of one forward pass.
 
     Raises:
         CapabilityError: if the policy does not fit the ensemble, or a model's server returns its

@@ -156,7 +156,7 @@ def read_texts(
         vocabulary: what the ensemble writes in.
         texts: in any order.
         hidden: whether hidden states are wanted.
-        batch_tokens: the most tokens of one pass, padding included.
+        batch_tokens: maximum number of tokens of one pass, padding included.
         is_done: asked about a text and a place whether what the model predicts there is known. A
             batch of which all is known is not read; the others are as they would be anyway.
 
@@ -191,7 +191,7 @@ def read_all(
         vocabulary: what the ensemble writes in.
         texts: so few that their logits fit into memory.
         hidden: whether hidden states are wanted.
-        batch_tokens: the most tokens of one pass, padding included.
+        batch_tokens: maximum number of tokens of one pass, padding included.
     """
     ends = [0, *accumulate(len(text.ids) for text in texts)]
     starts = torch.tensor(ends[:-1], dtype=torch.long)

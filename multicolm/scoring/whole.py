@@ -55,7 +55,7 @@ class WholeReader(PassageReader):
     Args:
         ensemble: whose models read.
         policy: what it reads is shown.
-        batch_tokens: the most tokens of one forward pass.
+        batch_tokens: maximum number of tokens of one forward pass.
     """
 
     def __init__(self, ensemble: Ensemble, policy: Policy, batch_tokens: int) -> None:

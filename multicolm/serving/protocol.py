@@ -200,7 +200,7 @@ class _BaseRequest(_Body):
 
         Args:
             own: settings of the ensemble, for what is not asked.
-            most: the most tokens that the operator allows.
+            most: maximum number of tokens that the operator allows.
 
         Raises:
             Refusal: if a setting is out of range.

@@ -96,7 +96,7 @@ def read_all(
     Args:
         answer: to a request for completions.
         prompts: of that request.
-        n_tokens: the most tokens that were asked for.
+        n_tokens: maximum number of tokens that were asked for.
         echoed: whether the prompts should come back, too.
         named: the tokens that were asked about by name, if any.
 

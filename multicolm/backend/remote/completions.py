@@ -41,7 +41,7 @@ def completions(
         server: whom to ask.
         served_model: what it calls the model.
         prompts: texts, or token ids.
-        n_tokens: the most tokens to write.
+        n_tokens: maximum number of tokens to write.
         width: the number of ids in its vocabulary, as far as it is known.
         logprobs: of how many likeliest tokens to return the log-probability, -1 for all; not given,
             none is asked for.

@@ -35,8 +35,8 @@ class RemoteModel(Model):
         server: the server.
         tokenizer: of the model.
         requested: what is asked of the server.
-        look_ahead: the most tokens to ask for at a time.
-        context_length: the most tokens of a text, where the server does not say.
+        look_ahead: maximum number of tokens to ask for at a time.
+        context_length: maximum number of tokens of a text, where the server does not say.
 
     Raises:
         ServerError: if the server does not answer, or does not serve the model.

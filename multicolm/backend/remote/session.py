@@ -108,7 +108,7 @@ class RemoteSession(Session):
         name: of the model, for messages.
         width: number of columns of logits.
         n_rows: number of texts.
-        look_ahead: the most tokens to ask for at a time.
+        look_ahead: maximum number of tokens to ask for at a time.
     """
 
     def __init__(

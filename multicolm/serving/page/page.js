@@ -266,7 +266,7 @@ function pick(own, i) {
   const facts = [["token", JSON.stringify(token.text)], ["written by", token.model]];
   if (token.logprob !== null) {
     facts.push(["probability", percent(token.logprob)]);
-    facts.push(["log-probability", `${token.logprob.toFixed(3)} nats`]);
+    facts.push(["log-probability", `${(token.logprob > -0.0005 ? 0 : token.logprob).toFixed(3)} nats`]);
   }
   if (token.score !== null) facts.push(["policy's score", token.score.toPrecision(4)]);
   own.part("detail").hidden = false;
