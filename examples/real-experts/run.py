@@ -31,7 +31,7 @@ from world import KINDS, World, write_questions
 HERE: Final = Path(__file__).parent
 FILES: Final = ("chat.jinja", "ensemble.yaml", "rival.yaml", "task.yaml", "rival-merged.yaml")
 BASE: Final = "smollm2"
-ROWS: Final = 13
+ROWS: Final = 14
 """Systems that answer the test questions; oracles are computed."""
 PROMPT_TOKENS: Final = 190
 ANSWER_TOKENS: Final = 20
@@ -97,7 +97,7 @@ def commands(place: Path, size: Size) -> Iterator[tuple[str, list[str]]]:
         [
             *("compare", str(made / "co-llm-lora"), "--task", task, *plain, "--no-oracle"),
             *("--no-alone", "--out", str(place / "comparison-lora")),
-            *("--policies", str(made / "co-llm-lora")),
+            *("--policies", f"{made / 'co-llm-lora'},single"),
         ],
     )
     yield (

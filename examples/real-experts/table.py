@@ -12,7 +12,7 @@ from multicolm.evaluation.results import Comparison, RowResult, read_comparison
 
 COMPARISONS: Final = {
     "comparison": {"oracle": "token oracle"},
-    "comparison-lora": {"co-llm-lora": "co-llm, base trained too"},
+    "comparison-lora": {"co-llm-lora": "co-llm, base trained too", "single": "trained base alone"},
     "comparison-rival": {"single": "one adapter: all statements"},
     "comparison-rival-chats": {"single": "one adapter: all statements, then the chats"},
 }

@@ -88,6 +88,7 @@ def test_the_script_goes_from_statements_to_a_table(example: Any, base: Path, tm
         "confidence",
         "average",
         "co-llm, base trained too",
+        "trained base alone",
         "one adapter: all statements",
         "one adapter: all statements, then the chats",
         "per-question oracle",
